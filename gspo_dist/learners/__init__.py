@@ -1,0 +1,1 @@
+"""Learners own the trainable weights: one protocol (learner), one reference (eager), two for scale."""

@@ -1,0 +1,88 @@
+"""Attention over packed sequences for HF models: no token of one sequence sees another, no padding outside attention.
+
+Registered with transformers as `gspo_packed`. On CUDA it is torch's variable-length flash attention; elsewhere the
+sequences are padded to [S, heads, longest, dim] inside the attention alone, so that projections, experts and the LM
+head never compute padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "gspo_packed"
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where the tokens of S packed sequences sit in a padded [S, longest] grid."""
+
+    cu_seqlens: torch.Tensor
+    longest: int
+    slots: torch.Tensor
+    """[T] int64: s * longest + position of every token."""
+
+    @staticmethod
+    def of(cu_seqlens: torch.Tensor, position_ids: torch.Tensor) -> PackedLayout:
+        lengths = cu_seqlens.diff().long()
+        longest = int(lengths.max())
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        return PackedLayout(cu_seqlens, longest, sequence * longest + position_ids)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed: PackedLayout | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, T, dim]; key, value [1, kv_heads, T, dim] -> ([1, T, heads, dim], None); causal by sequence."""
+    if packed is None:
+        raise ValueError(f"attention {NAME!r} needs the packed layout: call the model through PolicyModel")
+    if query.is_cuda:
+        out = _flash(query, key, value, scaling, packed)
+    else:
+        out = _padded(query, key, value, scaling, packed)
+    return out, None
+
+
+def _flash(q, k, v, scaling, packed):  # noqa: ANN001, ANN202
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    cu = packed.cu_seqlens.to(q.device, torch.int32)
+    out = varlen_attn(q, k, v, cu, cu, packed.longest, packed.longest, scale=scaling, window_size=(-1, 0))
+    return out[None]
+
+
+def _padded(q, k, v, scaling, packed):  # noqa: ANN001, ANN202
+    rows = len(packed.cu_seqlens) - 1
+    full = rows * packed.longest == q.shape[2]
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        flat = x[0].transpose(0, 1)  # [T, heads, dim]
+        if not full:
+            grid = flat.new_zeros(rows * packed.longest, *flat.shape[1:])
+            flat = grid.index_copy(0, packed.slots, flat)
+        return flat.view(rows, packed.longest, *flat.shape[1:]).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    out = out.transpose(1, 2).reshape(rows * packed.longest, q.shape[1], -1)
+    return (out if full else out[packed.slots])[None]
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

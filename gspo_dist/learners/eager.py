@@ -1,0 +1,167 @@
+"""The reference learner: one process, plain PyTorch. Every other backend is compared with it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.policy import PolicyModel, load_policy, model_inputs
+from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.step import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.routing import huggingface as routers
+from gspo_dist.types import LogprobOutput, PackedBatch
+from gspo_dist.weights.stream import buckets, hf_named_weights
+
+
+def scatter_output(
+    batch: PackedBatch, index: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
+) -> LogprobOutput:
+    """[N] values of the trained tokens as [T] fields on the host, zero elsewhere."""
+    full = torch.zeros(2, batch.num_tokens)
+    full[0, index] = logprobs.detach().float().cpu()
+    full[1, index] = entropy.detach().float().cpu()
+    return LogprobOutput(full[0], full[1])
+
+
+class EagerLearner:
+    """Implements `Learner` with torch.optim.AdamW on fp32 master weights (the weights themselves in fp32)."""
+
+    data_parallel_rank = 0
+    is_exporter = True
+
+    def __init__(
+        self, config: LearnerConfig, model_path: str | Path, *, total_steps: int, temperature: float = 1.0,
+        keep_reference: bool = False, device: str = "cpu",
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.policy_version = 0
+        self.policy = load_policy(
+            model_path, config.precision, temperature=temperature, fp32_head=config.fp32_head,
+            activation_checkpointing=config.activation_checkpointing,
+        ).to(self.device)
+        self.reference: PolicyModel | None = None
+        if keep_reference:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
+        for i, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(self._gradient_collector(i))
+        opt = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(opt, total_steps))
+
+    def _gradient_collector(self, i: int):  # noqa: ANN202
+        """Sums gradients in fp32 whatever the weights' precision, micro-batch after micro-batch."""
+
+        def collect(parameter: torch.Tensor) -> None:
+            grad = parameter.grad.float()
+            self.gradients[i] = grad if self.gradients[i] is None else self.gradients[i].add_(grad)
+            parameter.grad = None
+
+        return collect
+
+    @torch.no_grad()
+    def logprobs(
+        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+    ) -> list[LogprobOutput]:
+        policy = self.policy
+        if reference:
+            if self.reference is None:
+                raise ValueError("no reference is kept: set objective.kl_coef above 0")
+            policy = self.reference
+        return [hf_logprobs(policy, policy.hf, batch, self.device, record_routing) for batch in batches]
+
+    def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
+        parts = []
+        for batch in batches:
+            index = trained_index(batch)
+            with replaying(self.policy.hf, batch):
+                logprobs, entropy = self.policy(**model_inputs(batch, index, self.device))
+                loss, stats = micro_batch_loss(logprobs, entropy, batch, spec, index=index)
+                loss.backward()
+            parts.append(stats)
+        return merge_stats(parts)
+
+    @torch.no_grad()
+    def optim_step(self) -> OptimStep:
+        grads = [torch.zeros_like(m) if g is None else g for m, g in zip(self.masters, self.gradients, strict=True)]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm.item()} at policy version {self.policy_version}")
+        clip = self.config.optimizer.grad_clip
+        scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad.mul_(scale)
+        lr = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.copy_(master)
+            master.grad = None
+        self.gradients = [None] * len(self.parameters)
+        self.policy_version += 1
+        return OptimStep(float(norm), lr, self.policy_version)
+
+    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+        yield from buckets(hf_named_weights(self.policy.hf), bucket_bytes)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "masters": self.masters,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "policy_version": self.policy_version,
+                "rng": torch.get_rng_state(),
+            },
+            folder / "eager.pt",
+        )
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "eager.pt", map_location=self.device, weights_only=True)
+        with torch.no_grad():
+            for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
+                if master.shape != saved.shape:
+                    raise ValueError(f"checkpoint {folder} is of another model: {saved.shape} for {master.shape}")
+                master.copy_(saved)
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.policy_version = state["policy_version"]
+        torch.set_rng_state(state["rng"].cpu())
+
+    def wait_saved(self) -> None:
+        """Saves are synchronous here."""
+
+    def close(self) -> None:
+        """Nothing to leave: there is no process group."""
+
+
+def replaying(hf: torch.nn.Module, batch: PackedBatch):  # noqa: ANN201
+    """The replay block of a batch that carries a trace; no block where it carries none."""
+    return contextlib.nullcontext() if batch.routing is None else routers.replay(hf, batch.routing)
+
+
+def hf_logprobs(
+    call: torch.nn.Module, hf: torch.nn.Module, batch: PackedBatch, device: torch.device, record_routing: bool
+) -> LogprobOutput:
+    """One forward pass of `call` (the policy, or an engine around it), replaying or recording as the batch asks."""
+    index = trained_index(batch)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaying(hf, batch))
+        recorder = stack.enter_context(routers.record(hf)) if record_routing else None
+        logprobs, entropy = call(**model_inputs(batch, index, device))
+    out = scatter_output(batch, index, logprobs, entropy)
+    return out if recorder is None else LogprobOutput(out.logprobs, out.entropy, recorder.trace())

@@ -1,0 +1,1 @@
+"""Rollout engines: what samples completions and says how likely they were."""

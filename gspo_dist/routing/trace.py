@@ -1,0 +1,86 @@
+"""Expert choices of a mixture-of-experts model as data: `[tokens, moe_layers, top_k]`, smallest unsigned type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def id_dtype(num_experts: int) -> np.dtype:
+    """The smallest unsigned integer type that holds every expert id: uint8 up to 256 experts, else uint16."""
+    if not 1 <= num_experts <= 65536:
+        raise ValueError(f"num_experts must be in 1..65536: got {num_experts}")
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Which experts each token used in each MoE layer, row by input token (T tokens, L MoE layers, K top-k).
+
+    expert_ids [T, L, K] uint8 or uint16. known [T] bool: False where nobody recorded the row (the last sampled
+    token never entered the engine; a prefix-cache hit may have lost its routes): such rows are routed natively.
+    Worked example: a prompt of 3 tokens and a completion of 2 give 5 rows; the engine ran tokens 0..3 (it sampled
+    token 4 and stopped), so known = [T T T T F] and row 4 holds zeros.
+    """
+
+    expert_ids: np.ndarray
+    known: np.ndarray
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        if self.expert_ids.ndim != 3 or self.expert_ids.dtype != id_dtype(self.num_experts):
+            raise ValueError(
+                f"routing trace must be [tokens, moe_layers, top_k] {id_dtype(self.num_experts)} for "
+                f"{self.num_experts} experts: got {list(self.expert_ids.shape)} {self.expert_ids.dtype}"
+            )
+        if self.known.shape != self.expert_ids.shape[:1] or self.known.dtype != np.bool_:
+            raise ValueError(
+                f"routing trace's known must be [tokens] bool for {len(self.expert_ids)} tokens: "
+                f"got {list(self.known.shape)} {self.known.dtype}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.expert_ids)
+
+    @property
+    def num_layers(self) -> int:
+        return self.expert_ids.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.expert_ids.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host, ids and marks together."""
+        return self.expert_ids.nbytes + self.known.nbytes
+
+    def __getitem__(self, rows: slice | np.ndarray) -> RoutingTrace:
+        return RoutingTrace(self.expert_ids[rows], self.known[rows], self.num_experts)
+
+    @staticmethod
+    def from_engine(ids: np.ndarray, total_tokens: int, num_experts: int) -> RoutingTrace:
+        """The engine's rows (the first `len(ids)` of `total_tokens`) with the missing tail marked unknown."""
+        if len(ids) > total_tokens:
+            raise ValueError(f"routing trace has {len(ids)} rows for a sequence of {total_tokens} tokens")
+        full = np.zeros((total_tokens, *ids.shape[1:]), dtype=id_dtype(num_experts))
+        full[: len(ids)] = ids
+        known = np.zeros(total_tokens, dtype=np.bool_)
+        known[: len(ids)] = True
+        return RoutingTrace(full, known, num_experts)
+
+    @staticmethod
+    def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Traces of several sequences end to end, in the order of a packed batch."""
+        shapes = {(t.num_layers, t.top_k, t.num_experts) for t in traces}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"traces of one batch must agree in (moe_layers, top_k, num_experts): got {sorted(shapes)}"
+            )
+        return RoutingTrace(
+            np.concatenate([t.expert_ids for t in traces]),
+            np.concatenate([t.known for t in traces]),
+            traces[0].num_experts,
+        )

@@ -1,0 +1,171 @@
+"""The records that travel through a step: prompt -> completion -> rollout -> group -> packed batch.
+
+Everything a later step needs is recorded here when it is made (token ids, loss mask, engine log-probs, policy
+version of every token, expert choices); nothing is inferred later from padding ids or from global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gspo_dist.routing.trace import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question: its tokens as the engine receives them, and what a reward needs to judge an answer."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    answer: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens an engine sampled for one prompt, with all that the engine knows about them (N tokens).
+
+    token_ids [N] int64; loss_mask [N] bool, True = trained on (a tool's tokens would be False);
+    logprobs [N] float32, natural logarithm, of the sampling distribution (after the temperature);
+    policy_versions [N] int32, completed optimiser steps of the weights that sampled the token;
+    routing: rows of prompt + completion (P + N), None unless the engine was asked to record.
+    """
+
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    logprobs: np.ndarray
+    policy_versions: np.ndarray
+    finish_reason: str
+    text: str
+    routing: RoutingTrace | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        for name in ("loss_mask", "logprobs", "policy_versions"):
+            got = len(getattr(self, name))
+            if got != n:
+                raise ValueError(f"completion.{name} must have one entry a token: got {got} for {n} tokens")
+        if not np.isfinite(self.logprobs).all():
+            at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
+            raise ValueError(
+                f"completion.logprobs must be finite: got {self.logprobs[at]} at token {at} "
+                f"(id {int(self.token_ids[at])}); the engine's weights or its sampling parameters are broken"
+            )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A scored completion. `rollout_id` counts rollouts of the run; siblings of one prompt share `group_id`."""
+
+    rollout_id: int
+    group_id: int
+    prompt: Prompt
+    completion: Completion
+    reward: float
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return len(self.prompt.token_ids) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The `group_size` rollouts of one prompt: the population that group-relative advantages compare."""
+
+    group_id: int
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return np.array([r.reward for r in self.rollouts], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one data-parallel rank: S whole sequences laid end to end in T tokens, no padding.
+
+    Entry t of every [T] field speaks of token t itself: `old_logprobs[t]` is log p(token t | the tokens before it in
+    its sequence), which a model computes from the hidden state at t - 1. With prompt (5, 6) and completion (7, 8):
+    token_ids = [5 6 7 8], position_ids = [0 1 2 3], loss_mask = [F F T T], rollout_logprobs = [0 0 lp(7) lp(8)].
+
+    cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its place in
+    the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T] float32 or None.
+    routing: expert ids by input token, or None; when present, the learner replays it.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    loss_mask: torch.Tensor
+    advantages: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    rollout_index: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    routing: RoutingTrace | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.numel())
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.rollout_index.numel())
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.cu_seqlens.diff().max())
+
+    def sequence_ids(self) -> torch.Tensor:
+        """[T] int64: the sequence (0..S-1) of every token."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences), self.cu_seqlens.diff().long())
+
+    def with_(self, **changes: Any) -> PackedBatch:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class LogprobOutput:
+    """What one forward pass says of a packed batch.
+
+    logprobs [T] float32 (0 where loss_mask is False); entropy [T] float32, of the same next-token distributions;
+    routing: the expert ids this pass used, when it was asked to record them.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    routing: RoutingTrace | None = None
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How to sample: `n` completions a prompt, at most `max_tokens` each; `seed` makes every completion repeatable."""
+
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    record_routing: bool = False
+
+
+def group_rollouts(rollouts: Sequence[Rollout]) -> list[RolloutGroup]:
+    """Collects rollouts by `group_id`, in order of first appearance."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group_id, []).append(rollout)
+    return [RolloutGroup(gid, tuple(members)) for gid, members in groups.items()]

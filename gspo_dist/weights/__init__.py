@@ -1,0 +1,1 @@
+"""Weight sync: learner to engines, streamed in buckets, versioned and checked."""
