@@ -405,7 +405,7 @@ class RewardConfig:
     """How a completion is judged."""
 
     function: str = "exact_match"
-    """exact_match | math | code, or a function of yours: package.module:name, or path/to/file.py:name."""
+    """exact_match | math, or a function of yours: package.module:name, or path/to/file.py:name."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the function."""
     workers: int = 1

@@ -71,7 +71,9 @@ def balanced_bins(lengths: Sequence[int], ranks: int, budget: int) -> list[list[
     """bins[rank][i] = indices into `lengths`: every bin within `budget` tokens, as many bins on every rank.
 
     Longest first into the emptiest bin (LPT), with the fewest bins that fit; bins are then dealt to ranks heaviest
-    first to the lightest rank that still has room for one. Every bin holds at least one sequence.
+    first to the lightest rank that still has room for one. A bin is empty only when there are fewer sequences than
+    bins (3 sequences of budget size on 2 ranks need 4 bins): `pack` fills it with a masked copy, because every rank
+    must run as many micro-batches.
     """
     if len(lengths) < ranks:
         raise ValueError(f"a mini-batch must hold a rollout for every rank: got {len(lengths)} for {ranks} ranks")
@@ -97,8 +99,6 @@ def balanced_bins(lengths: Sequence[int], ranks: int, budget: int) -> list[list[
 
 
 def _lpt(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] | None:
-    if bins > len(lengths):
-        bins = len(lengths)
     heap = [(0, b) for b in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -151,6 +151,11 @@ def pack_sequences(rollouts: Sequence[Rollout], advantages: Sequence[float], ind
     )
 
 
+def _masked(batch: PackedBatch) -> PackedBatch:
+    """A filler: runs like any micro-batch and trains nothing."""
+    return batch.with_(loss_mask=torch.zeros_like(batch.loss_mask), advantages=torch.zeros_like(batch.advantages))
+
+
 def pack(
     rollouts: Sequence[Rollout],
     advantages: Sequence[float],
@@ -174,8 +179,14 @@ def pack(
     for members in split_mini_batches([r.group_id for r in rollouts], mini_batches, seed):
         lengths = [rollouts[i].num_tokens for i in members]
         bins = balanced_bins(lengths, ranks, token_budget)
+        shortest = int(min(members, key=lambda i: rollouts[i].num_tokens))
         batches = tuple(
-            tuple(pack_sequences(rollouts, advantages, [int(members[i]) for i in b]) for b in rank) for rank in bins
+            tuple(
+                pack_sequences(rollouts, advantages, [int(members[i]) for i in b])
+                if b else _masked(pack_sequences(rollouts, advantages, [shortest]))
+                for b in rank
+            )
+            for rank in bins
         )
         tokens = sum(int(rollouts[i].completion.loss_mask.sum()) for i in members)
         out.append(MiniBatch(batches, Denominators(len(members), tokens, max_completion_length)))
@@ -188,5 +199,7 @@ def unpack(batch: PackedBatch, values: torch.Tensor) -> dict[int, np.ndarray]:
     cu = batch.cu_seqlens.tolist()
     for s, rollout in enumerate(batch.rollout_index.tolist()):
         rows = slice(cu[s], cu[s + 1])
+        if not batch.loss_mask[rows].any():
+            continue  # a filler
         out[rollout] = values[rows][batch.loss_mask[rows]].numpy()
     return out
