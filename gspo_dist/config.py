@@ -8,29 +8,16 @@ Errors are `ValueError`: the rule, what was got, the way out.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from gspo_dist.objectives import legality
+from gspo_dist.objectives import legality, names
+from gspo_dist.objectives.names import choose
 
 T = TypeVar("T")
-
-
-def nearest(word: str, words: typing.Iterable[str]) -> str:
-    """' Did you mean ...?' with the closest of `words`, or the list of them when none is close."""
-    words = sorted(words)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(words)}"
-
-
-def one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
-    allowed = list(allowed)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}; {nearest(value, allowed)}")
 
 
 def at_least(name: str, value: float | None, low: float) -> None:
@@ -56,7 +43,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            one_of("model.recipe", self.recipe, ("quickstart", "peer"))
+            choose("model.recipe", self.recipe, ("quickstart", "peer"))
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ class OptimizerConfig:
         at_least("learner.optimizer.warmup_steps", self.warmup_steps, 0)
         at_least("learner.optimizer.grad_clip", self.grad_clip, 0.0)
         at_least("learner.optimizer.weight_decay", self.weight_decay, 0.0)
-        one_of("learner.optimizer.schedule", self.schedule, ("constant", "linear", "cosine"))
+        choose("learner.optimizer.schedule", self.schedule, ("constant", "linear", "cosine"))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"learner.optimizer.betas must be two numbers in [0, 1): got {list(self.betas)}")
 
@@ -153,9 +140,9 @@ class MegatronConfig:
         for name in ("tensor_parallel", "pipeline_parallel", "virtual_stages", "expert_parallel",
                      "expert_tensor_parallel", "context_parallel", "recompute_num_layers"):
             at_least(f"learner.megatron.{name}", getattr(self, name), 1)
-        one_of("learner.megatron.token_dispatcher", self.token_dispatcher, ("alltoall", "allgather", "flex"))
-        one_of("learner.megatron.recompute", self.recompute, ("none", "selective", "full"))
-        one_of("learner.megatron.router_dtype", self.router_dtype, ("fp32", "fp64", "model"))
+        choose("learner.megatron.token_dispatcher", self.token_dispatcher, ("alltoall", "allgather", "flex"))
+        choose("learner.megatron.recompute", self.recompute, ("none", "selective", "full"))
+        choose("learner.megatron.router_dtype", self.router_dtype, ("fp32", "fp64", "model"))
         if self.virtual_stages > 1 and self.pipeline_parallel == 1:
             raise ValueError(
                 "learner.megatron.virtual_stages needs pipeline_parallel > 1: "
@@ -193,8 +180,8 @@ class LearnerConfig:
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
 
     def __post_init__(self) -> None:
-        one_of("learner.backend", self.backend, ("eager", "deepspeed", "megatron"))
-        one_of("learner.precision", self.precision, ("fp32", "bf16"))
+        choose("learner.backend", self.backend, ("eager", "deepspeed", "megatron"))
+        choose("learner.precision", self.precision, ("fp32", "bf16"))
         at_least("learner.world_size", self.world_size, 1)
         at_least("learner.token_budget", self.token_budget, 1)
         above("learner.timeout_s", self.timeout_s, 0)
@@ -241,7 +228,7 @@ class WeightSyncConfig:
     """Longest wait on either side."""
 
     def __post_init__(self) -> None:
-        one_of("rollout.weight_sync.transport", self.transport, ("auto", "nccl", "shm"))
+        choose("rollout.weight_sync.transport", self.transport, ("auto", "nccl", "shm"))
         at_least("rollout.weight_sync.bucket_mib", self.bucket_mib, 1)
         at_least("rollout.weight_sync.probe_every", self.probe_every, 0)
         above("rollout.weight_sync.probe_tolerance", self.probe_tolerance, 0)
@@ -285,8 +272,8 @@ class RolloutConfig:
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
 
     def __post_init__(self) -> None:
-        one_of("rollout.engine", self.engine, ("vllm", "fake"))
-        one_of("rollout.precision", self.precision, ("fp32", "bf16"))
+        choose("rollout.engine", self.engine, ("vllm", "fake"))
+        choose("rollout.precision", self.precision, ("fp32", "bf16"))
         for name in ("engines", "tensor_parallel", "prompts_per_step", "group_size", "max_prompt_tokens",
                      "max_completion_tokens", "max_num_seqs"):
             at_least(f"rollout.{name}", getattr(self, name), 1)
@@ -323,8 +310,8 @@ class GuardConfig:
     """Share of sequences recomputed exactly (estimator subset)."""
 
     def __post_init__(self) -> None:
-        one_of("objective.guard.action", self.action, ("off", "warn", "recentre", "recompute"))
-        one_of("objective.guard.estimator", self.estimator, ("batch", "ema", "subset"))
+        choose("objective.guard.action", self.action, ("off", "warn", "recentre", "recompute"))
+        choose("objective.guard.estimator", self.estimator, ("batch", "ema", "subset"))
         at_least("objective.guard.threshold", self.threshold, 0.0)
         if not 0 < self.subset_fraction <= 1:
             raise ValueError(f"objective.guard.subset_fraction must be in (0, 1]: got {self.subset_fraction}")
@@ -338,13 +325,11 @@ class CorrectionConfig:
 
     name: str = "none"
     """none | token_truncate | token_mask | sequence_truncate | sequence_mask | geometric_reject | veto | opsm."""
-    low: float | None = None
-    """Lower bound of the weight (masks, geometric_reject, veto); null: the method's default."""
-    high: float | None = None
-    """Upper bound of the weight (truncations, masks, geometric_reject); opsm: its delta; null: the default."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Its bounds (objectives/names.py, CORRECTIONS); the rest keep the published values."""
 
     def __post_init__(self) -> None:
-        one_of("objective.correction.name", self.name, legality.CORRECTIONS)
+        names.check_correction(self.name, self.params)
 
 
 @dataclass(frozen=True)
@@ -355,6 +340,8 @@ class ObjectiveConfig:
     """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce, or package.module:name."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}; the rest keep the paper's values."""
+    aggregation: str | None = None
+    """Only for a function of your own (package.module:name), which has no aggregation yet; null elsewhere."""
     allow_wide_clip: bool = False
     """Insist on a clip range of GRPO's size for a sequence-level ratio."""
     advantage: str | None = None
@@ -370,15 +357,33 @@ class ObjectiveConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
     def __post_init__(self) -> None:
-        one_of("objective.old_logprobs", self.old_logprobs, ("rollout", "recompute"))
-        one_of("objective.routing_replay", self.routing_replay, ("none", "r2", "r3"))
-        one_of("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        choose("objective.old_logprobs", self.old_logprobs, ("rollout", "recompute"))
+        choose("objective.routing_replay", self.routing_replay, ("none", "r2", "r3"))
+        choose("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         at_least("objective.kl_coef", self.kl_coef, 0.0)
+        if self.advantage is not None:
+            choose("objective.advantage", self.advantage, names.ADVANTAGES)
         legality.check(
-            objective=self.name, params=self.params, old_logprobs=self.old_logprobs,
-            routing_replay=self.routing_replay, correction=self.correction.name,
-            guard_action=self.guard.action, allow_wide_clip=self.allow_wide_clip, advantage=self.advantage,
+            self.name, old_logprobs=self.old_logprobs, routing_replay=self.routing_replay,
+            correction=self.correction.name, recentre=self.recentre, aggregation=self.aggregation,
+            clip_low=self.params.get("clip_low"), clip_high=self.params.get("clip_high"),
+            allow_wide_clip=self.allow_wide_clip,
         )
+        spec = names.OBJECTIVE_SPECS.get(self.name)
+        if spec is not None:
+            owner = f"objective {self.name}"
+            names.check_params(owner, names.resolve_params(owner, spec.defaults, self.params), clip=spec.clip)
+
+    @property
+    def recentre(self) -> str:
+        """How the offset of the log ratio is estimated; off unless the guard recentres."""
+        return self.guard.estimator if self.guard.action == "recentre" else "off"
+
+    @property
+    def advantage_name(self) -> str:
+        """The advantage estimator in force (a user's own objective defaults to group_std)."""
+        spec = names.OBJECTIVE_SPECS.get(self.name)
+        return self.advantage or (spec.advantage if spec else "group_std")
 
 
 @dataclass(frozen=True)
@@ -434,7 +439,7 @@ class ClusterConfig:
     """Longest wait for the cluster to grant the asked resources."""
 
     def __post_init__(self) -> None:
-        one_of("cluster.device", self.device, ("auto", "cpu", "cuda"))
+        choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -450,7 +455,7 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        one_of("logger.wandb.mode", self.mode, ("auto", "online", "offline", "off"))
+        choose("logger.wandb.mode", self.mode, ("auto", "online", "offline", "off"))
 
 
 @dataclass(frozen=True)
@@ -545,7 +550,7 @@ class RunConfig:
                 f"{self.learner.token_budget} for rollout.max_prompt_tokens + rollout.max_completion_tokens = "
                 f"{self.rollout.max_model_len}; raise the budget or shorten the sequences"
             )
-        advantage = self.objective.advantage or legality.default_advantage(self.objective.name)
+        advantage = self.objective.advantage_name
         if self.rollout.group_size == 1 and advantage != "none":
             raise ValueError(
                 f"rollout.group_size must be at least 2 for {advantage} advantages (a group of one has no "
@@ -564,10 +569,10 @@ def _divisors(n: int) -> str:
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Builds a (nested) config dataclass from plain mappings; unknown keys are refused with the nearest known one."""
     hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
-        if key not in names:
-            raise ValueError(f"unknown config key {where + key!r}: {nearest(key, names)}")
+        if key not in known:
+            raise ValueError(f"unknown config key {where + key!r}: {names.nearest(key, known)}")
     built = {}
     for key, value in values.items():
         kind = hints[key]

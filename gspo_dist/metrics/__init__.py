@@ -1,0 +1,1 @@
+"""Where numbers go: sinks (console, jsonl, W&B), curves and heat maps."""
