@@ -15,6 +15,15 @@ def id_dtype(num_experts: int) -> np.dtype:
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
+def trace_bytes(tokens: int, moe_layers: int, top_k: int, num_experts: int) -> int:
+    """Bytes of the expert ids of `tokens` tokens (without the one byte a token of `known`).
+
+    Qwen3-30B-A3B: 48 layers of top-8 out of 128 experts = 384 bytes a token; 1,024 rollouts of 32,768 tokens hold
+    1,024 * 32,768 * 384 = 12.9 GB. The int64 ids that torch.topk returns would be 8 times that.
+    """
+    return tokens * moe_layers * top_k * id_dtype(num_experts).itemsize
+
+
 @dataclass(frozen=True)
 class RoutingTrace:
     """Which experts each token used in each MoE layer, row by input token (T tokens, L MoE layers, K top-k).
@@ -56,6 +65,15 @@ class RoutingTrace:
     def nbytes(self) -> int:
         """Bytes on the host, ids and marks together."""
         return self.expert_ids.nbytes + self.known.nbytes
+
+    @property
+    def unknown_rows(self) -> int:
+        """Tokens that nobody recorded: a replay routes them natively."""
+        return len(self.known) - int(np.count_nonzero(self.known))
+
+    def layers(self, columns: Sequence[int]) -> RoutingTrace:
+        """The same tokens in some of the MoE layers (those of one pipeline stage)."""
+        return RoutingTrace(self.expert_ids[:, list(columns)], self.known, self.num_experts)
 
     def __getitem__(self, rows: slice | np.ndarray) -> RoutingTrace:
         return RoutingTrace(self.expert_ids[rows], self.known[rows], self.num_experts)

@@ -1,0 +1,236 @@
+"""Routing Replay for any backend: hands each router its recorded experts exactly once a pass, and records them.
+
+An adapter owns the patching of its routers and nothing else. On entry it builds a `RouteFeeder` (or a
+`RouteRecorder`); in each router's forward it calls `feeder.layers[i].choose(native_ids)` and gathers the gate weights
+of the chosen experts from the current logits; it runs the model inside `with feeding(feeder): ...`. Only the choice
+is replayed (arXiv 2510.11370, section 3: the mask comes from the recording, the softmax from the current logits), so
+the router keeps its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gspo_dist.routing.trace import RoutingTrace, id_dtype
+
+
+class RoutingReplayError(RuntimeError):
+    """A router used a recorded route not exactly once a pass: the result would be of another network."""
+
+
+def in_backward() -> bool:
+    """True while autograd runs: a router called now is being recomputed from an activation checkpoint.
+
+    Works for both kinds of checkpoint of torch and for Megatron's; torch's own checkpoint asks the same question.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def merge_known(native_ids: torch.Tensor, target_ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """[T, K], [T, K], [T] bool -> [T, K]: the recorded experts where known, the router's own choice elsewhere."""
+    return torch.where(known[:, None], target_ids, native_ids)
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """The routers of one model: a name each, in the order of the trace's layers; K of E experts chosen by each."""
+
+    names: tuple[str, ...]
+    top_k: int
+    num_experts: int
+
+
+def check_trace(trace: RoutingTrace, shape: RouterShape, *, tokens: int | None = None) -> None:
+    """Refuses a trace that `shape`'s routers cannot replay: another model's, truncated, or with impossible rows.
+
+    tokens: rows that the model will compute, where the caller knows it. Raises ValueError naming layer and token.
+    """
+    got = (trace.num_layers, trace.top_k, trace.num_experts)
+    need = (len(shape.names), shape.top_k, shape.num_experts)
+    if got != need:
+        raise ValueError(
+            f"routing trace must fit the model: got (moe_layers, top_k, num_experts) = {got} for a model of {need}; "
+            "it was recorded from another model"
+        )
+    if tokens is not None and len(trace) != tokens:
+        raise ValueError(
+            f"routing trace must have one row a token: got {len(trace)} rows for {tokens} tokens (first router "
+            f"{shape.names[0]}, token {min(len(trace), tokens)}); mark unrecorded rows unknown instead of cutting them"
+        )
+    # uint8 ids of 256 experts cannot be too large: the comparison is skipped, not the check.
+    if shape.num_experts <= np.iinfo(trace.expert_ids.dtype).max:
+        bad = trace.expert_ids >= shape.num_experts
+        _refuse_rows(trace, bad.any(-1), shape, f"must lie below num_experts {shape.num_experts}")
+    for shift in range(1, shape.top_k // 2 + 1):  # every pair of a row meets at some rotation up to K / 2
+        same = trace.expert_ids == np.roll(trace.expert_ids, shift, axis=-1)
+        _refuse_rows(trace, same.any(-1), shape, "must be distinct")
+
+
+def _refuse_rows(trace: RoutingTrace, bad: np.ndarray, shape: RouterShape, rule: str) -> None:
+    bad &= trace.known[:, None]
+    if bad.any():
+        token, layer = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"expert ids of a row {rule}: got {trace.expert_ids[token, layer].tolist()} at router "
+            f"{shape.names[layer]} (MoE layer {layer}), token {token}; the recording is broken or misaligned"
+        )
+
+
+class LayerReplay:
+    """One router's routes of the micro-batches of a pass, in the order in which the pass runs them.
+
+    Forward and recomputed forward advance separately: under a pipeline schedule the forward of micro-batch m + 1
+    precedes the backward (and so the recomputation) of m. Ids stay in the trace's small type until they are used.
+    """
+
+    def __init__(self, name: str, routes: Sequence[tuple[torch.Tensor, torch.Tensor | None]], recompute: bool) -> None:
+        """routes: per micro-batch, ids [T, K] and known [T] bool (None = every row known), on the router's device."""
+        self.name = name
+        self.recompute = recompute
+        self.routes = list(routes)
+        self.forwards = 0
+        self.recomputes = 0
+
+    @torch.compiler.disable
+    def choose(self, native_ids: torch.Tensor) -> torch.Tensor:
+        """The experts to use now, [T, K] in the type of `native_ids` (the router's own choice, for unknown rows)."""
+        again = in_backward()
+        at = self.recomputes if again else self.forwards
+        self.recomputes += again
+        self.forwards += not again
+        if at >= len(self.routes):
+            raise RoutingReplayError(
+                f"router {self.name} asked for route {at + 1} of {len(self.routes)} in its "
+                f"{'recomputed ' if again else ''}forward: run each micro-batch once in a replay block"
+            )
+        ids, known = self.routes[at]
+        if len(ids) != len(native_ids):
+            raise ValueError(
+                f"routing trace of router {self.name} must have one row a token: got {len(ids)} rows for "
+                f"{len(native_ids)} tokens, micro-batch {at}, token {min(len(ids), len(native_ids))}"
+            )
+        target = _widen(ids, native_ids.dtype)
+        return target if known is None else merge_known(native_ids, target, known)
+
+    def unused(self) -> str | None:
+        """What is wrong with the counts, or None: every route once forward, and once more where recomputed."""
+        need = len(self.routes)
+        recomputes = need if self.recompute else 0
+        if (self.forwards, self.recomputes) == (need, recomputes):
+            return None
+        return (
+            f"router {self.name} used {self.forwards} of {need} routes in the forward and {self.recomputes} of "
+            f"{recomputes} in the recomputed forward"
+        )
+
+
+def _narrow(ids: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To the device in one or two bytes an id. uint16 travels as int16 bits: torch has few uint16 kernels (2.13)."""
+    array = np.ascontiguousarray(ids)
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device, non_blocking=True)
+
+
+def _widen(ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return ids.to(dtype) if ids.dtype == torch.uint8 else ids.to(dtype) & 0xFFFF
+
+
+class RouteFeeder:
+    """The recorded routes of one pass, dealt to this rank's routers and counted.
+
+    traces: one a micro-batch, already cut to the rows that this rank's routers see (context or sequence parallel
+    ranks slice with `trace[rows]`; padding rows are unknown). shape: the routers of this rank. columns: the MoE layers
+    of the trace that they are (a pipeline stage has some of them; default all). recompute: whether the routers'
+    forward runs again in the backward, for all or for each; False under `torch.no_grad()`.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[RoutingTrace],
+        shape: RouterShape,
+        device: torch.device | str,
+        *,
+        columns: Sequence[int] | None = None,
+        recompute: bool | Sequence[bool] = False,
+    ) -> None:
+        if columns is not None:
+            traces = [trace.layers(columns) for trace in traces]
+        for trace in traces:
+            check_trace(trace, shape)
+        again = [recompute] * len(shape.names) if isinstance(recompute, bool) else list(recompute)
+        device = torch.device(device)
+        ids = [_narrow(trace.expert_ids.transpose(1, 0, 2), device) for trace in traces]
+        known = [
+            None if trace.known.all() else torch.from_numpy(trace.known).to(device, non_blocking=True)
+            for trace in traces
+        ]
+        self.layers = [
+            LayerReplay(name, [(micro[layer], mask) for micro, mask in zip(ids, known)], again[layer])
+            for layer, name in enumerate(shape.names)
+        ]
+        self.rows = sum(len(trace) for trace in traces)
+        """Tokens of the pass on this rank."""
+        self.native_rows = sum(trace.unknown_rows for trace in traces)
+        """Tokens among them that are routed natively, for want of a recording (the same in every layer)."""
+
+    def finish(self) -> None:
+        """Raises RoutingReplayError, naming every router at fault, unless each route was used exactly once a pass."""
+        wrong = [message for layer in self.layers if (message := layer.unused())]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more routers)" if len(wrong) > 1 else ""
+            raise RoutingReplayError(
+                f"{wrong[0]}{more}: keep the whole forward, and the backward where activations are recomputed, inside "
+                "the replay block; a router that a fused or compiled kernel bypasses cannot be replayed"
+            )
+
+
+@contextmanager
+def feeding(feeder: RouteFeeder) -> Iterator[RouteFeeder]:
+    """Checks the counts when the block ends well; an exception inside passes through unchanged."""
+    yield feeder
+    feeder.finish()
+
+
+class RouteRecorder:
+    """Collects the experts that this rank's routers used, one forward a micro-batch; recomputed forwards are ignored.
+
+    Ids are kept on the device in their smallest type (K bytes a token and layer up to 256 experts) until `trace()`.
+    """
+
+    def __init__(self, shape: RouterShape) -> None:
+        self.shape = shape
+        self._small = torch.uint8 if id_dtype(shape.num_experts) == np.uint8 else torch.int16
+        self._seen: list[list[torch.Tensor]] = [[] for _ in shape.names]
+
+    @torch.compiler.disable
+    def see(self, layer: int, ids: torch.Tensor) -> None:
+        """ids [T, K]: what router `layer` uses in this forward."""
+        if not in_backward():
+            self._seen[layer].append(ids.detach().to(self._small))  # int64 to int16 wraps: the bits of uint16
+
+    def traces(self) -> list[RoutingTrace]:
+        """One trace a micro-batch, in the order of the forwards; raises RoutingReplayError if routers disagree."""
+        counts = [len(seen) for seen in self._seen]
+        if len(set(counts)) != 1:
+            least = counts.index(min(counts))
+            raise RoutingReplayError(
+                f"every router must record each forward once: router {self.shape.names[least]} saw {counts[least]} "
+                f"and router {self.shape.names[counts.index(max(counts))]} saw {max(counts)}"
+            )
+        out = []
+        for micro in zip(*self._seen, strict=True):
+            ids = torch.stack(micro, dim=1).cpu().numpy()
+            ids = ids.view(np.uint16) if ids.dtype == np.int16 else ids
+            out.append(RoutingTrace(ids, np.ones(len(ids), np.bool_), self.shape.num_experts))
+        return out
+
+    def trace(self) -> RoutingTrace:
+        """The experts of the one forward that was recorded; raises RoutingReplayError for none or several."""
+        traces = self.traces()
+        if len(traces) != 1:
+            raise RoutingReplayError(f"a recording of one forward was asked for: the routers saw {len(traces)}")
+        return traces[0]
