@@ -417,6 +417,8 @@ class RewardConfig:
     """Reward processes."""
     timeout_s: float = 30.0
     """Deadline for one rollout's reward."""
+    timeout_reward: float | None = 0.0
+    """Reward of a rollout that misses the deadline (counted in reward/timeout_fraction); null stops the run instead."""
 
     def __post_init__(self) -> None:
         at_least("reward.workers", self.workers, 1)
@@ -466,6 +468,20 @@ class LoggerConfig:
     samples_per_step: int = 4
     """Rollouts written to samples.jsonl (and a W&B table) each step."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class FlipsConfig:
+    """Live routing-flip rates, whether or not replay is on (routing/flips.py)."""
+
+    every: int = 1
+    """Measure every so many steps; 0 never."""
+    sequences: int = 8
+    """Rollouts of the sample (spread over the ranks)."""
+
+    def __post_init__(self) -> None:
+        at_least("flips.every", self.every, 0)
+        at_least("flips.sequences", self.sequences, 1)
 
 
 @dataclass(frozen=True)
@@ -528,6 +544,7 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    flips: FlipsConfig = field(default_factory=FlipsConfig)
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)

@@ -1,0 +1,153 @@
+"""The learner group: one actor a rank, driven by the learner's verbs as if it were one learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from gspo_dist.actors.process import ActorProcess, Actors
+from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.learner import Learner, OptimStep
+from gspo_dist.learners.step import LossSpec
+from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.packing import MiniBatch
+from gspo_dist.types import LogprobOutput, PackedBatch
+from gspo_dist.weights.publish import SentReport, send_weights
+
+START_TIMEOUT_S = 600.0
+
+LearnerFactory = Callable[..., Learner]
+"""make(rank=, world_size=, master_addr=, master_port=) -> Learner; picklable; imports its backend when called."""
+
+
+class LearnerRank(ActorProcess):
+    """One rank's process: builds the learner in place and forwards the verbs to it."""
+
+    learner: Learner
+
+    def start(self, make: LearnerFactory, rank: int, world_size: int, address: tuple[str, int]) -> int:
+        """Joins the process group; returns the rank's data-parallel rank."""
+        self.learner = make(rank=rank, world_size=world_size, master_addr=address[0], master_port=address[1])
+        return self.learner.data_parallel_rank
+
+    def logprobs(self, batches: Sequence[PackedBatch], **options: bool) -> list[LogprobOutput]:
+        return self.learner.logprobs(batches, **options)
+
+    def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
+        return self.learner.forward_backward(batches, spec)
+
+    def optim_step(self) -> OptimStep:
+        return self.learner.optim_step()
+
+    def send_weights(
+        self, transport: str, engines: Mapping[str, Any], bucket_bytes: int, timeout: float, log_dir: str
+    ) -> SentReport | None:
+        """Takes part in the export; the exporter delivers each bucket to all engines and waits for them."""
+        stream = self.learner.weights(bucket_bytes)
+        if not self.learner.is_exporter:
+            for _ in stream:
+                pass
+            return None
+        actors = Actors(engines, Path(log_dir))
+        if not hasattr(self, "transport"):
+            from gspo_dist.weights.publish import make_transport
+
+            self.transport = make_transport(transport, bucket_bytes=bucket_bytes, timeout_s=timeout)
+            self.transport.open(lambda info: actors.call_all("init_weight_sync", info, timeout=timeout))
+        return send_weights(
+            stream, self.transport, lambda info: actors.call_all("update_weights", info, timeout=timeout)
+        )
+
+    def save(self, folder: str) -> None:
+        self.learner.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        self.learner.load(Path(folder))
+
+    def wait_saved(self) -> None:
+        self.learner.wait_saved()
+
+    def close(self) -> None:
+        if hasattr(self, "transport"):
+            self.transport.close()
+        self.learner.close()
+
+
+class RayLearnerGroup:
+    """All ranks as one: sends each its micro-batches, merges what comes back."""
+
+    def __init__(
+        self, config: LearnerConfig, make: LearnerFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
+    ) -> None:
+        self.config = config
+        remote = ray.remote(LearnerRank)
+        handles = {
+            f"learner-{rank}": remote.options(**options[rank]).remote(f"learner-{rank}", str(log_dir))
+            for rank in range(config.world_size)
+        }
+        self.actors = Actors(handles, log_dir)
+        self.make = make
+        self.policy_version = 0
+
+    def start(self) -> None:
+        """Builds every rank's learner (collective). Called apart from the constructor, so that engines start too."""
+        handles = self.actors.handles
+        address = self.actors.gather({"learner-0": handles["learner-0"].host.remote()}, START_TIMEOUT_S)["learner-0"]
+        refs = {
+            name: handle.start.remote(self.make, rank, self.config.world_size, address)
+            for rank, (name, handle) in enumerate(handles.items())
+        }
+        self.data_parallel_ranks = self.actors.gather(refs, START_TIMEOUT_S)
+
+    def _scatter(self, method: str, mini: MiniBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Calls `method(micro_batches of its replica, ...)` on every rank. Each replica's data is stored once."""
+        parts = [ray.put(list(rank)) for rank in mini.micro_batches]
+        refs = {
+            name: getattr(self.actors.handles[name], method).remote(parts[replica], *args, **kwargs)
+            for name, replica in self.data_parallel_ranks.items()
+        }
+        return self.actors.gather(refs, self.config.timeout_s)
+
+    def logprobs(
+        self, mini: MiniBatch, *, record_routing: bool = False, reference: bool = False
+    ) -> list[list[LogprobOutput]]:
+        answers = self._scatter("logprobs", mini, record_routing=record_routing, reference=reference)
+        out: dict[int, list[LogprobOutput]] = {}
+        for name, replica in self.data_parallel_ranks.items():
+            out.setdefault(replica, answers[name])
+        return [out[replica] for replica in range(len(mini.micro_batches))]
+
+    def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
+        return merge_stats(list(self._scatter("forward_backward", mini, spec).values()))
+
+    def optim_step(self) -> OptimStep:
+        step = self.actors.call_all("optim_step", timeout=self.config.timeout_s)["learner-0"]
+        self.policy_version = step.policy_version
+        return step
+
+    def send_weights(
+        self, transport: str, engines: Mapping[str, Any], bucket_bytes: int, timeout: float
+    ) -> SentReport:
+        answers = self.actors.call_all(
+            "send_weights", transport, dict(engines), bucket_bytes, timeout, str(self.actors.log_dir), timeout=timeout
+        )
+        return next(report for report in answers.values() if report is not None)
+
+    def save(self, folder: Path) -> None:
+        self.actors.call_all("save", str(folder), timeout=self.config.timeout_s)
+
+    def load(self, folder: Path, policy_version: int) -> None:
+        self.actors.call_all("load", str(folder), timeout=self.config.timeout_s)
+        self.policy_version = policy_version
+
+    def wait_saved(self) -> None:
+        self.actors.call_all("wait_saved", timeout=self.config.timeout_s)
+
+    def peak_memory(self) -> dict[str, dict[str, int]]:
+        return self.actors.peak_memory()
+
+    def close(self) -> None:
+        self.actors.kill()

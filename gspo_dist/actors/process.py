@@ -1,0 +1,119 @@
+"""What every actor process shares: its log file, the gathering of answers, and the news of a death."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+TAIL_LINES = 15
+
+
+class ProcessDied(RuntimeError):
+    """An actor process ended; the message names it and shows its last lines."""
+
+
+class ProcessTimeout(TimeoutError):
+    """An actor did not answer in time; the message names it and shows its last lines."""
+
+
+class ActorProcess:
+    """Base of the actors: sends stdout and stderr to a log file, answers for its host and memory."""
+
+    def __init__(self, name: str, log_dir: str) -> None:
+        self.name = name
+        path = Path(log_dir) / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+
+    def host(self) -> tuple[str, int]:
+        """This node's address and a free port on it, for a process group's rendezvous."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def peak_memory(self) -> dict[str, int]:
+        """Peak resident bytes on the host, and peak allocated bytes on the GPU where there is one."""
+        import resource
+
+        import torch
+
+        out = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if torch.cuda.is_available():
+            out["gpu"] = torch.cuda.max_memory_allocated()
+        return out
+
+
+class Actors:
+    """A set of named actor handles whose calls are gathered together."""
+
+    def __init__(self, handles: Mapping[str, Any], log_dir: Path) -> None:
+        self.handles = dict(handles)
+        self.log_dir = log_dir
+
+    def call_all(self, method: str, *args: Any, timeout: float, **kwargs: Any) -> dict[str, Any]:
+        """The same call on every actor, answers by name."""
+        return self.gather(
+            {name: getattr(h, method).remote(*args, **kwargs) for name, h in self.handles.items()}, timeout
+        )
+
+    def gather(self, refs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """Waits for all answers; the first failure is raised at once, so that one dead rank does not leave the
+        others' collectives to time out.
+
+        Raises ProcessDied, ProcessTimeout, or what the actor raised, each naming the actor.
+        """
+        names = {ref: name for name, ref in refs.items()}
+        pending, out = list(names), {}
+        deadline = time.monotonic() + timeout
+        while pending:
+            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                late = [names[ref] for ref in pending]
+                raise ProcessTimeout(f"no answer within {timeout:.0f} s from {', '.join(late)}\n{self.tail(late[0])}")
+            for ref in done:
+                out[names[ref]] = self._result(names[ref], ref)
+        return {name: out[name] for name in refs}
+
+    def _result(self, name: str, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            cause.add_note(f"raised in {name}; its log: {self.log_dir / (name + '.log')}\n{self.tail(name)}")
+            raise cause from None
+        except ray.exceptions.RayActorError as error:
+            first = str(error).strip().splitlines()[0]
+            raise ProcessDied(f"{name} died: {first}\n{self.tail(name)}") from None
+
+    def tail(self, name: str) -> str:
+        """The last lines of an actor's log, indented."""
+        path = self.log_dir / f"{name}.log"
+        if not path.is_file():
+            return f"  (no log at {path})"
+        lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n".join(["  last lines of its log:", *(f"    {line}" for line in lines)])
+
+    def pids(self, timeout: float = 60.0) -> dict[str, int]:
+        return self.call_all("pid", timeout=timeout)
+
+    def peak_memory(self, timeout: float = 60.0) -> dict[str, dict[str, int]]:
+        return self.call_all("peak_memory", timeout=timeout)
+
+    def kill(self) -> None:
+        for handle in self.handles.values():
+            ray.kill(handle)
