@@ -325,11 +325,13 @@ class CorrectionConfig:
 
     name: str = "none"
     """none | token_truncate | token_mask | sequence_truncate | sequence_mask | geometric_reject | veto | opsm."""
-    params: dict[str, Any] = field(default_factory=dict)
-    """Its bounds (objectives/names.py, CORRECTIONS); the rest keep the published values."""
+    low: float | None = None
+    """Lower bound (masks, geometric_reject, veto); null: the published value (objectives/names.py, CORRECTIONS)."""
+    high: float | None = None
+    """Upper bound (truncations, masks, geometric_reject; opsm: its delta); null: the published value."""
 
     def __post_init__(self) -> None:
-        names.check_correction(self.name, self.params)
+        names.check_correction(self.name, low=self.low, high=self.high)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class MiniBatch:
         return self.num_tokens / (launched * token_budget)
 
 
-def split_mini_batches(group_ids: Sequence[int], mini_batches: int, seed: int) -> list[np.ndarray]:
+def split_mini_batches(group_ids: Sequence[int], mini_batches: int, seed: Sequence[int]) -> list[np.ndarray]:
     """Indices of the rollouts of each mini-batch: whole groups, in a random order fixed by `seed`, equal in groups.
 
     Raises ValueError when there are fewer groups than mini-batches (dropped groups can cause it).
@@ -63,7 +63,7 @@ def split_mini_batches(group_ids: Sequence[int], mini_batches: int, seed: int) -
         raise ValueError(
             f"mini_batches must be at most the number of groups in the batch: got {mini_batches} and {len(groups)}"
         )
-    order = np.random.default_rng([seed, 0x9ACC]).permutation(groups)
+    order = np.random.default_rng([*seed, 0x9ACC]).permutation(groups)
     return [np.flatnonzero(np.isin(ids, part)) for part in np.array_split(order, mini_batches)]
 
 
@@ -164,9 +164,9 @@ def pack(
     token_budget: int,
     mini_batches: int,
     max_completion_length: int,
-    seed: int,
+    seed: Sequence[int],
 ) -> list[MiniBatch]:
-    """The mini-batches of one rollout batch. `advantages`: one a rollout. `seed` fixes the order of the groups.
+    """The mini-batches of one rollout batch. `advantages`: one a rollout. `seed` (numbers, e.g. run seed and step) fixes the order of the groups.
 
     Raises ValueError for a rollout without a trained token (named), a sequence over the budget, too few rollouts.
     """
@@ -203,3 +203,69 @@ def unpack(batch: PackedBatch, values: torch.Tensor) -> dict[int, np.ndarray]:
             continue  # a filler
         out[rollout] = values[rows][batch.loss_mask[rows]].numpy()
     return out
+
+
+def take_sequences(picks: Sequence[tuple[PackedBatch, int]], *, ranks: int) -> MiniBatch:
+    """A mini-batch of single sequences cut out of packed batches, dealt to `ranks` by length: for probes and samples
+    that run beside the training batch. Fewer sequences than ranks: the rest run masked copies of the first."""
+    singles = [_cut(batch, s) for batch, s in picks]
+    while len(singles) < ranks:
+        singles.append(_masked(singles[0]))
+    bins = _lpt([b.num_tokens for b in singles], ranks, 1 << 62)
+    assert bins is not None
+    batches = tuple((_join([singles[i] for i in members]),) for members in bins)
+    tokens = sum(int(b.loss_mask.sum()) for b in singles)
+    return MiniBatch(batches, Denominators(len(picks), max(tokens, len(picks)), 1))
+
+
+def _cut(batch: PackedBatch, s: int) -> PackedBatch:
+    """Sequence `s` of a packed batch as a batch of its own."""
+    rows = slice(int(batch.cu_seqlens[s]), int(batch.cu_seqlens[s + 1]))
+    return PackedBatch(
+        token_ids=batch.token_ids[rows],
+        position_ids=batch.position_ids[rows],
+        cu_seqlens=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+        loss_mask=batch.loss_mask[rows],
+        advantages=batch.advantages[rows],
+        rollout_logprobs=batch.rollout_logprobs[rows],
+        rollout_index=batch.rollout_index[s : s + 1],
+        old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[rows],
+        ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows],
+        routing=None if batch.routing is None else batch.routing[rows],
+    )
+
+
+def _join(parts: Sequence[PackedBatch]) -> PackedBatch:
+    """Packed batches laid end to end."""
+
+    def cat(name: str) -> torch.Tensor | None:
+        values = [getattr(p, name) for p in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    lengths = torch.cat([p.cu_seqlens.diff() for p in parts])
+    fields = ("token_ids", "position_ids", "loss_mask", "advantages", "rollout_logprobs", "rollout_index",
+              "old_logprobs", "ref_logprobs")
+    return PackedBatch(
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]),
+        routing=None if parts[0].routing is None else RoutingTrace.concat([p.routing for p in parts]),
+        **{name: cat(name) for name in fields},
+    )
+
+
+def from_sequences(sequences: Sequence[np.ndarray], ranks: int) -> MiniBatch:
+    """Bare token sequences as a mini-batch whose every token but the first is marked: what a log-prob probe scores.
+    rollout_index counts the sequences."""
+    picks = []
+    for i, tokens in enumerate(sequences):
+        n = len(tokens)
+        mask = torch.ones(n, dtype=torch.bool)
+        mask[0] = False
+        zeros = torch.zeros(n)
+        picks.append((PackedBatch(
+            token_ids=torch.as_tensor(np.asarray(tokens, np.int64)),
+            position_ids=torch.arange(n),
+            cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+            loss_mask=mask, advantages=zeros, rollout_logprobs=zeros,
+            rollout_index=torch.tensor([i]),
+        ), 0))
+    return take_sequences(picks, ranks=ranks)

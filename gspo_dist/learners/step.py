@@ -10,7 +10,7 @@ import torch
 from gspo_dist.config import CorrectionConfig
 from gspo_dist.objectives import mismatch
 from gspo_dist.objectives.aggregate import Denominators
-from gspo_dist.objectives.policy import Objective
+from gspo_dist.objectives.registry import Objective
 from gspo_dist.objectives.segments import Segments
 from gspo_dist.objectives.stats import Stat
 from gspo_dist.types import PackedBatch
@@ -18,12 +18,18 @@ from gspo_dist.types import PackedBatch
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What one mini-batch optimises: objective, global denominators, mismatch correction, recentring offset (nats)."""
+    """What one mini-batch optimises: objective, global denominators, mismatch correction, recentring.
+
+    offset (nats) is taken out of every log ratio before clipping; None: the mean over the micro-batch's own sequences
+    (only meaningful in the first mini-batch, where the policy has not moved yet). measure_mismatch: also return
+    statistics of learner against engine (from old_logprobs where they were recomputed, else from this pass).
+    """
 
     objective: Objective
     denominators: Denominators
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    offset: float = 0.0
+    offset: float | None = 0.0
+    measure_mismatch: bool = False
 
 
 def trained_index(batch: PackedBatch) -> torch.Tensor:
@@ -74,14 +80,23 @@ def micro_batch_loss(
         spec.correction.name, old, rollout_logprobs, advantages, segments,
         low=spec.correction.low, high=spec.correction.high, logprobs=logprobs.detach(),
     )
+    offset = spec.offset
+    if offset is None:
+        offset = float(segments.mean(logprobs.detach() - old).mean())
+    corrected = spec.correction.name != "none"
     result = spec.objective.loss(
-        logprobs, old, advantages, segments, spec.denominators,
-        ref_logprobs=ref, weights=weights, keep=keep, offset=spec.offset,
+        logprobs, old, advantages, segments, spec.denominators, ref_logprobs=ref,
+        weights=weights if corrected else None, keep=keep if corrected else None, offset=offset,
     )
     if not torch.isfinite(result.loss):
-        raise FloatingPointError(f"loss is {result.loss.item()} in a micro-batch of rollouts {batch.rollout_index.tolist()}")
-    stats = dict(result.stats)
-    stats["objective/entropy"] = Stat.mean(entropy.detach())
+        raise FloatingPointError(
+            f"loss is {result.loss.item()} in a micro-batch of rollouts {batch.rollout_index.tolist()}"
+        )
+    stats = {f"objective/{name}": stat for name, stat in result.stats.items()}
+    stats["objective/entropy"] = Stat.mean(entropy)
+    if spec.measure_mismatch:
+        learner = logprobs.detach() if batch.old_logprobs is None else old
+        stats |= mismatch.mismatch_stats(learner, rollout_logprobs, segments)
     return result.loss, stats
 
 

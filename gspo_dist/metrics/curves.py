@@ -12,7 +12,7 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
         "clip fraction by sign of the advantage",
         ("objective/clip_fraction_positive", "objective/clip_fraction_negative"), False,
     ),
-    ("mismatch engine / learner (k3, nats a token)", ("mismatch/k3",), True),
+    ("mismatch engine / learner (k3, nats a token)", ("mismatch/k3_kl",), True),
     ("entropy (nats a token)", ("objective/entropy",), False),
     ("time of a step (s)", ("time/collect_s", "time/old_logprobs_s", "time/update_s", "time/sync_s"), False),
 )

@@ -63,7 +63,7 @@ class ConsoleSink:
         ("reward", "rollout/reward_mean", "{:.3f}"),
         ("heldout", "eval/heldout/accuracy", "{:.3f}"),
         ("clip", "objective/clip_fraction", "{:.3f}"),
-        ("kl_mismatch", "mismatch/k3", "{:.1e}"),
+        ("kl_mismatch", "mismatch/k3_kl", "{:.1e}"),
         ("entropy", "objective/entropy", "{:.3f}"),
         ("grad", "learner/grad_norm", "{:.2f}"),
         ("len", "rollout/completion_tokens_mean", "{:.1f}"),

@@ -1,0 +1,288 @@
+"""From a config to a run: the one place that turns names into classes. Cheap checks come first, processes last."""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from gspo_dist.checkpoint import Checkpoint, CheckpointStore
+from gspo_dist.coldstart import ensure_model
+from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig, to_mapping
+from gspo_dist.data.prompts import PromptCursor, load_prompts, load_tokenizer
+from gspo_dist.learners.learner import Learner
+from gspo_dist.metrics.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink, write_json
+from gspo_dist.objectives.registry import Objective, get_objective
+from gspo_dist.rewards.reward import resolve_reward
+from gspo_dist.rollout.engine import EngineInfo, RolloutEngine
+from gspo_dist.trainer.contract import LogprobContract
+from gspo_dist.trainer.flips import FlipMeter
+from gspo_dist.trainer.run import Run
+from gspo_dist.trainer.sync import WeightSync
+from gspo_dist.types import SamplingSpec
+
+
+def make_learner(
+    config: LearnerConfig, model_path: str, *, total_steps: int, temperature: float, keep_reference: bool, device: str,
+    rank: int = 0, world_size: int = 1, master_addr: str = "127.0.0.1", master_port: int = 0,
+) -> Learner:
+    """One rank's learner; runs in the rank's own process, so each backend is imported only there."""
+    _cap_threads(config.threads or max(1, (os.cpu_count() or 1) // world_size), device)
+    common: dict[str, Any] = {
+        "total_steps": total_steps, "temperature": temperature, "keep_reference": keep_reference, "device": device
+    }
+    if config.backend == "eager":
+        from gspo_dist.learners.eager import EagerLearner
+
+        return EagerLearner(config, model_path, **common)
+    group = {"rank": rank, "world_size": world_size, "master_addr": master_addr, "master_port": master_port}
+    if config.backend == "deepspeed":
+        from gspo_dist.learners.deepspeed import DeepSpeedLearner
+
+        return DeepSpeedLearner(config, model_path, **common, **group)
+    from gspo_dist.learners.megatron import MegatronLearner
+
+    return MegatronLearner(config, model_path, **common, **group)
+
+
+def make_engine(
+    config: RolloutConfig, model_path: str, *, name: str, device: str, seed: int, record_routing: bool, threads: int
+) -> RolloutEngine:
+    """One engine; runs in the engine's own process."""
+    if config.engine == "fake":
+        from gspo_dist.rollout.fake import FakeEngine
+
+        return FakeEngine(config, model_path, name=name, seed=seed, record_routing=record_routing)
+    from gspo_dist.rollout.vllm import VllmEngine
+
+    return VllmEngine(
+        config, model_path, name=name, device=device, seed=seed, record_routing=record_routing, threads=threads
+    )
+
+
+def make_objective(config: RunConfig) -> Objective:
+    """The bound, checked objective of a run."""
+    o = config.objective
+    return get_objective(
+        o.name, aggregation=o.aggregation, kl_coef=o.kl_coef, kl_estimator=o.kl_estimator,
+        allow_wide_clip=o.allow_wide_clip, **o.params,
+    )
+
+
+def build(config: RunConfig) -> Run:
+    """Checks everything that is cheap to check, then starts the processes and assembles the run.
+
+    Raises ValueError (bad input) before any process starts; RuntimeError when the cluster grants no resources.
+    """
+    objective = make_objective(config)
+    resolve_reward(config.reward)
+    run_dir = Path(config.run_dir).expanduser().resolve()
+    checkpoint = CheckpointStore(run_dir, config.checkpoint.keep).newest() if config.checkpoint.resume else None
+    model = str(ensure_model(config.model))
+    tokenizer = load_tokenizer(model)
+    limit = config.rollout.max_prompt_tokens
+    train = load_prompts(config.data, "train", tokenizer, max_prompt_tokens=limit, seed=config.seed)
+    heldout = load_prompts(config.data, "heldout", tokenizer, max_prompt_tokens=limit, seed=config.seed)
+    device = resolve_device(config.cluster.device)
+    moe_layers = _check_model(config, model)
+    _prepare_folder(run_dir, config, checkpoint)
+
+    parts = _local_parts if config.cluster.in_process else _ray_parts
+    learner, pool, rewards, info, release = parts(config, model, device, run_dir, moe_layers)
+    try:
+        ranks = config.learner.data_parallel
+        transport = config.rollout.weight_sync.transport
+        if transport == "auto":
+            transport = "nccl" if device == "cuda" else "shm"
+        contract = LogprobContract(config.objective, objective, learner, config.seed)
+        run = Run(
+            config=config, run_dir=run_dir, learner=learner, pool=pool, rewards=rewards,
+            cursor=PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
+            heldout=heldout[: config.evaluation.prompts], contract=contract,
+            flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
+            sync=WeightSync(config.rollout.weight_sync, learner, pool, transport, ranks),
+            sinks=Sinks([]), sampling=_sampling(config, tokenizer, info), stop_token_ids=(), release=release,
+        )
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        run.sinks = _make_sinks(config, run_dir, run.first_step)
+    except BaseException:
+        release()
+        raise
+    return run
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is cuda where torch sees a GPU. Raises ValueError when cuda is asked for and absent."""
+    import torch
+
+    present = torch.cuda.is_available()
+    if device == "cuda" and not present:
+        raise ValueError("cluster.device=cuda needs a GPU: torch sees none on this host; use cpu or auto")
+    return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def _check_model(config: RunConfig, model: str) -> int:
+    """Cross-checks of config and model; returns the number of MoE layers (0 for a dense model)."""
+    import json
+
+    from gspo_dist.learners.policy import check_model_folder
+
+    hf = json.loads((check_model_folder(model) / "config.json").read_text())
+    context = hf.get("max_position_embeddings")
+    if context and config.rollout.max_model_len > context:
+        raise ValueError(
+            f"rollout.max_prompt_tokens + max_completion_tokens must fit the model's context: got "
+            f"{config.rollout.max_model_len} for {context}; shorten them"
+        )
+    experts = hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts") or 0
+    layers = int(hf["num_hidden_layers"]) if experts else 0
+    if not experts and config.objective.routing_replay != "none":
+        raise ValueError(
+            f"objective.routing_replay={config.objective.routing_replay} needs a mixture-of-experts model: "
+            f"{hf.get('architectures')} has no experts; set it to none"
+        )
+    if config.learner.backend == "deepspeed" and config.learner.deepspeed.expert_parallel > 1:
+        ep = config.learner.deepspeed.expert_parallel
+        if not experts or experts % ep:
+            raise ValueError(
+                f"learner.deepspeed.expert_parallel must divide num_experts: got {ep} and {experts}; try "
+                f"{[d for d in range(1, experts + 1) if experts and experts % d == 0]}"
+            )
+    if config.learner.backend == "megatron":
+        from gspo_dist.learners.megatron.layout import check_layout
+
+        check_layout(config.learner, hf)
+    return layers
+
+
+def _records_routing(config: RunConfig, moe_layers: int) -> bool:
+    """Engines record where R3 needs it, and where the live flip metric can use it."""
+    return config.objective.routing_replay == "r3" or (config.flips.every > 0 and moe_layers > 0)
+
+
+def _sampling(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
+    wants_routing = _records_routing(config, info.moe_layers)
+    if config.objective.routing_replay == "r3" and not info.can_record_routing:
+        raise ValueError(
+            f"routing_replay=r3 needs an engine that records expert choices: {info.name} cannot; use r2 with "
+            "old_logprobs=recompute"
+        )
+    return SamplingSpec(
+        n=config.rollout.group_size, max_tokens=config.rollout.max_completion_tokens,
+        temperature=config.rollout.temperature, top_p=config.rollout.top_p, seed=config.seed,
+        stop_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
+        record_routing=wants_routing and info.can_record_routing,
+    )
+
+
+def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> tuple[Any, Any]:
+    learner = functools.partial(
+        make_learner, config.learner, model, total_steps=config.steps * config.mini_batches,
+        temperature=config.rollout.temperature, keep_reference=config.objective.kl_coef > 0, device=device,
+    )
+    engine = functools.partial(
+        make_engine, config.rollout, model, device=device, seed=config.seed,
+        record_routing=_records_routing(config, moe_layers),
+        threads=config.rollout.threads or max(1, (os.cpu_count() or 1) // config.rollout.engines),
+    )
+    return learner, engine
+
+
+def _local_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Any:
+    """Everything in this process, without Ray."""
+    from gspo_dist.learners.group import LocalLearnerGroup
+    from gspo_dist.rewards.pool import LocalRewardPool
+    from gspo_dist.rollout.pool import LocalRolloutPool
+
+    make_rank, make_one = _factories(config, model, device, moe_layers)
+    learner, pool = LocalLearnerGroup(make_rank()), LocalRolloutPool(make_one(name="engine-0"))
+
+    def release() -> None:
+        learner.close()
+        pool.close()
+
+    return learner, pool, LocalRewardPool(config.reward), pool.start(), release
+
+
+def _ray_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Any:
+    """Learner ranks, engines and reward workers as Ray actors."""
+    import ray
+
+    from gspo_dist.actors.learner_group import RayLearnerGroup
+    from gspo_dist.actors.placement import Reservation, lay_out, start_ray
+    from gspo_dist.actors.reward_pool import RewardPool
+    from gspo_dist.actors.rollout_pool import RayRolloutPool
+
+    layout = lay_out(config.cluster, config.learner, config.rollout, device)
+    own_ray = start_ray(config.cluster)
+    closers: list[Any] = []
+
+    def release() -> None:
+        for close in reversed(closers):
+            close()
+        if own_ray:
+            ray.shutdown()
+
+    try:
+        places = Reservation(layout, config.cluster.placement_timeout_s)
+        closers.append(places.release)
+        env = _process_env(config, device)
+        make_rank, make_one = _factories(config, model, device, moe_layers)
+        logs = run_dir / "logs"
+        ranks, engines = range(config.learner.world_size), range(config.rollout.engines)
+        pool = RayRolloutPool(config.rollout, make_one, [places.options("engine", i, env["engine"]) for i in engines], logs)
+        closers.append(pool.close)
+        learner = RayLearnerGroup(
+            config.learner, make_rank, [places.options("learner", r, env["learner"]) for r in ranks], logs
+        )
+        closers.append(learner.close)
+        rewards = RewardPool(config.reward, logs)
+        closers.append(rewards.close)
+        learner.start()
+        return learner, pool, rewards, pool.start(), release
+    except BaseException:
+        release()
+        raise
+
+
+def _process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
+    """Environment of the actors: thread caps before any library counts cores."""
+    cores = os.cpu_count() or 1
+    common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    if device == "cuda":
+        return {"learner": common, "engine": common}
+    learner = config.learner.threads or max(1, cores // config.learner.world_size)
+    engine = config.rollout.threads or max(1, cores // config.rollout.engines)
+    return {
+        "learner": common | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"},
+        "engine": common | {"OMP_NUM_THREADS": str(engine)},
+    }
+
+
+def _cap_threads(threads: int, device: str) -> None:
+    if device == "cpu":
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _prepare_folder(run_dir: Path, config: RunConfig, checkpoint: Checkpoint | None) -> None:
+    """Makes the run folder; refuses to write over another run's metrics unless it is resumed from a checkpoint."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", to_mapping(config))
+    identity = run_dir / "run_id"
+    if checkpoint is None or not identity.is_file():
+        identity.write_text(uuid.uuid4().hex[:12])
+
+
+def _make_sinks(config: RunConfig, run_dir: Path, first_step: int) -> Sinks:
+    sinks: list[Sink] = [JsonlSink(run_dir, first_step)]
+    if config.logger.console:
+        sinks.append(ConsoleSink(config.steps, first_step))
+    if config.logger.wandb.mode != "off":
+        identity = (run_dir / "run_id").read_text()
+        sinks.append(WandbSink(config.logger.wandb, run_dir, to_mapping(config), identity))
+    return Sinks(sinks)

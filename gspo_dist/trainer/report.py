@@ -1,0 +1,34 @@
+"""Statistics of a step as the numbers that are logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from gspo_dist.learners.learner import OptimStep
+from gspo_dist.objectives.mismatch import mismatch_metrics
+from gspo_dist.objectives.stats import Stat, results
+
+BY_MINI_BATCH = ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative", "approx_kl_k3")
+
+
+def mini_batch_metrics(stats: Mapping[str, Stat], index: int) -> dict[str, float]:
+    """The clip fractions of one mini-batch: off-policyness grows with its index."""
+    return {
+        f"objective/mini_batch_{index}/{name}": stats[f"objective/{name}"].result()
+        for name in BY_MINI_BATCH if f"objective/{name}" in stats
+    }
+
+
+def update_metrics(stats: Mapping[str, Stat], optim: Sequence[OptimStep]) -> dict[str, float]:
+    """objective/*, mismatch/*, moe/* and learner/* metrics over all mini-batches of a step."""
+    out = {name: value for name, value in results(dict(stats)).items() if not name.startswith(("mismatch/", "moment/"))}
+    mean, square = out.pop("objective/sequence_log_ratio_mean"), out.pop("objective/sequence_log_ratio_square")
+    out["objective/log_ratio_mean"] = mean
+    out["objective/log_ratio_std"] = math.sqrt(max(square - mean * mean, 0.0))
+    if any(name.startswith("mismatch/") for name in stats):
+        out |= mismatch_metrics({n: s for n, s in stats.items() if n.startswith(("mismatch/", "moment/"))})
+    out["learner/grad_norm"] = sum(o.grad_norm for o in optim) / len(optim)
+    out["learner/lr"] = optim[-1].lr
+    out["learner/policy_version"] = float(optim[-1].policy_version)
+    return out

@@ -1,0 +1,213 @@
+"""A run's parts and its housekeeping: evaluation, logging, checkpoints, the closing summary."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gspo_dist.checkpoint import Checkpoint, CheckpointStore
+from gspo_dist.config import RunConfig
+from gspo_dist.data.prompts import PromptCursor
+from gspo_dist.evaluation.suite import evaluate
+from gspo_dist.learners.group import LearnerGroup
+from gspo_dist.metrics.curves import draw_curves
+from gspo_dist.metrics.sinks import Sinks, read_jsonl
+from gspo_dist.packing import MiniBatch
+from gspo_dist.rollout.pool import RolloutPool
+from gspo_dist.trainer.collect import RewardPool
+from gspo_dist.trainer.contract import LogprobContract
+from gspo_dist.trainer.flips import FlipMeter
+from gspo_dist.trainer.sync import WeightSync
+from gspo_dist.types import Prompt, Rollout, SamplingSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything that a run is made of (build.py makes it); the loop's only argument."""
+
+    config: RunConfig
+    run_dir: Path
+    learner: LearnerGroup
+    pool: RolloutPool
+    rewards: RewardPool
+    cursor: PromptCursor
+    heldout: Sequence[Prompt]
+    contract: LogprobContract
+    flips: FlipMeter
+    sync: WeightSync
+    sinks: Sinks
+    sampling: SamplingSpec
+    stop_token_ids: tuple[int, ...]
+    release: Callable[[], None]
+    """Ends the processes that the run started."""
+    first_step: int = 0
+    tokens_seen: int = 0
+    last_checkpoint: Path | None = None
+    first_eval: dict[str, float] = field(default_factory=dict)
+    last_eval: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.run_dir, self.config.checkpoint.keep)
+
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """While the learner works: colocated engines sleep, and their GPUs' memory is the learner's."""
+        if not self.config.cluster.colocated:
+            yield
+            return
+        self.pool.sleep()
+        try:
+            yield
+        finally:
+            self.pool.wake_up()
+
+    def for_training(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Rollouts as the learner gets them: with their routing trace only where R3 replays it."""
+        if self.config.objective.routing_replay == "r3":
+            return list(rollouts)
+        return [replace(r, completion=replace(r.completion, routing=None)) for r in rollouts]
+
+    def probe_sequences(self) -> list[np.ndarray]:
+        """Token sequences for the first log-prob probe, before anything is sampled: a few prompts."""
+        return [np.asarray(p.token_ids) for p in (self.heldout or self.cursor.prompts)[:4]]
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return step == self.config.steps or bool(every and step % every == 0)
+
+    def evaluate(self, step: int, log: bool = True) -> dict[str, float]:
+        """Held-out accuracy after `step` steps, under eval/heldout/*; empty without held-out prompts."""
+        if not self.heldout:
+            return {}
+        config = self.config.evaluation
+        spec = replace(
+            self.sampling, n=config.samples, temperature=config.temperature, top_p=config.top_p,
+            seed=self.config.seed + 1, record_routing=False,
+        )
+        start = time.perf_counter()
+        ids = range(1 << 40, (1 << 40) + len(self.heldout))
+        result = evaluate(lambda prompts, s: self.pool.generate(prompts, s, ids), self.heldout, self._judge, spec)
+        row = result.metrics("heldout") | {"time/evaluation_s": time.perf_counter() - start}
+        self.last_eval = row
+        self.first_eval = self.first_eval or row
+        if log and step == 0:
+            self.sinks.log(step, row)
+        return row
+
+    def _judge(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]]) -> list[list[float]]:
+        items = [(-1, p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+        scores = iter(self.rewards.score(items))
+        return [[next(scores)[0] for _ in group] for group in groups]
+
+    # -- logging ------------------------------------------------------------------------------------------------
+
+    def batch_metrics(self, rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
+        """What the packing and the traces cost."""
+        budget = self.config.learner.token_budget
+        launched = sum(len(rank) for m in mini_batches for rank in m.micro_batches)
+        held = sum(m.num_tokens for m in mini_batches)
+        self.flips.end()
+        traces = [b.routing for m in mini_batches for rank in m.micro_batches for b in rank if b.routing is not None]
+        out = {
+            "packing/micro_batches": float(launched),
+            "packing/efficiency": held / (launched * budget),
+        }
+        if traces:
+            out["routing/replay_bytes"] = float(sum(t.nbytes for t in traces))
+            out["routing/replay_bytes_per_token"] = sum(t.nbytes for t in traces) / held
+            out["routing/native_row_fraction"] = float(np.mean(np.concatenate([~t.known for t in traces])))
+        return out
+
+    def speed(self, times: Mapping[str, float], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """time/* and perf/* of a step."""
+        completion = sum(len(r.completion) for r in rollouts)
+        self.tokens_seen += completion
+        seconds = times["time/step_s"]
+        return dict(times) | {
+            "perf/tokens_per_s": completion / seconds,
+            "perf/collect_tokens_per_s": completion / times["time/collect_s"],
+            "perf/update_tokens_per_s": sum(r.num_tokens for r in rollouts) / times["time/update_s"],
+            "rollout/completion_tokens_total": float(self.tokens_seen),
+        }
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        done = step - self.first_step
+        left = (time.perf_counter() - self.started) / done * (self.config.steps - step)
+        self.sinks.log(step, row | {"time/left_s": left})
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint_due(self, step: int) -> bool:
+        config = self.config.checkpoint
+        if step == self.config.steps:
+            return config.save_last
+        return bool(config.every and step % config.every == 0)
+
+    def save(self, step: int) -> None:
+        """A whole checkpoint of the state after `step` steps."""
+        partial = self.store.begin(step)
+        self.learner.save(partial / "learner")
+        self.learner.wait_saved()
+        self.last_checkpoint = self.store.commit(partial, step, {
+            "policy_version": self.learner.policy_version,
+            "cursor": self.cursor.state_dict(),
+            "contract": self.contract.state_dict(),
+            "tokens_seen": self.tokens_seen,
+            "published": self.sync.published,
+            "first_eval": self.first_eval,
+        })
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from `checkpoint`."""
+        state = checkpoint.state
+        self.learner.load(checkpoint.learner, state["policy_version"])
+        self.cursor.load_state_dict(state["cursor"])
+        self.contract.load_state_dict(state["contract"])
+        self.tokens_seen = state["tokens_seen"]
+        self.first_eval = dict(state["first_eval"])
+        self.first_step = checkpoint.step
+        self.last_checkpoint = checkpoint.folder
+
+    def saved(self) -> str:
+        """What of this run is safe on disk, for an error message."""
+        if self.last_checkpoint is None:
+            return f"no checkpoint was saved yet (checkpoint.every = {self.config.checkpoint.every})"
+        return f"saved: {self.last_checkpoint}"
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, object]:
+        """Draws the curves and heat maps, writes the summary, closes the sinks."""
+        rows = read_jsonl(self.run_dir / "metrics.jsonl")
+        pictures = [self.run_dir / "curves.png", *self.flips.draw(self.run_dir)]
+        draw_curves(rows, pictures[0], title=str(self.run_dir.name))
+        for picture in pictures:
+            self.sinks.image(picture.stem, picture)
+        key = "eval/heldout/accuracy"
+        memory = self.pool.peak_memory() | self.learner.peak_memory()
+        summary: dict[str, object] = {
+            "steps": self.config.steps,
+            "policy_version": self.learner.policy_version,
+            "completion_tokens": self.tokens_seen,
+            "seconds": time.perf_counter() - self.started,
+            "tokens_per_s_median": float(np.median([r["perf/tokens_per_s"] for r in rows if "perf/tokens_per_s" in r])),
+            "peak_memory_bytes": memory,
+            "checkpoint": str(self.last_checkpoint) if self.last_checkpoint else None,
+        }
+        if self.last_eval:
+            summary |= {"heldout_before": self.first_eval[key], "heldout_after": self.last_eval[key]}
+        self.sinks.close(summary)
+        return summary

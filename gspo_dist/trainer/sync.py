@@ -1,0 +1,78 @@
+"""The checked weight sync: every transfer is verified (version, checksums), and on a schedule probed by log-probs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from gspo_dist.config import WeightSyncConfig
+from gspo_dist.learners.group import LearnerGroup
+from gspo_dist.packing import from_sequences, unpack
+from gspo_dist.rollout.pool import RolloutPool
+from gspo_dist.weights.verify import check_probe, verify_receipt
+
+PROBE_SEQUENCES = 4
+
+
+class WeightSync:
+    """Publishes the learner's weights to every engine; a failed check stops the run with the tensor's name."""
+
+    def __init__(
+        self, config: WeightSyncConfig, learner: LearnerGroup, pool: RolloutPool, transport: str, ranks: int
+    ) -> None:
+        self.config = config
+        self.learner = learner
+        self.pool = pool
+        self.transport = transport
+        self.ranks = ranks
+        self.published = 0
+
+    def publish(self, probe: Sequence[np.ndarray]) -> dict[str, float]:
+        """Sends the current weights and checks them. `probe`: token sequences for the log-prob probe, when it is due.
+
+        Returns sync/* metrics. Raises WeightSyncError naming the tensor and the engine, or a timeout naming a process.
+        """
+        timeout = self.config.timeout_s
+        version = self.learner.policy_version
+        start = time.perf_counter()
+        self.pool.start_weight_update(timeout)
+        sent = self.learner.send_weights(
+            self.transport, self.pool.engines, self.config.bucket_mib << 20, timeout
+        )
+        receipts = self.pool.finish_weight_update(version, timeout)
+        if self.config.check:
+            for engine, receipt in receipts.items():
+                verify_receipt(sent.checksums, receipt, version, engine=engine)
+        seconds = time.perf_counter() - start
+        checking = sent.seconds_checking + max(r.seconds_checking for r in receipts.values())
+        metrics = {
+            "sync/bytes": float(sent.bytes),
+            "sync/check_fraction": checking / seconds,
+            "sync/gib_per_s": sent.bytes / seconds / 2**30,
+        }
+        every = self.config.probe_every
+        if self.published == 0 or (every and self.published % every == 0):
+            metrics |= self._probe(probe)
+        self.published += 1
+        return metrics
+
+    def _probe(self, sequences: Sequence[np.ndarray]) -> dict[str, float]:
+        """Scores the same sequences with learner and engines: proves what the engines compute, not what arrived."""
+        sequences = [np.asarray(s) for s in sequences[:PROBE_SEQUENCES] if len(s) > 1]
+        if not sequences:
+            return {}
+        mini = from_sequences(sequences, self.ranks)
+        learner: dict[int, np.ndarray] = {}
+        for rank, outputs in zip(mini.micro_batches, self.learner.logprobs(mini), strict=True):
+            for batch, output in zip(rank, outputs, strict=True):
+                learner |= unpack(batch, output.logprobs)
+        ours = np.concatenate([learner[i] for i in range(len(sequences))])
+        worst_mean, worst_max = 0.0, 0.0
+        for engine, scores in self.pool.score(sequences, self.config.timeout_s).items():
+            mean, largest = check_probe(
+                np.concatenate(scores), ours, tolerance=self.config.probe_tolerance, engine=engine
+            )
+            worst_mean, worst_max = max(worst_mean, mean), max(worst_max, largest)
+        return {"sync/probe_mean_abs": worst_mean, "sync/probe_max_abs": worst_max}
