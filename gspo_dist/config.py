@@ -167,7 +167,7 @@ class LearnerConfig:
     """fp32 | bf16: of weights and activations; master weights and log-probs are fp32 in both."""
     fp32_head: bool = True
     """LM head product in fp32."""
-    token_budget: int = 8192
+    token_budget: int = 16384
     """Most tokens a micro-batch holds; sequences are never cut, so it must hold the longest one."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass (eager, deepspeed; megatron has its own knob)."""
@@ -363,23 +363,11 @@ class ObjectiveConfig:
         choose("objective.routing_replay", self.routing_replay, ("none", "r2", "r3"))
         choose("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         at_least("objective.kl_coef", self.kl_coef, 0.0)
-        if self.advantage is not None:
-            choose("objective.advantage", self.advantage, names.ADVANTAGES)
         legality.check(
-            self.name, old_logprobs=self.old_logprobs, routing_replay=self.routing_replay,
-            correction=self.correction.name, recentre=self.recentre, aggregation=self.aggregation,
-            clip_low=self.params.get("clip_low"), clip_high=self.params.get("clip_high"),
-            allow_wide_clip=self.allow_wide_clip,
+            self.name, params=self.params, old_logprobs=self.old_logprobs, routing_replay=self.routing_replay,
+            correction=self.correction.name, guard_action=self.guard.action, aggregation=self.aggregation,
+            advantage=self.advantage, allow_wide_clip=self.allow_wide_clip,
         )
-        spec = names.OBJECTIVE_SPECS.get(self.name)
-        if spec is not None:
-            owner = f"objective {self.name}"
-            names.check_params(owner, names.resolve_params(owner, spec.defaults, self.params), clip=spec.clip)
-
-    @property
-    def recentre(self) -> str:
-        """How the offset of the log ratio is estimated; off unless the guard recentres."""
-        return self.guard.estimator if self.guard.action == "recentre" else "off"
 
     @property
     def advantage_name(self) -> str:
