@@ -1,0 +1,162 @@
+"""Packing: nothing is cut, nothing is lost, every rank runs as many micro-batches, denominators are global."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gspo_dist.packing import balanced_bins, from_sequences, pack, split_mini_batches, take_sequences, unpack
+from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import Completion, Prompt, Rollout
+
+
+def rollout(i: int, prompt: int, completion: int, group: int = 0, mask: list[bool] | None = None, routing=None) -> Rollout:
+    tokens = np.arange(completion) + 100 * (i + 1)
+    return Rollout(
+        i, group, Prompt(f"p{group}", tuple(range(1, prompt + 1)), "?"),
+        Completion(
+            tokens, np.array(mask if mask is not None else [True] * completion), -np.arange(1, completion + 1) / 10,
+            np.zeros(completion, np.int32), "stop", "", routing,
+        ),
+        1.0,
+    )
+
+
+def test_worked_example_of_the_alignment():
+    (mini,) = pack(
+        [rollout(0, 2, 2), rollout(1, 1, 3, mask=[True, False, True])], [0.5, -1.0],
+        ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,),
+    )
+    ((batch,),) = mini.micro_batches
+    assert batch.token_ids.tolist() == [1, 2, 100, 101, 1, 200, 201, 202]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8]
+    assert batch.loss_mask.tolist() == [False, False, True, True, False, True, False, True]
+    assert batch.advantages.tolist() == [0.5] * 4 + [-1.0] * 4
+    np.testing.assert_allclose(batch.rollout_logprobs, [0, 0, -0.1, -0.2, 0, -0.1, 0, -0.3], rtol=1e-6)
+    assert batch.sequence_ids().tolist() == [0] * 4 + [1] * 4
+    assert (mini.denominators.sequences, mini.denominators.tokens, mini.denominators.max_completion_length) == (2, 4, 8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=4, max_size=40), ranks=st.integers(1, 4), extra=st.integers(0, 60)
+)
+def test_every_sequence_is_in_one_bin_within_the_budget_and_ranks_run_equal_counts(lengths, ranks, extra):
+    budget = max(lengths) + extra
+    bins = balanced_bins(lengths, ranks, budget)
+    assert sorted(i for rank in bins for b in rank for i in b) == list(range(len(lengths)))
+    assert len({len(rank) for rank in bins}) == 1
+    assert all(sum(lengths[i] for i in b) <= budget for rank in bins for b in rank)
+
+
+def test_a_long_tail_packs_to_over_95_percent():
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(6.5, 1.0, 2048).astype(int) + 1, 16384).tolist()
+    bins = balanced_bins(lengths, 8, 16384)
+    assert len(bins[0]) == -(-sum(lengths) // (8 * 16384))  # no layout of whole micro-batches needs fewer
+    assert sum(lengths) / (sum(len(rank) for rank in bins) * 16384) > 0.95
+    loads = [sum(lengths[i] for b in rank for i in b) for rank in bins]
+    assert max(loads) / min(loads) < 1.02
+
+
+def test_ranks_without_a_sequence_run_a_masked_copy():
+    rollouts = [rollout(i, 2, 6, group=0) for i in range(3)]
+    (mini,) = pack(
+        rollouts, [1.0, 2.0, 3.0], ranks=2, token_budget=8, mini_batches=1, max_completion_length=6, seed=(0,)
+    )
+    assert [len(rank) for rank in mini.micro_batches] == [2, 2]
+    batches = [b for rank in mini.micro_batches for b in rank]
+    assert sorted(int(b.loss_mask.sum()) for b in batches) == [0, 6, 6, 6]
+    assert mini.denominators.tokens == 18
+    values: dict[int, np.ndarray] = {}
+    for b in batches:
+        values |= unpack(b, b.token_ids.float())
+    assert sorted(values) == [0, 1, 2]
+    np.testing.assert_array_equal(values[2], rollouts[2].completion.token_ids)
+
+
+def test_mini_batches_keep_groups_whole_and_depend_on_the_seed_alone():
+    ids = np.repeat(np.arange(8), 4)
+    parts = split_mini_batches(ids, 4, (3, 1))
+    assert all(len(np.unique(ids[p])) == 2 and len(p) == 8 for p in parts)
+    assert sorted(np.concatenate(parts)) == list(range(32))
+    again = split_mini_batches(ids, 4, (3, 1))
+    assert all((a == b).all() for a, b in zip(parts, again, strict=True))
+    other = split_mini_batches(ids, 4, (3, 2))
+    assert any(a.tolist() != b.tolist() for a, b in zip(parts, other, strict=True))
+
+
+def test_taken_sequences_keep_their_tokens_and_traces():
+    traces = [
+        RoutingTrace(np.full((n, 2, 2), i, np.uint8) + np.arange(2, dtype=np.uint8), np.ones(n, bool), 8)
+        for i, n in ((0, 5), (1, 7), (2, 4))
+    ]
+    rollouts = [rollout(0, 2, 3, routing=traces[0]), rollout(1, 3, 4, routing=traces[1]), rollout(2, 1, 3, routing=traces[2])]
+    (mini,) = pack(rollouts, [1, 2, 3], ranks=1, token_budget=64, mini_batches=1, max_completion_length=8, seed=(0,))
+    ((batch,),) = mini.micro_batches
+    taken = take_sequences([(batch, 2), (batch, 0)], ranks=1)
+    ((small,),) = taken.micro_batches
+    found = unpack(small, small.token_ids.float())
+    np.testing.assert_array_equal(found[2], rollouts[2].completion.token_ids)
+    np.testing.assert_array_equal(found[0], rollouts[0].completion.token_ids)
+    for s, index in enumerate(small.rollout_index.tolist()):
+        rows = slice(int(small.cu_seqlens[s]), int(small.cu_seqlens[s + 1]))
+        np.testing.assert_array_equal(small.routing[rows].expert_ids, traces[index].expert_ids)
+
+
+def test_bare_sequences_are_scored_from_their_second_token():
+    mini = from_sequences([np.array([5, 6, 7]), np.array([8, 9])], ranks=2)
+    values: dict[int, list[float]] = {}
+    for rank in mini.micro_batches:
+        for batch in rank:
+            values |= {k: v.tolist() for k, v in unpack(batch, batch.token_ids.float()).items()}
+    assert values == {0: [6.0, 7.0], 1: [9.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_budget": 7}, r"token_budget must hold every sequence: got 7 for one of 8 tokens"),
+        ({"ranks": 5}, r"a rollout for every rank: got 2 for 5 ranks"),
+        ({"mini_batches": 3}, r"mini_batches must be at most the number of groups in the batch: got 3 and 1"),
+    ],
+)
+def test_bad_layouts_are_refused(change, message):
+    args = {"ranks": 1, "token_budget": 16, "mini_batches": 1, "max_completion_length": 8, "seed": (0,)}
+    with pytest.raises(ValueError, match=message):
+        pack([rollout(0, 2, 6), rollout(1, 2, 2)], [1.0, 1.0], **(args | change))
+
+
+def test_a_rollout_without_a_trained_token_is_named():
+    with pytest.raises(ValueError, match="rollout 1 has no trained token"):
+        pack(
+            [rollout(0, 2, 2), rollout(1, 2, 2, mask=[False, False])], [1.0, 1.0],
+            ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,),
+        )
+
+
+def test_a_truncated_trace_is_named():
+    short = RoutingTrace(np.zeros((3, 1, 1), np.uint8), np.ones(3, bool), 4)
+    with pytest.raises(ValueError, match="routing trace of rollout 0 is truncated: 3 rows for 4 tokens"):
+        pack(
+            [rollout(0, 2, 2, routing=short)], [1.0],
+            ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,),
+        )
+
+
+def test_non_finite_engine_logprobs_name_the_token():
+    with pytest.raises(ValueError, match=r"completion.logprobs must be finite: got nan at token 1 \(id 8\)"):
+        Completion(np.array([7, 8]), np.ones(2, bool), np.array([-1.0, np.nan]), np.zeros(2, np.int32), "stop", "")
+
+
+def test_sequence_ids_follow_the_boundaries():
+    (mini,) = pack(
+        [rollout(0, 1, 1), rollout(1, 2, 3)], [1, 1], ranks=1, token_budget=9, mini_batches=1,
+        max_completion_length=8, seed=(0,),
+    )
+    ((batch,),) = mini.micro_batches
+    assert torch.equal(batch.sequence_ids(), torch.tensor([0, 0, 1, 1, 1, 1, 1]))
