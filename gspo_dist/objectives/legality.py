@@ -1,0 +1,265 @@
+"""The one table of legal combinations: objective x old_logprobs x routing_replay x correction x guard_action.
+
+Standard library only. `check` refuses a combination with the rule, what was got and the way out;
+`format_table` prints all of them. The words:
+old_logprobs "rollout": the engine's log-probs are the old policy (nothing to run); "recompute": the learner
+runs a forward pass over the batch before the first mini-batch. guard_action: what happens when the mismatch
+moves the mean log ratio off centre: "recentre" subtracts it, "recompute" switches old_logprobs for the steps
+concerned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+
+from gspo_dist.objectives.names import (
+    ADVANTAGES,
+    AGGREGATIONS,
+    CORRECTIONS,
+    GUARD_ACTIONS,
+    OBJECTIVE_SPECS,
+    OLD_LOGPROBS,
+    ROUTING_REPLAY,
+    WIDE_SEQUENCE_CLIP,
+    check_params,
+    choose,
+    resolve_params,
+)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One choice on every axis."""
+
+    objective: str
+    old_logprobs: str
+    routing_replay: str
+    correction: str
+    guard_action: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that some combinations break. Reason: why; way_out: what to set instead."""
+
+    name: str
+    reason: str
+    way_out: str
+    broken: Callable[[Combination], bool]
+    fields: tuple[str, ...]
+
+
+def _one_value_per_sequence(objective: str) -> bool:
+    """Whether a known objective has one value per sequence (gspo, gspo_token, gmpo)."""
+    spec = OBJECTIVE_SPECS.get(objective)
+    return spec is not None and spec.aggregations == ("sequence_mean",)
+
+
+def _without_clip(objective: str) -> bool:
+    spec = OBJECTIVE_SPECS.get(objective)
+    return spec is not None and spec.clip is None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "r2 needs recompute",
+        "R2 replays the experts that the learner records while it recomputes old_logprobs; with the engine's "
+        "log-probs nothing is recorded",
+        "set old_logprobs=recompute, or routing_replay=r3 (recorded by the engine)",
+        lambda c: c.routing_replay == "r2" and c.old_logprobs == "rollout",
+        ("routing_replay", "old_logprobs"),
+    ),
+    Rule(
+        "correction needs recompute",
+        "a correction weighs old_logprobs against rollout_logprobs; when they are the same numbers every "
+        "weight is 1 and every token is kept (opsm compares the current policy with the engine, so it stays)",
+        "set correction=none, or old_logprobs=recompute",
+        lambda c: c.correction not in ("none", "opsm") and c.old_logprobs == "rollout",
+        ("correction", "old_logprobs"),
+    ),
+    Rule(
+        "guard acts on rollout log-probs",
+        "with recomputed old_logprobs the log ratio is zero by construction in the first mini-batch: there "
+        "is no offset to take out or to flee from, and a later one is learning",
+        "set guard_action=off or warn, or old_logprobs=rollout",
+        lambda c: c.guard_action in ("recentre", "recompute") and c.old_logprobs == "recompute",
+        ("guard_action", "old_logprobs"),
+    ),
+    Rule(
+        "guard needs a clip",
+        "the guard measures the offset in clip widths, and this objective has no clip",
+        "set guard_action=off or warn",
+        lambda c: c.guard_action in ("recentre", "recompute") and _without_clip(c.objective),
+        ("guard_action", "objective"),
+    ),
+    Rule(
+        "no product weight on a sequence objective",
+        "the weight exp(sum) of a sequence shrinks like exp(-KL * length) while the objective's ratio is a "
+        "geometric mean: at KL 1.5e-3 and 8,192 tokens it is about 5e-6, and the loss is gone",
+        "set correction=geometric_reject, token_truncate or token_mask",
+        lambda c: (
+            c.correction in ("sequence_truncate", "sequence_mask") and _one_value_per_sequence(c.objective)
+        ),
+        ("correction", "objective"),
+    ),
+)
+
+_AGGREGATION_REASON = (
+    "a token mean or sum weighs a sequence by its length, which is not the objective of the paper"
+)
+
+
+def broken_rules(combination: Combination) -> list[Rule]:
+    """The rules that this combination breaks, in the order of RULES."""
+    return [rule for rule in RULES if rule.broken(combination)]
+
+
+def default_advantage(objective: str) -> str:
+    """The advantage estimator that an objective was published with; group_std for a user's import path."""
+    if ":" in str(objective):
+        return "group_std"
+    return OBJECTIVE_SPECS[choose("objective", objective, OBJECTIVE_SPECS)].advantage
+
+
+def check(
+    objective: str,
+    *,
+    params: Mapping[str, object] | None = None,
+    old_logprobs: str = "recompute",
+    routing_replay: str = "none",
+    correction: str = "none",
+    guard_action: str = "off",
+    aggregation: str | None = None,
+    advantage: str | None = None,
+    allow_wide_clip: bool = False,
+) -> None:
+    """ValueError with every broken rule, what was got and the way out; silent when the combination is legal.
+
+    objective: a known name, or a user's import path ("package.module:NAME"), which only the general rules
+    bind. params: the objective's parameters, checked by name and range. aggregation, advantage: None means
+    its own.
+    """
+    spec = None if ":" in str(objective) else OBJECTIVE_SPECS[choose("objective", objective, OBJECTIVE_SPECS)]
+    combination = Combination(
+        objective,
+        choose("old_logprobs", old_logprobs, OLD_LOGPROBS),
+        choose("routing_replay", routing_replay, ROUTING_REPLAY),
+        choose("correction", correction, CORRECTIONS),
+        choose("guard_action", guard_action, GUARD_ACTIONS),
+    )
+    if advantage is not None:
+        choose("advantage", advantage, ADVANTAGES)
+    problems = [_message(rule, combination) for rule in broken_rules(combination)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    if spec is None:
+        return
+    resolved = resolve_params(f"objective {objective}", spec.defaults, params or {})
+    check_params(f"objective {objective}", resolved, clip=spec.clip)
+    check_clip_and_aggregation(
+        objective, spec.sequence_level, aggregation or spec.aggregation,
+        resolved.get("clip_low"), resolved.get("clip_high"), allow_wide_clip=allow_wide_clip,
+    )  # fmt: skip
+
+
+def check_clip_and_aggregation(
+    objective: str,
+    sequence_level: bool,
+    aggregation: str,
+    clip_low: float | None,
+    clip_high: float | None,
+    *,
+    allow_wide_clip: bool = False,
+) -> None:
+    """The two rules on an objective's own settings; ValueError when one is broken."""
+    choose("aggregation", aggregation, AGGREGATIONS)
+    allowed = OBJECTIVE_SPECS[objective].aggregations if objective in OBJECTIVE_SPECS else AGGREGATIONS
+    if aggregation not in allowed:
+        raise ValueError(
+            f"{objective} keeps its aggregation: {_AGGREGATION_REASON}: got aggregation={aggregation}; "
+            f"set aggregation={' or '.join(allowed)}"
+        )
+    widest = max(clip_low or 0.0, clip_high or 0.0)
+    if sequence_level and widest >= WIDE_SEQUENCE_CLIP and not allow_wide_clip:
+        raise ValueError(
+            f"{objective} clips a sequence ratio, a geometric mean over the tokens, on which a clip of "
+            f"{WIDE_SEQUENCE_CLIP} or more never binds: got clip_low={clip_low}, clip_high={clip_high}; "
+            f"use about 3e-4 and 4e-4, or set allow_wide_clip=true to insist"
+        )
+
+
+def _message(rule: Rule, combination: Combination) -> str:
+    values = asdict(combination)
+    got = ", ".join(f"{name}={values[name]}" for name in rule.fields)
+    return f"{rule.name}: {rule.reason}: got {got}; {rule.way_out}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A combination with its verdict; rule is None when it is legal, else the first rule that it breaks."""
+
+    combination: Combination
+    rule: Rule | None
+
+    @property
+    def legal(self) -> bool:
+        return self.rule is None
+
+
+def table(objectives: Sequence[str] = tuple(OBJECTIVE_SPECS)) -> list[Row]:
+    """Every combination, in the order of the axes."""
+    rows = []
+    for values in product(objectives, OLD_LOGPROBS, ROUTING_REPLAY, CORRECTIONS, GUARD_ACTIONS):
+        combination = Combination(*values)
+        broken = broken_rules(combination)
+        rows.append(Row(combination, broken[0] if broken else None))
+    return rows
+
+
+AXES: dict[str, tuple[str, ...]] = {
+    "objective": tuple(OBJECTIVE_SPECS),
+    "old_logprobs": OLD_LOGPROBS,
+    "routing_replay": ROUTING_REPLAY,
+    "correction": tuple(CORRECTIONS),
+    "guard_action": GUARD_ACTIONS,
+}
+
+
+def collapsed() -> list[tuple[dict[str, tuple[str, ...]], Rule | None]]:
+    """The table as few boxes (a tuple of values on each axis) that do not overlap and together cover it
+    exactly."""
+    boxes = [
+        ({axis: (value,) for axis, value in asdict(row.combination).items()}, row.rule) for row in table()
+    ]
+    for axis in ("guard_action", "correction", "routing_replay", "old_logprobs", "objective"):
+        merged: dict[tuple[object, ...], tuple[dict[str, tuple[str, ...]], Rule | None]] = {}
+        for box, rule in boxes:
+            rest = tuple(values for name, values in box.items() if name != axis)
+            key = (rest, rule.name if rule else None)
+            if key in merged:
+                box = {**box, axis: merged[key][0][axis] + box[axis]}
+            merged[key] = (box, rule)
+        boxes = list(merged.values())
+    return boxes
+
+
+def format_table() -> str:
+    """The rules and the collapsed table as text; "any" stands for every value of the axis."""
+    lines = ["Rules"]
+    for number, rule in enumerate(RULES, 1):
+        lines.append(f"{number}. {rule.name}: {rule.reason}. Way out: {rule.way_out}.")
+    own = [name for name, spec in OBJECTIVE_SPECS.items() if spec.aggregations != AGGREGATIONS]
+    lines.append(f"{len(RULES) + 1}. {', '.join(own)} keep sequence_mean: {_AGGREGATION_REASON}.")
+    ratio = ", ".join(name for name, spec in OBJECTIVE_SPECS.items() if spec.sequence_level)
+    lines.append(
+        f"{len(RULES) + 2}. {ratio}: clips below {WIDE_SEQUENCE_CLIP}, unless allow_wide_clip=true: a wider "
+        f"clip never binds on a sequence ratio."
+    )
+    lines += ["", f"| {' | '.join(AXES)} | verdict |", "|---" * (len(AXES) + 1) + "|"]
+    for box, rule in sorted(collapsed(), key=lambda item: RULES.index(item[1]) + 1 if item[1] else 0):
+        cells = ["any" if set(box[axis]) == set(AXES[axis]) else ", ".join(box[axis]) for axis in AXES]
+        verdict = "legal" if rule is None else f"refused: rule {RULES.index(rule) + 1}"
+        lines.append(f"| {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Ragged random batches, and every objective written a second time as plain Python loops over floats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A batch as lists of sequences: lp[i][t], old[i][t], adv[i]."""
+
+    lp: list[list[float]]
+    old: list[list[float]]
+    adv: list[float]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(s) for s in self.lp]
+
+    def flat(self, rows: list[list[float]]) -> torch.Tensor:
+        return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
+
+    def tensors(self) -> SimpleNamespace:
+        """logprobs (leaf with gradient), old_logprobs, advantages, ids, all packed sequence after
+        sequence."""
+        lengths = torch.tensor(self.lengths)
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        return SimpleNamespace(
+            logprobs=self.flat(self.lp).requires_grad_(),
+            old=self.flat(self.old),
+            advantages=torch.tensor(self.adv, dtype=torch.float64)[ids],
+            ids=ids,
+        )
+
+
+def make_batch(seed: int, sequences: int = 9, noise: float = 0.3, longest: int = 17) -> Ragged:
+    """Log-probs near -1.5; the sequence ratios spread over both sides of every clip of the zoo."""
+    rng = torch.Generator().manual_seed(seed)
+    lp, old, adv = [], [], []
+    for _ in range(sequences):
+        n = int(torch.randint(1, longest + 1, (1,), generator=rng))
+        o = -3.0 * torch.rand(n, generator=rng, dtype=torch.float64) - 0.05
+        shift = 4e-4 * torch.randn(1, generator=rng, dtype=torch.float64)
+        d = noise * torch.randn(n, generator=rng, dtype=torch.float64)
+        if (
+            float(torch.rand(1, generator=rng)) < 0.6
+        ):  # a sequence ratio of GSPO's size under token ratios of GRPO's
+            d = d - d.mean() + shift
+        old.append(o.tolist())
+        lp.append((o + d).tolist())
+        adv.append(float(torch.randn(1, generator=rng, dtype=torch.float64)))
+    return Ragged(lp, old, adv)
+
+
+def _clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def _token_terms(name: str, lp: float, old: float, a: float, p: dict) -> tuple[float, float]:
+    """(term to maximise, d term / d logprob) of one token, from the formulas of the papers."""
+    r = math.exp(lp - old)
+    if name in ("grpo", "dapo", "dr_grpo"):
+        lo, hi = 1 - p["clip_low"], 1 + p["clip_high"]
+        value = min(r * a, _clip(r, lo, hi) * a)
+        grad = r * a if value == r * a else 0.0
+        if p.get("dual_clip") is not None and a < 0 and p["dual_clip"] * a > value:
+            value, grad = p["dual_clip"] * a, 0.0
+        return value, grad
+    if name == "cispo":
+        w = _clip(r, 1 - p["clip_low"], 1 + p["clip_high"])
+        return w * a * lp, w * a
+    if name == "minirl":
+        m = 0.0 if (a > 0 and r > 1 + p["clip_high"]) or (a < 0 and r < 1 - p["clip_low"]) else 1.0
+        return m * r * a * lp, m * r * a
+    if name == "reinforce":
+        return r * a * lp, r * a
+    if name == "sapo":
+        tau = p["tau_positive"] if a > 0 else p["tau_negative"]
+        gate = 4 / tau / (1 + math.exp(-tau * (r - 1)))
+        return gate * a, a * r / math.cosh(tau * (r - 1) / 2) ** 2
+    raise AssertionError(name)
+
+
+def _sequence_terms(
+    name: str, lp: list[float], old: list[float], a: float, p: dict
+) -> tuple[float, list[float]]:
+    """(value of the sequence, d value / d logprob_t)."""
+    n = len(lp)
+    logs = [x - y for x, y in zip(lp, old)]
+    if name in ("gspo", "gspo_token"):
+        s = math.exp(sum(logs) / n)
+        value = min(s * a, _clip(s, 1 - p["clip_low"], 1 + p["clip_high"]) * a)
+        return value, [s * a / n if value == s * a else 0.0] * n
+    assert name == "gmpo"
+    kept = [min(x, p["clip_high"]) if a > 0 else max(x, -p["clip_low"]) for x in logs]
+    g = math.exp(sum(kept) / n)
+    return g * a, [g * a / n if k == x else 0.0 for k, x in zip(kept, logs)]
+
+
+def reference(
+    name: str, aggregation: str, params: dict, batch: Ragged, limit: int
+) -> tuple[float, list[float]]:
+    """(loss, gradient per token) of the whole batch by loops."""
+    sequences, tokens = len(batch.lp), sum(batch.lengths)
+    loss, grads = 0.0, []
+    for lp, old, a in zip(batch.lp, batch.old, batch.adv):
+        n = len(lp)
+        if name in ("gspo", "gspo_token", "gmpo"):
+            assert aggregation == "sequence_mean"
+            value, grad = _sequence_terms(name, lp, old, a, params)
+            loss -= value / sequences
+            grads += [-g / sequences for g in grad]
+            continue
+        scale = {
+            "token_mean": 1 / tokens,
+            "sequence_mean": 1 / (n * sequences),
+            "sequence_sum": 1 / sequences,
+            "constant_length": 1 / (limit * sequences),
+        }[aggregation]
+        for x, y in zip(lp, old):
+            value, grad = _token_terms(name, x, y, a, params)
+            loss -= scale * value
+            grads.append(-scale * grad)
+    return loss, grads
+
+
+@pytest.fixture
+def ragged():
+    return make_batch
+
+
+@pytest.fixture
+def by_loops():
+    return reference
