@@ -10,12 +10,15 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.step import LossSpec
 from gspo_dist.objectives.stats import Stat, merge_stats
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
-from gspo_dist.weights.publish import SentReport, send_weights
+from gspo_dist.weights.export import write_hf_folder
+from gspo_dist.weights.plan import SyncPlan
+from gspo_dist.weights.publish import SentReport, Transport, make_transport, send_weights
 
 START_TIMEOUT_S = 600.0
 
@@ -42,24 +45,43 @@ class LearnerRank(ActorProcess):
     def optim_step(self) -> OptimStep:
         return self.learner.optim_step()
 
-    def send_weights(
-        self, transport: str, engines: Mapping[str, Any], bucket_bytes: int, timeout: float, log_dir: str
-    ) -> SentReport | None:
+    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any], log_dir: str) -> SentReport | None:
         """Takes part in the export; the exporter delivers each bucket to all engines and waits for them."""
-        stream = self.learner.weights(bucket_bytes)
+        stream = self.learner.weights(plan.bucket_bytes)
         if not self.learner.is_exporter:
             for _ in stream:
                 pass
             return None
         actors = Actors(engines, Path(log_dir))
         if not hasattr(self, "transport"):
-            from gspo_dist.weights.publish import make_transport
-
-            self.transport = make_transport(transport, bucket_bytes=bucket_bytes, timeout_s=timeout)
-            self.transport.open(lambda info: actors.call_all("init_weight_sync", info, timeout=timeout))
+            self.transport = self._connect(plan, actors)
         return send_weights(
-            stream, self.transport, lambda info: actors.call_all("update_weights", info, timeout=timeout)
+            stream, self.transport, lambda info: actors.call_all("update_weights", info, timeout=plan.timeout_s)
         )
+
+    def _connect(self, plan: SyncPlan, engines: Actors) -> Transport:
+        """Opens the transport with every engine; once a run."""
+        where: dict[str, Any] = {}
+        if plan.transport == "nccl":
+            address, port = self.host()
+            where = {"master_address": address, "master_port": port, "engines": len(engines.handles),
+                     "engine_workers": plan.engine_workers}
+        transport = make_transport(plan.transport, check=plan.check, **where)
+        refs = {
+            name: handle.init_weight_sync.remote(transport.init_info(i))
+            for i, (name, handle) in enumerate(engines.handles.items())
+        }
+        transport.connect()
+        engines.gather(refs, plan.timeout_s)
+        return transport
+
+    def export(self, source: str, target: str) -> int | None:
+        """Writes the weights as an HF folder (exporter), or takes part in gathering them."""
+        if self.learner.is_exporter:
+            return write_hf_folder(hf_items(self.learner), Path(source), Path(target))
+        for _ in hf_items(self.learner):
+            pass
+        return None
 
     def save(self, folder: str) -> None:
         self.learner.save(Path(folder))
@@ -128,13 +150,16 @@ class RayLearnerGroup:
         self.policy_version = step.policy_version
         return step
 
-    def send_weights(
-        self, transport: str, engines: Mapping[str, Any], bucket_bytes: int, timeout: float
-    ) -> SentReport:
+    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any]) -> SentReport:
         answers = self.actors.call_all(
-            "send_weights", transport, dict(engines), bucket_bytes, timeout, str(self.actors.log_dir), timeout=timeout
+            "send_weights", plan, dict(engines), str(self.actors.log_dir), timeout=plan.timeout_s
         )
         return next(report for report in answers.values() if report is not None)
+
+    def export(self, source: Path, target: Path) -> int:
+        """Writes an HF folder on the exporter's host; returns the number of tensors."""
+        answers = self.actors.call_all("export", str(source), str(target), timeout=self.config.timeout_s)
+        return next(count for count in answers.values() if count is not None)
 
     def save(self, folder: Path) -> None:
         self.actors.call_all("save", str(folder), timeout=self.config.timeout_s)

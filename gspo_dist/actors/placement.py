@@ -95,6 +95,8 @@ class Reservation:
             self.engines = self._reserve([b.resources() for b in layout.engines], "PACK", timeout_s)
 
     def _reserve(self, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> Any:
+        if not bundles:
+            return None
         group = placement_group(bundles, strategy=strategy)
         self.groups.append(group)
         if not group.wait(timeout_s):

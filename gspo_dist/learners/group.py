@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,10 @@ from gspo_dist.learners.step import LossSpec
 from gspo_dist.objectives.stats import Stat
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput
+from gspo_dist.weights.export import write_hf_folder
+from gspo_dist.weights.plan import SyncPlan
 from gspo_dist.weights.publish import SentReport, make_transport, send_weights
+from gspo_dist.weights.stream import NamedTensor
 
 
 class LearnerGroup(Protocol):
@@ -31,9 +34,9 @@ class LearnerGroup(Protocol):
 
     def optim_step(self) -> OptimStep: ...
 
-    def send_weights(
-        self, transport: str, engines: Mapping[str, Any], bucket_bytes: int, timeout: float
-    ) -> SentReport: ...
+    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any]) -> SentReport: ...
+
+    def export(self, source: Path, target: Path) -> int: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -44,6 +47,15 @@ class LearnerGroup(Protocol):
     def peak_memory(self) -> dict[str, dict[str, int]]: ...
 
     def close(self) -> None: ...
+
+
+EXPORT_BUCKET_BYTES = 256 << 20
+
+
+def hf_items(learner: Learner) -> Iterator[NamedTensor]:
+    """The learner's weights, one HF-named tensor after the other."""
+    for bucket in learner.weights(EXPORT_BUCKET_BYTES):
+        yield from bucket
 
 
 class LocalLearnerGroup:
@@ -73,16 +85,24 @@ class LocalLearnerGroup:
     def optim_step(self) -> OptimStep:
         return self.learner.optim_step()
 
-    def send_weights(
-        self, transport: str, engines: Mapping[str, Any], bucket_bytes: int, timeout: float
-    ) -> SentReport:
+    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any]) -> SentReport:
         if self.transport is None:
-            self.transport = make_transport(transport, bucket_bytes=bucket_bytes, timeout_s=timeout)
-            self.transport.open(lambda info: [e.init_weight_sync(info) for e in engines.values()])
+            if plan.transport != "shm":
+                raise ValueError(
+                    f"a run in one process syncs through shared memory: got rollout.weight_sync.transport "
+                    f"{plan.transport}; unset cluster.in_process"
+                )
+            self.transport = make_transport(plan.transport, check=plan.check)
+            for i, engine in enumerate(engines.values()):
+                engine.init_weight_sync(self.transport.init_info(i))
+            self.transport.connect()
         return send_weights(
-            self.learner.weights(bucket_bytes), self.transport,
+            self.learner.weights(plan.bucket_bytes), self.transport,
             lambda info: [e.update_weights(info) for e in engines.values()],
         )
+
+    def export(self, source: Path, target: Path) -> int:
+        return write_hf_folder(hf_items(self.learner), source, target)
 
     def save(self, folder: Path) -> None:
         self.learner.save(folder)

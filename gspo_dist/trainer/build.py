@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore
 from gspo_dist.coldstart import ensure_model
@@ -22,6 +24,12 @@ from gspo_dist.trainer.flips import FlipMeter
 from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.sync import WeightSync
 from gspo_dist.types import SamplingSpec
+from gspo_dist.weights.plan import SyncPlan
+
+if TYPE_CHECKING:  # ray is imported only by runs that use it
+    from gspo_dist.actors.learner_group import RayLearnerGroup
+    from gspo_dist.actors.reward_pool import RewardPool as RayRewardPool
+    from gspo_dist.actors.rollout_pool import RayRolloutPool
 
 
 def make_learner(
@@ -48,7 +56,8 @@ def make_learner(
 
 
 def make_engine(
-    config: RolloutConfig, model_path: str, *, name: str, device: str, seed: int, record_routing: bool, threads: int
+    config: RolloutConfig, model_path: str, *, name: str, device: str, seed: int, record_routing: bool, threads: int,
+    sleep_mode: bool, transport: str,
 ) -> RolloutEngine:
     """One engine; runs in the engine's own process."""
     if config.engine == "fake":
@@ -58,7 +67,8 @@ def make_engine(
     from gspo_dist.rollout.vllm import VllmEngine
 
     return VllmEngine(
-        config, model_path, name=name, device=device, seed=seed, record_routing=record_routing, threads=threads
+        config, model_path, name=name, device=device, seed=seed, record_routing=record_routing, threads=threads,
+        sleep_mode=sleep_mode, transport=transport,
     )
 
 
@@ -93,16 +103,14 @@ def build(config: RunConfig) -> Run:
     learner, pool, rewards, info, release = parts(config, model, device, run_dir, moe_layers)
     try:
         ranks = config.learner.data_parallel
-        transport = config.rollout.weight_sync.transport
-        if transport == "auto":
-            transport = "nccl" if device == "cuda" else "shm"
         contract = LogprobContract(config.objective, objective, learner, config.seed)
         run = Run(
             config=config, run_dir=run_dir, learner=learner, pool=pool, rewards=rewards,
             cursor=PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
             heldout=heldout[: config.evaluation.prompts], contract=contract,
             flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
-            sync=WeightSync(config.rollout.weight_sync, learner, pool, transport, ranks),
+            sync=WeightSync(config.rollout.weight_sync, learner, pool, _sync_plan(config, device), ranks,
+                            config.rollout.max_model_len),
             sinks=Sinks([]), sampling=_sampling(config, tokenizer, info), stop_token_ids=(), release=release,
         )
         if checkpoint is not None:
@@ -187,8 +195,21 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
         make_engine, config.rollout, model, device=device, seed=config.seed,
         record_routing=_records_routing(config, moe_layers),
         threads=config.rollout.threads or max(1, (os.cpu_count() or 1) // config.rollout.engines),
+        sleep_mode=config.cluster.colocated, transport=_transport(config, device),
     )
     return learner, engine
+
+
+def _transport(config: RunConfig, device: str) -> str:
+    asked = config.rollout.weight_sync.transport
+    return ("nccl" if device == "cuda" else "shm") if asked == "auto" else asked
+
+
+def _sync_plan(config: RunConfig, device: str) -> SyncPlan:
+    sync = config.rollout.weight_sync
+    return SyncPlan(
+        _transport(config, device), sync.check, sync.bucket_mib << 20, sync.timeout_s, config.rollout.tensor_parallel
+    )
 
 
 def _local_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Any:
@@ -208,44 +229,78 @@ def _local_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_
 
 
 def _ray_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Any:
-    """Learner ranks, engines and reward workers as Ray actors."""
-    import ray
-
-    from gspo_dist.actors.learner_group import RayLearnerGroup
-    from gspo_dist.actors.placement import Reservation, lay_out, start_ray
-    from gspo_dist.actors.reward_pool import RewardPool
-    from gspo_dist.actors.rollout_pool import RayRolloutPool
-
-    layout = lay_out(config.cluster, config.learner, config.rollout, device)
-    own_ray = start_ray(config.cluster)
-    closers: list[Any] = []
-
-    def release() -> None:
-        for close in reversed(closers):
-            close()
-        if own_ray:
-            ray.shutdown()
-
-    try:
-        places = Reservation(layout, config.cluster.placement_timeout_s)
-        closers.append(places.release)
-        env = _process_env(config, device)
-        make_rank, make_one = _factories(config, model, device, moe_layers)
-        logs = run_dir / "logs"
-        ranks, engines = range(config.learner.world_size), range(config.rollout.engines)
-        pool = RayRolloutPool(config.rollout, make_one, [places.options("engine", i, env["engine"]) for i in engines], logs)
-        closers.append(pool.close)
-        learner = RayLearnerGroup(
-            config.learner, make_rank, [places.options("learner", r, env["learner"]) for r in ranks], logs
-        )
-        closers.append(learner.close)
-        rewards = RewardPool(config.reward, logs)
-        closers.append(rewards.close)
+    """Learner ranks, engines and reward workers as Ray actors; engines and learner start side by side."""
+    with Processes(config, model, device, run_dir, moe_layers) as processes:
+        pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
         learner.start()
-        return learner, pool, rewards, pool.start(), release
-    except BaseException:
-        release()
-        raise
+        info = pool.start()
+        return learner, pool, rewards, info, processes.keep()
+
+
+class Processes:
+    """The Ray actors of a run. Leaving the block ends them, unless `keep` handed that over."""
+
+    def __init__(
+        self, config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int, *, learners: bool = True
+    ) -> None:
+        self.config, self.device, self.logs = config, device, run_dir / "logs"
+        self.stack = contextlib.ExitStack()
+        self.make_rank, self.make_engine = _factories(config, model, device, moe_layers)
+        self.learners = learners
+
+    def __enter__(self) -> Processes:
+        from dataclasses import replace
+
+        import ray
+
+        from gspo_dist.actors.placement import Reservation, lay_out, start_ray
+
+        layout = lay_out(self.config.cluster, self.config.learner, self.config.rollout, self.device)
+        if not self.learners:
+            layout = replace(layout, learners=(), colocated=False)
+        if start_ray(self.config.cluster):
+            self.stack.callback(ray.shutdown)
+        try:
+            self.places = Reservation(layout, self.config.cluster.placement_timeout_s)
+        except BaseException:
+            self.stack.close()
+            raise
+        self.stack.callback(self.places.release)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def keep(self) -> Callable[[], None]:
+        """Leaves everything running; returns what ends it."""
+        return self.stack.pop_all().close
+
+    def _options(self, kind: str, count: int) -> list[Any]:
+        env = _process_env(self.config, self.device)[kind]
+        return [self.places.options(kind, i, env) for i in range(count)]
+
+    def pool(self) -> RayRolloutPool:
+        from gspo_dist.actors.rollout_pool import RayRolloutPool
+
+        options = self._options("engine", self.config.rollout.engines)
+        pool = RayRolloutPool(self.config.rollout, self.make_engine, options, self.logs)
+        self.stack.callback(pool.close)
+        return pool
+
+    def learner(self) -> RayLearnerGroup:
+        from gspo_dist.actors.learner_group import RayLearnerGroup
+
+        options = self._options("learner", self.config.learner.world_size)
+        group = RayLearnerGroup(self.config.learner, self.make_rank, options, self.logs)
+        self.stack.callback(group.close)
+        return group
+
+    def rewards(self) -> RayRewardPool:
+        from gspo_dist.actors.reward_pool import RewardPool
+
+        pool = RewardPool(self.config.reward, self.logs)
+        self.stack.callback(pool.close)
+        return pool
 
 
 def _process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.packing import from_sequences, unpack
 from gspo_dist.rollout.pool import RolloutPool
+from gspo_dist.weights.plan import SyncPlan
 from gspo_dist.weights.verify import check_probe, verify_receipt
 
 PROBE_SEQUENCES = 4
@@ -20,13 +21,15 @@ class WeightSync:
     """Publishes the learner's weights to every engine; a failed check stops the run with the tensor's name."""
 
     def __init__(
-        self, config: WeightSyncConfig, learner: LearnerGroup, pool: RolloutPool, transport: str, ranks: int
+        self, config: WeightSyncConfig, learner: LearnerGroup, pool: RolloutPool, plan: SyncPlan, ranks: int,
+        max_model_len: int,
     ) -> None:
         self.config = config
         self.learner = learner
         self.pool = pool
-        self.transport = transport
+        self.plan = plan
         self.ranks = ranks
+        self.max_model_len = max_model_len
         self.published = 0
 
     def publish(self, probe: Sequence[np.ndarray]) -> dict[str, float]:
@@ -38,9 +41,7 @@ class WeightSync:
         version = self.learner.policy_version
         start = time.perf_counter()
         self.pool.start_weight_update(timeout)
-        sent = self.learner.send_weights(
-            self.transport, self.pool.engines, self.config.bucket_mib << 20, timeout
-        )
+        sent = self.learner.send_weights(self.plan, self.pool.engines)
         receipts = self.pool.finish_weight_update(version, timeout)
         if self.config.check:
             for engine, receipt in receipts.items():
@@ -60,7 +61,9 @@ class WeightSync:
 
     def _probe(self, sequences: Sequence[np.ndarray]) -> dict[str, float]:
         """Scores the same sequences with learner and engines: proves what the engines compute, not what arrived."""
-        sequences = [np.asarray(s) for s in sequences[:PROBE_SEQUENCES] if len(s) > 1]
+        # An engine scores a sequence by sampling one token after it, which must fit the context too.
+        limit = self.max_model_len - 1
+        sequences = [np.asarray(s)[:limit] for s in sequences[:PROBE_SEQUENCES] if len(s) > 1]
         if not sequences:
             return {}
         mini = from_sequences(sequences, self.ranks)
@@ -68,11 +71,11 @@ class WeightSync:
         for rank, outputs in zip(mini.micro_batches, self.learner.logprobs(mini), strict=True):
             for batch, output in zip(rank, outputs, strict=True):
                 learner |= unpack(batch, output.logprobs)
-        ours = np.concatenate([learner[i] for i in range(len(sequences))])
+        ours = [learner[i] for i in range(len(sequences))]
         worst_mean, worst_max = 0.0, 0.0
         for engine, scores in self.pool.score(sequences, self.config.timeout_s).items():
             mean, largest = check_probe(
-                np.concatenate(scores), ours, tolerance=self.config.probe_tolerance, engine=engine
+                scores, ours, self.config.probe_tolerance, engine=engine, policy_version=self.learner.policy_version
             )
             worst_mean, worst_max = max(worst_mean, mean), max(worst_max, largest)
         return {"sync/probe_mean_abs": worst_mean, "sync/probe_max_abs": worst_max}
