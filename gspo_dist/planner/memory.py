@@ -1,0 +1,286 @@
+"""Memory of one learner rank, one engine GPU and one host, item by item.
+
+Learner states, bytes a parameter (bf16 weights; d = ranks that share its optimiser states, which differs between
+expert and other weights):
+
+    eager       2 + 4 grads + 4 master + 8 moments                                              = 18
+    megatron    2 + 4 grads + 12/d         (distributed optimiser; 12 without)                  = 6 + 12/d
+    deepspeed   ZeRO 0: 2 + 2 + 12, and 4 while the optimiser steps;  1: 2 + 4 + 12/d;  2: 2 + 16/d;
+                3: 18/d + two gathered layers (gradients accumulate in float32 from stage 1 on)
+
+Sources: the Megatron-core guide's table of its distributed optimiser; ZeRO (arXiv 1910.02054, section 3).
+Activations count the tensors that the backward pass keeps, with flash attention (no score matrix) and the LM head in
+blocks (no logits). What is assumed rather than counted is named as a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gspo_dist.planner.hardware import GIB
+from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
+from gspo_dist.planner.model import ModelShape
+
+RUNTIME_GPU = 3 * GIB
+"""CUDA context, NCCL buffers and the allocator's fragments of a learner rank."""
+RUNTIME_HOST = 1 * GIB
+"""Interpreter and libraries of one process on a CPU host."""
+ENGINE_RUNTIME = int(1.5 * GIB)
+"""CUDA context and NCCL of an engine."""
+CUDA_GRAPHS = 1 * GIB
+ENGINE_ASLEEP = 2 * GIB
+"""What an engine that sleeps still holds."""
+HEAD_LOGITS = 512 << 20
+"""Logits that the LM head holds at once on a GPU (learners/logprobs.py)."""
+HEAD_LOGITS_CPU = 16 << 20
+EXPERT_SKEW = 1.25
+"""Tokens of the busiest expert-parallel rank over the mean."""
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed's default reduce bucket, elements; two are in use."""
+HOST_BASE = 8 * GIB
+"""Operating system, Ray and its object store on one host."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a table."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """What one process (or host) needs and what it may have. `items` are all resident at the worst moment."""
+
+    owner: str
+    items: tuple[Item, ...]
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.free >= 0
+
+    def bytes_of(self, name: str) -> int:
+        return sum(item.bytes for item in self.items if item.name == name)
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters that the fullest rank holds before any optimiser sharding."""
+
+    dense: int
+    experts: int
+
+    @property
+    def all(self) -> int:
+        return self.dense + self.experts
+
+
+def rank_parameters(model: ModelShape, layout: LearnerLayout) -> RankParameters:
+    """Megatron: a rank's slice of its pipeline stage (the fullest one); otherwise all but the other ranks' experts."""
+    if layout.backend != "megatron":
+        return RankParameters(model.total - model.experts_total, model.experts_total // layout.expert)
+    layers, moe = (math.ceil(n / layout.pipeline) for n in (model.layers, model.moe_layers))
+    split = layers * model.attention + moe * model.shared_expert + (layers - moe) * model.dense_ffn
+    if layout.pipeline == 1:
+        split += model.embedding + model.head
+    else:
+        split += model.embedding  # the first stage's table, or the last one's head (a copy of the table when tied)
+    whole = layers * model.norms + moe * model.router + model.hidden
+    experts = moe * model.num_experts * model.expert // (layout.expert * layout.expert_tensor)
+    return RankParameters(split // layout.tensor + whole, experts)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes a parameter of weights, gradients and optimiser (master weights and moments)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+def _per_parameter(layout: LearnerLayout) -> _Bytes:
+    half = layout.precision == "bf16"
+    if layout.backend == "megatron":
+        if layout.low_precision_moments and half:
+            return _Bytes(2, 4, 6)  # the master's lower 16 bits (its upper half is the weight), two bf16 moments
+        return _Bytes(layout.width, 4, 12 if half else 8)
+    if layout.backend == "eager":
+        return _Bytes(layout.width, 4, 12)
+    zero = layout.zero_stage
+    return _Bytes(layout.width, 4 if zero else layout.width, 12 if zero or half else 8)
+
+
+def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item], list[Item]]:
+    """Items on the device of the fullest rank, and its items in host memory (offload)."""
+    params, per = rank_parameters(model, layout), _per_parameter(layout)
+    shard = params.dense / layout.shards + params.experts / layout.expert_shards
+    zero = layout.zero_stage if layout.backend == "deepspeed" else 0
+    shared = zero >= 1 or (layout.backend == "megatron" and layout.distributed_optimizer)
+    weights = shard if zero == 3 else params.all
+    gradients = shard if zero >= 2 else params.all
+    optimizer = shard if shared else params.all
+    device, host = [], []
+    (host if layout.offload_params else device).append(Item("weights", round(per.weights * weights)))
+    if layout.offload_optimizer:
+        # The optimiser steps on the host: a float32 copy of the shard's gradients is there too.
+        host += [Item("optimizer", round(per.optimizer * optimizer)), Item("gradients", round(4 * optimizer))]
+        if zero < 2:
+            device.append(Item("gradients", round(per.gradients * gradients)))
+    else:
+        device += [Item("gradients", round(per.gradients * gradients)),
+                   Item("optimizer", round(per.optimizer * optimizer), "master weights and moments")]
+    if layout.keep_reference:
+        device.append(Item("reference", round(layout.width * weights), "frozen starting policy, for the KL"))
+    if zero:
+        device.append(Item("buckets", 2 * layout.width * min(ZERO_BUCKET, params.all), "DeepSpeed's communication"))
+    if zero == 3:
+        gathered = model.largest_layer - (
+            model.num_experts * model.expert * (layout.expert - 1) // layout.expert if model.moe_layers else 0
+        )
+        device.append(Item("gathered", 2 * layout.width * gathered, "the layer in use and the next one"))
+    return device, host
+
+
+def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recompute: str) -> float:
+    """Bytes that one layer keeps for its backward pass, a token of the micro-batch.
+
+    Attention: residual and norm output (2h), q, k, v before and after their norm (2q + 3kv), its output (q), one
+    float32 log-sum-exp a head. Feed-forward: residual and norm output (2h), gate, up and product (3I). Experts:
+    router logits and probabilities in float32 (8E), and for each of k experts input and output (2h), gate, up and
+    product (3I). Selective recomputation drops norm outputs and the experts' product.
+    """
+    w, skew = layout.width, EXPERT_SKEW if layout.expert > 1 else 1.0
+    kept_norms = 1 if recompute == "selective" else 2
+    product = 2 if recompute == "selective" else 3
+    qk = model.q + model.kv if model.qk_norm != "none" else 0
+    attention = w * (kept_norms * model.hidden + 2 * model.q + 2 * model.kv + qk) + 4 * model.heads
+    if not moe:
+        return attention + w * (kept_norms * model.hidden + 3 * model.ffn)
+    shared = w * 3 * model.shared_ffn
+    rows = model.top_k * w * (2 * model.hidden * layout.expert_tensor + product * model.expert_ffn) * skew
+    return attention + w * kept_norms * model.hidden + 8 * model.num_experts + rows + shared
+
+
+def activations(model: ModelShape, layout: LearnerLayout) -> Item:
+    """What the fullest pipeline rank keeps between forward and backward for a micro-batch of `token_budget`."""
+    tokens = math.ceil(layout.token_budget / layout.context)
+    moe = model.moe_layers > 0
+
+    def layer(mode: str) -> float:
+        return layer_activations(model, layout, moe, mode) * tokens / layout.tensor
+
+    boundary = layout.width * model.hidden * tokens / layout.tensor
+    on_rank = math.ceil(model.layers / layout.pipeline)
+    # 1F1B: the first stage holds `pipeline` micro-batches; interleaving adds (p - 1) / (p v) of that.
+    in_flight = float(layout.pipeline)
+    if layout.virtual_stages > 1:
+        in_flight *= 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_stages)
+    if layout.recompute == "full":
+        blocks = math.ceil(on_rank / layout.recompute_num_layers)
+        kept = boundary * blocks * in_flight + layer("none") * layout.recompute_num_layers
+    else:
+        kept = layer(layout.recompute) * on_rank * in_flight
+    return Item("activations", round(kept), f"{tokens:,} tokens, recompute {layout.recompute}")
+
+
+def learner_memory(
+    model: ModelShape, layout: LearnerLayout, capacity: int, *, gpu: bool = True
+) -> tuple[MemoryTable, list[Item]]:
+    """The fullest rank at its worst moment (backward pass, or optimiser step), and its items in host memory."""
+    device, host = learner_states(model, layout)
+    tokens = math.ceil(layout.token_budget / layout.context)
+    head = Item("head", (HEAD_LOGITS if gpu else HEAD_LOGITS_CPU) + 4 * tokens * model.hidden,
+                "a block of logits, and the hidden states' gradient in float32")
+    backward = [activations(model, layout), head]
+    step: list[Item] = []
+    if layout.backend == "deepspeed" and layout.zero_stage == 0 and layout.precision == "bf16":
+        step = [Item("step", 4 * rank_parameters(model, layout).all, "float32 gradients while the optimiser steps")]
+    worst = max(backward, step, key=lambda items: sum(i.bytes for i in items))
+    runtime = Item("runtime", RUNTIME_GPU if gpu else RUNTIME_HOST, "context, buffers, fragments")
+    return MemoryTable("learner rank", (*device, *worst, runtime), capacity), host
+
+
+def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
+    """Bytes of weights on one GPU of an engine: everything but norms and routers is split, whole experts or slices.
+
+    Keys' and values' heads are copied where there are more GPUs than heads.
+    """
+    tp = engine.tensor_parallel
+    whole = model.layers * model.norms + model.moe_layers * model.router + model.hidden
+    copies = max(0, tp - model.kv_heads) * model.layers * 2 * model.hidden * model.head_dim
+    return round(engine.width * ((model.total - whole + copies) / tp + whole))
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """One GPU of an engine, and what its KV cache holds."""
+
+    table: MemoryTable
+    kv_tokens: int
+    """Tokens the whole engine caches."""
+    concurrency: int
+    """Sequences of the longest length decoded at once."""
+    concurrency_mean: int
+    """Sequences of the assumed mean length decoded at once."""
+
+
+def engine_memory(
+    model: ModelShape, engine: EngineLayout, work: Workload, capacity: int, *, gpu: bool = True
+) -> EngineMemory:
+    """KV tokens = (utilisation x memory - weights - workspace) / bytes a token; each capped by max_num_seqs."""
+    weights = Item("weights", engine_weights(model, engine))
+    heads = max(1, model.kv_heads / engine.tensor_parallel)
+    per_token = round(model.kv_bytes_per_token(engine.width) * heads / model.kv_heads)
+    if gpu:
+        tokens = engine.max_batched_tokens
+        logits = 3 * 4 * engine.max_num_seqs * model.vocab // engine.tensor_parallel
+        inner = model.top_k * (3 * model.expert_ffn + model.hidden) if model.moe_layers else 3 * model.ffn
+        scratch = 2 * tokens * (6 * model.hidden + 2 * model.q + inner // engine.tensor_parallel) + logits
+        items = [weights, Item("workspace", scratch, f"prefill of {tokens:,} tokens, logits of a batch"),
+                 Item("runtime", ENGINE_RUNTIME)]
+        if not engine.enforce_eager:
+            items.append(Item("cuda_graphs", CUDA_GRAPHS))
+        budget = int(capacity * engine.gpu_memory_utilization)
+    else:
+        items = [weights, Item("runtime", 2 * RUNTIME_HOST)]
+        budget = sum(i.bytes for i in items) + int(engine.kv_cache_gib * GIB)
+    free = budget - sum(i.bytes for i in items)
+    kv_tokens = max(0, free // per_token)
+    items.append(Item("kv_cache", kv_tokens * per_token, f"{kv_tokens:,} tokens of {per_token:,} bytes"))
+    return EngineMemory(
+        MemoryTable("engine GPU" if gpu else "engine", tuple(items), budget), kv_tokens,
+        min(engine.max_num_seqs, kv_tokens // work.max_length),
+        min(engine.max_num_seqs, int(kv_tokens // max(work.mean_length, 1))),
+    )
+
+
+def host_memory(
+    model: ModelShape, work: Workload, width: int, offloaded: list[Item], ranks: int, capacity: int,
+    residents: tuple[Item, ...] = (),
+) -> MemoryTable:
+    """The fullest host: two weight-sync buckets, the step's routing traces, offloaded states of its `ranks` ranks.
+
+    width: bytes of a weight that travels. residents: processes that live in host memory whole (a CPU host).
+    """
+    # A tensor larger than a bucket travels alone; experts travel one by one, so the largest is the embedding.
+    bucket = max(work.bucket_mib << 20, width * model.embedding)
+    items = [Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
+             Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets")]
+    if work.routing_replay != "none":
+        traces = round(work.rollouts * work.max_length * model.trace_bytes_per_token)
+        items.append(Item("routing", traces, f"{model.trace_bytes_per_token} bytes a token, at the longest"))
+    items += [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
+    return MemoryTable("host", (*items, *residents), capacity)

@@ -1,0 +1,135 @@
+"""A rough time for one step: FLOPs over achieved FLOP/s, bytes over achieved bandwidth. Every guess has a name.
+
+    decode step   max(bytes read / bandwidth, FLOPs / rate) + overhead, for c sequences on one engine
+                  bytes = weights touched (a batch of c tokens meets a share 1 - (1 - k/E)^c of the experts) + KV cache
+    training      3 forward passes' FLOPs (4 with full recomputation) over ranks x TFLOP/s x MFU
+    log-probs     1 forward pass, where old log-probs are recomputed or a reference is kept
+    weight sync   all weights over a network card's achieved bandwidth
+
+It orders layouts and finds the part that dominates; expect a factor of two, not a percentage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gspo_dist.planner.hardware import Gpu
+from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
+from gspo_dist.planner.model import ModelShape
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is guessed. Published MFU of Qwen3-30B-A3B with Megatron is 0.31 to 0.40 on H20 (a slow chip, so easily
+    fed); H100s reach about half of that."""
+
+    megatron_mfu: float = 0.18
+    other_mfu: float = 0.08
+    """HF models under DeepSpeed or eager."""
+    forward_mfu_gain: float = 1.3
+    """A forward pass alone, over training."""
+    decode_bandwidth: float = 0.55
+    """Share of memory bandwidth that decoding reaches."""
+    decode_mfu: float = 0.35
+    decode_overhead_s: float = 0.006
+    """Scheduling and sampling of one decode step."""
+    tensor_parallel_overhead_s: float = 0.003
+    """All-reduces of one decode step with tensor parallelism."""
+    sync_bandwidth: float = 0.2
+    """Share of a network card that a weight sync reaches, gathering and loading included."""
+    tail_share: float = 0.05
+    """Sequences still decoding when the mean length is reached by most: they set the end of the batch."""
+
+
+ASSUMPTIONS = Assumptions()
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of each part of one synchronous step."""
+
+    collect_s: float
+    logprobs_s: float
+    train_s: float
+    sync_s: float
+    tokens: float
+    """Prompt and completion tokens of the step."""
+    completion_tokens: float
+    gpus: int
+
+    @property
+    def total_s(self) -> float:
+        return self.collect_s + self.logprobs_s + self.train_s + self.sync_s
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens / self.total_s / self.gpus
+
+    @property
+    def largest(self) -> str:
+        """The part that takes longest."""
+        parts = {"collect": self.collect_s, "log-probs": self.logprobs_s, "train": self.train_s, "sync": self.sync_s}
+        return max(parts, key=lambda name: parts[name])
+
+
+def experts_touched(model: ModelShape, tokens: float) -> float:
+    """Expected share of a layer's experts that a batch of `tokens` tokens meets, routed evenly: 1 - (1 - k/E)^c."""
+    if not model.num_experts:
+        return 0.0
+    return 1.0 - (1.0 - model.top_k / model.num_experts) ** tokens
+
+
+def decode_step_s(
+    model: ModelShape, engine: EngineLayout, gpu: Gpu, sequences: float, context: float, assume: Assumptions
+) -> float:
+    """Seconds of one decode step of one engine with `sequences` sequences of `context` tokens each."""
+    dense = model.total - model.experts_total - (0 if model.tied else model.embedding)
+    weights = engine.width * (dense + model.experts_total * experts_touched(model, sequences))
+    cache = sequences * context * model.kv_bytes_per_token(engine.width)
+    tp = engine.tensor_parallel
+    read = (weights + cache) / (tp * gpu.hbm_gb_s * 1e9 * assume.decode_bandwidth)
+    flops = sequences * (2.0 * model.active_without_embedding + 4.0 * model.layers * model.q * context)
+    compute = flops / (tp * gpu.tflops * 1e12 * assume.decode_mfu)
+    return max(read, compute) + assume.decode_overhead_s + (assume.tensor_parallel_overhead_s if tp > 1 else 0.0)
+
+
+def collect_s(
+    model: ModelShape, engine: EngineLayout, work: Workload, gpu: Gpu, concurrency: int, assume: Assumptions
+) -> float:
+    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the longest ones alone."""
+    each = math.ceil(work.rollouts / engine.engines)
+    batch = max(1, min(each, concurrency))
+    completion = work.mean_fill * work.max_completion_tokens
+    context = work.mean_fill * work.max_prompt_tokens + completion / 2
+    steps = each / batch * completion
+    decode = steps * decode_step_s(model, engine, gpu, batch, context, assume)
+    few = max(1.0, assume.tail_share * batch)
+    tail = (work.max_completion_tokens - completion) * decode_step_s(
+        model, engine, gpu, few, work.max_length, assume
+    )
+    prompts = each * work.mean_fill * work.max_prompt_tokens / max(1, work.group_size)  # siblings share a prefix
+    rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
+    return decode + tail + model.forward_flops(prompts, work.mean_fill * work.max_prompt_tokens) / rate
+
+
+def step_time(
+    model: ModelShape, learner: LearnerLayout, engine: EngineLayout, work: Workload, gpu: Gpu, concurrency: int,
+    assume: Assumptions = ASSUMPTIONS,
+) -> StepTime:
+    """Estimates one synchronous step (collect, log-probs, mini-batches, weight sync, one after the other)."""
+    mfu = assume.megatron_mfu if learner.backend == "megatron" else assume.other_mfu
+    forward = model.forward_flops(work.tokens, work.mean_length)
+    rate = learner.world_size * gpu.tflops * 1e12 * mfu
+    passes = 4.0 if learner.recompute == "full" else 3.0
+    extra = int(work.recompute_old_logprobs) + int(work.keep_reference)
+    gpus = learner.world_size if engine.colocated else learner.world_size + engine.engines * engine.tensor_parallel
+    return StepTime(
+        collect_s=collect_s(model, engine, work, gpu, concurrency, assume) if engine.engines else 0.0,
+        logprobs_s=extra * forward / (rate * assume.forward_mfu_gain),
+        train_s=passes * forward / rate,
+        sync_s=learner.width * model.total / (gpu.network_gb_s * 1e9 * assume.sync_bandwidth),
+        tokens=work.tokens,
+        completion_tokens=work.completion_tokens,
+        gpus=gpus,
+    )

@@ -1,0 +1,197 @@
+"""Verdicts, advice, and the rough clock against published runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gspo_dist import config
+from gspo_dist.planner import (
+    EngineLayout,
+    LearnerLayout,
+    Workload,
+    find_gpu,
+    find_model,
+    format_plan,
+    plan,
+    read_run,
+)
+from gspo_dist.planner.memory import learner_memory
+from gspo_dist.planner.throughput import ASSUMPTIONS, decode_step_s, experts_touched, step_time
+
+QWEN = find_model("Qwen3-30B-A3B")
+H100 = find_gpu("H100")
+WORK = Workload(prompts_per_step=256, group_size=16, max_prompt_tokens=2048, max_completion_tokens=8192)
+LEARNER = LearnerLayout(world_size=16, token_budget=20480, tensor=2, expert=8, recompute="full")
+ENGINE = EngineLayout(engines=8, tensor_parallel=2)
+
+
+def test_a_layout_that_the_field_runs_fits() -> None:
+    result = plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4)
+    assert result.fits and not result.advice
+    assert result.learner.total < 0.8 * H100.memory
+
+
+def test_the_advice_for_a_learner_that_does_not_fit_makes_it_fit() -> None:
+    tight = replace(LEARNER, recompute="none")
+    result = plan(tight, ENGINE, WORK, QWEN, H100, nodes=4)
+    assert not result.fits
+    assert "learner: a rank lacks" in result.problems[0] and "activations" in result.problems[0]
+    # one halving of the token budget is the cheapest change, and not enough; the first that is enough is named
+    named = dict(change.split("=") for change in result.advice[0].removeprefix("learner: ").split())
+    fields = {"learner.megatron.recompute": "recompute", "learner.megatron.expert_parallel": "expert",
+              "learner.megatron.tensor_parallel": "tensor", "learner.token_budget": "token_budget"}
+    changed = {fields[k]: v if k.endswith("recompute") else int(v) for k, v in named.items()}
+    assert learner_memory(QWEN, replace(tight, **changed), H100.memory)[0].fits
+
+
+def test_several_changes_are_named_together_where_one_is_not_enough() -> None:
+    layout = LearnerLayout("deepspeed", world_size=16, token_budget=10240, zero_stage=2)
+    result = plan(layout, ENGINE, WORK, QWEN, H100, nodes=4)
+    assert result.advice == ("learner: learner.activation_checkpointing=true learner.deepspeed.zero_stage=3",)
+
+
+def test_nothing_is_advised_that_cannot_help() -> None:
+    result = plan(LearnerLayout("eager", token_budget=10240), ENGINE, WORK, QWEN, H100, nodes=4)
+    assert result.advice == ("learner: more ranks (learner.world_size), or a smaller model",)
+
+
+def test_an_engine_without_room_for_one_sequence_is_told_to_split() -> None:
+    work = replace(WORK, max_completion_tokens=120_000)
+    result = plan(replace(LEARNER, token_budget=131072, context=2, tensor=4), replace(ENGINE, tensor_parallel=1), work,
+                  QWEN, H100, nodes=4)
+    assert any("engine: its KV cache holds" in p and "122,048" in p for p in result.problems)
+    assert "engine: rollout.tensor_parallel=2" in result.advice
+
+
+def test_too_few_gpus_and_sizes_that_do_not_divide_are_refused() -> None:
+    few = plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=2)
+    assert few.problems == ("GPUs: learner.world_size 16 and 8 engines of 2 need 32, and 2 x 8 are there",)
+    odd = plan(replace(LEARNER, expert=6), ENGINE, WORK, QWEN, H100, nodes=4)
+    assert "learner: expert_parallel must divide num_experts: got 6 and 128; try 1, 2, 4, 8, 16, 32" in odd.problems
+    assert "does not fit" in format_plan(odd)
+
+
+def test_colocated_engines_count_no_gpus_of_their_own_but_leave_room_for_the_states() -> None:
+    engine = EngineLayout(engines=16, colocated=True, gpu_memory_utilization=0.6)
+    crowded = plan(LEARNER, engine, WORK, QWEN, H100, nodes=2)  # 46 GiB of states beside 48 GiB of engine
+    assert "beside a colocated engine" in crowded.problems[0]
+    states = replace(LEARNER, offload_optimizer=True)
+    roomy = find_gpu("H200")
+    assert plan(states, engine, WORK, QWEN, roomy, nodes=2).problems == ()
+    greedy = plan(states, replace(engine, gpu_memory_utilization=0.9), WORK, QWEN, roomy, nodes=2)
+    assert "beside a colocated engine" in greedy.problems[0]
+
+
+def test_a_host_without_memory_for_offloaded_states_does_not_fit() -> None:
+    layout = replace(LEARNER, world_size=8, offload_optimizer=True)
+    result = plan(layout, replace(ENGINE, engines=4), WORK, QWEN, H100, nodes=2, host_gib=256)
+    assert any(p.startswith("host: needs") for p in result.problems)  # 16 bytes x 30.5 B parameters on one host
+    assert plan(layout, replace(ENGINE, engines=4), WORK, QWEN, H100, nodes=2, host_gib=1024).fits
+
+
+def test_a_cpu_host_adds_up_its_processes() -> None:
+    tiny = replace(QWEN, vocab=512, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, num_experts=8, top_k=2,
+                   expert_ffn=64, moe_layers=2)
+    result = plan(LearnerLayout("deepspeed", world_size=2, token_budget=2048), EngineLayout(engines=1),
+                  Workload(max_prompt_tokens=64, max_completion_tokens=128), tiny, None, host_gib=16)
+    assert result.fits and result.step is None and result.engine is not None
+    assert result.host.bytes_of("learner ranks") == 2 * result.learner.total
+    assert result.host.bytes_of("engines") == result.engine.table.total
+    assert not plan(LearnerLayout(world_size=1, token_budget=10240), ENGINE, WORK, QWEN, None, host_gib=16).fits
+
+
+def test_every_knob_of_a_run_is_read() -> None:
+    run = config.RunConfig(
+        learner=config.LearnerConfig(
+            backend="megatron", world_size=16, token_budget=20480,
+            megatron=config.MegatronConfig(
+                tensor_parallel=2, pipeline_parallel=2, virtual_stages=2, expert_parallel=4, context_parallel=2,
+                recompute="full", recompute_num_layers=3, optimizer_cpu_offload=True, precision_aware_optimizer=True),
+        ),
+        rollout=config.RolloutConfig(engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7),
+        objective=config.ObjectiveConfig(name="gspo", kl_coef=0.1, routing_replay="r3"),
+    )
+    learner, engine, work = read_run(config.to_mapping(run))
+    assert learner == LearnerLayout(
+        "megatron", 16, "bf16", 20480, "full", 3, True, tensor=2, pipeline=2, virtual_stages=2, expert=4, context=2,
+        offload_optimizer=True, low_precision_moments=True)
+    assert learner.data == run.learner.data_parallel
+    assert engine == EngineLayout(engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7)
+    assert work.keep_reference and not work.recompute_old_logprobs and work.routing_replay == "r3"
+    assert work.max_length == run.rollout.max_model_len and work.rollouts == run.rollout.rollouts_per_step
+
+
+def test_deepspeed_and_dry_runs_are_read() -> None:
+    run = config.RunConfig(
+        learner=config.LearnerConfig(
+            backend="deepspeed", world_size=4, token_budget=9216, activation_checkpointing=True,
+            deepspeed=config.DeepSpeedConfig(zero_stage=3, expert_parallel=2, offload_optimizer=True)),
+        rollout=config.RolloutConfig(engine="fake"),
+    )
+    learner, engine, _ = read_run(config.to_mapping(run))
+    assert (learner.zero_stage, learner.expert, learner.offload_optimizer, learner.recompute) == (3, 2, True, "full")
+    assert engine.engines == 0
+
+
+def test_gpus_are_found_by_family_by_name_and_by_what_the_driver_says() -> None:
+    assert find_gpu("h100") is find_gpu("NVIDIA H100 80GB HBM3") is find_gpu("H100-80GB")
+    assert find_gpu("H20").name == "H20-96GB" and find_gpu("h200").name == "H200-141GB"
+    assert find_gpu("NVIDIA A100-SXM4-40GB").name == "A100-40GB"
+    with pytest.raises(ValueError, match="A100-40GB, A100-80GB"):
+        find_gpu("a100")
+    with pytest.raises(ValueError, match="got 'abacus'"):
+        find_gpu("abacus")
+
+
+def test_experts_touched_grows_from_top_k_to_all() -> None:
+    assert experts_touched(QWEN, 1) == pytest.approx(8 / 128)
+    assert experts_touched(QWEN, 2) == pytest.approx(1 - (120 / 128) ** 2)
+    assert experts_touched(QWEN, 1000) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_one_sequence_decodes_at_the_speed_of_its_weights() -> None:
+    assume = replace(ASSUMPTIONS, decode_bandwidth=1.0, decode_overhead_s=0.0)
+    # one token reads the active weights, less the input embedding, once: 3.04 B x 2 bytes at 3.35 TB/s
+    expected = 2 * QWEN.active_without_embedding / 3.35e12
+    assert decode_step_s(QWEN, EngineLayout(), H100, 1, 0, assume) == pytest.approx(expected, rel=1e-12)
+
+
+def test_training_time_follows_flops_over_rate() -> None:
+    assume = replace(ASSUMPTIONS, megatron_mfu=0.5)
+    layout = LearnerLayout(world_size=64, recompute="full")
+    work = Workload(1, 1024, 1, 0, 8192, mean_fill=1.0)
+    time = step_time(QWEN, layout, ENGINE, work, H100, 64, assume)
+    matrices = 8 * 3_041_867_776 * 1024 * 8192
+    attention = 4 * (2 * 48 * 4096 * 8192) * 1024 * 8192
+    assert time.train_s == pytest.approx((matrices + attention) / (64 * 989e12 * 0.5), rel=1e-12)
+    assert time.logprobs_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("published_s", "gpu", "learner", "engine", "work"),
+    [
+        # NeMo-RL 0.6: 32 H100, GRPO, 2048 rollouts of 3.2k tokens, on-policy
+        (192.0, "H100", LearnerLayout(world_size=32, token_budget=4096, expert=8),
+         EngineLayout(engines=16, tensor_parallel=2, colocated=True, gpu_memory_utilization=0.6),
+         Workload(128, 16, 1, 1024, 3072, 0.8, True, True)),
+        # verl: 128 H20, GRPO, 512 x 16 rollouts of at most 8k tokens, colocated
+        (497.9, "H20", LearnerLayout(world_size=128, token_budget=10240, expert=8, recompute="full"),
+         EngineLayout(engines=32, tensor_parallel=4, colocated=True, gpu_memory_utilization=0.6),
+         Workload(512, 16, 8, 2048, 8192, 0.5, True, True)),
+    ],
+)
+def test_the_rough_clock_is_within_a_factor_of_two_of_published_steps(
+    published_s: float, gpu: str, learner: LearnerLayout, engine: EngineLayout, work: Workload
+) -> None:
+    time = step_time(QWEN, learner, engine, work, find_gpu(gpu), 100)
+    assert 0.5 < time.total_s / published_s < 2.0
+    assert time.total_s == pytest.approx(time.collect_s + time.logprobs_s + time.train_s + time.sync_s)
+
+
+def test_the_text_names_sizes_verdict_and_advice() -> None:
+    text = format_plan(plan(replace(LEARNER, recompute="none"), ENGINE, WORK, QWEN, H100, nodes=4))
+    for part in ("30.532 B parameters, 3.353 B active", "98,304 bytes a token", "4 x 8 H100-80GB", "does not fit",
+                 "try learner: ", "kv_cache"):
+        assert part in text
