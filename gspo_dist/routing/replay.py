@@ -114,8 +114,8 @@ class LayerReplay:
                 f"routing trace of router {self.name} must have one row a token: got {len(ids)} rows for "
                 f"{len(native_ids)} tokens, micro-batch {at}, token {min(len(ids), len(native_ids))}"
             )
-        target = _widen(ids, native_ids.dtype)
-        return target if known is None else merge_known(native_ids, target, known)
+        target = _widen(ids.to(native_ids.device), native_ids.dtype)
+        return target if known is None else merge_known(native_ids, target, known.to(native_ids.device))
 
     def unused(self) -> str | None:
         """What is wrong with the counts, or None: every route once forward, and once more where recomputed."""
@@ -131,7 +131,7 @@ class LayerReplay:
 
 def _narrow(ids: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device in one or two bytes an id. uint16 travels as int16 bits: torch has few uint16 kernels (2.13)."""
-    array = np.ascontiguousarray(ids)
+    array = np.array(ids, order="C")  # a copy: arrays from an object store are read-only, which torch refuses
     return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device, non_blocking=True)
 
 
@@ -161,11 +161,13 @@ class RouteFeeder:
             traces = [trace.layers(columns) for trace in traces]
         for trace in traces:
             check_trace(trace, shape)
+        if not isinstance(recompute, bool) and len(recompute) != len(shape.names):
+            raise ValueError(f"recompute must have one entry a router: got {len(recompute)} for {len(shape.names)}")
         again = [recompute] * len(shape.names) if isinstance(recompute, bool) else list(recompute)
         device = torch.device(device)
         ids = [_narrow(trace.expert_ids.transpose(1, 0, 2), device) for trace in traces]
         known = [
-            None if trace.known.all() else torch.from_numpy(trace.known).to(device, non_blocking=True)
+            None if trace.known.all() else torch.from_numpy(trace.known.copy()).to(device, non_blocking=True)
             for trace in traces
         ]
         self.layers = [
@@ -176,6 +178,8 @@ class RouteFeeder:
         """Tokens of the pass on this rank."""
         self.native_rows = sum(trace.unknown_rows for trace in traces)
         """Tokens among them that are routed natively, for want of a recording (the same in every layer)."""
+        self.nbytes = sum(t.nbytes for t in (*ids, *(mask for mask in known if mask is not None)))
+        """Bytes moved to the device and held there during the pass."""
 
     def finish(self) -> None:
         """Raises RoutingReplayError, naming every router at fault, unless each route was used exactly once a pass."""
@@ -211,6 +215,11 @@ class RouteRecorder:
         """ids [T, K]: what router `layer` uses in this forward."""
         if not in_backward():
             self._seen[layer].append(ids.detach().to(self._small))  # int64 to int16 wraps: the bits of uint16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device by what was recorded so far."""
+        return sum(ids.nbytes for seen in self._seen for ids in seen)
 
     def traces(self) -> list[RoutingTrace]:
         """One trace a micro-batch, in the order of the forwards; raises RoutingReplayError if routers disagree."""

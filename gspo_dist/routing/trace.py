@@ -25,6 +25,40 @@ def trace_bytes(tokens: int, moe_layers: int, top_k: int, num_experts: int) -> i
 
 
 @dataclass(frozen=True)
+class ReplayBytes:
+    """What a routing-replay mode costs in bytes over one rollout batch of which every token is trained once.
+
+    recorded: written where the choice is made. host_held: in host memory between recording and the last mini-batch.
+    wire: between processes (engine or learner -> trainer, trainer -> learner). device_copies: across PCIe, both ways.
+    """
+
+    recorded: int
+    host_held: int
+    wire: int
+    device_copies: int
+
+
+def replay_bytes(mode: str, batch_bytes: int, *, recompute_old_logprobs: bool) -> ReplayBytes:
+    """The cost of mode none, r2 or r3 for a batch whose expert ids take `batch_bytes` (see `trace_bytes`).
+
+    Both modes record once, cross to the host once, travel to the trainer and back to a learner, and cross to the
+    device for the update. R3 crosses once more if the learner recomputes old log-probs (that pass is replayed too);
+    R2 needs that pass, which records. Worked example: 384 bytes a token, recomputed old log-probs: R2 moves
+    2 * 384 = 768 bytes a token across PCIe, R3 3 * 384 = 1,152. One learner rank a sequence; context, tensor and
+    pipeline parallel twins each receive the packed batch again over the wire.
+    """
+    if mode == "none":
+        return ReplayBytes(0, 0, 0, 0)
+    if mode == "r2" and not recompute_old_logprobs:
+        raise ValueError("routing_replay=r2 records in the pass over old log-probs: it needs old_logprobs=recompute")
+    if mode not in ("r2", "r3"):
+        raise ValueError(f"routing_replay must be one of none, r2, r3: got {mode!r}")
+    crossings = 3 if mode == "r3" and recompute_old_logprobs else 2
+    wire = 3 if crossings == 3 else 2
+    return ReplayBytes(batch_bytes, batch_bytes, wire * batch_bytes, crossings * batch_bytes)
+
+
+@dataclass(frozen=True)
 class RoutingTrace:
     """Which experts each token used in each MoE layer, row by input token (T tokens, L MoE layers, K top-k).
 
