@@ -1,0 +1,157 @@
+"""Learner checkpoints in megatron-core's distributed format: saved in the background, loaded under any layout.
+
+Tensors are stored under global names with their place in the whole, weights and optimiser state alike; what depends on
+the layout (groups of parameters) stays out, so that a run saved with expert_parallel 2 goes on with tensor_parallel 2.
+The learner draws no random numbers (no dropout), so there is no random state to keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import FileSystemReader
+
+from gspo_dist.learners.megatron.architecture import Architecture
+
+# fully_reshardable: optimiser state in the shape of its parameter, not in the buffers of one layout.
+# chained_optim_avoid_prefix: dense and expert parameters have two optimisers under expert parallelism and one without.
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+}
+COMMON = "gspo_dist"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds: this rank's chunks, their optimiser, and which model they are."""
+
+    chunks: list[Any]
+    optimizer: Any
+    architecture: Architecture
+
+
+class Saves:
+    """Starts saves and waits for them. Finishing one is collective, so every rank calls `wait` alike."""
+
+    def __init__(self, asynchronous: bool) -> None:
+        self.queue = AsyncCallsQueue() if asynchronous else None
+
+    def save(self, trained: Trained, policy_version: int, folder: Path) -> None:
+        """Returns once the state is staged (asynchronous: a forked process writes it) or written."""
+        self.wait()
+        folder = Path(folder)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        state = sharded_state(trained, loading=False)
+        state[COMMON] = {
+            "policy_version": policy_version, "architecture": dataclasses.asdict(trained.architecture),
+        }
+        request = dist_checkpointing.save(state, str(folder), async_sharded_save=self.queue is not None)
+        if self.queue is not None and request is not None:
+            self.queue.schedule_async_request(request)
+
+    def wait(self) -> None:
+        """Returns when every started save is on disk, its metadata last."""
+        if self.queue is not None:
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        if self.queue is not None:
+            self.queue.close()
+
+
+def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
+    """Weights and optimiser state with their global places; all else is marked as this rank's own."""
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(trained.chunks)}
+    state = trained.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
+    dict_list_map_inplace(lambda x: x if isinstance(x, ShardedBase) else LocalNonpersistentObject(x), state)
+    for part in models.values():
+        # Transformer Engine's extra state (fp8 scales) is an object a rank, not a tensor: nothing here uses it.
+        for key in [k for k in part if k.endswith("_extra_state")]:
+            del part[key]
+    return {"models": models, "optimizer": state}
+
+
+@torch.no_grad()
+def load(trained: Trained, folder: Path) -> int:
+    """Restores weights and optimiser, whatever the layout they were saved under; returns the policy version."""
+    folder = Path(folder)
+    state = sharded_state(trained, loading=True)
+    check(state, folder)
+    loaded = dist_checkpointing.load(state, str(folder))
+    for i, chunk in enumerate(trained.chunks):
+        chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)
+    trained.optimizer.load_state_dict(loaded["optimizer"])
+    policy_version = int(loaded[COMMON]["policy_version"])
+    set_steps(trained.optimizer, policy_version)
+    return policy_version
+
+
+def check(state: dict[str, Any], folder: Path) -> None:
+    """Refuses a folder that is not a whole checkpoint of this model: ValueError, before a tensor is read.
+
+    Names the missing file, or the first tensor whose name or shape differs.
+    """
+    if not (folder / "metadata.json").is_file():
+        raise ValueError(f"{folder} is not a finished megatron checkpoint: it has no metadata.json; resume from another")
+    metadata = FileSystemReader(str(folder)).read_metadata()
+    files = sorted({place.relative_path for place in (metadata.storage_data or {}).values()})
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"checkpoint {folder} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:4])}; copy it "
+            "again or resume from another"
+        )
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    for tensor in nested_values(state):
+        for wanted in _tensors(tensor):
+            if wanted.key not in stored:
+                raise ValueError(
+                    f"checkpoint {folder} is of another model: it has no {wanted.key}, which this model has with shape "
+                    f"{list(wanted.global_shape)}; point model.path at the model it was trained from"
+                )
+            found = stored[wanted.key].global_shape
+            if tuple(found) != tuple(wanted.global_shape):
+                raise ValueError(
+                    f"checkpoint {folder} is of another model: {wanted.key} has shape {list(found)} there and "
+                    f"{list(wanted.global_shape)} here; point model.path at the model it was trained from"
+                )
+
+
+def _tensors(value: Any) -> list[ShardedTensor]:
+    if isinstance(value, ShardedTensorFactory):
+        return [t for t in nested_values(value.build()) if isinstance(t, ShardedTensor)]
+    return [value] if isinstance(value, ShardedTensor) else []
+
+
+def set_steps(optimizer: Any, steps: int) -> None:
+    """Tells AdamW how many steps its moments have seen: every parameter is updated in every step."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if inner is None:
+            continue
+        for state in inner.state.values():
+            if "step" in state:
+                state["step"] = torch.as_tensor(float(steps)).to(state["step"])
+        for group in inner.param_groups:
+            if "step" in group:
+                group["step"] = steps

@@ -1,0 +1,231 @@
+"""HF <-> megatron-core weights, name by name and shard by shard; no rank ever holds the whole model.
+
+Why our own. mbridge 0.15.1 reads `hf_config.rope_theta`, which transformers 5.19 no longer has, maps Transformer
+Engine's fused names only (`use_transformer_engine=True` is written into its builder) and moves exports to a CUDA
+device. megatron-bridge 0.3.1 pins transformers < 5 and requires transformer-engine, mamba-ssm and causal-conv1d.
+Neither can serve the pinned stack (torch 2.13, transformers 5.19, megatron-core 0.16.1), on a CPU least of all.
+
+Loading reads from the safetensors files only the rows and columns that this rank owns. Shapes: H hidden, ng query
+groups, np query heads, d head dimension, tp tensor ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gspo_dist.learners.megatron.architecture import Architecture
+
+
+class TensorSource(Protocol):
+    """Where HF tensors come from."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor: ...
+
+
+class SafetensorsFolder:
+    """The *.safetensors of an HF folder, read slice by slice. ValueError for a missing shard or tensor.
+
+    Accepts experts named one by one (`experts.3.up_proj.weight`, as files hold them) and fused
+    (`experts.gate_up_proj` [E, 2I, H], as transformers 5 holds them in memory).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            missing = sorted(f for f in set(self.files.values()) if not (self.folder / f).is_file())
+            if missing:
+                raise ValueError(
+                    f"model.path lacks shards that its index names: {', '.join(missing[:4])} "
+                    f"({len(missing)} of {len(set(self.files.values()))}) in {self.folder}; copy the folder again"
+                )
+        else:
+            shards = sorted(self.folder.glob("*.safetensors"))
+            if not shards:
+                raise ValueError(f"model.path must hold *.safetensors: none in {self.folder}")
+            self.files = {}
+            for shard in shards:
+                with safe_open(shard, "pt") as f:
+                    self.files |= {name: shard.name for name in list(f.keys())}
+
+    def _locate(self, name: str) -> tuple[str, int | None, int]:
+        """(stored name, expert or None, which half of a fused gate_up)."""
+        if name in self.files:
+            return name, None, 0
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if expert:
+            stem, number, part = expert.groups()
+            fused = f"{stem}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
+            if fused in self.files:
+                return fused, int(number), int(part == "up")
+        raise ValueError(
+            f"model.path has no tensor {name}: {self.folder} holds {len(self.files)} others; its config.json does not "
+            "describe its weights, or a shard is missing"
+        )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored, expert, _ = self._locate(name)
+        with safe_open(self.folder / self.files[stored], "pt") as f:
+            shape = tuple(f.get_slice(stored).get_shape())
+        if expert is None:
+            return shape
+        return (shape[1] // 2, shape[2]) if stored.endswith("gate_up_proj") else shape[1:]
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        stored, expert, half = self._locate(name)
+        with safe_open(self.folder / self.files[stored], "pt") as f:
+            part = f.get_slice(stored)
+            shape = part.get_shape()
+            if expert is not None:
+                size = self.shape(name)[0]
+                start, stop, _ = rows.indices(size)
+                offset = half * size if stored.endswith("gate_up_proj") else 0
+                return part[expert, start + offset:stop + offset, columns]
+            return part[rows] if len(shape) == 1 else part[rows, columns]
+
+
+class Rule(Protocol):
+    """How one megatron parameter and its HF tensors become each other."""
+
+    def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
+        """The shard of tensor rank `rank` of `size`."""
+        ...
+
+    def export(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """HF names and full tensors from the shards of all tensor ranks, in order."""
+        ...
+
+
+def _share(total: int, rank: int, size: int) -> slice:
+    part = total // size
+    return slice(rank * part, (rank + 1) * part)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The same on every rank: norms, the router."""
+
+    hf: str
+
+    def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
+        return source.read(self.hf)
+
+    def export(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield self.hf, shards[0]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut along `dim`: 0 for rows (embedding, head), 1 for columns (attention output, down projection)."""
+
+    hf: str
+    dim: int
+
+    def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
+        share = _share(source.shape(self.hf)[self.dim], rank, size)
+        return source.read(self.hf, rows=share) if self.dim == 0 else source.read(self.hf, columns=share)
+
+    def export(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield self.hf, torch.cat(shards, self.dim)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """Gate and up projections stacked: every rank holds its rows of the gate, then its rows of the up."""
+
+    gate: str
+    up: str
+
+    def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
+        share = _share(source.shape(self.gate)[0], rank, size)
+        return torch.cat([source.read(self.gate, rows=share), source.read(self.up, rows=share)])
+
+    def export(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield self.gate, torch.cat([s.chunk(2)[0] for s in shards])
+        yield self.up, torch.cat([s.chunk(2)[1] for s in shards])
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Queries, keys and values group by group: [q of group 0 .. np/ng heads, k 0, v 0, q of group 1, ...], cut by rows.
+
+    np 4, ng 2: rows q0 q1 k0 v0 | q2 q3 k1 v1. One layer's three matrices are read whole; the model never is.
+    """
+
+    q: str
+    k: str
+    v: str
+    groups: int
+    heads: int
+    head_dim: int
+
+    def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
+        q, k, v = (source.read(name) for name in (self.q, self.k, self.v))
+        tail = q.shape[1:]
+        grouped = torch.cat([x.reshape(self.groups, -1, *tail) for x in (q, k, v)], 1).reshape(-1, *tail)
+        return grouped[_share(grouped.shape[0], rank, size)].clone()
+
+    def export(self, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        whole = torch.cat(shards)
+        tail = whole.shape[1:]
+        queries = self.heads // self.groups * self.head_dim
+        parts = whole.reshape(self.groups, -1, *tail).split([queries, self.head_dim, self.head_dim], 1)
+        for name, part in zip((self.q, self.k, self.v), parts, strict=True):
+            yield name, part.reshape(-1, *tail)
+
+
+def rule_for(name: str, model: Architecture) -> Rule:
+    """The rule of a parameter under its global name (layers and experts numbered over all ranks).
+
+    Names are megatron-core's, of both layer kinds: Transformer Engine keeps a norm inside the projection after it
+    (`linear_qkv.layer_norm_weight`), the local layers keep it apart (`input_layernorm.weight`).
+    """
+    outer = {
+        "embedding.word_embeddings.weight": Split("model.embed_tokens.weight", 0),
+        "output_layer.weight": Split("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight", 0),
+        "decoder.final_layernorm.weight": Whole("model.norm.weight"),
+    }
+    if name in outer:
+        return outer[name]
+    layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    rule = _layer_rule(f"model.layers.{layer[1]}", layer[2], model) if layer else None
+    if rule is None:
+        raise ValueError(f"no conversion for the megatron parameter {name} of {model.name}")
+    return rule
+
+
+def _layer_rule(hf: str, name: str, model: Architecture) -> Rule | None:
+    attention, mlp = f"{hf}.self_attn", f"{hf}.mlp"
+    qkv = re.fullmatch(r"self_attention\.linear_qkv\.(weight|bias)", name)
+    if qkv:
+        q, k, v = (f"{attention}.{p}_proj.{qkv[1]}" for p in "qkv")
+        return QKV(q, k, v, model.num_kv_heads, model.num_heads, model.head_dim)
+    expert = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))",
+                          name)
+    if expert:
+        number, which = expert[1] or expert[4], expert[2] or expert[3]
+        mlp, name = f"{mlp}.experts.{number}", f"mlp.linear_fc{which}.weight"
+    return {
+        "input_layernorm.weight": Whole(f"{hf}.input_layernorm.weight"),
+        "self_attention.linear_qkv.layer_norm_weight": Whole(f"{hf}.input_layernorm.weight"),
+        "self_attention.q_layernorm.weight": Whole(f"{attention}.q_norm.weight"),
+        "self_attention.k_layernorm.weight": Whole(f"{attention}.k_norm.weight"),
+        "self_attention.linear_proj.weight": Split(f"{attention}.o_proj.weight", 1),
+        "pre_mlp_layernorm.weight": Whole(f"{hf}.post_attention_layernorm.weight"),
+        "mlp.linear_fc1.layer_norm_weight": Whole(f"{hf}.post_attention_layernorm.weight"),
+        "mlp.router.weight": Whole(f"{mlp}.gate.weight"),
+        "mlp.linear_fc1.weight": GateUp(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
+        "mlp.linear_fc2.weight": Split(f"{mlp}.down_proj.weight", 1),
+    }.get(name)

@@ -1,0 +1,121 @@
+"""Checks a parallel layout against the model and the number of ranks, before anything starts. Pure arithmetic.
+
+Ranks are ordered as megatron-core orders them, fastest first: tensor, context, (expert,) data, pipeline. The experts
+have their own factorisation of the same ranks: expert_tensor x expert x expert_data x pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gspo_dist.config import MegatronConfig
+from gspo_dist.learners.megatron.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checked layout: every size divides what it must. Made by `check_layout`."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    virtual_stages: int
+    expert: int
+    expert_tensor: int
+    context: int
+    sequence_parallel: bool
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas of the attention and embedding weights."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def expert_data(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
+
+    @property
+    def token_multiple(self) -> int:
+        """A context rank's tokens are padded to this: each cut gives tensor ranks equal rows (sequence parallel)."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """A sequence is padded to this, so that context ranks take two equal chunks each (early and late)."""
+        return 2 * self.context if self.context > 1 else 1
+
+    def data_rank(self, rank: int) -> int:
+        """Which data-parallel replica `rank` belongs to: whose micro-batches it must be given."""
+        return rank // (self.tensor * self.context) % self.data
+
+
+def check_layout(config: MegatronConfig, model: Architecture, world_size: int) -> Layout:
+    """The layout, or ValueError: which number does not divide which, and the divisors that would."""
+    sequence = config.sequence_parallel
+    sequence = config.tensor_parallel > 1 if sequence is None else sequence and config.tensor_parallel > 1
+    tp, pp, cp = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
+    _divides("tensor_parallel", tp, "num_attention_heads", model.num_heads)
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        raise ValueError(
+            "learner.megatron.tensor_parallel must divide num_key_value_heads or be a multiple of it: got "
+            f"{tp} and {model.num_kv_heads}; try {_divisors(model.num_kv_heads)}"
+        )
+    _divides("tensor_parallel", tp, "vocab_size", model.vocab_size)
+    _divides("tensor_parallel", tp, "intermediate_size", model.ffn_size)
+    if sequence:
+        _divides("tensor_parallel", tp, "hidden_size", model.hidden_size)
+    stages = pp * config.virtual_stages
+    _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.num_layers)
+    if tp * pp * cp == 0 or world_size % (tp * pp * cp):
+        _refuse("tensor_parallel x pipeline_parallel x context_parallel", tp * pp * cp, "world_size", world_size)
+    _check_experts(config, model, world_size, sequence)
+    return Layout(world_size, tp, pp, config.virtual_stages, config.expert_parallel,
+                  config.expert_tensor_parallel, cp, sequence)
+
+
+def _check_experts(config: MegatronConfig, model: Architecture, world_size: int, sequence: bool) -> None:
+    ep, etp = config.expert_parallel, config.expert_tensor_parallel
+    if not model.num_moe_layers:
+        if ep > 1 or etp > 1:
+            raise ValueError(
+                "learner.megatron.expert_parallel and expert_tensor_parallel need a mixture-of-experts model: got "
+                f"{ep} and {etp} for {model.name} without experts; set both to 1"
+            )
+        return
+    _divides("expert_parallel", ep, "num_experts", model.num_experts)
+    _divides("expert_tensor_parallel", etp, "moe_intermediate_size", model.expert_ffn_size)
+    shared = ep * etp * config.pipeline_parallel
+    if world_size % shared:
+        _refuse("expert_tensor_parallel x expert_parallel x pipeline_parallel", shared, "world_size", world_size)
+    if config.tensor_parallel > 1 and not sequence:
+        raise ValueError(
+            "learner.megatron.sequence_parallel must be on for a mixture of experts with tensor_parallel > 1: got "
+            f"tensor_parallel {config.tensor_parallel} and sequence_parallel false; leave it null"
+        )
+    if config.expert_bias and config.aux_loss_coef:
+        raise ValueError(
+            "learner.megatron.expert_bias and aux_loss_coef are two ways to balance the experts: got both "
+            f"(aux_loss_coef {config.aux_loss_coef}); keep one"
+        )
+    if config.token_dispatcher == "allgather" and config.pipeline_parallel > 1:
+        raise ValueError(
+            "learner.megatron.token_dispatcher allgather cannot serve micro-batches of varying length under "
+            "pipeline_parallel > 1: use alltoall"
+        )
+
+
+def _divides(knob: str, value: int, what: str, total: int) -> None:
+    if total % value:
+        _refuse(knob, value, what, total, "divide")
+
+
+def _refuse(knob: str, value: int, what: str, total: int, verb: str = "divide") -> None:
+    raise ValueError(
+        f"learner.megatron.{knob} must {verb} {what}: got {value} and {total}; try {_divisors(total)}"
+    )
+
+
+def _divisors(total: int, most: int = 8) -> str:
+    found = [str(d) for d in range(1, total + 1) if total % d == 0]
+    return ", ".join(found[:most]) + (", ..." if len(found) > most else "")

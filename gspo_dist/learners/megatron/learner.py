@@ -1,0 +1,312 @@
+"""The megatron-core learner: one rank of the process group, behind the learner's verbs.
+
+A micro-batch goes: `lay_out` (this context rank's rows) -> the pipeline schedule -> hidden states of the last stage ->
+log-probs over the tensor ranks' shards of the vocabulary -> the shared `micro_batch_loss`, whose sequence sums
+all-reduce over the context ranks -> megatron's gradient buffers, summed over data and context ranks, not averaged,
+because denominators are global.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.logprobs import VocabParallel, taken_logprobs
+from gspo_dist.learners.megatron import balance, checkpoint, cpu
+from gspo_dist.learners.megatron import model as builder
+from gspo_dist.learners.megatron import optimizer as optim
+from gspo_dist.learners.megatron.architecture import read_architecture
+from gspo_dist.learners.megatron.convert import SafetensorsFolder
+from gspo_dist.learners.megatron.layout import check_layout
+from gspo_dist.learners.megatron.rows import Rows, lay_out
+from gspo_dist.learners.megatron.shards import export_weights, load_weights
+from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.step import LossSpec, micro_batch_loss
+from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.routing.megatron import Routers
+from gspo_dist.types import LogprobOutput, PackedBatch
+from gspo_dist.weights.stream import buckets
+
+
+class _SumOverContext(torch.autograd.Function):
+    """Sum over the context ranks; the backward pass sums too, because the loss is the sum of the ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=mpu.get_context_parallel_group())
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=mpu.get_context_parallel_group())
+        return grad
+
+
+@dataclass(frozen=True)
+class _Item:
+    batch: PackedBatch
+    rows: Rows
+
+    @property
+    def source(self) -> Tensor:
+        return self.rows.source
+
+
+class MegatronLearner:
+    """Implements `Learner`. The default process group is initialised from the environment unless it is already."""
+
+    def __init__(
+        self, config: LearnerConfig, model_path: str | Path, *, total_steps: int, temperature: float = 1.0,
+        keep_reference: bool = False, device: str = "cpu", seed: int = 0,
+    ) -> None:
+        self.config, self.temperature = config, temperature
+        self.architecture = read_architecture(model_path)
+        self.layout = check_layout(config.megatron, self.architecture, config.world_size)
+        self.gpu = torch.device(device).type == "cuda"
+        optim.check_optimizer(config, gpu=self.gpu)
+        source = SafetensorsFolder(model_path)
+        self.device = torch.device(device)
+        cpu.install()
+        self._join(config)
+        builder.start_groups(self.layout, config.timeout_s, seed)
+        self.transformer = builder.transformer_config(
+            self.architecture, self.layout, config.megatron, config.precision, gpu=self.gpu
+        )
+        self.chunks = builder.build_chunks(self.architecture, self.layout, self.transformer, gpu=self.gpu)
+        load_weights(self.chunks, source, self.architecture)
+        self.reference = self._frozen_copy(source) if keep_reference else None
+        self.ddp = optim.wrap(self.chunks, self.transformer, config)
+        self.optimizer = optim.build_optimizer(self.ddp, config)
+        self._let_schedules_sync()
+        self.routers = Routers(
+            builder.routers(self.chunks), self.architecture.moe_layers, self.architecture.top_k,
+            self.architecture.num_experts, recompute=builder.recomputes_routers(self.transformer),
+            sequence_parallel=self.layout.sequence_parallel,
+        )
+        self.lr_factor = lr_factor(config.optimizer, total_steps)
+        self.saves = checkpoint.Saves(config.megatron.async_save)
+        self.policy_version = 0
+        self.data_parallel_rank = mpu.get_data_parallel_rank()
+        self.is_exporter = dist.get_rank() == 0
+        self._accumulated = 0
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
+
+    def _join(self, config: LearnerConfig) -> None:
+        if not dist.is_initialized():
+            timeout = timedelta(seconds=config.timeout_s)
+            dist.init_process_group("nccl" if self.gpu else "gloo", timeout=timeout)
+        if dist.get_world_size() != config.world_size:
+            raise ValueError(
+                f"learner.world_size must be the number of ranks: got {config.world_size} for {dist.get_world_size()}"
+            )
+
+    def _frozen_copy(self, source: SafetensorsFolder) -> list[Any]:
+        """The starting policy for the KL term: own chunks, no gradients, no replay."""
+        chunks = builder.build_chunks(self.architecture, self.layout, self.transformer, gpu=self.gpu)
+        load_weights(chunks, source, self.architecture)
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        return chunks
+
+    def _let_schedules_sync(self) -> None:
+        """Hooks by which the schedules overlap reductions with the last micro-batch and gathers with the first."""
+        megatron, config = self.config.megatron, self.transformer
+        if megatron.overlap_grad_reduce:
+            no_sync = [ddp.no_sync for ddp in self.ddp]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if megatron.overlap_param_gather:
+            for ddp in self.ddp:
+                ddp.enable_forward_pre_hook()
+
+    # ---- forward passes -------------------------------------------------------------------------------------------
+
+    def _items(self, batches: Sequence[PackedBatch]) -> list[_Item]:
+        rank = mpu.get_context_parallel_rank()
+        return [_Item(batch, lay_out(batch, self.layout, rank, self.device)) for batch in batches]
+
+    def _schedule(
+        self, chunks: list[Any], items: list[_Item], finish: Callable[[_Item, Any, Tensor], Any], *, forward_only: bool,
+    ) -> list[Any]:
+        """Runs the items through this rank's chunks; `finish(item, chunk, hidden)` on the last stage, in order."""
+
+        def forward_step(iterator: Iterator[_Item], wrapped: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            item = next(iterator)
+            chunk = getattr(wrapped, "module", wrapped)
+            mask = item.rows.padding_mask(self.layout, mpu.get_tensor_model_parallel_rank(), chunk.pre_process)
+            out = wrapped(
+                input_ids=item.rows.token_ids, position_ids=item.rows.position_ids, attention_mask=None,
+                packed_seq_params=item.rows.packed, padding_mask=mask,
+            )
+            return out, partial(finish, item, chunk)
+
+        iterators: list[Any] = [iter(items) for _ in chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=len(items),
+            seq_length=max(item.rows.token_ids.shape[1] for item in items) * self.layout.context,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _logprobs(self, item: _Item, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, t, H] -> log-probs and entropies [N] of this rank's trained tokens.
+
+        A rank without trained tokens still projects one row, and drops it: the head's weight must get a gradient
+        (zero) in every micro-batch, or an overlapped reduction waits for it for ever.
+        """
+        count = len(item.rows.labels)
+        at, labels = item.rows.hidden_rows, item.rows.labels
+        if not count:
+            at, labels = at.new_zeros(1), labels.new_zeros(1)
+        rows = hidden[0].index_select(0, at)
+        parallel = None
+        if self.layout.tensor > 1:
+            shard = self.architecture.vocab_size // self.layout.tensor
+            parallel = VocabParallel(
+                mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_rank() * shard,
+                reduce_hidden_grad=not self.layout.sequence_parallel,
+            )
+        out = taken_logprobs(
+            rows, builder.head_weight(chunk), labels, temperature=self.temperature,
+            fp32_head=self.config.fp32_head, vocab_parallel=parallel,
+        )
+        return out.logprobs[:count], out.entropy[:count]
+
+    @torch.no_grad()
+    def logprobs(
+        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+    ) -> list[LogprobOutput]:
+        if reference and self.reference is None:
+            raise ValueError("no reference is kept: set objective.kl_coef above 0")
+        chunks = self.reference if reference else self.ddp
+        items = self._items(batches)
+        # The interleaved schedule needs a micro-batch a stage: copies fill up, their results are dropped.
+        fill = max(0, self.layout.pipeline - len(items)) if self.layout.virtual_stages > 1 else 0
+        work = items + items[:1] * fill
+
+        def finish(item: _Item, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            nothing = hidden.new_zeros(())
+            return nothing, torch.zeros((), dtype=torch.int), self._logprobs(item, chunk, hidden)
+
+        with contextlib.ExitStack() as stack:
+            recorder = stack.enter_context(self.routers.recording()) if record_routing else None
+            if not reference:
+                stack.enter_context(self.routers.replaying(work))
+            results = self._schedule(chunks, work, finish, forward_only=True)
+        values = self._assemble(items, results[: len(items)])
+        traces = self.routers.gather(recorder, items) if recorder is not None else [None] * len(items)
+        return [LogprobOutput(v[0], v[1], trace) for v, trace in zip(values, traces, strict=True)]
+
+    def _assemble(self, items: list[_Item], results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """[2, T] a batch on every rank of the replica: summed over context ranks, sent from the last stage."""
+        sizes = [item.batch.num_tokens for item in items]
+        flat = torch.zeros(2, sum(sizes), device=self.device)
+        start = 0
+        for item, size, (logprobs, entropy) in zip(items, sizes, results) if results else ():
+            at = (item.rows.index + start).to(self.device)
+            flat[0, at], flat[1, at] = logprobs.float(), entropy.float()
+            start += size
+        if self.layout.context > 1:
+            dist.all_reduce(flat, group=mpu.get_context_parallel_group())
+        if self.layout.pipeline > 1:
+            dist.broadcast(flat, src=mpu.get_pipeline_model_parallel_last_rank(),
+                           group=mpu.get_pipeline_model_parallel_group())
+        return list(flat.cpu().split(sizes, dim=1))
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
+        if self.config.megatron.overlap_grad_reduce and self._accumulated:
+            raise ValueError(
+                "learner.megatron.overlap_grad_reduce sends gradients during forward_backward: call it once an "
+                "optim_step, or turn it off"
+            )
+        if self.layout.virtual_stages > 1 and len(batches) < self.layout.pipeline:
+            raise ValueError(
+                "learner.megatron.virtual_stages needs at least pipeline_parallel micro-batches a mini-batch: got "
+                f"{len(batches)} and {self.layout.pipeline}; lower learner.token_budget or set virtual_stages=1"
+            )
+        self._accumulated += 1
+        balance.start(self.chunks, batches, self.config.megatron)
+        all_reduce = _SumOverContext.apply if self.layout.context > 1 else None
+
+        def finish(item: _Item, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Stat]]:
+            logprobs, entropy = self._logprobs(item, chunk, hidden)
+            if not item.batch.loss_mask.any():  # a filler: runs like any micro-batch, trains nothing
+                return logprobs.sum(), torch.zeros((), dtype=torch.int), {}
+            loss, stats = micro_batch_loss(
+                logprobs, entropy, item.batch, spec, index=item.rows.index, all_reduce=all_reduce
+            )
+            return loss, torch.zeros((), dtype=torch.int), stats
+
+        items = self._items(batches)
+        with self.routers.replaying(items):
+            parts = self._schedule(self.ddp, items, finish, forward_only=False)
+        stats = merge_stats(parts) if parts else {}
+        # One rank of each context shard speaks for its tensor twins; balance metrics come from the expert counts.
+        if mpu.get_tensor_model_parallel_rank() or not mpu.is_pipeline_last_stage():
+            stats = {}
+        return stats | balance.stats(self.chunks, self.architecture)
+
+    @torch.no_grad()
+    def optim_step(self) -> OptimStep:
+        finalize_model_grads(self.ddp)
+        lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
+        norm = optim.clipped_step(self.optimizer, lr, self.policy_version)
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._accumulated = 0
+        self.policy_version += 1
+        return OptimStep(norm, lr, self.policy_version)
+
+    def _gather_parameters(self) -> None:
+        """Completes gathers that overlap_param_gather left for the next forward pass."""
+        if self.config.megatron.overlap_param_gather:
+            for ddp in self.ddp:
+                ddp.start_param_sync(force_sync=True)
+
+    # ---- weights and checkpoints ----------------------------------------------------------------------------------
+
+    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+        self._gather_parameters()
+        yield from buckets(export_weights(self.chunks, self.architecture, bucket_bytes), bucket_bytes)
+
+    @property
+    def _trained(self) -> checkpoint.Trained:
+        return checkpoint.Trained(self.chunks, self.optimizer, self.architecture)
+
+    def save(self, folder: Path) -> None:
+        self._gather_parameters()
+        self.saves.save(self._trained, self.policy_version, folder)
+
+    def load(self, folder: Path) -> None:
+        self.policy_version = checkpoint.load(self._trained, folder)
+
+    def wait_saved(self) -> None:
+        self.saves.wait()
+
+    def close(self) -> None:
+        self.wait_saved()
+        self.saves.close()
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,249 @@
+"""Builds a megatron-core GPTModel for an HF architecture, one chunk a virtual stage, and its process groups.
+
+On a GPU the layers are Transformer Engine's (fused norms, flash attention over packed sequences, grouped GEMM, fused
+permutation and rotary code); on a CPU megatron-core's local ones with `modules` in the gaps. The model returns hidden
+states: `taken_logprobs` does the vocabulary projection, so that logits are never held.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from gspo_dist.config import MegatronConfig
+from gspo_dist.learners.megatron import cpu
+from gspo_dist.learners.megatron.architecture import Architecture
+from gspo_dist.learners.megatron.layout import Layout
+from gspo_dist.learners.megatron.modules import CountingRouter, PackedAttention, RMSNorm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def start_groups(layout: Layout, timeout_s: float, seed: int = 0) -> None:
+    """Makes megatron's process groups inside the initialised default group (order: tensor, context, data, pipeline)."""
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=max(1, int(timedelta(seconds=timeout_s).total_seconds() // 60)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(
+    model: Architecture, layout: Layout, config: MegatronConfig, precision: str, *, gpu: bool,
+) -> TransformerConfig:
+    """megatron-core's config; `gpu` picks kernels, so that GPU settings are validated on any machine."""
+    dtype = DTYPES[precision]
+    moe = _moe_settings(model, config, gpu) if model.num_moe_layers else {}
+    built = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        add_qkv_bias=model.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        perform_initialization=False,
+        use_cpu_initialization=not gpu,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        # Micro-batches are packed, so no two have one length: stages tell each other the shape.
+        variable_seq_lengths=layout.pipeline > 1,
+        # The loss's denominators are global: gradients of ranks and micro-batches are summed, not averaged.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=gpu,
+        apply_rope_fusion=gpu and _have_te(),
+        # Virtual stages exchange both ways at once; with two pipeline ranks the batched exchange of 0.16.1 would pair
+        # one direction's message with the other's (both neighbours are the same rank).
+        overlap_p2p_comm=layout.virtual_stages > 1,
+        batch_p2p_comm=layout.virtual_stages == 1,
+        **_recompute_settings(model, config, gpu),
+        **moe,
+    )
+    # 0.16.1 refuses the bias with softmax scores when the config is made; CountingRouter implements it.
+    built.moe_router_enable_expert_bias = bool(model.num_moe_layers and config.expert_bias)
+    return built
+
+
+def _moe_settings(model: Architecture, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+    if config.token_dispatcher == "flex" and not gpu:
+        raise ValueError("learner.megatron.token_dispatcher flex (DeepEP) needs a GPU: use alltoall")
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.expert_ffn_size,
+        "moe_router_topk": model.top_k,
+        "moe_layer_freq": [int(has) for has in model.moe_layers],
+        # Softmax over the chosen k logits is the renormalised softmax over all; without renormalisation the
+        # softmax comes first.
+        "moe_router_pre_softmax": not model.renormalise_top_k,
+        "moe_router_score_function": "softmax",
+        "moe_router_dtype": None if config.router_dtype == "model" else config.router_dtype,
+        "moe_router_load_balancing_type": "aux_loss" if config.aux_loss_coef else "none",
+        "moe_aux_loss_coeff": config.aux_loss_coef,
+        "moe_token_dispatcher_type": config.token_dispatcher,
+        "moe_flex_dispatcher_backend": "deepep",
+        "moe_grouped_gemm": config.grouped_gemm and gpu,
+        "moe_permute_fusion": gpu and _have_te(),
+        # A fused router returns before it looks at replayed ids (routing.megatron hands the routers their handles).
+        "moe_router_fusion": False,
+    }
+
+
+def _recompute_settings(model: Architecture, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+    if config.recompute == "none":
+        return {}
+    if config.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform",
+                "recompute_num_layers": config.recompute_num_layers}
+    # Flash attention keeps no scores; on a GPU the large activations are the experts' (or the MLP's).
+    modules = ["core_attn"] if not gpu else ["moe_act", "layernorm"] if model.num_moe_layers else ["mlp"]
+    if "moe_act" in modules and not config.grouped_gemm:
+        modules = ["moe"]
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
+def _have_te() -> bool:
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def layer_spec(config: TransformerConfig, *, gpu: bool, vp_stage: int | None = None) -> Any:
+    """The spec of this rank's layers. Raises ValueError on a GPU host without Transformer Engine."""
+    if gpu and not _have_te():
+        raise ValueError(
+            "the megatron learner needs Transformer Engine on a GPU: it is not installed; install "
+            "transformer_engine[pytorch] or use learner=deepspeed"
+        )
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=gpu, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        if parts.mlp.module is MoELayer:
+            parts.mlp.submodules.router = CountingRouter
+        if gpu:
+            continue
+        attention = parts.self_attention.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if not gpu:
+        block.layer_norm = RMSNorm
+    return block
+
+
+def build_chunks(model: Architecture, layout: Layout, config: TransformerConfig, *, gpu: bool) -> list[GPTModel]:
+    """This rank's part of the model, weights not loaded: one GPTModel a virtual stage, on the learner's device."""
+    chunks = []
+    for stage in range(layout.virtual_stages):
+        vp_stage = stage if layout.virtual_stages > 1 else None
+        first = mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        chunk = GPTModel(
+            config,
+            layer_spec(config, gpu=gpu, vp_stage=vp_stage),
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_positions,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=model.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            vp_stage=vp_stage,
+        )
+        # Read by the schedules to match chunk and stage.
+        chunk.vp_stage = vp_stage
+        if last:
+            # The instance's forward, not a subclass: module hooks (parameter gathers) still run around it.
+            chunk.output_layer.forward = lambda hidden, **unused: (gather_rows(hidden, config), None)
+        _mark(chunk)
+        chunks.append(chunk.cuda() if gpu else chunk)
+    if not cpu.on_cpu() and not gpu:
+        raise ValueError("the CPU layers were asked for where CUDA is present: build with gpu=True")
+    return chunks
+
+
+def _mark(chunk: GPTModel) -> None:
+    """Completes the marks by which gradients are reduced and their norm counted; two gaps of 0.16.1.
+
+    Weights get `tensor_model_parallel` while they are initialised, and these are not (they are loaded): without it the
+    norm leaves out all shards but the first. Experts get allreduce=False under expert_parallel > 1 only: with
+    tensor_parallel 2 and one expert rank their gradients would leave out the other tensor rank's tokens.
+    """
+    cuts = ((tensor_parallel.ColumnParallelLinear, 0), (tensor_parallel.VocabParallelEmbedding, 0),
+            (tensor_parallel.RowParallelLinear, 1))
+    for module in chunk.modules():
+        for kind, dim in cuts:
+            weight = getattr(module, "weight", None)
+            if isinstance(module, kind) and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
+def gather_rows(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """All rows on every tensor rank; the backward pass adds up the shards' parts (a reduce-scatter).
+
+    Without sequence parallelism every rank has all rows already, and `taken_logprobs` all-reduces the gradient.
+    """
+    if not config.sequence_parallel:
+        return hidden
+    return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+
+
+def head_weight(chunk: GPTModel) -> Tensor:
+    """This tensor rank's rows of the LM head."""
+    if chunk.share_embeddings_and_output_weights:
+        return chunk.shared_embedding_or_output_weight()
+    return chunk.output_layer.weight
+
+
+def routers(chunks: list[GPTModel]) -> list[CountingRouter]:
+    """This rank's routers in layer order."""
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, CountingRouter)]
+
+
+def recomputes_routers(config: TransformerConfig) -> bool:
+    """Whether the backward pass runs the routers' forward again."""
+    modules = config.recompute_modules or ()
+    return config.recompute_granularity == "full" or (config.recompute_granularity == "selective" and "moe" in modules)

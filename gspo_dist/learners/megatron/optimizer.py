@@ -1,0 +1,117 @@
+"""megatron-core's DistributedDataParallel and optimiser, which run on a CPU too under `cpu`'s stand-ins."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from gspo_dist.config import LearnerConfig
+
+
+def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[DistributedDataParallel]:
+    """One DDP a chunk: gradients are kept and summed in fp32 buffers."""
+    megatron = config.megatron
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=megatron.overlap_grad_reduce,
+        overlap_param_gather=megatron.overlap_param_gather,
+        use_distributed_optimizer=megatron.distributed_optimizer,
+        check_for_nan_in_grad=False,  # optim_step refuses a norm that is not finite, and says at which step
+        average_in_collective=False,
+    )
+    # Only the first chunk's reductions can hide behind a backward pass that still runs.
+    return [
+        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+
+
+def check_optimizer(config: LearnerConfig, *, gpu: bool) -> None:
+    """ValueError for optimiser knobs that contradict each other or the machine, before anything starts."""
+    megatron = config.megatron
+    for knob in ("precision_aware_optimizer", "optimizer_cpu_offload"):
+        if getattr(megatron, knob) and not gpu:
+            raise ValueError(f"learner.megatron.{knob} needs a GPU: this learner runs on a CPU; turn it off")
+    for knob in ("precision_aware_optimizer", "optimizer_cpu_offload", "overlap_param_gather"):
+        if getattr(megatron, knob) and not megatron.distributed_optimizer:
+            raise ValueError(
+                f"learner.megatron.{knob} needs distributed_optimizer: got false; set distributed_optimizer=true"
+            )
+    if megatron.overlap_param_gather and not megatron.overlap_grad_reduce:
+        raise ValueError(
+            "learner.megatron.overlap_param_gather needs overlap_grad_reduce: got false; set it too"
+        )
+
+
+def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
+    """AdamW as the other learners run it: one weight decay for all parameters, fp32 master weights and moments."""
+    knobs, megatron = config.optimizer, config.megatron
+    lower = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=knobs.lr,
+        min_lr=0.0,
+        weight_decay=knobs.weight_decay,
+        adam_beta1=knobs.betas[0],
+        adam_beta2=knobs.betas[1],
+        adam_eps=knobs.eps,
+        clip_grad=knobs.grad_clip,
+        bf16=config.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=megatron.distributed_optimizer,
+        overlap_param_gather=megatron.overlap_param_gather,
+        use_precision_aware_optimizer=megatron.precision_aware_optimizer,
+        optimizer_cpu_offload=megatron.optimizer_cpu_offload,
+        optimizer_offload_fraction=1.0 if megatron.optimizer_cpu_offload else 0.0,
+        overlap_cpu_optimizer_d2h_h2d=megatron.optimizer_cpu_offload,
+        **(lower if megatron.precision_aware_optimizer else {}),
+    )
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], config: LearnerConfig) -> Any:
+    """Megatron's optimiser: dense and expert parameters have one each, chained, and one gradient norm together."""
+    # An empty mapping, not None: None means no weight decay on norms, which the other learners do not do.
+    optimizer = get_megatron_optimizer(
+        optimizer_config(config), chunks, config_overrides={}, use_gloo_process_groups=False
+    )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _allocate(getattr(part, "optimizer", None))
+    return optimizer
+
+
+def _allocate(inner: Any) -> None:
+    """Gives torch's AdamW its moments at once: loading a checkpoint into an empty one fails in 0.16.1 (step is None)."""
+    if not isinstance(inner, torch.optim.AdamW):
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
+@torch.no_grad()
+def clipped_step(optimizer: Any, lr: float, policy_version: int) -> float:
+    """Clips by the global norm, steps at `lr`, returns the norm. FloatingPointError before a bad norm does harm."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm is {norm} at policy version {policy_version}")
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,86 @@
+"""Lays a packed batch out for one context rank: padded lengths, the rows it holds, and where trained tokens went.
+
+Worked example, cp 2, one sequence of 6 tokens, tokens 3..5 trained: padded to 8, rank 0 holds rows 0 1 6 7, rank 1
+rows 2 3 4 5. Token 3 is predicted from row 2 and token 5 from row 4, so all three trained tokens fall to rank 1:
+index [3, 4, 5], hidden_rows [0, 1, 2].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from gspo_dist.learners.megatron.layout import Layout
+from gspo_dist.learners.megatron.modules import local_rows
+from gspo_dist.learners.step import trained_index
+from gspo_dist.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One context rank's share of a packed batch of T tokens (t rows here, N trained tokens here).
+
+    token_ids, position_ids [1, t]; packed: sequence bounds after padding, over all context ranks. index [N]: places
+    in the packed batch; hidden_rows [N]: the local rows whose hidden states predict them; labels [N]. source [t]: the
+    token of the packed batch in each local row, -1 for padding.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    packed: PackedSeqParams
+    index: Tensor
+    hidden_rows: Tensor
+    labels: Tensor
+    source: Tensor
+
+    def padding_mask(self, layout: Layout, tensor_rank: int, first_stage: bool) -> Tensor | None:
+        """[1, t] bool, True = padding, or None when there is none.
+
+        0.16.1 cuts the mask for sequence parallelism on the first stage only: other stages are given their part.
+        """
+        mask = (self.source < 0)[None]
+        if not mask.any():
+            return None
+        if first_stage or not layout.sequence_parallel:
+            return mask
+        return mask.chunk(layout.tensor, 1)[tensor_rank].contiguous()
+
+
+def lay_out(batch: PackedBatch, layout: Layout, context_rank: int, device: Any) -> Rows:
+    """Pads each sequence to the layout's multiple (and the batch, by one sequence of padding) and takes the share."""
+    unit, cp = layout.sequence_multiple, layout.context
+    lengths = batch.cu_seqlens.diff().tolist()
+    padded = [-(-n // unit) * unit for n in lengths]
+    spare = -sum(padded) % math.lcm(unit, cp * layout.token_multiple)
+    bounds = torch.tensor([0, *padded, *([spare] if spare else [])]).cumsum(0)
+    total = int(bounds[-1])
+    row_of_token = bounds[:-1][batch.sequence_ids()] + batch.position_ids
+    token_of_row = torch.full((total,), -1, dtype=torch.int64)
+    token_of_row[row_of_token] = torch.arange(batch.num_tokens)
+    within = torch.arange(total) - torch.repeat_interleave(bounds[:-1], bounds.diff())
+    rows = local_rows(tuple(bounds.tolist()), cp, context_rank)
+    place = torch.full((total,), -1, dtype=torch.int64)
+    place[rows] = torch.arange(len(rows))
+    source = token_of_row[rows]
+    index = trained_index(batch)
+    hidden_rows = place[row_of_token[index - 1]]
+    here = hidden_rows >= 0
+    cu = bounds.to(device, torch.int32)
+    longest = int(bounds.diff().max())
+    return Rows(
+        token_ids=torch.where(source >= 0, batch.token_ids[source.clamp(min=0)], 0)[None].to(device),
+        position_ids=within[rows][None].to(device),
+        packed=PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, cu_seqlens_q_padded=cu, cu_seqlens_kv_padded=cu,
+            max_seqlen_q=longest, max_seqlen_kv=longest,
+        ),
+        index=index[here],
+        hidden_rows=hidden_rows[here].to(device),
+        labels=batch.token_ids[index[here]].to(device),
+        source=source.to(device),
+    )

@@ -1,0 +1,181 @@
+"""Moves weights between HF files and this rank's parameters, and streams them out again for sync and export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
+
+from gspo_dist.learners.megatron.architecture import Architecture
+from gspo_dist.learners.megatron.convert import QKV, GateUp, Split, TensorSource, rule_for
+
+_EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of this rank. `name` numbers layers over all stages, `expert` experts over all ranks."""
+
+    name: str
+    layer: int
+    expert: int | None
+    split: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What may travel together: the same parameter of all experts of a layer."""
+        return _EXPERT.sub(r"\1*", self.name) if self.expert is not None else self.name, self.split
+
+
+def named_parameters(chunks: Sequence[nn.Module], model: Architecture) -> Iterator[tuple[Entry, Tensor]]:
+    """This rank's parameters under global names, chunk after chunk."""
+    first_expert = 0
+    if model.num_moe_layers:
+        first_expert = mpu.get_expert_model_parallel_rank() * (
+            model.num_experts // mpu.get_expert_model_parallel_world_size())
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            layer, expert = -1, None
+            if name.startswith("decoder.layers."):
+                local = int(name.split(".")[2])
+                layer = chunk.decoder.layers[local].layer_number - 1
+                name = name.replace(f"decoder.layers.{local}.", f"decoder.layers.{layer}.", 1)
+            found = _EXPERT.search(name) if ".experts." in name else None
+            if found:
+                expert = first_expert + int(found[2])
+                name = name[:found.start(2)] + str(expert) + name[found.end(2):]
+            split = isinstance(rule_for(name, model), (QKV, GateUp, Split))
+            yield Entry(name, layer, expert, split, tuple(parameter.shape), parameter.dtype), parameter
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[nn.Module], source: TensorSource, model: Architecture) -> None:
+    """Fills this rank's parameters from HF tensors, one at a time, reading only what the rank owns.
+
+    Raises ValueError for a tensor that is missing or has another shape than the config promises.
+    """
+    for entry, parameter in named_parameters(chunks, model):
+        if entry.expert is None:
+            rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+        else:
+            rank, size = mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
+        shard = rule_for(entry.name, model).load(source, rank, size)
+        if shard.shape != parameter.shape:
+            raise ValueError(
+                f"model.path: {entry.name} should be {list(parameter.shape)} on this rank by config.json: its weights "
+                f"give {list(shard.shape)}; the folder's config and weights are of different models"
+            )
+        parameter.copy_(shard)
+
+
+@torch.no_grad()
+def export_weights(
+    chunks: Sequence[nn.Module], model: Architecture, bucket_bytes: int, exporter: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Streams HF-named full tensors on rank `exporter`; the ranks that hold its parts take part and yield nothing.
+
+    Per step: the same parameter of some experts (or one other parameter) is stacked, gathered over the tensor or the
+    expert ranks of one stage, and sent down the pipeline; about `bucket_bytes` are in flight.
+    """
+    mine = list(named_parameters(chunks, model))
+    pipeline = mpu.get_pipeline_model_parallel_group()
+    stages: list[Any] = [None] * dist.get_world_size(pipeline)
+    dist.all_gather_object(stages, [entry for entry, _ in mine], group=pipeline)
+    local = {entry.name: parameter for entry, parameter in mine}
+    # The ranks of the exporter's pipeline: one a stage, with the exporter's other coordinates.
+    line = dist.get_process_group_ranks(pipeline)
+    in_line = exporter in line
+    heads = _pipeline_of(exporter)
+    exported: set[str] = set()
+    for stage, entries in enumerate(stages):
+        for group_of in _steps(entries, bucket_bytes):
+            if model.tied_embeddings and group_of[0].name == "output_layer.weight":
+                continue  # the last stage's copy of the embedding
+            gathered = None
+            if stage == mpu.get_pipeline_model_parallel_rank():
+                gathered = _gather(group_of, local, heads[stage])
+            if in_line and len(line) > 1:
+                gathered = _send_down(gathered, group_of, line[stage], pipeline)
+            if dist.get_rank() == exporter:
+                for name, tensor in _to_hf(group_of, gathered, model):
+                    if name in exported:
+                        raise RuntimeError(f"weight {name} was exported twice: two megatron parameters map to it")
+                    exported.add(name)
+                    yield name, tensor
+
+
+def _pipeline_of(rank: int) -> list[int]:
+    """The ranks of `rank`'s pipeline, first stage first (ranks of one stage are consecutive in 0.16.1's order)."""
+    per_stage = dist.get_world_size() // mpu.get_pipeline_model_parallel_world_size()
+    return [rank % per_stage + s * per_stage for s in range(mpu.get_pipeline_model_parallel_world_size())]
+
+
+def _steps(entries: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
+    """Groups entries of one kind, as many as fit the bucket once gathered."""
+    kinds: dict[tuple[str, bool], list[Entry]] = {}
+    for entry in entries:
+        kinds.setdefault(entry.kind, []).append(entry)
+    for members in kinds.values():
+        one = members[0]
+        width = _group(one).size() if one.expert is not None or one.split else 1
+        nbytes = torch.Size(one.shape).numel() * one.dtype.itemsize * width
+        most = max(1, bucket_bytes // nbytes)
+        for start in range(0, len(members), most):
+            yield members[start:start + most]
+
+
+def _group(entry: Entry) -> Any:
+    if entry.expert is None:
+        return mpu.get_tensor_model_parallel_group()
+    return mpu.get_expert_tensor_and_model_parallel_group()
+
+
+def _gather(entries: list[Entry], local: dict[str, Tensor], head: int) -> Tensor | None:
+    """[ranks, entries, ...]: the shards of all ranks that hold a part; None on ranks whose group is not `head`'s.
+
+    Expert entries are named by the pipeline head's experts; other expert ranks send theirs of the same places.
+    """
+    group = _group(entries[0])
+    gathers = entries[0].expert is not None or entries[0].split
+    if head not in (dist.get_process_group_ranks(group) if gathers else [head]) or (
+            not gathers and dist.get_rank() != head):
+        return None
+    stack = torch.stack([local[entry.name].detach() for entry in entries])
+    if not gathers or group.size() == 1:
+        return stack[None]
+    out = stack.new_empty(group.size(), *stack.shape)
+    dist.all_gather_into_tensor(out.flatten(0, 1), stack, group=group)
+    return out
+
+
+def _send_down(gathered: Tensor | None, entries: list[Entry], source: int, pipeline: Any) -> Tensor:
+    if gathered is None:
+        one = entries[0]
+        width = _group(one).size() if one.expert is not None or one.split else 1
+        gathered = torch.empty(width, len(entries), *one.shape, dtype=one.dtype, device=torch.cuda.current_device())
+    dist.broadcast(gathered, src=source, group=pipeline)
+    return gathered
+
+
+def _to_hf(entries: list[Entry], gathered: Tensor, model: Architecture) -> Iterator[tuple[str, Tensor]]:
+    first = entries[0]
+    if first.expert is None:
+        for i, entry in enumerate(entries):
+            yield from rule_for(entry.name, model).export(list(gathered[:, i]))
+        return
+    parts = mpu.get_expert_tensor_parallel_world_size()
+    ranks = mpu.get_expert_model_parallel_world_size()
+    each = model.num_experts // ranks
+    for rank in range(ranks):
+        for i, entry in enumerate(entries):
+            expert = rank * each + entry.expert % each
+            name = _EXPERT.sub(rf"\g<1>{expert}", entry.name)
+            yield from rule_for(name, model).export(list(gathered[rank * parts:(rank + 1) * parts, i]))

@@ -1,0 +1,98 @@
+"""One rank of the megatron learner in the parity tests: reads a job, runs it, writes what it saw.
+
+Usage: megatron_worker.py JOB.json RANK. The job names the model, the layout and the actions; see `main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import megatron_case as case  # noqa: E402
+
+from gspo_dist.learners.megatron import model as builder  # noqa: E402
+from gspo_dist.learners.megatron.learner import MegatronLearner  # noqa: E402
+
+
+def logits_of(learner: MegatronLearner, batches: list) -> list:
+    """Per batch, this rank's tokens and their logits over its part of the vocabulary (last stage only)."""
+
+    def finish(item, chunk, hidden):
+        logits = hidden[0] @ builder.head_weight(chunk).t()
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), (item.rows.source, logits)
+
+    with torch.no_grad():
+        return learner._schedule(learner.ddp, learner._items(batches), finish, forward_only=True)
+
+
+def train(learner: MegatronLearner, batches: list, steps: int, spec: case.LossSpec) -> list[dict]:
+    """Optimiser steps on the same data: all but the first are off-policy."""
+    seen = []
+    for _ in range(steps):
+        stats = learner.forward_backward(batches, spec)
+        step = learner.optim_step()
+        seen.append({
+            "stats": {k: (float(s.value), float(s.weight), s.reduce) for k, s in stats.items()},
+            "grad_norm": step.grad_norm, "lr": step.lr, "policy_version": step.policy_version,
+        })
+    return seen
+
+
+def main(job: dict, rank: int) -> dict:
+    torch.set_num_threads(1)
+    config = case.make_config(job["world_size"], job.get("precision", "fp32"), **job["layout"])
+    learner = MegatronLearner(
+        config, job["model"], total_steps=10, temperature=job.get("temperature", 1.0),
+        keep_reference=job.get("reference", False),
+    )
+    data = torch.load(job["batches"], weights_only=False)
+    spec = case.make_spec(data, job.get("objective", "gspo"))
+    every = learner.layout.data
+    mine = [b for i, b in enumerate(data) if i % every == learner.data_parallel_rank]
+    out: dict = {"data_rank": learner.data_parallel_rank, "exporter": learner.is_exporter}
+    for action in job["actions"]:
+        name, argument = action if isinstance(action, list) else (action, None)
+        if name == "logits":
+            out["logits"] = logits_of(learner, mine)
+        elif name == "logprobs":
+            out.setdefault("logprobs", []).append(learner.logprobs(mine))
+        elif name == "reference":
+            out["reference"] = learner.logprobs(mine, reference=True)
+        elif name == "record":
+            outputs = learner.logprobs(mine, record_routing=True)
+            out["recorded"] = outputs
+            mine = [b.with_(routing=o.routing) for b, o in zip(mine, outputs)]
+        elif name == "foreign_routes":
+            routes = torch.load(argument, weights_only=False)
+            mine = [b.with_(routing=routes[i]) for i, b in enumerate(data) if i % every == learner.data_parallel_rank]
+        elif name == "train":
+            out.setdefault("steps", []).extend(train(learner, mine, argument or case.STEPS, spec))
+        elif name == "weights":
+            out["weights"] = {n: t.clone() for bucket in learner.weights(argument or 1 << 20) for n, t in bucket}
+        elif name == "save":
+            learner.save(Path(argument))
+        elif name == "wait":
+            learner.wait_saved()
+        elif name == "load":
+            learner.load(Path(argument))
+            out["version"] = learner.policy_version
+        elif name == "load_error":
+            try:
+                learner.load(Path(argument))
+            except ValueError as error:
+                out["error"] = str(error)
+    learner.close()
+    return out
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    os.environ |= {"RANK": sys.argv[2], "WORLD_SIZE": str(job["world_size"]), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(job["port"])}
+    result = main(job, int(sys.argv[2]))
+    torch.save(result, Path(job["out"]) / f"rank{sys.argv[2]}.pt")

@@ -1,0 +1,167 @@
+"""The megatron learner against the eager one, in real processes (gloo, fp32), for every way to cut the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import megatron_case as case
+
+from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.objectives.stats import Stat, merge_stats, results
+
+WORKER = Path(__file__).parent / "megatron_worker.py"
+LAYOUTS = {
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"distributed_optimizer": False}),
+    "tp2": (2, {"tensor_parallel": 2}),
+    "ep2": (2, {"expert_parallel": 2}),
+    "pp2": (2, {"pipeline_parallel": 2}),
+    "vpp2": (2, {"pipeline_parallel": 2, "virtual_stages": 2, "recompute": "full"}),
+    "cp2": (2, {"context_parallel": 2}),
+    "tp2_ep2": (2, {"tensor_parallel": 2, "expert_parallel": 2, "recompute": "selective"}),
+    "etp2": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2}),
+    "ep2_pp2": (4, {"expert_parallel": 2, "pipeline_parallel": 2, "distributed_optimizer": False}),
+    "tp2_cp2_ep2": (4, {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(folder: Path, model: Path, batches: Path, world_size: int, layout: dict, actions: list, **job) -> list[dict]:
+    """Runs one learner process a rank and returns what each saw; a failed rank's output is the test's message."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job |= {"model": str(model), "batches": str(batches), "world_size": world_size, "layout": layout,
+            "actions": actions, "out": str(folder), "port": free_port()}
+    (folder / "job.json").write_text(json.dumps(job))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = str(Path(__file__).parents[2])
+    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    logs = [open(folder / f"rank{r}.log", "w") for r in range(world_size)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "ignore", str(WORKER), str(folder / "job.json"), str(r)],
+                         env=env, stdout=log, stderr=subprocess.STDOUT)
+        for r, log in enumerate(logs)
+    ]
+    try:
+        codes = [rank.wait(timeout=240) for rank in ranks]
+    finally:
+        for rank, log in zip(ranks, logs):
+            rank.kill()
+            rank.wait()
+            log.close()
+    failed = [r for r, code in enumerate(codes) if code]
+    assert not failed, "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in failed[:2])
+    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(world_size)]
+
+
+@dataclass
+class Reference:
+    """The eager learner on the same model and data, before and after three steps."""
+
+    model: Path
+    batches: Path
+    data: list
+    logprobs: list
+    steps: list
+    start: dict
+    end: dict
+
+
+def eager_reference(folder: Path, kind: str, objective: str = "gspo", steps: int = case.STEPS) -> Reference:
+    model = case.make_model(kind, folder / "model")
+    learner = EagerLearner(case.make_config(backend="eager"), model, total_steps=10)
+    data = case.make_batches()
+    data = case.near(data, [o.logprobs for o in learner.logprobs(data)])
+    torch.save(data, folder / "batches.pt")
+    outputs = learner.logprobs(data)
+    start = {n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket}
+    seen = []
+    for _ in range(steps):
+        stats = results(learner.forward_backward(data, case.make_spec(data, objective)))
+        seen.append((stats, learner.optim_step()))
+    end = {n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket}
+    return Reference(model, folder / "batches.pt", data, outputs, seen, start, end)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return eager_reference(tmp_path_factory.mktemp("moe"), "qwen3_moe")
+
+
+def by_batch(ranks: list[dict], key: str, count: int) -> list:
+    """Every rank's list under `key` dealt back to the micro-batches: [count][ranks of the replica]."""
+    replicas = 1 + max(r["data_rank"] for r in ranks)
+    out: list[list] = [[] for _ in range(count)]
+    for rank in ranks:
+        for i, value in enumerate(rank[key]):
+            out[i * replicas + rank["data_rank"]].append(value)
+    return out
+
+
+def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> None:
+    """Token by token equal to HF's, put together from the context ranks' rows and the tensor ranks' columns."""
+    hf = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
+    for batch, parts in zip(reference.data, by_batch(ranks, "logits", len(reference.data))):
+        got = torch.full((batch.num_tokens, case.VOCAB), torch.nan)
+        width = case.VOCAB // tensor
+        for i, (source, logits) in enumerate(parts):
+            real = source >= 0
+            columns = slice((i % tensor) * width, (i % tensor + 1) * width)
+            got[source[real], columns] = logits[real]
+        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
+            with torch.no_grad():
+                want = hf(batch.token_ids[None, start:end]).logits[0]
+            torch.testing.assert_close(got[start:end], want, rtol=0, atol=1e-4)
+
+
+def assert_training(ranks: list[dict], reference: Reference) -> None:
+    for i, (want, step) in enumerate(reference.steps):
+        parts = [{n: Stat(torch.tensor(v, dtype=torch.float64), torch.tensor(w, dtype=torch.float64), r)
+                  for n, (v, w, r) in rank["steps"][i]["stats"].items()} for rank in ranks]
+        got = results(merge_stats(parts))
+        for name in want:
+            assert got[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), (i, name)
+        for rank in ranks:
+            assert rank["steps"][i]["grad_norm"] == pytest.approx(step.grad_norm, rel=1e-5)
+            assert rank["steps"][i]["lr"] == step.lr
+            assert rank["steps"][i]["policy_version"] == i + 1
+
+
+def assert_weights(got: dict, want: dict, tolerance: float) -> None:
+    assert set(got) == set(want)
+    for name, tensor in want.items():
+        error = torch.linalg.vector_norm(got[name].float() - tensor) / torch.linalg.vector_norm(tensor)
+        assert error <= tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path) -> None:
+    """Logits, log-probs, three clipped steps and the exported weights do not depend on how the model is cut."""
+    world_size, layout = LAYOUTS[name]
+    ranks = launch(tmp_path, reference.model, reference.batches, world_size, layout,
+                   ["logits", "logprobs", "train", "weights"])
+    assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
+    for want, outputs in zip(reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp",
+                                                          len(reference.data))):
+        for got in outputs:
+            torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
+    assert_training(ranks, reference)
+    exporters = [r for r in ranks if r["weights"]]
+    assert [r["exporter"] for r in exporters] == [True]
+    assert_weights(exporters[0]["weights"], reference.end, 1e-5)
