@@ -1,0 +1,59 @@
+"""Checksums of tensors, so that every weight transfer can be compared at both ends.
+
+Two functions, both over (dtype, shape, bytes): `host_checksum` hashes bytes in host memory (xxh3); `device_checksum`
+needs only integer arithmetic, so that a GPU computes it without sending the bytes anywhere. A transport uses one of
+them on both sides. Neither is cryptographic: they catch a lost, torn, reordered or misnamed tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import xxhash
+
+Checksum = Callable[[torch.Tensor], int]
+
+_CHUNK = 1 << 24  # words a device checksum expands to 8 bytes at once: 128 MiB of scratch
+_MIX = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: odd, so multiplication loses no bit
+_MIX2 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64
+_MIX3 = -7723592293110705685  # 0x94D049BB133111EB as int64
+
+
+def _label(tensor: torch.Tensor) -> bytes:
+    return f"{tensor.dtype}{list(tensor.shape)}".encode()
+
+
+def host_checksum(tensor: torch.Tensor) -> int:
+    """xxh3-64 of the bytes of a tensor in host memory, seeded by its dtype and shape."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_64_intdigest(flat.numpy(), seed=xxhash.xxh3_64_intdigest(_label(tensor)))
+
+
+def device_checksum(tensor: torch.Tensor) -> int:
+    """Sum over words of mix(word + index x odd constant), modulo 2^64; the same value on every device.
+
+    mix is splitmix64's finaliser with arithmetic shifts; words are 4 bytes, the tail is padded with zeros. Fewer
+    rounds will not do: the same bit flipped in two different words would then change the sum alike.
+    """
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    tail = -data.numel() % 4
+    if tail:
+        data = torch.cat([data, data.new_zeros(tail)])
+    if data.storage_offset() % 4 or data.data_ptr() % 4:
+        data = data.clone()  # a view that starts off a word boundary cannot be read as words
+    words = data.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, words.numel(), _CHUNK):
+        x = words[start : start + _CHUNK].long()
+        x += torch.arange(start, start + x.numel(), device=x.device) * _MIX
+        x = (x ^ (x >> 30)) * _MIX2
+        x = (x ^ (x >> 27)) * _MIX3
+        x ^= x >> 31
+        total += x.sum()
+    return (int(total) + xxhash.xxh3_64_intdigest(_label(tensor))) % (1 << 64)
+
+
+def tensor_checksum(tensor: torch.Tensor) -> int:
+    """The cheaper of the two where the tensor lies: `host_checksum` in host memory, else `device_checksum`."""
+    return host_checksum(tensor) if tensor.device.type == "cpu" else device_checksum(tensor)

@@ -1,0 +1,198 @@
+"""The engine side of a weight sync, inside vLLM's workers: receive a bucket, check it, load it, repair, prove.
+
+Written for vllm 0.30.0. Each receiver is a vLLM weight-transfer engine; loading goes through vLLM's layerwise reload
+(weights are buffered until a layer is whole, processed as at first load, then copied into the tensors in use).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from gspo_dist.weights.bucket import BucketLayout
+from gspo_dist.weights.checksum import Checksum, device_checksum, host_checksum
+from gspo_dist.weights.shm import map_bucket
+from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.verify import WeightSyncError
+
+
+@dataclass
+class Arrivals:
+    """What one update brought: checksum of every tensor, and how it was found in the model afterwards."""
+
+    checksums: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bytes: int = 0
+    proven: int = 0
+    seconds_checking: float = 0.0
+
+
+class CheckedReceiver(WeightTransferEngine):
+    """The part that transports share. Subclasses say how a bucket's tensors come in (`incoming`)."""
+
+    checksum: Checksum
+    check = True
+    repack_experts = True
+    """False only in the test that shows what the work-around below prevents."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.arrivals = Arrivals()
+
+    def incoming(self, update_info: Any) -> Iterable[NamedTensor]:
+        """The tensors of one bucket as they arrived."""
+        raise NotImplementedError
+
+    def start_weight_update(self) -> None:
+        self.arrivals = Arrivals()
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Any) -> None:
+        self.model.load_weights(list(self.noted(self.incoming(update_info))))
+
+    def noted(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Passes tensors on, writing down what arrived before the model touches it."""
+        got = self.arrivals
+        for name, tensor in tensors:
+            if name in got.shapes:
+                raise WeightSyncError(f"{name} arrived twice in one update")
+            if self.check:
+                start = time.perf_counter()
+                got.checksums[name] = type(self).checksum(tensor)
+                got.seconds_checking += time.perf_counter() - start
+            got.dtypes[name], got.shapes[name] = tensor.dtype, tuple(tensor.shape)
+            got.bytes += tensor.nbytes
+            yield name, tensor
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.repack_experts and self.device.type == "cpu":
+            repack_cpu_experts(self.model)
+        if self.check:
+            start = time.perf_counter()
+            self.prove_loaded()
+            self.arrivals.seconds_checking += time.perf_counter() - start
+
+    def prove_loaded(self) -> None:
+        """Compares parameters that the model keeps as they were sent (embeddings, norms, router) with what arrived.
+
+        Fused, sharded, packed and cast parameters have no tensor to compare; the log-prob probe covers them. A padded
+        vocabulary is compared over its real rows.
+        """
+        got = self.arrivals
+        for name, parameter in self.model.named_parameters():
+            shape = got.shapes.get(name)
+            if shape is None or parameter.dtype != got.dtypes[name] or parameter.dim() != len(shape):
+                continue
+            if tuple(parameter.shape[1:]) != shape[1:] or parameter.shape[0] < shape[0]:
+                continue
+            if type(self).checksum(parameter.data[: shape[0]]) != got.checksums[name]:
+                raise WeightSyncError(f"{name} arrived whole, but the engine's parameter differs after loading")
+            got.proven += 1
+
+    def report(self) -> dict[str, Any]:
+        """What the last update brought, as plain data."""
+        got = self.arrivals
+        return {
+            "checksums": got.checksums,
+            "tensors": len(got.shapes),
+            "bytes": got.bytes,
+            "proven": got.proven,
+            "seconds_checking": got.seconds_checking,
+        }
+
+    def shutdown(self) -> None:
+        """Nothing to free."""
+
+
+def repack_cpu_experts(model: torch.nn.Module) -> None:
+    """vllm 0.30.0 packs CPU expert weights for its kernel at first load only (`_setup_kernel` of
+    unquantized_fused_moe_method.py skips it when the kernel exists); a reload leaves them unpacked, and logits are
+    silently wrong. This does it again for every MoE layer."""
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        repack = getattr(getattr(kernel, "fused_experts", None), "process_weights_after_loading", None)
+        if repack is not None:
+            repack(layer)
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """check: compute checksums."""
+
+    check: bool = True
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """A bucket's file, the host it lies on, and its layout."""
+
+    path: str
+    host: str
+    layout: dict[str, Any]
+
+
+class ShmReceiver(CheckedReceiver):
+    """Maps buckets written by `ShmTransport`."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+    checksum = staticmethod(host_checksum)
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        self.check = init_info.check
+
+    def incoming(self, update_info: ShmUpdateInfo) -> Iterable[NamedTensor]:
+        return map_bucket({"path": update_info.path, "host": update_info.host, "layout": update_info.layout})
+
+    def prove_loaded(self) -> None:
+        # On a GPU host the parameters lie elsewhere than the bytes that arrived; only host tensors can be compared.
+        if self.device.type == "cpu":
+            super().prove_loaded()
+
+
+@dataclass(kw_only=True)
+class NcclInitInfo(NCCLWeightTransferInitInfo):
+    """vLLM's own rendezvous fields, and check."""
+
+    check: bool = True
+
+
+@dataclass
+class NcclUpdateInfo(WeightTransferUpdateInfo):
+    """The layout of the bucket that the next broadcast carries."""
+
+    layout: dict[str, Any]
+
+
+class NcclReceiver(CheckedReceiver):
+    """Takes part in `NcclTransport`'s broadcasts."""
+
+    init_info_cls = NcclInitInfo
+    update_info_cls = NcclUpdateInfo
+    checksum = staticmethod(device_checksum)
+
+    def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
+        self.check = init_info.check
+        self.group = worker_init_process_group(init_info, self.parallel_config)
+
+    def incoming(self, update_info: NcclUpdateInfo) -> Iterable[NamedTensor]:
+        layout = BucketLayout.from_dict(update_info.layout)
+        flat = torch.empty(max(layout.nbytes, 1), dtype=torch.uint8, device=self.device)
+        self.group.broadcast(flat, src=0, stream=torch.cuda.current_stream())
+        return list(layout.views(flat))
+
+    def shutdown(self) -> None:
+        self.group = None
