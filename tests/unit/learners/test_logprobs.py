@@ -1,0 +1,392 @@
+"""Laws of the log-probs head: it is log_softmax + gather, in value and gradient, whatever the blocks."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gspo_dist.learners.logprobs import _block_columns, taken_logprobs
+from gspo_dist.learners.logprobs_passes import IMPLEMENTATIONS
+
+N, H, V = 7, 5, 23
+
+
+def make(
+    n: int = N, h: int = H, v: int = V, dtype: torch.dtype = torch.float64, bias: bool = True, seed: int = 0
+):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(v, h, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    b = torch.randn(v, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    ids = torch.randint(v, (n,), generator=g)
+    upstream = torch.randn(n, generator=g, dtype=torch.float64)
+    return hidden, weight, b, ids, upstream
+
+
+def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, temperature: float = 1.0):
+    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
+    logp = logits.log_softmax(-1)
+    return logp.gather(1, ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
+
+
+def gradients(logprobs: Tensor, upstream: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+    return list(torch.autograd.grad((logprobs * upstream).sum(), [t for t in inputs if t is not None]))
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, N, 100, None])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_log_softmax_and_gather_in_value_and_gradient(chunk_tokens, temperature, bias):
+    hidden, weight, b, ids, upstream = make(bias=bias)
+    out = taken_logprobs(hidden, weight, ids, bias=b, temperature=temperature, chunk_tokens=chunk_tokens)
+    expected, entropy = naive(hidden, weight, b, ids, temperature)
+    assert_close(out.logprobs, expected, 1e-12)
+    assert_close(out.entropy, entropy, 1e-12)
+    for got, want in zip(
+        gradients(out.logprobs, upstream, hidden, weight, b),
+        gradients(expected, upstream, hidden, weight, b),
+        strict=True,
+    ):
+        assert_close(got, want, 1e-12)
+
+
+def test_a_number_worked_by_hand():
+    hidden = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    weight = torch.tensor([[0.0, 9.0], [math.log(3), 9.0]], dtype=torch.float64)
+    out = taken_logprobs(hidden, weight, torch.tensor([1]))
+    assert_close(out.logprobs, torch.tensor([math.log(3 / 4)], dtype=torch.float64), 1e-15)
+    assert_close(out.entropy, torch.tensor([math.log(4) - 0.75 * math.log(3)], dtype=torch.float64), 1e-15)
+
+
+def test_uniform_logits_have_the_entropy_of_the_vocabulary():
+    out = taken_logprobs(torch.zeros(3, H), torch.randn(V, H), torch.tensor([0, 5, 22]), chunk_tokens=1)
+    assert_close(out.entropy, torch.full((3,), math.log(V)), 1e-6)
+    assert_close(out.logprobs, torch.full((3,), -math.log(V)), 1e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_entropy():
+    hidden, weight, _, ids, _ = make(dtype=torch.float32, bias=False)
+    hidden, weight = 40 * hidden.detach(), 10 * weight.detach()
+    out = taken_logprobs(hidden, weight, ids, chunk_tokens=1)
+    expected, entropy = naive(hidden.double(), weight.double(), None, ids)
+    assert_close(out.logprobs.double(), expected, 1e-6)
+    assert_close(out.entropy.double(), entropy, 1e-6)
+
+
+def test_gradcheck_through_a_loss_that_mixes_all_tokens():
+    hidden, weight, bias, ids, _ = make(n=4, v=9)
+
+    def sequence_ratio(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return (
+            taken_logprobs(hidden, weight, ids, bias=bias, temperature=1.3, chunk_tokens=2)
+            .logprobs.mean()
+            .exp()
+        )
+
+    assert torch.autograd.gradcheck(sequence_ratio, (hidden, weight, bias), eps=1e-6, atol=1e-9)
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    hidden, weight, bias, ids, upstream = make()
+    expected, _ = naive(hidden, weight, bias, ids)
+    want = dict(zip("hwb", gradients(expected, upstream, hidden, weight, bias), strict=True))
+    for names in ("h", "w", "b", "hb", "wb"):
+        inputs = {"h": hidden, "w": weight, "b": bias}
+        inputs = {k: t.detach().requires_grad_(k in names) for k, t in inputs.items()}
+        out = taken_logprobs(inputs["h"], inputs["w"], ids, bias=inputs["b"], chunk_tokens=2)
+        (out.logprobs * upstream).sum().backward()
+        for k, t in inputs.items():
+            if k in names:
+                assert_close(t.grad, want[k], 1e-12)
+            else:
+                assert t.grad is None
+
+
+def test_backward_twice_gives_the_same_gradient():
+    hidden, weight, bias, ids, upstream = make()
+    loss = (taken_logprobs(hidden, weight, ids, bias=bias, chunk_tokens=2).logprobs * upstream).sum()
+    first = torch.autograd.grad(loss, [hidden, weight, bias], retain_graph=True)
+    second = torch.autograd.grad(loss, [hidden, weight, bias])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_entropy_is_detached_and_optional():
+    hidden, weight, bias, ids, _ = make()
+    assert not taken_logprobs(hidden, weight, ids).entropy.requires_grad
+    without = taken_logprobs(hidden, weight, ids, bias=bias, with_entropy=False)
+    assert without.entropy is None
+    assert torch.equal(without.logprobs, taken_logprobs(hidden, weight, ids, bias=bias).logprobs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_float32_for_narrower_inputs(dtype):
+    hidden, weight, bias, ids, _ = make(dtype=dtype)
+    out = taken_logprobs(hidden, weight, ids, bias=bias)
+    assert out.logprobs.dtype == out.entropy.dtype == torch.float32
+
+
+def test_no_tokens():
+    hidden, weight, bias, ids, upstream = make(n=0)
+    out = taken_logprobs(hidden, weight, ids, bias=bias)
+    assert out.logprobs.shape == out.entropy.shape == (0,)
+    grads = gradients(out.logprobs, upstream, hidden, weight, bias)
+    assert grads[0].shape == (0, H) and not grads[1].any() and not grads[2].any()
+
+
+class _LogitCensus(TorchDispatchMode):
+    """Counts the elements alive at once in storages of logits: tensors [tokens, any number of columns but
+    H]."""
+
+    def __init__(self, tokens: int, hidden_size: int) -> None:
+        super().__init__()
+        self.tokens, self.hidden_size, self.peak = tokens, hidden_size, 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if (
+                isinstance(t, Tensor)
+                and t.dim() == 2
+                and len(t) == self.tokens
+                and t.shape[1] not in (1, self.hidden_size)
+            ):
+                storage = t.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes() // t.element_size())
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(elements for _, elements in self.alive.values()))
+        return out
+
+
+def test_the_census_sees_the_logits_of_the_naive_way():
+    hidden, weight, _, ids, _ = make(64, 2, 4096, bias=False)
+    with _LogitCensus(64, 2) as census:
+        naive(hidden, weight, None, ids)[0].sum().backward()
+    assert census.peak >= 2 * 64 * 4096  # the logits and their log-softmax, at least
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fp32_head", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [2, 5, 16])
+def test_never_more_than_one_chunk_of_logits_alive(dtype, fp32_head, chunk_tokens):
+    n, h, v = 64, 2, 4096
+    hidden, weight, _, ids, upstream = make(n, h, v, dtype=dtype, bias=False)
+    with _LogitCensus(n, h) as census:
+        out = taken_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens, fp32_head=fp32_head)
+        forward = census.peak
+        gradients(out.logprobs, upstream.to(out.logprobs.dtype), hidden, weight)
+    assert 0.3 * chunk_tokens * v < forward <= census.peak <= chunk_tokens * v
+
+
+def test_float32_head_is_closer_to_the_truth_than_a_16_bit_head():
+    hidden, weight, _, ids, upstream = make(64, 256, 997, dtype=torch.bfloat16, bias=False)
+    truth, entropy = naive(hidden.double(), weight.double(), None, ids)
+    narrow = taken_logprobs(hidden, weight, ids)
+    wide = taken_logprobs(hidden, weight, ids, fp32_head=True)
+    narrow_error, wide_error = ((o.logprobs.double() - truth).abs().max().item() for o in (narrow, wide))
+    assert wide_error < 1e-4
+    assert narrow_error > 1e-2
+    assert (wide.entropy.double() - entropy).abs().max() < 1e-4
+    want = gradients(truth, upstream, hidden, weight)
+    for out, limit in ((narrow, 3e-2), (wide, 6e-3)):  # bfloat16 rounds to 2**-9 = 2e-3, twice here
+        got = gradients(out.logprobs.double(), upstream, hidden, weight)
+        for g, w in zip(got, want, strict=True):
+            assert (g.double() - w.double()).norm() / w.double().norm() < limit
+
+
+def test_autocast_does_not_narrow_the_head():
+    hidden, weight, bias, ids, upstream = make(dtype=torch.float32)
+    plain = taken_logprobs(hidden, weight, ids, bias=bias)
+    expected = gradients(plain.logprobs, upstream.float(), hidden, weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = taken_logprobs(hidden, weight, ids, bias=bias)
+        got = gradients(out.logprobs, upstream.float(), hidden, weight, bias)
+    assert torch.equal(out.logprobs, plain.logprobs)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "most, v", [(32768, 151936), (8192, 151936), (1, 23), (5, 23), (200, 151936), (10**9, 23)]
+)
+def test_blocks_cover_the_vocabulary_within_the_budget(most, v):
+    block = _block_columns(most, v)
+    blocks = -(-v // block)
+    assert block <= most
+    assert blocks == 1 or block * blocks - v < max(128 * blocks, blocks)  # even: no thin last block
+    if most >= 128 and block < v:
+        assert block % 128 == 0
+
+
+def test_compiled_equals_chunked():
+    hidden, weight, bias, ids, upstream = make(dtype=torch.float32)
+    outs = [
+        taken_logprobs(hidden, weight, ids, bias=bias, temperature=0.7, chunk_tokens=8, implementation=name)
+        for name in ("compiled", "chunked")
+    ]
+    assert_close(outs[0].logprobs, outs[1].logprobs, 2e-6)
+    assert_close(outs[0].entropy, outs[1].entropy, 2e-6)
+    got, want = (gradients(o.logprobs, upstream.float(), hidden, weight, bias) for o in outs)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, 2e-6)
+
+
+_TRITON_CHECK = """
+import torch
+from gspo_dist.learners import logprobs_triton
+from gspo_dist.learners.logprobs import taken_logprobs
+logprobs_triton.TILE = 16  # several tiles a row at these sizes
+g = torch.Generator().manual_seed(0)
+for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):  # the interpreter truncates bfloat16
+    for bias in (False, True):
+        for chunk in (1, 3, 20):
+            shapes = ((9, 5), (77, 5), (77,))
+            leaves = [torch.randn(*s, generator=g).to(dtype).requires_grad_() for s in shapes]
+            ids, up = torch.randint(77, (9,), generator=g), torch.randn(9, generator=g)
+            ids[:3] = torch.tensor([0, 76, 40])
+            results = []
+            for name in ("triton", "chunked"):
+                b = leaves[2] if bias else None
+                o = taken_logprobs(leaves[0], leaves[1], ids, bias=b, temperature=0.7, chunk_tokens=chunk,
+                                   implementation=name)
+                grads = torch.autograd.grad((o.logprobs * up).sum(), leaves[: 2 + bias])
+                results.append([o.logprobs, o.entropy, *grads])
+            for i, (a, e) in enumerate(zip(*results, strict=True)):
+                limit = 3e-6 if i < 2 else tolerance
+                torch.testing.assert_close(a, e, rtol=limit, atol=limit)
+h, w = torch.zeros(0, 5, requires_grad=True), torch.randn(77, 5, requires_grad=True)
+taken_logprobs(h, w, torch.zeros(0, dtype=torch.int64), implementation="triton").logprobs.sum().backward()
+assert not w.grad.any()
+print("agree")
+"""
+
+
+def test_triton_kernels_equal_the_chunked_passes():
+    """The kernels' own code, run by Triton's interpreter (the switch is read when triton is first
+    imported)."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _TRITON_CHECK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=Path(__file__).parents[3],
+    )
+    assert done.returncode == 0 and "agree" in done.stdout, done.stderr[-3000:]
+
+
+_PARALLEL_CHECK = """
+import sys
+import torch, torch.distributed as dist
+from gspo_dist.learners.logprobs import VocabParallel, taken_logprobs
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+g = torch.Generator().manual_seed(1)
+hidden, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((11, 6), (29, 6), (29,)))
+ids, up = torch.randint(29, (11,), generator=g), torch.randn(11, generator=g, dtype=torch.float64)
+hidden[0] *= 50
+full = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+x = (full[0] @ full[1].T + full[2]) / 0.7
+logp = x.log_softmax(-1)
+expected = logp.gather(1, ids[:, None])[:, 0]
+entropy = -(logp.exp() * logp).sum(-1)
+want = torch.autograd.grad((expected * up).sum(), full)
+close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+for cut in (16, 29, 0, 3):  # uneven shards, and empty ones on either side
+    a, b = ((0, cut), (cut, 29))[rank]
+    for chunk in (1, 4, None):
+        for reduce in (True, False):
+            part = [t.clone().requires_grad_() for t in (hidden, weight[a:b], bias[a:b])]
+            o = taken_logprobs(part[0], part[1], ids, bias=part[2], temperature=0.7, chunk_tokens=chunk,
+                               vocab_parallel=VocabParallel(dist.group.WORLD, a, reduce_hidden_grad=reduce))
+            close(o.logprobs, expected)
+            close(o.entropy, entropy)
+            (o.logprobs * up).sum().backward()
+            if not reduce:
+                partial = part[0].grad.clone()
+                dist.all_reduce(part[0].grad)
+                assert cut in (0, 29) or not torch.allclose(partial, part[0].grad)
+            for p, expect in zip(part, (want[0], want[1][a:b], want[2][a:b]), strict=True):
+                close(p.grad, expect)
+try:
+    lost = torch.where(ids == ids[2], 29, ids)
+    shard = weight[15 * rank : 15 + 14 * rank]
+    taken_logprobs(hidden, shard, lost, vocab_parallel=VocabParallel(dist.group.WORLD, 15 * rank))
+except ValueError as error:
+    assert "token_ids" in str(error) and "[29" in str(error), error
+else:
+    raise AssertionError("an id of no shard was accepted")
+print("agree", flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_vocabulary_split_over_two_processes_equals_one_process(tmp_path):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PARALLEL_CHECK, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[3],
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0 and "agree" in out, err[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    "field, change",
+    [
+        ("token_ids", {"token_ids": torch.tensor([0, 1, 2, 3, 4, 5, V])}),
+        ("token_ids", {"token_ids": torch.tensor([0, 1, 2, 3, 4, 5, -100])}),
+        ("token_ids", {"token_ids": torch.zeros(N - 1, dtype=torch.int64)}),
+        ("token_ids", {"token_ids": torch.zeros(N)}),
+        ("hidden", {"hidden": torch.zeros(N, H + 1, dtype=torch.float64)}),
+        ("hidden", {"hidden": torch.zeros(1, N, H, dtype=torch.float64)}),
+        ("weight", {"weight": torch.zeros(H, V, dtype=torch.float64)}),
+        ("weight", {"weight": torch.zeros(V, H)}),
+        ("weight", {"weight": torch.zeros(V, H, dtype=torch.float64, device="meta")}),
+        ("bias", {"bias": torch.zeros(V + 1, dtype=torch.float64)}),
+        ("bias", {"bias": torch.zeros(V)}),
+        ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": -1.0}),
+        ("temperature", {"temperature": math.nan}),
+        ("temperature", {"temperature": math.inf}),
+        ("chunk_tokens", {"chunk_tokens": 0}),
+        ("implementation", {"implementation": "liger"}),
+        ("triton", {"implementation": "triton"}),
+    ],
+)
+def test_a_bad_argument_is_named(field, change):
+    hidden, weight, bias, ids, _ = make()
+    arguments = {"hidden": hidden, "weight": weight, "token_ids": ids, "bias": bias} | change
+    with pytest.raises(ValueError, match=field):
+        taken_logprobs(**arguments)
+
+
+def test_every_implementation_is_documented():
+    assert all(name in taken_logprobs.__doc__ for name in IMPLEMENTATIONS)
