@@ -1,4 +1,4 @@
-"""How much two routings of the same tokens differ: the engine's against the learner's, or before against after an update.
+"""How much two routings of the same tokens differ: engine against learner, or before against after an update.
 
 Three measures of the same comparison, over the rows known in both traces (A, B: the K experts of one token in one MoE
 layer; a "router" below is one token in one layer):

@@ -25,7 +25,6 @@ from gspo_dist.routing.replay import (
     RouteRecorder,
     RouterShape,
     RoutingReplayError,
-    check_trace,
     feeding,
 )
 from gspo_dist.routing.trace import RoutingTrace
@@ -67,7 +66,7 @@ GATES: dict[str, Gate] = {
     "DeepseekV3TopkRouter": _sigmoid_gate,
     "Glm4MoeTopkRouter": _sigmoid_gate,
 }
-"""Router class of transformers -> its gate formula. Each returns (logits, weights, ids) and holds top_k, num_experts."""
+"""Router class of transformers -> gate formula. Each returns (logits, weights, ids); holds top_k, num_experts."""
 
 
 class _Tap:
@@ -170,9 +169,8 @@ def replay(model: nn.Module, trace: RoutingTrace, *, tokens: int | None = None) 
     leaving unless every router used every route exactly once a pass.
     """
     shape = router_shape(model)
-    check_trace(trace, shape, tokens=tokens)
     device = next(model.parameters()).device
-    feeder = RouteFeeder([trace], shape, device, recompute=_recomputed(model, shape))
+    feeder = RouteFeeder([trace], shape, device, recompute=_recomputed(model, shape), tokens=[tokens])
     mine = set(feeder.layers)
 
     def attach(tap: _Tap, layer: int) -> None:
