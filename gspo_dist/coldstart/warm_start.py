@@ -1,0 +1,67 @@
+"""The supervised warm start: next-token loss on a pupil's worked solutions, for about a minute of one core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import nn
+
+from gspo_dist.coldstart.recipes import WarmStart
+from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, encode
+from gspo_dist.data import arithmetic
+
+IGNORE = -100
+
+
+def batches(plan: WarmStart, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs [B, N], labels [B, N]) without end, from the training split only; padded on the right.
+
+    Only solutions are learnt: labels of the question and of the padding are IGNORE. For "1+2=" with solution "03#3":
+    inputs "1 + 2 = 0 3 # 3", labels "_ _ _ 0 3 # 3 <eos>".
+    """
+    rng = np.random.default_rng([seed, 2])
+    questions = arithmetic.stream(rng, "train", digits=plan.digits, heldout_share=plan.heldout_share)
+    while True:
+        rows = []
+        for question in islice(questions, plan.batch):
+            prompt = encode(question.text)
+            solution = encode(arithmetic.worked_solution(question, rng, plan.habits)) + [EOS_ID]
+            rows.append((prompt + solution[:-1], [IGNORE] * (len(prompt) - 1) + solution))
+        width = max(len(tokens) for tokens, _ in rows)
+        inputs = torch.full((plan.batch, width), PAD_ID)
+        labels = torch.full((plan.batch, width), IGNORE)
+        for i, (tokens, targets) in enumerate(rows):
+            inputs[i, : len(tokens)] = torch.tensor(tokens)
+            labels[i, : len(targets)] = torch.tensor(targets)
+        yield inputs, labels
+
+
+def lr_at(step: int, plan: WarmStart) -> float:
+    """Linear warm-up, then cosine to a tenth of the peak at the last step."""
+    if step < plan.warmup:
+        return plan.lr * (step + 1) / plan.warmup
+    done = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return plan.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(model: nn.Module, plan: WarmStart, seed: int, log: Callable[[str], object]) -> None:
+    """Runs the warm start in place. Attention needs no mask: padding stands on the right and is never a target."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    model.train()
+    for step, (inputs, labels) in enumerate(islice(batches(plan, seed), plan.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, plan)
+        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        wanted = labels != IGNORE
+        loss = nn.functional.cross_entropy(model.lm_head(hidden[wanted]), labels[wanted])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), plan.grad_clip)
+        optimizer.step()
+        if (step + 1) % 50 == 0 or step + 1 == plan.steps:
+            log(f"warm start: step {step + 1}/{plan.steps}, loss {loss.item():.3f}")
+    model.eval()

@@ -1,0 +1,70 @@
+"""Hands out prompts in shuffled epochs, so that a run can stop anywhere and go on with the very next prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gspo_dist.data.prompts import PromptSource
+from gspo_dist.types import Prompt
+
+
+class PromptCursor:
+    """A place in an endless sequence of epochs over `source`.
+
+    Epoch e visits every prompt once, in an order that depends on (seed, e) alone, so the whole state is two numbers.
+    What an epoch has left over when a batch is not full opens that batch, and the next epoch fills it.
+    """
+
+    def __init__(self, source: PromptSource, *, seed: int, shuffle: bool = True) -> None:
+        self._source = source
+        self._seed = seed
+        self._shuffle = shuffle
+        self._fingerprint = source.fingerprint
+        self.epoch = 0
+        self.position = 0
+        self._order = self._order_of(0)
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next `n` prompts; a prompt comes again only when its epoch is over."""
+        if n < 1:
+            raise ValueError(f"a batch must hold at least one prompt: got {n}")
+        batch: list[Prompt] = []
+        while len(batch) < n:
+            if self.position == len(self._order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._order_of(self.epoch)
+            taken = self._order[self.position : self.position + n - len(batch)]
+            batch += [self._source[int(i)] for i in taken]
+            self.position += len(taken)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place, and what must be equal for it to mean the same: plain values, fit for JSON."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved place. Raises ValueError when the prompts, the seed or the shuffling have changed."""
+        for name, now in self._identity().items():
+            if state.get(name) != now:
+                raise ValueError(
+                    f"data cursor: {name} must be what the checkpoint was made with: got {now!r}, it has "
+                    f"{state.get(name)!r}; restore the data and the seed, or start a new run_dir"
+                )
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position <= len(self._source):
+            raise ValueError(
+                f"data cursor: no such place: epoch {epoch}, position {position} of {len(self._source)}"
+            )
+        self.epoch, self.position = epoch, position
+        self._order = self._order_of(epoch)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self._seed, "shuffle": self._shuffle, "fingerprint": self._fingerprint}
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self._source))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._source))

@@ -1,0 +1,123 @@
+"""Prompts of a run: loaded once, checked, immutable. `cursor` hands them out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo_dist.config import DataConfig
+from gspo_dist.data import procedural
+from gspo_dist.data.chat import render
+from gspo_dist.data.records import Record, read_file
+from gspo_dist.types import Prompt
+
+
+class PromptSource(Sequence[Prompt]):
+    """An immutable list of distinct prompts.
+
+    duplicates: records that were left out because an equal prompt with the same answer stands before them.
+    """
+
+    def __init__(self, name: str, prompts: Sequence[Prompt], duplicates: int = 0) -> None:
+        self.name = name
+        self.duplicates = duplicates
+        self._prompts = tuple(prompts)
+        if not self._prompts:
+            raise ValueError(f"data source {name} must hold at least one prompt: got none")
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._prompts[index]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over every prompt's tokens and answer, in order: a resumed run checks that nothing changed."""
+        digest = hashlib.sha256()
+        for prompt in self._prompts:
+            digest.update(repr((prompt.token_ids, prompt.answer)).encode())
+        return digest.hexdigest()[:16]
+
+
+def load_prompts(
+    config: DataConfig, split: str, tokenizer: Any, *, max_prompt_tokens: int, seed: int
+) -> PromptSource:
+    """The prompts of `split` ("train" or "heldout") in the order of their source.
+
+    Raises ValueError, naming file and line, for records that cannot be used: malformed, without their fields, over
+    `max_prompt_tokens`, or an earlier prompt again with another answer.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be train or heldout: got {split!r}")
+    source = config.train if split == "train" else config.heldout
+    if source is None:
+        raise ValueError("data.heldout is null: there are no held-out prompts to load")
+    records = _records(config, source, split, seed)
+    return _render_all(config, source, records, tokenizer, max_prompt_tokens)
+
+
+def load_splits(
+    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int
+) -> tuple[PromptSource, PromptSource | None]:
+    """(training prompts, held-out prompts or None), checked to share no prompt."""
+    train = load_prompts(config, "train", tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    if config.heldout is None:
+        return train, None
+    heldout = load_prompts(config, "heldout", tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    check_disjoint(train, heldout)
+    return train, heldout
+
+
+def check_disjoint(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    """Raises ValueError when a held-out prompt is also trained on (the tokens decide, not the ids)."""
+    seen = {prompt.token_ids: prompt for prompt in train}
+    shared = [(seen[p.token_ids], p) for p in heldout if p.token_ids in seen]
+    if shared:
+        ours, theirs = shared[0]
+        raise ValueError(
+            f"train and heldout must share no prompt: {len(shared)} of {len(heldout)} held-out prompts are in train, "
+            f"the first {theirs.prompt_id} = {ours.prompt_id}; remove them from one of the two"
+        )
+
+
+def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Record]:
+    if procedural.is_procedural(source):
+        return procedural.make(source, split, config.options, seed)
+    if Path(source).suffix not in (".jsonl", ".parquet"):
+        raise ValueError(
+            f"data.{split} must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK: got {source!r}"
+        )
+    return read_file(source, config.prompt_key, config.answer_key)
+
+
+def _render_all(
+    config: DataConfig, source: str, records: list[Record], tokenizer: Any, max_prompt_tokens: int
+) -> PromptSource:
+    first: dict[tuple[int, ...], Prompt] = {}
+    duplicates = 0
+    for record in records:
+        text, token_ids = render(
+            record, tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt
+        )
+        if len(token_ids) > max_prompt_tokens:
+            raise ValueError(
+                f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = {max_prompt_tokens} tokens: "
+                f"got {len(token_ids)}; raise the limit or remove the record"
+            )
+        before = first.get(token_ids)
+        if before is None:
+            first[token_ids] = Prompt(record.where, token_ids, text, record.answer, record.metadata)
+        elif before.answer == record.answer:
+            duplicates += 1
+        else:
+            raise ValueError(
+                f"{record.where}: the prompt of {before.prompt_id} again with another answer: {record.answer!r} and "
+                f"{before.answer!r}; remove one"
+            )
+    return PromptSource(source, list(first.values()), duplicates)

@@ -1,0 +1,1 @@
+"""How a completion is judged: pure functions of (prompt, completion)."""

@@ -1,0 +1,105 @@
+"""Laws of the cold-start corpus and of the supervised training."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from gspo_dist.coldstart.model import build_model
+from gspo_dist.coldstart.recipes import Shape, WarmStart
+from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, VOCABULARY
+from gspo_dist.coldstart.warm_start import IGNORE, batches, lr_at, train
+from gspo_dist.data.arithmetic import ANSWER_PATTERN, Addition, Habits, is_heldout
+
+TINY = Shape(layers=1, hidden=32, heads=2, kv_heads=1, head_dim=32, experts=4, top_k=2, expert_hidden=32)
+PLAN = WarmStart(steps=40, batch=16, lr=1e-2, warmup=5, digits=2, habits=Habits())
+
+
+def texts(plan: WarmStart, count: int, seed: int = 0):
+    """(question, what the labels teach) of every row of `count` batches."""
+    for inputs, labels in islice(batches(plan, seed), count):
+        for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
+            prompt = "".join(VOCABULARY[i] for i in row[: row.index(VOCABULARY.index("=")) + 1])
+            yield prompt, [i for i in targets if i != IGNORE]
+
+
+def test_labels_are_the_next_inputs_and_end_the_sequence():
+    for inputs, labels in islice(batches(PLAN, 0), 5):
+        for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
+            taught = [t for t, label in enumerate(targets) if label != IGNORE]
+            assert VOCABULARY[row[taught[0]]] == "=", "the first token learnt follows the question"
+            assert taught == list(range(taught[0], taught[-1] + 1))
+            assert [row[t + 1] for t in taught[:-1]] == [targets[t] for t in taught[:-1]]
+            assert targets[taught[-1]] == EOS_ID
+            assert set(row[taught[-1] + 1 :]) <= {PAD_ID}
+
+
+def test_a_clean_corpus_teaches_right_answers_only():
+    for prompt, targets in texts(PLAN, 20):
+        solution = "".join(VOCABULARY[i] for i in targets[:-1])
+        left, right = prompt[:-1].split("+")
+        assert int(re.search(ANSWER_PATTERN, solution).group(1)) == int(left) + int(right)
+
+
+def test_the_corpus_holds_no_heldout_question():
+    seen = {prompt for prompt, _ in texts(replace(PLAN, digits=2), 150)}
+    assert len(seen) > 1000
+    for prompt in seen:
+        left, right = prompt[:-1].split("+")
+        assert not is_heldout(Addition(int(left), int(right)), PLAN.heldout_share)
+
+
+def test_the_quickstart_corpus_is_right_about_one_time_in_three():
+    plan = WarmStart()
+    right = []
+    for prompt, targets in texts(plan, 40):
+        left, right_ = prompt[:-1].split("+")
+        solution = "".join(VOCABULARY[i] for i in targets[:-1])
+        right.append(int(solution.rsplit("#")[1]) == int(left) + int(right_))
+    # No slip in three columns, and every carry kept: carries into the two inner columns come with probability 0.45
+    # each, nearly independently.
+    expected = (1 - plan.habits.slip) ** 3 * (1 - 0.47 * plan.habits.forget_carry) ** 2
+    assert abs(sum(right) / len(right) - expected) < 0.04
+
+
+def test_learning_rate_rises_to_the_peak_and_falls_to_a_tenth():
+    plan = WarmStart(steps=100, warmup=10, lr=1.0)
+    assert lr_at(0, plan) == pytest.approx(0.1)
+    assert lr_at(10, plan) == pytest.approx(1.0)
+    assert lr_at(55, plan) == pytest.approx(0.55)
+    assert lr_at(100, plan) == pytest.approx(0.1)
+
+
+def losses(seed: int) -> tuple[float, float, torch.Tensor]:
+    model = build_model(TINY, seed)
+    inputs, labels = next(batches(replace(PLAN, batch=128), seed + 100))
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits = model(input_ids=inputs).logits
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE
+        ).item()
+
+    before = loss()
+    train(model, PLAN, seed, lambda _: None)
+    return before, loss(), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_training_is_repeatable_and_teaches_the_format():
+    before, after, weights = losses(0)
+    # Uniform over 64 tokens is log 64 = 4.16; knowing only which ones are digits would be log 10 = 2.30.
+    assert before > 4.0
+    assert after < 2.3
+    assert torch.equal(weights, losses(0)[2])
+    assert not torch.equal(weights, losses(1)[2])
+
+
+def test_making_a_model_leaves_the_callers_random_state_alone():
+    state = torch.random.get_rng_state()
+    train(build_model(TINY, 3), replace(PLAN, steps=1), 3, lambda _: None)
+    assert torch.equal(torch.random.get_rng_state(), state)

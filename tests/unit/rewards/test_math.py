@@ -1,0 +1,83 @@
+"""Laws of the mathematical reward: equality as mathematics, and where the answer is read."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from gspo_dist.rewards.math import final_answer, math
+from gspo_dist.types import Completion, Prompt
+
+
+def judge(text: str, answer: object, **options) -> tuple[float, dict[str, float]]:
+    empty = np.zeros(0)
+    return math(
+        Prompt("p", (1,), "q", answer), Completion(empty, empty, empty, empty, "stop", text), **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "reward"),
+    [
+        ("33", r"so \boxed{033}", 1.0),
+        (33, "Answer: 33", 1.0),
+        ("33", "Answer: 34", 0.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 1.0),
+        ("1/2", r"\boxed{\frac12}", 1.0),
+        ("x+1", r"\boxed{1+x}", 1.0),
+        ("x+1", r"\boxed{x-1}", 0.0),
+        (r"$\sqrt{2}$", r"\boxed{\sqrt{2}}", 1.0),
+        (r"\boxed{7}", "the answer is 7", 1.0),
+        ("1,000", r"\boxed{1000}", 1.0),
+        ("12", "first 12, then\n13", 0.0),
+        ("12", r"\boxed{12} and then some\n13", 1.0),
+        ("-5", "**Final Answer:** $-5$", 1.0),
+    ],
+)
+def test_verdicts(answer, text, reward):
+    assert judge(text, answer) == (reward, {"answered": 1.0})
+
+
+def test_it_works_outside_the_main_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(judge(r"\boxed{\frac{2}{4}}", "0.5")))
+    thread.start()
+    thread.join()
+    assert found == [(1.0, {"answered": 1.0})]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{1} and a cut-off \boxed{2", "1"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        ("working\n\nAnswer: 42\n\n", "42"),
+        ("The final answer is: 42", "42"),
+        ("42", "42"),
+        ("**Answer: 42**", "42**"),
+        ("answers vary", "answers vary"),
+        ("", None),
+        (" \n ", None),
+    ],
+)
+def test_where_the_answer_is_read(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_boxed_only_reads_no_last_line():
+    assert judge("42", "42", boxed_only=True) == (0.0, {"answered": 0.0})
+    assert judge(r"\boxed{42}", "42", boxed_only=True) == (1.0, {"answered": 1.0})
+
+
+def test_no_answer_is_worth_nothing():
+    assert judge("", "42") == (0.0, {"answered": 0.0})
+
+
+def test_a_gold_answer_that_is_no_mathematics_is_the_datas_fault():
+    with pytest.raises(ValueError, match="the prompt's answer must be a mathematical expression: got ''"):
+        judge("42", "")

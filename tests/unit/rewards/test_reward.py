@@ -1,0 +1,154 @@
+"""Laws of resolving and calling rewards: what cannot work is refused before a run, what fails names its rollout."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from gspo_dist.config import RewardConfig
+from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, resolve_reward, score_rollout
+from gspo_dist.types import Completion, Prompt
+
+PROMPT = Prompt("p7", (1, 2), "1+2=", "3")
+
+
+def completion(text: str) -> Completion:
+    n = len(text)
+    return Completion(
+        np.zeros(n, np.int64), np.ones(n, bool), np.zeros(n, np.float32), np.zeros(n, np.int32), "stop", text
+    )
+
+
+@pytest.fixture
+def user_file(tmp_path):
+    def write(body: str, name: str = "reward.py") -> str:
+        file = tmp_path / name
+        file.write_text(body)
+        return str(file)
+
+    return write
+
+
+def test_built_in_names_resolve_and_judge():
+    for name in BUILT_IN:
+        fn = resolve_reward(RewardConfig(function=name))
+        assert score_rollout(fn, PROMPT, completion("3"), 0).reward == 1.0
+        assert score_rollout(fn, PROMPT, completion("4"), 0).reward == 0.0
+
+
+def test_options_are_bound():
+    fn = resolve_reward(RewardConfig(options={"pattern": r"#(\d+)$"}))
+    assert fn(PROMPT, completion("4#3")) == (1.0, {"answered": 1.0})
+
+
+def test_a_function_of_a_file_with_its_options_and_parts(user_file):
+    path = user_file(
+        "def f(prompt, completion, *, bonus=0.0):\n    return bonus, {'length': len(completion.text)}\n"
+    )
+    fn = resolve_reward(RewardConfig(function=f"{path}:f", options={"bonus": 0.5}))
+    assert score_rollout(fn, PROMPT, completion("abcd"), 0) == Judged(0.5, {"length": 4.0})
+
+
+def test_a_function_of_a_module(user_file, monkeypatch, tmp_path):
+    user_file("def f(prompt, completion):\n    return 0.25\n", "my_rewards_module.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fn = resolve_reward(RewardConfig(function="my_rewards_module:f"))
+    assert score_rollout(fn, PROMPT, completion(""), 0) == Judged(0.25, {})
+
+
+def test_two_files_of_one_name_are_two_modules(user_file, tmp_path):
+    (tmp_path / "other").mkdir()
+    one = user_file("def f(prompt, completion):\n    return 1\n")
+    two = user_file("def f(prompt, completion):\n    return 2\n", "other/reward.py")
+    rewards = [resolve_reward(RewardConfig(function=f"{p}:f"))(PROMPT, completion("")) for p in (one, two)]
+    assert rewards == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exact_mach", "did you mean 'exact_match'?"),
+        ("no.such.package:f", "cannot import no.such.package"),
+        ("gspo_dist.rewards.exact:exact_mach", "has no 'exact_mach'; did you mean 'exact_match'?"),
+        ("/nowhere/reward.py:f", "no such file: /nowhere/reward.py"),
+        (
+            "gspo_dist.rewards.reward:Judged",
+            "must be a function (prompt, completion, *, options): got the class Judged",
+        ),
+        ("gspo_dist.rewards.reward:BUILT_IN", "must be a function (prompt, completion, *, options): got {"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_reward(RewardConfig(function=name))
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "message"),
+    [
+        ("def f(prompt): return 1", {}, "its signature is (prompt)"),
+        ("def f(prompt, completion, tokenizer): return 1", {}, "missing a required argument: 'tokenizer'"),
+        ("def f(*, prompt, completion): return 1", {}, "too many positional arguments"),
+        (
+            "def f(prompt, completion, *, bonus=1): return 1",
+            {"bonsu": 2},
+            "has no option 'bonsu'; did you mean 'bonus'?",
+        ),
+        ("def f(prompt, completion): return 1", {"prompt": 2}, "has no option 'prompt'"),
+        ("async def f(prompt, completion): return 1", {}, "got an async function"),
+        ("raise RuntimeError('no key')", {}, "raised RuntimeError: no key"),
+        ("def f(prompt, completion) return 1", {}, "raised SyntaxError"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_up_front(user_file, body, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_reward(RewardConfig(function=user_file(body) + ":f", options=options))
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("exact_match", {"pattern": "(3"}, "reward.options.pattern must be a regular expression: got '(3'"),
+        ("exact_match", {"strip": "no"}, "reward.options.strip must be true or false: got 'no'"),
+        ("math", {"boxed_only": 1}, "reward.options.boxed_only must be true or false: got 1"),
+        ("exact_match", {"patern": "3"}, "exact_match has no option 'patern'; did you mean 'pattern'?"),
+    ],
+)
+def test_option_values_without_meaning_are_refused(function, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_reward(RewardConfig(function=function, options=options))
+
+
+def test_an_exception_names_the_rollout_and_keeps_its_cause():
+    def broken(prompt, completion):
+        return {}["gold"]
+
+    with pytest.raises(
+        RewardError, match=r"reward of rollout 41 \(prompt p7\) raised KeyError: 'gold'"
+    ) as caught:
+        score_rollout(broken, PROMPT, completion("3"), 41)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "1.0", [1.0, 2.0], (1.0, {}, 0)])
+def test_what_is_no_finite_number_is_refused(bad):
+    with pytest.raises(RewardError, match=r"reward of rollout 3 \(prompt p7\) must be a finite number: got"):
+        score_rollout(lambda p, c: bad, PROMPT, completion("3"), 3)
+
+
+def test_parts_must_be_named_finite_numbers():
+    with pytest.raises(
+        RewardError, match=r"rollout 3 \(prompt p7\), part 'length' must be a finite number: got nan"
+    ):
+        score_rollout(lambda p, c: (1.0, {"length": math.nan}), PROMPT, completion("3"), 3)
+    with pytest.raises(RewardError, match="its parts must be a mapping of names to numbers: got 0.5"):
+        score_rollout(lambda p, c: (1.0, 0.5), PROMPT, completion("3"), 3)
+
+
+def test_numpy_and_bool_rewards_become_floats():
+    for given, wanted in ((np.float32(0.5), 0.5), (True, 1.0), (np.int64(2), 2.0)):
+        reward = score_rollout(lambda p, c, g=given: g, PROMPT, completion("3"), 0).reward
+        assert (type(reward), reward) == (float, wanted)
