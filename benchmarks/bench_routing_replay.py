@@ -9,8 +9,9 @@ Three parts. Arithmetic: bytes of a batch of 1,024 rollouts in every mode. Host:
 micro-batch's trace at Qwen3-30B-A3B's size. Step: the pass over old log-probs and forward + backward under none, r2
 (records in the first pass, replays in the second) and r3 (replays in both); the r3 trace is the learner's own with
 the last token of every sequence unknown, as an engine leaves it, so all modes compute the same network and only the
-machinery differs. Modes are interleaved, round after round; medians and quartiles are printed, and before anything
-is timed the three modes' log-probs are compared (exit status 1 if replay changes one by more than --tolerance).
+machinery differs. Modes are interleaved, round after round; medians and quartiles are printed; on a CPU the seconds
+are the process's CPU time. Before anything is timed the log-probs under the learner's own routes are compared with
+the plain ones (exit status 1 if one changes by more than --tolerance).
 
 A backend of several ranks runs under torchrun: every rank computes its own micro-batch, rank 0 prints.
 """
@@ -90,12 +91,15 @@ def quartiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds of wall time on a GPU; of this process's CPU time on a CPU, which other processes stretch far less."""
+    if device.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
