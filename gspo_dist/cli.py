@@ -235,6 +235,106 @@ def _doctor(args: list[str]) -> None:
     raise SystemExit(any(c.status == "missing" and c.required for c in checks))
 
 
+def _evaluate(args: list[str]) -> None:
+    def task(config: Any) -> None:
+        from gspo_dist.trainer.tools import evaluate_model
+
+        for name, value in sorted(_guarded(lambda: evaluate_model(config)).items()):
+            print(f"{name:40s} {value:.4f}")
+
+    _with_hydra("gspo evaluate", args, task)
+
+
+def _export(args: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser("gspo export", description="Writes a run's newest checkpoint as an HF folder.")
+    parser.add_argument("--run", required=True, type=Path, help="run folder")
+    parser.add_argument("--to", required=True, type=Path, help="new or empty folder")
+    options = parser.parse_args(args)
+
+    def work() -> None:
+        from gspo_dist.trainer.tools import export_run
+
+        done = export_run(options.run.expanduser().resolve(), options.to.expanduser())
+        print(f"{done['folder']}: {done['tensors']} tensors after step {done['step']}")
+
+    _guarded(work)
+
+
+def _compare(args: list[str]) -> None:
+    flags = {a for a in args if a.startswith("-")}
+    unknown = flags - {"--dry-run", "--report-only"}
+    if unknown:
+        _fail(f"gspo compare knows --dry-run and --report-only: got {sorted(unknown)[0]}", 2)
+
+    def work() -> None:
+        from omegaconf import OmegaConf
+
+        from gspo_dist.compare.report import write_report
+        from gspo_dist.compare.runner import dry_run, run_study
+        from gspo_dist.compare.study import load_study
+
+        study = load_study(
+            [a for a in args if a not in flags], conf_dir(), lambda p: OmegaConf.to_container(OmegaConf.load(p))
+        )
+        for arm in study.arms:  # every arm is checked before the first one starts
+            run_config(study.run_overrides(arm, study.seeds[0]))
+        if "--dry-run" in flags:
+            print(dry_run(study, lambda overrides: plan_text(run_config(overrides))))
+            return
+        if "--report-only" not in flags:
+            run_study(study)
+        command = " ".join(["gspo compare", *[a for a in args if a not in flags]])
+        print(f"report: {write_report(study, Path(study.dir) / 'report', command)}")
+
+    _guarded(work)
+
+
+def _plan(args: list[str]) -> None:
+    own = {k: v for k, v in (a.split("=", 1) for a in args if a.startswith("plan.") and "=" in a)}
+    rest = [a for a in args if not a.startswith("plan.")]
+    unknown = set(own) - {"plan.gpu", "plan.nodes", "plan.gpus_per_node", "plan.model"}
+    if unknown:
+        _fail(f"gspo plan knows plan.gpu, plan.nodes, plan.gpus_per_node, plan.model: got {sorted(unknown)[0]}", 2)
+
+    def task(config: Any) -> None:
+        print(_guarded(lambda: plan_text(config, **{k.removeprefix("plan."): v for k, v in own.items()})))
+
+    _with_hydra("gspo plan", rest, task)
+
+
+def plan_text(
+    config: Any, gpu: str | None = None, nodes: str | None = None, gpus_per_node: str | None = None, model: str | None = None
+) -> str:
+    """What a run needs and whether it fits, from its configuration alone; values from conf/'s cluster.plan_* fill gaps."""
+    import json
+
+    from gspo_dist.config import to_mapping
+    from gspo_dist.planner import find_gpu, find_model, format_plan, model_from_config, plan, read_run
+
+    described = model or config.cluster.plan_model
+    folder = Path(config.model.path).expanduser() if config.model.path else None
+    if folder is not None and (folder / "config.json").is_file() and model is None:
+        shape = model_from_config(json.loads((folder / "config.json").read_text()), folder.name)
+    elif described:
+        shape = find_model(described)
+    elif folder is None:
+        from gspo_dist.coldstart.model import model_config
+        from gspo_dist.coldstart.recipes import recipe_named
+
+        shape = model_from_config(model_config(recipe_named(config.model.recipe).shape).to_dict(), config.model.recipe)
+    else:
+        raise ValueError(f"gspo plan needs the model's shape: {folder} has no config.json; give plan.model=Qwen3-30B-A3B")
+    name = gpu or config.cluster.plan_gpu
+    learner, engine, work = read_run(to_mapping(config))
+    hardware = find_gpu(name) if name else None
+    return format_plan(plan(
+        learner, engine, work, shape, hardware, int(nodes or config.cluster.plan_nodes),
+        int(gpus_per_node or config.cluster.plan_gpus_per_node),
+    ))
+
+
 def _make_model(args: list[str]) -> None:
     import argparse
 
@@ -247,7 +347,7 @@ def _make_model(args: list[str]) -> None:
     def work() -> None:
         import shutil
 
-        from gspo_dist.coldstart import ensure_model
+        from gspo_dist.coldstart.make import ensure_model
         from gspo_dist.config import ModelConfig
 
         folder = ensure_model(ModelConfig(recipe=options.recipe, cache_dir=options.cache_dir))
@@ -282,6 +382,10 @@ def _completion(args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "export": _export,
     "legality": _legality,
     "doctor": _doctor,
     "make-model": _make_model,

@@ -429,6 +429,12 @@ class ClusterConfig:
     """Learner ranks and engines share GPUs; engines sleep during the update (GPU hosts)."""
     placement_timeout_s: float = 600.0
     """Longest wait for the cluster to grant the asked resources."""
+    plan_gpu: str | None = None
+    """`gspo plan`: the kind of GPU (H100, H200, ...); null plans a CPU host."""
+    plan_nodes: int = 1
+    plan_gpus_per_node: int = 8
+    plan_model: str | None = None
+    """`gspo plan`: a known model's name, where model.path is not on this host."""
 
     def __post_init__(self) -> None:
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_dist.compare.analysis import HELDOUT, RunData, collapse_step, paired
+from gspo_dist.compare.analysis import HELDOUT, RunData, collapse_step, estimate, paired
 
 CLIP = "objective/clip_fraction"
 EQUAL_POINTS = 0.05
@@ -126,10 +126,12 @@ def _tolerates_engine(runs: Sequence[RunData]) -> Verdict:
         verdict = "contradicted"
     else:
         verdict = "not shown: the interval is wider than the margin"
-    saved = [r.mean("time/old_logprobs_s") / r.mean("time/step_s") for r in runs if r.arm == "gspo_recompute"]
-    offset = [r.mean("contract/offset_clip_widths") for r in runs if r.arm == "gspo"]
+    saved = estimate(
+        [r.mean("time/old_logprobs_s") / r.mean("time/step_s") for r in runs if r.arm == "gspo_recompute"]
+    )
+    offset = estimate([r.mean("contract/offset_clip_widths") for r in runs if r.arm == "gspo"])
     figures = (
-        f"gspo - gspo_recompute: {test.text(100, ' points')}; recomputation is {100 * float(np.nanmean(saved)):.1f}% of a "
-        f"recomputing step; offset of engine log-probs {float(np.nanmean(offset)):+.2f} clip widths"
+        f"gspo - gspo_recompute: {test.text(100, ' points')}; recomputation's share of a recomputing step: "
+        f"{saved.text('{:.1%}')}; offset of engine log-probs in clip widths: {offset.text('{:+.2f}')}"
     )
     return Verdict(claim, rule, verdict, figures)

@@ -92,8 +92,7 @@ def micro_batch_loss(
         raise FloatingPointError(
             f"loss is {result.loss.item()} in a micro-batch of rollouts {batch.rollout_index.tolist()}"
         )
-    stats = {f"objective/{name}": stat for name, stat in result.stats.items()}
-    stats["objective/entropy"] = Stat.mean(entropy)
+    stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)}
     if spec.measure_mismatch:
         learner = logprobs.detach() if batch.old_logprobs is None else old
         stats |= mismatch.mismatch_stats(learner, rollout_logprobs, segments)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore
-from gspo_dist.coldstart import ensure_model
+from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig, to_mapping
-from gspo_dist.data.prompts import PromptCursor, load_prompts, load_tokenizer
+from gspo_dist.data.cursor import PromptCursor
+from gspo_dist.data.prompts import load_splits
 from gspo_dist.learners.learner import Learner
 from gspo_dist.metrics.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink, write_json
 from gspo_dist.objectives.registry import Objective, get_objective
@@ -91,12 +92,11 @@ def build(config: RunConfig) -> Run:
     run_dir = Path(config.run_dir).expanduser().resolve()
     checkpoint = CheckpointStore(run_dir, config.checkpoint.keep).newest() if config.checkpoint.resume else None
     model = str(ensure_model(config.model))
+    moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
     limit = config.rollout.max_prompt_tokens
-    train = load_prompts(config.data, "train", tokenizer, max_prompt_tokens=limit, seed=config.seed)
-    heldout = load_prompts(config.data, "heldout", tokenizer, max_prompt_tokens=limit, seed=config.seed)
+    train, heldout = load_splits(config.data, tokenizer, max_prompt_tokens=limit, seed=config.seed)
     device = resolve_device(config.cluster.device)
-    moe_layers = _check_model(config, model)
     _prepare_folder(run_dir, config, checkpoint)
 
     parts = _local_parts if config.cluster.in_process else _ray_parts
@@ -107,11 +107,12 @@ def build(config: RunConfig) -> Run:
         run = Run(
             config=config, run_dir=run_dir, learner=learner, pool=pool, rewards=rewards,
             cursor=PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
-            heldout=heldout[: config.evaluation.prompts], contract=contract,
+            heldout=list(heldout or ())[: config.evaluation.prompts],
+            probe_prompts=list(heldout or train)[:4], contract=contract,
             flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
             sync=WeightSync(config.rollout.weight_sync, learner, pool, _sync_plan(config, device), ranks,
                             config.rollout.max_model_len),
-            sinks=Sinks([]), sampling=_sampling(config, tokenizer, info), stop_token_ids=(), release=release,
+            sinks=Sinks([]), sampling=sampling_spec(config, tokenizer, info), release=release,
         )
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -120,6 +121,13 @@ def build(config: RunConfig) -> Run:
         release()
         raise
     return run
+
+
+def load_tokenizer(model: str) -> Any:
+    """The HF tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
 
 
 def resolve_device(device: str) -> str:
@@ -132,7 +140,7 @@ def resolve_device(device: str) -> str:
     return ("cuda" if present else "cpu") if device == "auto" else device
 
 
-def _check_model(config: RunConfig, model: str) -> int:
+def check_model(config: RunConfig, model: str) -> int:
     """Cross-checks of config and model; returns the number of MoE layers (0 for a dense model)."""
     import json
 
@@ -171,7 +179,7 @@ def _records_routing(config: RunConfig, moe_layers: int) -> bool:
     return config.objective.routing_replay == "r3" or (config.flips.every > 0 and moe_layers > 0)
 
 
-def _sampling(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
+def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
     wants_routing = _records_routing(config, info.moe_layers)
     if config.objective.routing_replay == "r3" and not info.can_record_routing:
         raise ValueError(
@@ -241,12 +249,13 @@ class Processes:
     """The Ray actors of a run. Leaving the block ends them, unless `keep` handed that over."""
 
     def __init__(
-        self, config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int, *, learners: bool = True
+        self, config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int, *, learners: bool = True,
+        engines: bool = True,
     ) -> None:
         self.config, self.device, self.logs = config, device, run_dir / "logs"
         self.stack = contextlib.ExitStack()
         self.make_rank, self.make_engine = _factories(config, model, device, moe_layers)
-        self.learners = learners
+        self.learners, self.engines = learners, engines
 
     def __enter__(self) -> Processes:
         from dataclasses import replace
@@ -258,6 +267,8 @@ class Processes:
         layout = lay_out(self.config.cluster, self.config.learner, self.config.rollout, self.device)
         if not self.learners:
             layout = replace(layout, learners=(), colocated=False)
+        if not self.engines:
+            layout = replace(layout, engines=(), colocated=False)
         if start_ray(self.config.cluster):
             self.stack.callback(ray.shutdown)
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from gspo_dist.evaluation.suite import evaluate
 from gspo_dist.objectives.diagnostics import advantage_statistics, degenerate_group_share, length_by_outcome
-from gspo_dist.types import Completion, Prompt, Rollout
+from gspo_dist.types import Completion, Prompt, Rollout, SamplingSpec
 
 
 class RewardPool(Protocol):
@@ -78,3 +79,20 @@ def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int)
         }
         for i in places
     ]
+
+
+def evaluate_with(
+    generate: Callable[[Sequence[Prompt], SamplingSpec], list[list[Completion]]], rewards: RewardPool,
+    prompts: Sequence[Prompt], spec: SamplingSpec,
+) -> dict[str, float]:
+    """Held-out metrics (eval/heldout/*) with the run's engines and reward processes."""
+    judged: dict[int, float] = {}
+
+    def sample(chosen: list[Prompt], asked: SamplingSpec) -> list[list[Completion]]:
+        groups = generate(chosen, asked)
+        items = [(-1, p, c) for p, group in zip(chosen, groups, strict=True) for c in group]
+        judged.update({id(c): score[0] for (_, _, c), score in zip(items, rewards.score(items), strict=True)})
+        return groups
+
+    result = evaluate(sample, prompts, lambda _, completion: judged[id(completion)], spec)
+    return result.metrics() | {"eval/heldout/accuracy": result.accuracy}

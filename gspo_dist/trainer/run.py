@@ -14,14 +14,13 @@ import numpy as np
 
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore
 from gspo_dist.config import RunConfig
-from gspo_dist.data.prompts import PromptCursor
-from gspo_dist.evaluation.suite import evaluate
+from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.metrics.curves import draw_curves
 from gspo_dist.metrics.sinks import Sinks, read_jsonl
 from gspo_dist.packing import MiniBatch
 from gspo_dist.rollout.pool import RolloutPool
-from gspo_dist.trainer.collect import RewardPool
+from gspo_dist.trainer.collect import RewardPool, evaluate_with
 from gspo_dist.trainer.contract import LogprobContract
 from gspo_dist.trainer.flips import FlipMeter
 from gspo_dist.trainer.sync import WeightSync
@@ -41,12 +40,12 @@ class Run:
     rewards: RewardPool
     cursor: PromptCursor
     heldout: Sequence[Prompt]
+    probe_prompts: Sequence[Prompt]
     contract: LogprobContract
     flips: FlipMeter
     sync: WeightSync
     sinks: Sinks
     sampling: SamplingSpec
-    stop_token_ids: tuple[int, ...]
     release: Callable[[], None]
     """Ends the processes that the run started."""
     first_step: int = 0
@@ -80,7 +79,7 @@ class Run:
 
     def probe_sequences(self) -> list[np.ndarray]:
         """Token sequences for the first log-prob probe, before anything is sampled: a few prompts."""
-        return [np.asarray(p.token_ids) for p in (self.heldout or self.cursor.prompts)[:4]]
+        return [np.asarray(p.token_ids) for p in self.probe_prompts]
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
@@ -99,18 +98,13 @@ class Run:
         )
         start = time.perf_counter()
         ids = range(1 << 40, (1 << 40) + len(self.heldout))
-        result = evaluate(lambda prompts, s: self.pool.generate(prompts, s, ids), self.heldout, self._judge, spec)
-        row = result.metrics("heldout") | {"time/evaluation_s": time.perf_counter() - start}
+        row = evaluate_with(lambda prompts, s: self.pool.generate(prompts, s, ids), self.rewards, self.heldout, spec)
+        row["time/evaluation_s"] = time.perf_counter() - start
         self.last_eval = row
         self.first_eval = self.first_eval or row
         if log and step == 0:
             self.sinks.log(step, row)
         return row
-
-    def _judge(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]]) -> list[list[float]]:
-        items = [(-1, p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
-        scores = iter(self.rewards.score(items))
-        return [[next(scores)[0] for _ in group] for group in groups]
 
     # -- logging ------------------------------------------------------------------------------------------------
 
@@ -211,3 +205,4 @@ class Run:
             summary |= {"heldout_before": self.first_eval[key], "heldout_after": self.last_eval[key]}
         self.sinks.close(summary)
         return summary
+

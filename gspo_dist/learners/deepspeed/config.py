@@ -1,0 +1,125 @@
+"""From `LearnerConfig` to DeepSpeed's own configuration, refusing what cannot run before anything heavy
+starts."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+from gspo_dist.config import LearnerConfig
+
+AUTOEP_MODEL_TYPES = ("qwen3_moe", "qwen2_moe")
+"""HF model types whose MoE blocks AutoEP replaces and whose experts the export names one by one."""
+
+
+def import_deepspeed(device: str) -> ModuleType:
+    """Imports deepspeed for `device`, quietly.
+
+    DeepSpeed 0.19.8 picks its accelerator once, on import, and takes CUDA or a missing one by what is
+    installed: the environment variable is the only way to say CPU.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu" if device == "cpu" else "cuda"
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def check(config: LearnerConfig, model: Any, device: str) -> None:
+    """Refuses settings that DeepSpeed cannot run for `model` (an HF config) on `device`. Raises
+    ValueError."""
+    ds = config.deepspeed
+    on_gpu = device != "cpu"
+    if ds.offload_optimizer and ds.zero_stage == 0:
+        raise ValueError(
+            "learner.deepspeed.offload_optimizer needs zero_stage 1 to 3: got 0; raise zero_stage"
+        )
+    for name in ("offload_optimizer", "offload_params", "grouped_mm"):
+        if getattr(ds, name) and not on_gpu:
+            raise ValueError(
+                f"learner.deepspeed.{name} needs a GPU host: got device {device!r}; set it to false"
+            )
+    if ds.expert_parallel == 1:
+        return
+    if ds.zero_stage == 0:
+        # Its clipping averages the ranks' norms instead of summing the squares of the experts' shards
+        # (0.19.8).
+        raise ValueError(
+            "learner.deepspeed.expert_parallel needs zero_stage 1 to 3: got zero_stage 0 and expert_parallel "
+            f"{ds.expert_parallel}; raise zero_stage or set expert_parallel=1"
+        )
+    if model.model_type not in AUTOEP_MODEL_TYPES:
+        raise ValueError(
+            f"learner.deepspeed.expert_parallel must be 1 for a {model.model_type} model: got "
+            f"{ds.expert_parallel}; AutoEP serves {', '.join(AUTOEP_MODEL_TYPES)} here"
+        )
+    if model.num_experts % ds.expert_parallel:
+        fits = [
+            n
+            for n in range(1, model.num_experts + 1)
+            if model.num_experts % n == 0 and config.world_size % n == 0
+        ]
+        raise ValueError(
+            f"learner.deepspeed.expert_parallel must divide num_experts: got {ds.expert_parallel} and "
+            f"{model.num_experts}; try {', '.join(map(str, fits))}"
+        )
+
+
+def engine_config(config: LearnerConfig, model: Any, *, trains: bool = True) -> dict[str, Any]:
+    """DeepSpeed's configuration for the policy's engine, or (`trains` False) for the frozen reference's.
+
+    Accumulation is unmanaged: every `backward` adds, `step` is the boundary, so that mini-batches may hold
+    any number of micro-batches. Gradients accumulate and travel in fp32 whatever the weights' precision.
+    """
+    ds, opt = config.deepspeed, config.optimizer
+    stage = ds.zero_stage if trains or ds.zero_stage == 3 else 0
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": config.world_size > 1 and stage >= 2}
+    if ds.offload_params:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if ds.offload_optimizer and trains:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    out: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }
+    if config.precision == "bf16":
+        out["bf16"] = {"enabled": True}
+        if stage > 0:  # stage 0 has no fp32 accumulation in 0.19.8: its gradients accumulate in bf16
+            out["data_types"] = {"grad_accum_dtype": "fp32"}
+    if trains:
+        # torch's AdamW, the eager learner's; DeepSpeed's CPUAdam (compiled on first use) only where states
+        # live in host memory, which is what it is for.
+        kernel = {} if ds.offload_optimizer else {"torch_adam": True}
+        out["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": opt.lr,
+                "betas": list(opt.betas),
+                "eps": opt.eps,
+                "weight_decay": opt.weight_decay,
+                **kernel,
+            },
+        }
+        out["gradient_clipping"] = opt.grad_clip if stage or config.precision == "bf16" else 0.0
+    if ds.expert_parallel > 1:
+        out["expert_parallel"] = autoep_section(ds.expert_parallel, ds.grouped_mm, model)
+    return out
+
+
+def autoep_section(size: int, grouped_mm: bool, model: Any) -> dict[str, Any]:
+    """AutoEP for an HF model that sits in `PolicyModel` as `hf`."""
+    return {
+        "enabled": True,
+        "autoep_size": size,
+        "preset_model": "qwen3_moe",
+        "moe_layer_pattern": r"hf\.model\.layers\.\d+\.mlp",
+        "use_grouped_mm": grouped_mm,
+        # The preset renormalises whatever the model says (0.19.8); Qwen2-MoE does not.
+        "route_norm": bool(model.norm_topk_prob),
+    }

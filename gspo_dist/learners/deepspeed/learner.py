@@ -1,0 +1,250 @@
+"""The learner for scale on HF models: the eager learner's arithmetic, its state sharded by DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from transformers import AutoConfig
+
+from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.deepspeed.config import check, engine_config, import_deepspeed
+from gspo_dist.learners.deepspeed.export import full_weights
+from gspo_dist.learners.deepspeed.load import load_partitioned
+from gspo_dist.learners.eager import hf_logprobs, replaying
+from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.policy import PolicyModel, check_model_folder, load_policy, model_inputs
+from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.step import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.routing import deepspeed as autoep_routers
+from gspo_dist.routing import huggingface as hf_routers
+from gspo_dist.types import LogprobOutput, PackedBatch
+from gspo_dist.weights.stream import buckets
+
+TAG = "deepspeed"
+
+
+class DeepSpeedLearner:
+    """Implements `Learner` with a DeepSpeed engine around `PolicyModel`; every rank is a data-parallel
+    replica.
+
+    ZeRO 0 to 3; with `expert_parallel` above 1 AutoEP spreads the experts of every MoE layer over that many
+    ranks. fp32 weights, or bf16 weights with fp32 masters, fp32 gradient accumulation (ZeRO 1 to 3) and fp32
+    reduction.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        model_path: str | Path,
+        *,
+        total_steps: int,
+        temperature: float = 1.0,
+        keep_reference: bool = False,
+        device: str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 29500,
+    ) -> None:
+        """Collective. Raises ValueError for settings that cannot run, before the process group is made."""
+        if world_size != config.world_size or not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank and world_size must fit learner.world_size {config.world_size}: got {rank} and "
+                f"{world_size}"
+            )
+        self.model_config = AutoConfig.from_pretrained(check_model_folder(model_path))
+        check(config, self.model_config, device)
+        self.config = config
+        self.device = torch.device(device)
+        self.rank = self.data_parallel_rank = rank
+        self.world_size = world_size
+        self.is_exporter = rank == 0
+        self.policy_version = 0
+        self.deepspeed = import_deepspeed(device)
+        self._join(master_addr, master_port)
+        self.routers: ModuleType = autoep_routers if config.deepspeed.expert_parallel > 1 else hf_routers
+        self.lr_factor = lr_factor(config.optimizer, total_steps)
+        self.engine = self._wrap(model_path, temperature, trains=True)
+        self.reference = self._wrap(model_path, temperature, trains=False) if keep_reference else None
+        self.policy: PolicyModel = self.engine.module
+        self._plain_norm: torch.Tensor | None = None
+        if isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            self.engine.optimizer.register_step_pre_hook(self._clip_plain)
+
+    def _join(self, master_addr: str, master_port: int) -> None:
+        # DeepSpeed 0.19.8 reads these whatever it is told by argument; without LOCAL_RANK its engine does
+        # not start.
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK=str(self.device.index or 0),
+            MASTER_ADDR=master_addr,
+            MASTER_PORT=str(master_port),
+        )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if dist.is_initialized():
+            return  # a second learner of the same ranks shares their process group
+        self.deepspeed.init_distributed(
+            "gloo" if self.device.type == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=self.config.timeout_s),
+            init_method=f"tcp://{master_addr}:{master_port}",
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def _wrap(self, model_path: str | Path, temperature: float, *, trains: bool) -> Any:
+        """An engine around the model of `model_path`; the frozen reference is sharded like the policy."""
+        settings = engine_config(self.config, self.model_config, trains=trains)
+        partitioned = partial(load_partitioned, self.deepspeed, settings)
+        policy = load_policy(
+            model_path,
+            self.config.precision,
+            temperature=temperature,
+            fp32_head=self.config.fp32_head,
+            activation_checkpointing=self.config.activation_checkpointing and trains,
+            make=partitioned if self.config.deepspeed.zero_stage == 3 else None,
+        )
+        policy.config = policy.hf.config  # where AutoEP looks for the model's sizes
+        policy.requires_grad_(trains)
+        engine, *_ = self.deepspeed.initialize(
+            model=policy,
+            model_parameters=list(policy.parameters()) if trains else None,
+            config=settings,
+            dist_init_required=False,
+        )
+        return engine
+
+    @torch.no_grad()
+    def logprobs(
+        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+    ) -> list[LogprobOutput]:
+        engine = self.engine
+        if reference:
+            if self.reference is None:
+                raise ValueError("no reference is kept: set objective.kl_coef above 0")
+            engine = self.reference
+        self._same_count(len(batches))
+        hf = engine.module.hf
+        return [
+            hf_logprobs(engine, hf, batch, self.device, record_routing, self.routers) for batch in batches
+        ]
+
+    def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
+        self._same_count(len(batches))
+        parts = []
+        for batch in batches:
+            index = trained_index(batch)
+            with replaying(self.policy.hf, batch, self.routers):
+                logprobs, entropy = self.engine(**model_inputs(batch, index, self.device))
+                error = None
+                try:
+                    loss, stats = micro_batch_loss(logprobs, entropy, batch, spec, index=index)
+                except (FloatingPointError, ValueError) as raised:
+                    error = raised
+                self._agree(error)
+                # DeepSpeed divides the ranks' summed gradients by the number of ranks, dense and expert
+                # weights alike (0.19.8); denominators are global here, so the sum is wanted. No division by
+                # micro-batches.
+                self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            parts.append(stats)
+        return merge_stats(parts)
+
+    def optim_step(self) -> OptimStep:
+        lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
+        # The norm is of all ranks' gradients, so all ranks raise together. DeepSpeed marks a bad one by inf
+        # or -1.
+        if not 0 <= norm < float("inf"):
+            raise FloatingPointError(f"gradient norm is not finite at policy version {self.policy_version}")
+        self.policy_version += 1
+        return OptimStep(norm, lr, self.policy_version)
+
+    def _clip_plain(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """ZeRO 0 in fp32 has a bare torch optimiser, whose norm DeepSpeed does not report: clip here (all
+        replicas hold the same summed gradient)."""
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        self._plain_norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(self._plain_norm):
+            raise FloatingPointError(f"gradient norm is not finite at policy version {self.policy_version}")
+        clip = self.config.optimizer.grad_clip
+        if clip:
+            torch._foreach_mul_(gradients, min(1.0, clip / (float(self._plain_norm) + 1e-6)))
+
+    def _same_count(self, micro_batches: int) -> None:
+        """Ranks that run unequal numbers of micro-batches would wait for each other until the timeout."""
+        least_most = torch.tensor([-micro_batches, micro_batches], device=self.device)
+        dist.all_reduce(least_most, dist.ReduceOp.MAX)
+        if int(least_most.sum()):
+            raise ValueError(
+                "every rank must get as many micro-batches (packing fills up with masked ones): got "
+                f"{-int(least_most[0])} on one rank and {int(least_most[1])} on another"
+            )
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raises on every rank when one rank has an error: the others would hang in the backward's
+        collectives."""
+        bad = torch.tensor(int(error is not None), device=self.device)
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if not int(bad):
+            return
+        errors: list[Exception | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error and type(error)(str(error)))
+        kind = next(type(e) for e in errors if e is not None)
+        raise kind("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None)) from error
+
+    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+        zero = self.deepspeed.zero if self.config.deepspeed.zero_stage == 3 else None
+        yield from buckets(
+            full_weights(self.policy, exporter=self.is_exporter, bucket_bytes=bucket_bytes, zero=zero),
+            bucket_bytes,
+        )
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"policy_version": self.policy_version}
+        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        torch.save(random, folder / f"random_{self.rank}.pt")
+        dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        """Needs as many ranks, the same ZeRO stage and the same expert parallelism as at `save`."""
+        path, state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise ValueError(f"no DeepSpeed checkpoint in {folder}: expected its folder {TAG!r}")
+        self.policy_version = state["policy_version"]
+        random = torch.load(folder / f"random_{self.rank}.pt", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def wait_saved(self) -> None:
+        """Saves are synchronous here."""
+
+    def close(self) -> None:
+        """Collective: leaves the process group."""
+        self.engine.destroy()
+        if self.reference is not None:
+            self.reference.destroy()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()

@@ -1,0 +1,181 @@
+"""What the parity tests of the DeepSpeed learner and its ranks share: the tiny models, the data, the
+steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
+from gspo_dist.learners.step import LossSpec
+from gspo_dist.objectives.registry import get_objective
+from gspo_dist.packing import MiniBatch, pack
+from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Rollout
+
+VOCAB = 89
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+BUDGETS = (64, 128, 34)
+"""Token budgets of the first three mini-batches: each rank runs 2, 1 and 3 or more micro-batches."""
+FILLED = 25
+"""Tokens of every sequence and of the budget of the last mini-batch, which needs fillers: ranks + 1
+sequences."""
+
+
+def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
+    """A random model saved as HF saves it; norms off their neutral value."""
+    torch.manual_seed(11)
+    if kind == "qwen3_moe":
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**SIZES | {"head_dim": 8, "norm_topk_prob": True} | changes)
+        )
+    else:  # shared expert, gate weights not renormalised
+        sizes = SIZES | {
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": False,
+        }
+        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.float().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def make_rollouts(seed: int, count: int = 8, length: int | None = None) -> list[Rollout]:
+    """Groups of two; completions of 4 to 24 tokens after prompts of 3 to 6, or `length` tokens in all."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        prompt = tuple(int(t) for t in rng.integers(0, VOCAB, rng.integers(3, 7)))
+        n = int(rng.integers(4, 25)) if length is None else length - len(prompt)
+        out.append(
+            Rollout(
+                100 * seed + i,
+                i // 2,
+                Prompt(str(i // 2), prompt, ""),
+                Completion(
+                    rng.integers(0, VOCAB, n),
+                    np.ones(n, np.bool_),
+                    np.full(n, -4.0, np.float32),
+                    np.zeros(n, np.int32),
+                    "length",
+                    "",
+                ),
+                float(rng.integers(0, 2)),
+            )
+        )
+    return out
+
+
+def make_mini_batches(ranks: int = 2) -> list[MiniBatch]:
+    """Four optimiser steps with different numbers of micro-batches, the last with fillers; advantages of
+    both signs."""
+    out = []
+    for step, budget in enumerate((*BUDGETS, FILLED)):
+        rollouts = make_rollouts(step) if budget in BUDGETS else make_rollouts(step, ranks + 1, FILLED)
+        advantages = np.random.default_rng(50 + step).normal(size=len(rollouts))
+        out += pack(
+            rollouts,
+            advantages,
+            ranks=ranks,
+            token_budget=budget,
+            mini_batches=1,
+            max_completion_length=24,
+            seed=(step,),
+        )
+    return out
+
+
+def near_policy(learner: Any, mini_batches: list[MiniBatch]) -> list[MiniBatch]:
+    """The mini-batches with engine log-probs a tenth of a nat off `learner`'s: ratios on both sides of the
+    clip."""
+    generator = torch.Generator().manual_seed(1)
+
+    def attach(batch: PackedBatch, output: LogprobOutput) -> PackedBatch:
+        noise = 0.1 * torch.randn(batch.num_tokens, generator=generator)
+        return batch.with_(rollout_logprobs=torch.where(batch.loss_mask, output.logprobs + noise, 0.0))
+
+    return [
+        replace(
+            m,
+            micro_batches=tuple(
+                tuple(attach(b, o) for b, o in zip(rank, learner.logprobs(rank), strict=True))
+                for rank in m.micro_batches
+            ),
+        )
+        for m in mini_batches
+    ]
+
+
+def make_spec(mini_batch: MiniBatch, kl_coef: float = 0.0) -> LossSpec:
+    """A clip range wide enough that the gradient comes from most sequences."""
+    objective = get_objective("gspo", clip_low=0.5, clip_high=0.5, allow_wide_clip=True, kl_coef=kl_coef)
+    return LossSpec(objective, mini_batch.denominators)
+
+
+def make_config(world_size: int = 1, backend: str = "deepspeed", **changes: Any) -> LearnerConfig:
+    """Clipping bites, the schedule moves; eps is large enough that Adam does not magnify rounding."""
+    deepspeed = DeepSpeedConfig(**changes.pop("deepspeed", {}))
+    optimizer = OptimizerConfig(
+        lr=2e-3, weight_decay=0.1, grad_clip=0.05, warmup_steps=2, schedule="linear", eps=1e-6
+    )
+    settings = {"precision": "fp32", "token_budget": 128, "timeout_s": 60.0, "optimizer": optimizer} | changes
+    return LearnerConfig(backend=backend, world_size=world_size, deepspeed=deepspeed, **settings)
+
+
+def train(
+    learner: Any, mini_batches: list[MiniBatch], ranks: list[int], kl_coef: float = 0.0
+) -> list[dict[str, Any]]:
+    """One optimiser step a mini-batch on the micro-batches of `ranks`; what the learner said along the
+    way."""
+    seen = []
+    for mini_batch in mini_batches:
+        mine = [b for r in ranks for b in mini_batch.micro_batches[r]]
+        logprobs = learner.logprobs(mine)
+        if kl_coef:
+            refs = learner.logprobs(mine, reference=True)
+            mine = [b.with_(ref_logprobs=o.logprobs) for b, o in zip(mine, refs)]
+        stats = learner.forward_backward(mine, make_spec(mini_batch, kl_coef))
+        step = learner.optim_step()
+        seen.append(
+            {
+                "logprobs": [o.logprobs for o in logprobs],
+                "entropy": [o.entropy for o in logprobs],
+                "stats": stats,
+                "grad_norm": step.grad_norm,
+                "lr": step.lr,
+                "version": step.policy_version,
+            }
+        )
+    return seen
+
+
+def exported(learner: Any, bucket_bytes: int = 1 << 14) -> dict[str, torch.Tensor]:
+    """Every weight by its HF name, copied."""
+    out: dict[str, torch.Tensor] = {}
+    for bucket in learner.weights(bucket_bytes):
+        for name, tensor in bucket:
+            assert name not in out, f"{name} was exported twice"
+            out[name] = tensor.clone()
+    return out

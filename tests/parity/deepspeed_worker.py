@@ -1,0 +1,150 @@
+"""One rank of the DeepSpeed parity tests. Usage: deepspeed_worker.py JOB.pt RANK.
+
+job["cases"]: name -> {"config": arguments of make_config, "model": folder, "do": name of a function below,
+...}. All cases of a launch share one process group.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import deepspeed_case as case
+
+from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
+
+
+class Ranks:
+    """Makes learners of one rank's process group."""
+
+    def __init__(self, job: dict[str, Any], rank: int) -> None:
+        self.job, self.rank = job, rank
+
+    def learner(self, spec: dict[str, Any], **changes: Any) -> DeepSpeedLearner:
+        return DeepSpeedLearner(
+            case.make_config(self.job["world_size"], **dict(spec["config"])),
+            spec["model"],
+            total_steps=6,
+            temperature=0.8,
+            rank=self.rank,
+            world_size=self.job["world_size"],
+            master_port=self.job["port"],
+            **changes,
+        )
+
+
+def train(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    kl_coef = spec.get("kl_coef", 0.0)
+    learner = ranks.learner(spec, keep_reference=kl_coef > 0)
+    seen = case.train(learner, spec["data"], [ranks.rank], kl_coef)
+    out = {"steps": seen, "weights": case.exported(learner)}
+    learner.engine.destroy()
+    return out
+
+
+def routes(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    """Records the first mini-batch's routes, replays the given ones in a step, and misuses a trace."""
+    learner = ranks.learner(spec)
+    mine = list(spec["data"][0].micro_batches[ranks.rank])
+    recorded = learner.logprobs(mine, record_routing=True)
+    given = [b.with_(routing=t) for b, t in zip(mine, spec["traces"][ranks.rank], strict=True)]
+    again = learner.logprobs(given, record_routing=True)
+    stats = learner.forward_backward(given, case.make_spec(spec["data"][0]))
+    step = learner.optim_step()
+    short = [b.with_(routing=b.routing[slice(0, b.num_tokens - 1)]) for b in given]
+    try:
+        learner.logprobs(short)
+        error = None
+    except ValueError as raised:
+        error = str(raised)
+    out = {
+        "recorded": [o.routing for o in recorded],
+        "replayed": [o.routing for o in again],
+        "logprobs": [o.logprobs for o in again],
+        "stats": stats,
+        "grad_norm": step.grad_norm,
+        "error": error,
+        "weights": case.exported(learner),
+    }
+    learner.engine.destroy()
+    return out
+
+
+def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    """Two steps, save, two more; another learner loads and makes those two."""
+    folder = Path(spec["folder"])
+    first = ranks.learner(spec)
+    case.train(first, spec["data"][:2], [ranks.rank])
+    torch.manual_seed(77 + ranks.rank)
+    first.save(folder)
+    noise = torch.rand(3)
+    on = case.train(first, spec["data"][2:], [ranks.rank])
+    out = {"on": on, "weights_on": case.exported(first), "noise_on": noise}
+    first.engine.destroy()
+    second = ranks.learner(spec)
+    second.load(folder)
+    out["version"] = second.policy_version
+    out["noise_back"] = torch.rand(3)
+    out["back"] = case.train(second, spec["data"][2:], [ranks.rank])
+    out["weights_back"] = case.exported(second)
+    second.engine.destroy()
+    return out
+
+
+def broken(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    """A log-prob of one rank, a gradient of one rank, then the number of micro-batches of one rank go
+    wrong."""
+    learner = ranks.learner(spec)
+    mine = list(spec["data"][0].micro_batches[ranks.rank])
+    out: dict[str, Any] = {"rollouts": mine[0].rollout_index.tolist()}
+    if ranks.rank == 1:
+        head = learner.policy.hf.lm_head
+        poison = head.register_forward_hook(
+            lambda module, inputs, output: (output[0] * float("nan"), output[1])
+        )
+    for name, batches in {"loss": mine, "count": mine[ranks.rank :]}.items():
+        try:
+            learner.forward_backward(batches, case.make_spec(spec["data"][0]))
+        except (FloatingPointError, ValueError) as raised:
+            out[name] = f"{type(raised).__name__}: {raised}"
+    if ranks.rank == 1:
+        poison.remove()
+    learner.engine.destroy()
+    learner = ranks.learner(spec)
+    if ranks.rank == 1:  # a gradient that overflows after a finite loss
+        next(p for p in learner.policy.parameters() if p.requires_grad).register_hook(
+            lambda g: g * float("nan")
+        )
+    learner.forward_backward(mine, case.make_spec(spec["data"][0]))
+    try:
+        learner.optim_step()
+    except FloatingPointError as raised:
+        out["gradient"] = str(raised)
+    out["version"] = learner.policy_version
+    learner.engine.destroy()
+    return out
+
+
+def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    ranks = Ranks(job, rank)
+    out = {}
+    for name, spec in job["cases"].items():
+        print("case", name, flush=True)
+        out[name] = globals()[spec["do"]](ranks, spec)
+        gc.collect()
+    return out
+
+
+if __name__ == "__main__":
+    job = torch.load(sys.argv[1], weights_only=False)
+    rank = int(sys.argv[2])
+    torch.save(main(job, rank), Path(job["out"]) / f"rank{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

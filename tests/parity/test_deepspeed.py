@@ -1,0 +1,151 @@
+"""Log-probs, loss, gradient norm and parameters of the DeepSpeed learner equal the eager learner's, on real
+ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import deepspeed_case as case
+from ranks import run_ranks
+
+from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.objectives.stats import merge_stats, results
+
+WORKER = Path(__file__).parent / "deepspeed_worker.py"
+MODELS = {"moe": {}, "tied": {"tie_word_embeddings": True}, "shared": {"kind": "qwen2_moe"}}
+TWO_RANKS = {
+    "zero0": ("moe", {"deepspeed": {"zero_stage": 0}}),
+    "zero1": ("moe", {"deepspeed": {"zero_stage": 1}}),
+    "zero2": ("moe", {"deepspeed": {"zero_stage": 2}}),
+    "zero3": ("moe", {"deepspeed": {"zero_stage": 3}}),
+    "experts1": ("moe", {"deepspeed": {"zero_stage": 1, "expert_parallel": 2}}),
+    "experts2": ("moe", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
+    "experts3": ("moe", {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}}),
+    "checkpointed_zero3": ("moe", {"deepspeed": {"zero_stage": 3}, "activation_checkpointing": True}),
+    "checkpointed_experts3": (
+        "moe",
+        {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}, "activation_checkpointing": True},
+    ),
+    "tied_zero2": ("tied", {"deepspeed": {"zero_stage": 2}}),
+    "tied_experts3": ("tied", {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}}),
+    "shared_zero3": ("shared", {"deepspeed": {"zero_stage": 3}}),
+    "shared_experts2": ("shared", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
+}
+REFERENCED = {
+    "reference_zero2": {"deepspeed": {"zero_stage": 2}},
+    "reference_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
+    "reference_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}},
+}
+FOUR_RANKS = {
+    "four_experts2": ("moe", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
+    "four_experts3": ("moe", {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}}),
+}
+Run = dict[str, Any]
+
+
+def eager_run(model: Path, ranks: int, kl_coef: float = 0.0) -> tuple[list[Any], Run]:
+    """The mini-batches, and what the eager learner makes of all ranks' micro-batches of them."""
+    learner = EagerLearner(
+        case.make_config(backend="eager"), model, total_steps=6, temperature=0.8, keep_reference=kl_coef > 0
+    )
+    start = case.exported(learner)
+    data = case.near_policy(learner, case.make_mini_batches(ranks))
+    steps = case.train(learner, data, list(range(ranks)), kl_coef)
+    return data, {"steps": steps, "weights": case.exported(learner), "start": start}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: case.make_model(tmp_path_factory.mktemp(name), **changes) for name, changes in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(models: dict[str, Path]) -> dict[str, tuple[list[Run], Run]]:
+    """name -> (what each rank saw, what eager saw); two launches in all."""
+    eager = {name: eager_run(folder, 2) for name, folder in models.items()}
+    referenced = eager_run(models["moe"], 2, kl_coef=0.1)
+    jobs = {
+        name: (
+            {"do": "train", "config": config, "model": models[kind], "data": eager[kind][0]},
+            eager[kind][1],
+        )
+        for name, (kind, config) in TWO_RANKS.items()
+    } | {
+        name: (
+            {"do": "train", "config": config, "model": models["moe"], "data": referenced[0], "kl_coef": 0.1},
+            referenced[1],
+        )
+        for name, config in REFERENCED.items()
+    }
+    four = eager_run(models["moe"], 4)
+    four_jobs = {
+        name: ({"do": "train", "config": config, "model": models[kind], "data": four[0]}, four[1])
+        for name, (kind, config) in FOUR_RANKS.items()
+    }
+    out = {}
+    for world, launch in ((2, jobs), (4, four_jobs)):
+        got = run_ranks(WORKER, {"cases": {name: spec for name, (spec, _) in launch.items()}}, world)
+        out |= {name: ([rank[name] for rank in got], want) for name, (_, want) in launch.items()}
+    return out
+
+
+NAMES = [*TWO_RANKS, *REFERENCED, *FOUR_RANKS]
+
+
+def test_micro_batch_counts_vary_from_step_to_step_and_some_are_fillers() -> None:
+    for ranks in (2, 4):
+        data = case.make_mini_batches(ranks)
+        counts = [len(m.micro_batches[0]) for m in data]
+        assert len(set(counts)) > 1, counts
+        fillers = sum(not b.loss_mask.any() for rank in data[-1].micro_batches for b in rank)
+        assert fillers == ranks - 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logprobs_equal_eager(runs: dict, name: str) -> None:
+    ranks, want = runs[name]
+    for i, step in enumerate(want["steps"]):
+        for field in ("logprobs", "entropy"):
+            got = [values for rank in ranks for values in rank["steps"][i][field]]
+            for a, b in zip(got, step[field], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_statistics_equal_eager(runs: dict, name: str) -> None:
+    ranks, want = runs[name]
+    for i, step in enumerate(want["steps"]):
+        got = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks]))
+        assert got == pytest.approx(results(step["stats"]), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str) -> None:
+    ranks, want = runs[name]
+    for rank in ranks:
+        for got, step in zip(rank["steps"], want["steps"], strict=True):
+            assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
+            assert got["lr"] == step["lr"] and got["version"] == step["version"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_weights_equal_eager_after_all_steps(runs: dict, name: str) -> None:
+    ranks, want = runs[name]
+    assert all(not rank["weights"] for rank in ranks[1:]), "only rank 0 exports"
+    got = ranks[0]["weights"]
+    assert got.keys() == want["weights"].keys()
+    for key, weight in want["weights"].items():
+        assert got[key].shape == weight.shape, key
+        error = (got[key] - weight).norm()
+        assert error <= 1e-5 * weight.norm(), f"{key}: {error / weight.norm():.1e} of the weight"
+        # Small steps barely move a weight: the movement itself must agree too.
+        moved = (weight - want["start"][key]).norm()
+        assert error <= 1e-3 * moved, f"{key}: {error / moved:.1e} of the movement"

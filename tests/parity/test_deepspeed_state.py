@@ -1,0 +1,223 @@
+"""Routing replay, resuming, precision and failures of the DeepSpeed learner, on two real ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import deepspeed_case as case
+from ranks import run_ranks
+
+from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.objectives.stats import merge_stats, results
+from gspo_dist.routing.trace import RoutingTrace
+
+WORKER = Path(__file__).parent / "deepspeed_worker.py"
+ROUTED = {
+    "routes_zero3": {"deepspeed": {"zero_stage": 3}},
+    "routes_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
+    "routes_experts3_checkpointed": {
+        "deepspeed": {"zero_stage": 3, "expert_parallel": 2},
+        "activation_checkpointing": True,
+    },
+}
+RESUMED = {
+    "resume_zero0": {"deepspeed": {"zero_stage": 0}},
+    "resume_zero2": {"deepspeed": {"zero_stage": 2}},
+    "resume_zero3": {"deepspeed": {"zero_stage": 3}},
+    "resume_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
+    "resume_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}},
+    "resume_bf16_zero1": {"deepspeed": {"zero_stage": 1}, "precision": "bf16"},
+    "resume_bf16_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}, "precision": "bf16"},
+}
+BROKEN = {
+    f"broken_{name}": dict(deepspeed=ds, **more)
+    for name, ds, more in (
+        ("zero0", {"zero_stage": 0}, {}),
+        ("zero1_bf16", {"zero_stage": 1}, {"precision": "bf16"}),
+        ("zero2", {"zero_stage": 2}, {}),
+        ("zero3", {"zero_stage": 3}, {}),
+        ("experts3", {"zero_stage": 3, "expert_parallel": 2}, {}),
+    )
+}
+BF16 = {f"bf16_zero{stage}": {"deepspeed": {"zero_stage": stage}, "precision": "bf16"} for stage in range(4)}
+BF16_EXPERTS = {
+    f"bf16_experts{stage}": {"deepspeed": {"zero_stage": stage, "expert_parallel": 2}, "precision": "bf16"}
+    for stage in (1, 2, 3)
+}
+
+
+def make_eager(model: Path, precision: str = "fp32") -> EagerLearner:
+    config = case.make_config(backend="eager", precision=precision)
+    return EagerLearner(config, model, total_steps=6, temperature=0.8)
+
+
+def random_traces(batches: list, seed: int) -> list[RoutingTrace]:
+    """Experts that no router would choose, with some rows unknown."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for batch in batches:
+        scores = rng.random((batch.num_tokens, 3, 8))
+        known = rng.random(batch.num_tokens) > 0.2
+        out.append(RoutingTrace(np.argsort(scores, -1)[..., :2].astype(np.uint8), known, 8))
+    return out
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One launch of all cases, and the eager learner's answers where a case has one."""
+    model = case.make_model(tmp_path_factory.mktemp("moe"))
+    data = case.near_policy(make_eager(model), case.make_mini_batches())
+    traces = [random_traces(rank, r) for r, rank in enumerate(data[0].micro_batches)]
+
+    eager = make_eager(model)
+    plain = [o.routing for rank in data[0].micro_batches for o in eager.logprobs(rank, record_routing=True)]
+    given = [b.with_(routing=t) for rank, ts in zip(data[0].micro_batches, traces) for b, t in zip(rank, ts)]
+    outputs = eager.logprobs(given, record_routing=True)
+    stats = eager.forward_backward(given, case.make_spec(data[0]))
+    norm = eager.optim_step().grad_norm
+    routed = {
+        "plain": plain,
+        "outputs": outputs,
+        "stats": stats,
+        "grad_norm": norm,
+        "weights": case.exported(eager),
+    }
+
+    bf16 = make_eager(model, "bf16")
+    start = case.exported(bf16)
+    bf16_run = {"steps": case.train(bf16, data, [0, 1]), "weights": case.exported(bf16), "start": start}
+
+    fixed = make_eager(model, "bf16")  # routes fixed: a flipped route moves a bf16 log-prob by tenths
+    fixed_outputs = fixed.logprobs(given)
+    fixed.forward_backward(given, case.make_spec(data[0]))
+    fixed_run = {"outputs": fixed_outputs, "grad_norm": fixed.optim_step().grad_norm}
+
+    cases = {
+        name: {
+            "do": do,
+            "config": config,
+            "model": model,
+            "data": data,
+            "traces": traces,
+            "folder": tmp_path_factory.mktemp(name) / "checkpoint",
+        }
+        for do, group in (
+            ("routes", ROUTED),
+            ("resume", RESUMED),
+            ("broken", BROKEN),
+            ("train", BF16),
+            ("routes", BF16_EXPERTS),
+        )
+        for name, config in group.items()
+    }
+    got = run_ranks(WORKER, {"cases": cases}, 2, timeout_s=400)
+    return {"got": got, "traces": traces, "routed": routed, "bf16": bf16_run, "fixed": fixed_run}
+
+
+def both(lab: dict, name: str, field: str) -> list:
+    """A list of each rank, end to end: the order of the eager learner's micro-batches."""
+    return [x for rank in lab["got"] for x in rank[name][field]]
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_recorded_routes_equal_eager(lab: dict, name: str) -> None:
+    for got, want in zip(both(lab, name, "recorded"), lab["routed"]["plain"], strict=True):
+        assert np.array_equal(np.sort(got.expert_ids, -1), np.sort(want.expert_ids, -1)) and got.known.all()
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_replayed_routes_are_used_and_unknown_rows_are_native(lab: dict, name: str) -> None:
+    traces = [t for rank in lab["traces"] for t in rank]
+    outputs = lab["routed"]["outputs"]
+    for got, given, eager in zip(both(lab, name, "replayed"), traces, outputs, strict=True):
+        assert np.array_equal(got.expert_ids[given.known], given.expert_ids[given.known])
+        native = np.sort(got.expert_ids[~given.known], -1)
+        assert np.array_equal(native, np.sort(eager.routing.expert_ids[~given.known], -1))
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_step_under_replay_equals_eager(lab: dict, name: str) -> None:
+    want = lab["routed"]
+    for got, output in zip(both(lab, name, "logprobs"), want["outputs"], strict=True):
+        torch.testing.assert_close(got, output.logprobs, rtol=1e-5, atol=1e-5)
+    merged = results(merge_stats([rank[name]["stats"] for rank in lab["got"]]))
+    assert merged == pytest.approx(results(want["stats"]), rel=1e-4, abs=1e-6)
+    assert lab["got"][0][name]["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+    for key, weight in want["weights"].items():
+        assert (lab["got"][0][name]["weights"][key] - weight).norm() <= 1e-5 * weight.norm(), key
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_truncated_trace_is_refused(lab: dict, name: str) -> None:
+    for rank in lab["got"]:
+        assert "one row a token" in rank[name]["error"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_equals_not_stopping_bit_for_bit(lab: dict, name: str) -> None:
+    for r, rank in enumerate(lab["got"]):
+        seen = rank[name]
+        assert seen["version"] == 2
+        assert torch.equal(seen["noise_on"], seen["noise_back"]), "random state"
+        for on, back in zip(seen["on"], seen["back"], strict=True):
+            assert all(on[key] == back[key] for key in ("grad_norm", "lr", "version"))
+            for a, b in zip(on["logprobs"], back["logprobs"], strict=True):
+                assert torch.equal(a, b)
+        assert bool(seen["weights_on"]) == (r == 0)
+        assert seen["weights_on"].keys() == seen["weights_back"].keys()
+        for key, weight in seen["weights_on"].items():
+            assert torch.equal(weight, seen["weights_back"][key]), key
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_number_gone_wrong_on_one_rank_raises_on_all(lab: dict, name: str) -> None:
+    for rank in lab["got"]:
+        seen = rank[name]
+        first = lab["got"][1][name]["rollouts"][0]
+        assert seen["loss"].startswith(f"FloatingPointError: rank 1: logprobs of rollout {first} "), seen[
+            "loss"
+        ]
+        assert "as many micro-batches" in seen["count"], seen["count"]
+        assert "gradient norm" in seen["gradient"]
+        assert seen["version"] == 0
+
+
+@pytest.mark.parametrize("name", ["bf16_zero1", "bf16_zero2", "bf16_zero3"])
+def test_bf16_with_fp32_masters_and_accumulation_equals_eager(lab: dict, name: str) -> None:
+    """The same bf16 kernels see the same weights, and everything else is fp32: nothing may drift."""
+    for i, want in enumerate(lab["bf16"]["steps"]):
+        got = [x for rank in lab["got"] for x in rank[name]["steps"][i]["logprobs"]]
+        for a, b in zip(got, want["logprobs"], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert lab["got"][0][name]["steps"][i]["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+    for key, weight in lab["bf16"]["weights"].items():
+        got = lab["got"][0][name]["weights"][key]
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - weight.float()).norm() <= 1e-5 * weight.float().norm(), key
+
+
+def test_bf16_zero0_accumulates_in_bf16(lab: dict) -> None:
+    """DeepSpeed has no fp32 accumulation at stage 0: the first gradient agrees to bf16's rounding, and it
+    trains."""
+    got, want = lab["got"][0]["bf16_zero0"], lab["bf16"]
+    assert got["steps"][0]["grad_norm"] == pytest.approx(want["steps"][0]["grad_norm"], rel=4e-3)
+    for i in (1, 2):
+        assert got["steps"][i]["grad_norm"] == pytest.approx(want["steps"][i]["grad_norm"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", BF16_EXPERTS)
+def test_bf16_expert_parallel_is_near_eager_on_fixed_routes(lab: dict, name: str) -> None:
+    """AutoEP keeps gate weights in fp32 and sums experts in another order: bf16's rounding remains, no
+    more."""
+    known = [torch.from_numpy(t.known) for rank in lab["traces"] for t in rank]
+    pairs = list(zip(both(lab, name, "logprobs"), lab["fixed"]["outputs"], known, strict=True))
+    error = torch.cat([(got - want.logprobs).abs() for got, want, _ in pairs])
+    assert error.mean() < 0.02, error.mean()
+    assert lab["got"][0][name]["grad_norm"] == pytest.approx(lab["fixed"]["grad_norm"], rel=0.05)

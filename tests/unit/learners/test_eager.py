@@ -1,0 +1,248 @@
+"""Laws of the reference learner: what a step does, whatever the packing; what a checkpoint keeps; what it
+exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gspo_dist.config import LearnerConfig, OptimizerConfig
+from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.learners.step import LossSpec
+from gspo_dist.objectives.aggregate import Denominators
+from gspo_dist.objectives.registry import get_objective
+from gspo_dist.objectives.stats import results
+from gspo_dist.types import PackedBatch
+
+VOCAB = 53
+LENGTHS = (9, 6, 13, 7, 10, 8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            norm_topk_prob=True,
+            initializer_range=0.2,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def make(
+    model: Path, precision: str = "fp32", keep_reference: bool = False, **optimizer: object
+) -> EagerLearner:
+    settings = {"lr": 1e-3, "grad_clip": 0.0, "betas": (0.9, 0.95), "eps": 1e-6} | optimizer
+    config = LearnerConfig(backend="eager", precision=precision, optimizer=OptimizerConfig(**settings))
+    return EagerLearner(config, model, total_steps=6, keep_reference=keep_reference)
+
+
+def batch(members: tuple[int, ...]) -> PackedBatch:
+    """Sequences `members`, each the same wherever it is packed; 3 prompt tokens."""
+    ids, engine, advantages = [], [], []
+    for s in members:
+        g = torch.Generator().manual_seed(100 + s)
+        ids.append(torch.randint(0, VOCAB, (LENGTHS[s],), generator=g))
+        engine.append(-4.0 + 0.1 * torch.randn(LENGTHS[s], generator=g))
+        advantages.append(torch.randn((), generator=g).expand(LENGTHS[s]))
+    lengths = torch.tensor([LENGTHS[s] for s in members])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    mask = positions >= 3
+    return PackedBatch(
+        token_ids=torch.cat(ids),
+        position_ids=positions,
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+        loss_mask=mask,
+        advantages=torch.cat(advantages).contiguous(),
+        rollout_logprobs=torch.where(mask, torch.cat(engine), 0.0),
+        rollout_index=torch.tensor(members) + 40,
+    )
+
+
+def near(learner: EagerLearner, b: PackedBatch) -> PackedBatch:
+    """The batch with old log-probs at the policy: every ratio starts at 1, nothing is clipped."""
+    return b.with_(old_logprobs=learner.logprobs([b])[0].logprobs)
+
+
+def spec(name: str = "gspo", kl_coef: float = 0.0) -> LossSpec:
+    tokens = sum(LENGTHS) - 3 * len(LENGTHS)
+    return LossSpec(get_objective(name, kl_coef=kl_coef), Denominators(len(LENGTHS), tokens, 16))
+
+
+def gradients(
+    learner: EagerLearner, batches: list[PackedBatch], name: str
+) -> tuple[list[torch.Tensor], dict]:
+    stats = learner.forward_backward([near(learner, b) for b in batches], spec(name))
+    grads, learner.gradients = learner.gradients, [None] * len(learner.gradients)
+    return [g for g in grads if g is not None], results(stats)
+
+
+@pytest.mark.parametrize("name", ["gspo", "grpo", "dapo"])
+def test_gradient_depends_neither_on_order_nor_on_micro_batches(model: Path, name: str) -> None:
+    learner = make(model)
+    whole, stats = gradients(learner, [batch((0, 1, 2, 3, 4, 5))], name)
+    for parts in ([(5, 3, 1, 0, 2, 4)], [(0, 1), (2,), (3, 4, 5)], [(4,), (1, 5), (0,), (3, 2)]):
+        other, other_stats = gradients(learner, [batch(p) for p in parts], name)
+        for a, b in zip(whole, other, strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm() + 1e-9
+        assert other_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
+
+
+def test_first_adamw_step_is_the_closed_form(model: Path) -> None:
+    """At step 1 the bias-corrected moments are g and g^2: w <- w (1 - lr wd) - lr g / (|g| + eps)."""
+    learner = make(model, weight_decay=0.1)
+    before = [m.clone() for m in learner.masters]
+    learner.forward_backward([near(learner, batch((0, 1, 2)))], spec())
+    grads = [torch.zeros_like(m) if g is None else g.clone() for m, g in zip(before, learner.gradients)]
+    step = learner.optim_step()
+    assert step.grad_norm == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-6)
+    assert (step.lr, step.policy_version) == (1e-3, 1)
+    for parameter, w, g in zip(learner.parameters, before, grads, strict=True):
+        want = w * (1 - 1e-3 * 0.1) - 1e-3 * g / (g.abs() + 1e-6)
+        torch.testing.assert_close(parameter.detach(), want, rtol=1e-6, atol=1e-8)
+
+
+def test_clipping_scales_the_gradient_and_reports_the_norm_before(model: Path) -> None:
+    """With eps far above the gradient, Adam's first step is lr g / eps: linear in the clipped gradient."""
+    moved, norms = [], []
+    for clip in (0.0, 1e-3):
+        learner = make(model, eps=1e3, lr=1e3, grad_clip=clip)
+        before = [m.clone() for m in learner.masters]
+        learner.forward_backward([near(learner, batch((0, 1, 2)))], spec())
+        norms.append(learner.optim_step().grad_norm)
+        moved.append(torch.cat([(m - b).flatten() for m, b in zip(learner.masters, before)]))
+    assert norms[0] == norms[1] > 1e-2
+    assert float(moved[1].norm() / moved[0].norm()) == pytest.approx(1e-3 / norms[0], rel=1e-3)
+
+
+def test_learning_rate_follows_the_worked_example(model: Path) -> None:
+    learner = make(model, warmup_steps=2, schedule="linear")
+    seen = []
+    for _ in range(6):
+        learner.forward_backward([near(learner, batch((0, 1)))], spec())
+        seen.append(learner.optim_step().lr)
+    assert seen == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4], rel=1e-12)
+
+
+def test_bf16_gradients_accumulate_in_fp32(model: Path) -> None:
+    learner = make(model, "bf16")
+    batches = [near(learner, batch((s,))) for s in range(6)]
+    alone = []
+    for b in batches:
+        learner.forward_backward([b], spec())
+        alone.append(learner.gradients)
+        learner.gradients = [None] * len(learner.gradients)
+    learner.forward_backward(batches, spec())
+    rounded = False
+    for i, got in enumerate(learner.gradients):
+        parts = [a[i] for a in alone if a[i] is not None]
+        want = torch.zeros_like(learner.masters[i])
+        for part in parts:
+            want += part
+        assert got is not None and got.dtype == torch.float32 and torch.equal(got, want)
+        rounded |= not torch.equal(want, want.bfloat16().float())
+    assert rounded, "the sums would fit in bf16: the test shows nothing"
+
+
+def test_fp32_masters_keep_what_bf16_weights_cannot_show(model: Path) -> None:
+    """Norm weights are 1.0, where bf16 steps by 1/128 downwards: 1e-4 a step must not be lost."""
+    learner = make(model, "bf16", lr=1e-4)
+    i = next(i for i, (n, _) in enumerate(learner.policy.named_parameters()) if n == "hf.model.norm.weight")
+    for _ in range(4):
+        learner.forward_backward([near(learner, batch((0, 1, 2, 3, 4, 5)))], spec())
+        learner.optim_step()
+    moved = (learner.masters[i] - 1.0).abs()
+    assert moved.max() > 2e-4
+    assert torch.equal(learner.parameters[i], torch.ones_like(learner.parameters[i]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_equals_not_stopping_bit_for_bit(model: Path, tmp_path: Path, precision: str) -> None:
+    first = make(model, precision, warmup_steps=3, grad_clip=0.1)
+    data = [near(first, batch((0, 1, 2))), near(first, batch((3, 4, 5)))]
+    for _ in range(2):
+        first.forward_backward(data, spec())
+        first.optim_step()
+    torch.manual_seed(9)
+    first.save(tmp_path)
+    noise = torch.rand(2)
+    first.forward_backward(data, spec())
+    on = first.optim_step()
+    second = make(model, precision, warmup_steps=3, grad_clip=0.1)
+    second.load(tmp_path)
+    assert second.policy_version == 2 and torch.equal(torch.rand(2), noise)
+    second.forward_backward(data, spec())
+    assert second.optim_step() == on
+    for field in ("masters", "parameters"):
+        for a, b in zip(getattr(first, field), getattr(second, field), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_log_prob_that_is_not_a_number_names_the_rollout(model: Path) -> None:
+    learner = make(model)
+    good = batch((0, 1, 2))
+    # An embedding gone wrong reaches every sequence that holds the token, and no other.
+    token = int(good.token_ids[good.cu_seqlens[1]])
+    assert token not in good.token_ids[: good.cu_seqlens[1]]
+    with torch.no_grad():
+        learner.policy.hf.get_input_embeddings().weight[token] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"logprobs of rollout 41 are not finite"):
+        learner.forward_backward([good], spec())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step(model: Path) -> None:
+    learner = make(model)
+    before = [m.clone() for m in learner.masters]
+    learner.forward_backward([near(learner, batch((0, 1)))], spec())
+    learner.gradients[0][0] = float("inf")
+    with pytest.raises(FloatingPointError, match="gradient norm is .* at policy version 0"):
+        learner.optim_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters)) and learner.policy_version == 0
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 5000, 1 << 30])
+def test_export_is_the_saved_model(model: Path, bucket_bytes: int) -> None:
+    """Names and values of the folder that HF wrote: experts one by one, nothing twice, buckets within their
+    size."""
+    want = load_file(model / "model.safetensors")
+    got: dict[str, torch.Tensor] = {}
+    for bucket in make(model).weights(bucket_bytes):
+        assert len(bucket) == 1 or sum(t.nbytes for _, t in bucket) <= bucket_bytes
+        for name, tensor in bucket:
+            assert name not in got
+            got[name] = tensor
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_the_reference_stays_where_the_policy_started(model: Path) -> None:
+    learner = make(model, keep_reference=True)
+    data = [near(learner, batch((0, 1, 2)))]
+    start = learner.logprobs(data)[0].logprobs
+    learner.forward_backward([b.with_(ref_logprobs=start) for b in data], spec(kl_coef=0.1))
+    learner.optim_step()
+    assert torch.equal(learner.logprobs(data, reference=True)[0].logprobs, start)
+    assert not torch.equal(learner.logprobs(data)[0].logprobs, start)
+
+
+def test_without_a_reference_its_log_probs_are_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match="kl_coef above 0"):
+        make(model).logprobs([batch((0,))], reference=True)

@@ -1,0 +1,174 @@
+"""The whole loop in one process: a real HF policy, the eager learner, the fake engine. No Ray, no vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gspo_dist.cli import run_config
+from gspo_dist.coldstart.model import build_model, save_model
+from gspo_dist.coldstart.recipes import Shape
+from gspo_dist.coldstart.tokenizer import build_tokenizer
+from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.trainer.build import build
+from gspo_dist.trainer.loop import train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(build_model(Shape(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, expert_hidden=16), seed=0), folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+REWARD = '''
+def share_of_sevens(prompt, completion):
+    """Learnable at once from a random policy: the share of the digit 7."""
+    return completion.text.count("7") / max(1, len(completion))
+
+def broken(prompt, completion):
+    raise KeyError("no such key")
+'''
+
+
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("reward") / "mine.py"
+    path.write_text(REWARD)
+    return path
+
+
+def config(model: Path, reward: Path, run_dir: Path, *extra: str):
+    return run_config([
+        "cluster=in_process", "learner=eager", "rollout=fake", "model=local", f"model.path={model}",
+        f"run_dir={run_dir}", f"reward.function='{reward}:share_of_sevens'", "reward.options={}",
+        "logger=quiet", "steps=3", "mini_batches=2", "rollout.prompts_per_step=4", "rollout.group_size=4",
+        "rollout.max_prompt_tokens=16", "rollout.max_completion_tokens=8", "learner.token_budget=128",
+        "learner.precision=fp32", "rollout.precision=fp32", "learner.optimizer.lr=0.01", "evaluation.prompts=8",
+        "rollout.weight_sync.probe_tolerance=1e-4", "rollout.weight_sync.probe_every=1", *extra,
+    ])
+
+
+def go(c) -> tuple[dict, list[dict]]:
+    run = build(c)
+    try:
+        summary = train(run)
+    finally:
+        run.release()
+    return summary, read_jsonl(Path(c.run_dir) / "metrics.jsonl")
+
+
+def values(rows: list[dict]) -> list[dict]:
+    """What must repeat: everything but times and speeds."""
+    timed = ("time/", "perf/", "sync/check_fraction", "sync/gib_per_s")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+
+
+def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
+    summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=12"))
+    rewards = [r["rollout/reward_mean"] for r in rows if "rollout/reward_mean" in r]
+    assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:2])
+    assert summary["policy_version"] == 24
+    folder = tmp_path / "run"
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "flips_update.png"):
+        assert (folder / name).stat().st_size > 0
+    assert json.loads((folder / "summary.json").read_text())["heldout_after"] == rows[-1]["eval/heldout/accuracy"]
+    assert (folder / "checkpoints" / "step-000012" / "manifest.json").is_file()
+
+
+def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_file, tmp_path):
+    """In fp32 the engine's log-probs are the learner's: the ratio of the first mini-batch is 1 to rounding."""
+    _, rows = go(config(model, reward_file, tmp_path / "run"))
+    first = rows[1]
+    assert first["objective/mini_batch_0/clip_fraction"] == 0.0
+    assert first["mismatch/abs_log_ratio_max"] < 1e-5
+    assert abs(first["contract/offset_clip_widths"]) < 0.05
+    assert first["objective/mini_batch_1/clip_fraction"] > 0.0  # the policy has moved by then
+
+
+@pytest.mark.parametrize("objective", ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo", "sapo", "minirl"])
+def test_every_path_of_old_logprobs_and_replay_runs(model, reward_file, tmp_path, objective):
+    _, rows = go(config(model, reward_file, tmp_path / "run", f"objective={objective}", "steps=2"))
+    last = rows[-1]
+    assert last["learner/policy_version"] == 4.0
+    if objective in ("grpo_r2", "grpo_r3", "gspo_recompute"):
+        assert last["contract/recomputed"] == 1.0
+        assert last["objective/mini_batch_0/approx_kl_k3"] == 0.0  # the same pass twice, bit for bit
+    if objective.endswith(("r2", "r3")):
+        assert last["routing/replay_bytes_per_token"] == pytest.approx(2 * 2 + 1)  # 2 layers, top-2, one mark
+    if objective.endswith("r3"):
+        assert 0.0 < last["routing/native_row_fraction"] < 0.2  # the last token of each sequence
+    if objective.endswith("r2"):
+        assert last["routing/native_row_fraction"] == 0.0
+
+
+def test_two_runs_with_one_seed_agree(model, reward_file, tmp_path):
+    _, a = go(config(model, reward_file, tmp_path / "a"))
+    _, b = go(config(model, reward_file, tmp_path / "b"))
+    assert values(a) == values(b)
+    _, c = go(config(model, reward_file, tmp_path / "c", "seed=1"))
+    assert values(a) != values(c)
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(model, reward_file, tmp_path):
+    _, whole = go(config(model, reward_file, tmp_path / "whole", "steps=4"))
+    stopped = config(model, reward_file, tmp_path / "parts", "steps=4", "checkpoint.every=2")
+    run = build(stopped)
+    try:
+        from gspo_dist.trainer.loop import train_step
+
+        run.sync.publish(run.probe_sequences())
+        run.evaluate(0)
+        for step in range(3):  # one step beyond the checkpoint, then "killed"
+            run.log(step + 1, train_step(run, step))
+            if run.checkpoint_due(step + 1):
+                run.save(step + 1)
+    finally:
+        run.release()
+    _, resumed = go(stopped)
+    assert values(resumed) == values(whole)
+
+
+@pytest.mark.parametrize("estimator", ["batch", "ema", "subset"])
+def test_the_guard_recentres_by_each_estimator(model, reward_file, tmp_path, estimator):
+    """A threshold of zero makes the guard act on any measurable offset; what it takes out is what was measured."""
+    _, rows = go(config(
+        model, reward_file, tmp_path / "run", "objective.guard.action=recentre", f"objective.guard.estimator={estimator}",
+        "objective.guard.threshold=0", "objective.guard.subset_fraction=0.5",
+    ))
+    assert all("contract/offset" in r for r in rows[1:])
+
+
+def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
+    run = build(config(model, reward_file, tmp_path / "run", f"reward.function='{reward_file}:broken'", "data.heldout=null"))
+    with pytest.raises(Exception, match=r"reward of rollout 0 .*raised KeyError"):
+        train(run)
+    run.release()
+
+
+def test_a_diverging_run_says_what_is_saved(model, reward_file, tmp_path):
+    run = build(config(
+        model, reward_file, tmp_path / "run", "learner.optimizer.lr=1e30", "learner.optimizer.grad_clip=0",
+        "rollout.weight_sync.probe_every=0", "flips.every=0",
+    ))
+    with pytest.raises((FloatingPointError, ValueError, RuntimeError)) as error:
+        train(run)
+    run.release()
+    assert "finite" in str(error.value) or "nan" in str(error.value).lower()
+
+
+def test_a_reference_policy_adds_its_kl(model, reward_file, tmp_path):
+    _, rows = go(config(model, reward_file, tmp_path / "run", "objective.kl_coef=0.1", "steps=2"))
+    first, second = rows[1]["objective/kl_reference"], rows[2]["objective/kl_reference"]
+    assert 0.0 <= first < second  # the policy leaves the reference
+
+
+def test_resume_refuses_changed_data(model, reward_file, tmp_path):
+    go(config(model, reward_file, tmp_path / "run", "steps=2"))
+    changed = config(model, reward_file, tmp_path / "run", "steps=4", "seed=5")
+    with pytest.raises(ValueError, match="data cursor"):
+        build(changed)
