@@ -48,7 +48,7 @@ def main(job: dict, rank: int) -> dict:
     config = case.make_config(job["world_size"], job.get("precision", "fp32"), **job["layout"])
     learner = MegatronLearner(
         config, job["model"], total_steps=10, temperature=job.get("temperature", 1.0),
-        keep_reference=job.get("reference", False),
+        keep_reference=job.get("keep_reference", False),
     )
     data = torch.load(job["batches"], weights_only=False)
     spec = case.make_spec(data, job.get("objective", "gspo"))
@@ -73,7 +73,8 @@ def main(job: dict, rank: int) -> dict:
         elif name == "train":
             out.setdefault("steps", []).extend(train(learner, mine, argument or case.STEPS, spec))
         elif name == "weights":
-            out["weights"] = {n: t.clone() for bucket in learner.weights(argument or 1 << 20) for n, t in bucket}
+            stream = {n: t.clone() for bucket in learner.weights(argument or 1 << 20) for n, t in bucket}
+            out.setdefault("weights", []).append(stream)
         elif name == "save":
             learner.save(Path(argument))
         elif name == "wait":
@@ -85,7 +86,10 @@ def main(job: dict, rank: int) -> dict:
             try:
                 learner.load(Path(argument))
             except ValueError as error:
-                out["error"] = str(error)
+                out.setdefault("errors", []).append(str(error))
+        elif name == "bias":
+            out["bias"] = {r.layer_number - 1: (r.expert_bias.clone(), r.load.clone())
+                           for r in builder.routers(learner.chunks)}
     learner.close()
     return out
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -103,6 +104,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return eager_reference(tmp_path_factory.mktemp("moe"), "qwen3_moe")
 
 
+def stored(model: Path) -> dict[str, torch.Tensor]:
+    """What the model's files hold."""
+    files = sorted(model.glob("*.safetensors"))
+    assert len(files) > 1
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def by_batch(ranks: list[dict], key: str, count: int) -> list:
     """Every rank's list under `key` dealt back to the micro-batches: [count][ranks of the replica]."""
     replicas = 1 + max(r["data_rank"] for r in ranks)
@@ -154,7 +162,7 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path) ->
     """Logits, log-probs, three clipped steps and the exported weights do not depend on how the model is cut."""
     world_size, layout = LAYOUTS[name]
     ranks = launch(tmp_path, reference.model, reference.batches, world_size, layout,
-                   ["logits", "logprobs", "train", "weights"])
+                   ["weights", "logits", "logprobs", "train", "weights"])
     assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
     for want, outputs in zip(reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp",
                                                           len(reference.data))):
@@ -162,6 +170,25 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path) ->
             torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
     assert_training(ranks, reference)
-    exporters = [r for r in ranks if r["weights"]]
-    assert [r["exporter"] for r in exporters] == [True]
-    assert_weights(exporters[0]["weights"], reference.end, 1e-5)
+    assert [r["exporter"] for r in ranks] == [True] + [False] * (world_size - 1)
+    assert all(not stream for r in ranks[1:] for stream in r["weights"])
+    before, after = ranks[0]["weights"]
+    assert_weights(before, stored(reference.model), 0.0)
+    assert_weights(after, reference.end, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("qwen3", "pp2"), ("qwen3", "tp2_no_sequence_parallel"), ("qwen2", "tp2"), ("llama", "cp2"),
+    ("qwen3_moe_plain", "ep2"),
+])
+def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path) -> None:
+    """Tied embeddings over two stages, biases, experts without renormalisation: the same laws."""
+    reference = eager_reference(tmp_path / "eager", kind)
+    world_size, layout = LAYOUTS.get(name) or (2, {"tensor_parallel": 2, "sequence_parallel": False})
+    ranks = launch(tmp_path, reference.model, reference.batches, world_size, layout,
+                   ["weights", "logits", "train", "weights"])
+    assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
+    assert_training(ranks, reference)
+    before, after = ranks[0]["weights"]
+    assert_weights(before, stored(reference.model), 0.0)
+    assert_weights(after, reference.end, 1e-5)

@@ -83,7 +83,9 @@ def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     """Weights and optimiser state with their global places; all else is marked as this rank's own."""
     models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(trained.chunks)}
     state = trained.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
-    dict_list_map_inplace(lambda x: x if isinstance(x, ShardedBase) else LocalNonpersistentObject(x), state)
+    # 0.16.1's plain optimisers mark some of it themselves; loading undoes one mark.
+    kept = (ShardedBase, LocalNonpersistentObject)
+    dict_list_map_inplace(lambda x: x if isinstance(x, kept) else LocalNonpersistentObject(x), state)
     for part in models.values():
         # Transformer Engine's extra state (fp8 scales) is an object a rank, not a tensor: nothing here uses it.
         for key in [k for k in part if k.endswith("_extra_state")]:
@@ -100,9 +102,8 @@ def load(trained: Trained, folder: Path) -> int:
     loaded = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(trained.chunks):
         chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)
-    trained.optimizer.load_state_dict(loaded["optimizer"])
     policy_version = int(loaded[COMMON]["policy_version"])
-    set_steps(trained.optimizer, policy_version)
+    _load_optimizer(trained.optimizer, loaded["optimizer"], policy_version)
     return policy_version
 
 
@@ -143,15 +144,30 @@ def _tensors(value: Any) -> list[ShardedTensor]:
     return [value] if isinstance(value, ShardedTensor) else []
 
 
-def set_steps(optimizer: Any, steps: int) -> None:
-    """Tells AdamW how many steps its moments have seen: every parameter is updated in every step."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
-        if inner is None:
-            continue
-        for state in inner.state.values():
-            if "step" in state:
-                state["step"] = torch.as_tensor(float(steps)).to(state["step"])
-        for group in inner.param_groups:
+def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
+    """Gives each optimiser of the chain its state, and AdamW the steps its moments have seen.
+
+    Every parameter is updated in every step, so the count is the policy version. It must be out of torch's AdamW
+    while 0.16.1's distributed optimiser copies the moments: it copies whatever the states hold, and no step is stored.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part, own in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
+        inner = part.optimizer
+        moments = own.pop("param_state", None)
+        # The plain optimisers of 0.16.1 drop a step of 0 when they prepare to load, and torch wants one.
+        for values in own.get("optimizer", own).get("state", {}).values():
+            if isinstance(values, dict):
+                values.setdefault("step", torch.tensor(float(steps)))
+        part.load_state_dict(own)
+        adamw = isinstance(inner, torch.optim.AdamW)
+        if adamw:
+            for values in inner.state.values():
+                values.pop("step", None)
+        if moments is not None:
+            part.load_parameter_state_from_fully_reshardable(moments)
+        if adamw:
+            for values in inner.state.values():
+                values["step"] = torch.tensor(float(steps))
+        for group in inner.param_groups if inner is not None else ():
             if "step" in group:
                 group["step"] = steps

@@ -1,0 +1,203 @@
+"""Checkpoints, routing replay, the frozen reference and expert balance of the megatron learner, in real processes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
+import megatron_case as case
+from test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
+
+from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.objectives.stats import Stat, merge_stats, results
+from gspo_dist.routing.trace import RoutingTrace
+
+EP2 = {"expert_parallel": 2}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return eager_reference(tmp_path_factory.mktemp("moe"), "qwen3_moe")
+
+
+def run(folder: Path, reference: Reference, world_size: int, layout: dict, actions: list, **job) -> list[dict]:
+    return launch(folder, reference.model, reference.batches, world_size, layout, actions, **job)
+
+
+def assert_identical(got: dict, want: dict) -> None:
+    assert set(got) == set(want)
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path) -> None:
+    """Saved in the background at step 2 under ep2: resumed under ep2 the third step is the one not interrupted, bit
+    for bit; resumed under tp2 it is the eager learner's."""
+    saved = str(tmp_path / "checkpoint")
+    first = run(tmp_path / "a", reference, 2, EP2, [["train", 2], ["save", saved], ["train", 1], "weights", "wait"])
+    again = run(tmp_path / "b", reference, 2, EP2, [["load", saved], ["train", 1], "weights"])
+    assert [r["version"] for r in again] == [2, 2]
+    assert_identical(again[0]["weights"][0], first[0]["weights"][0])
+    assert again[0]["steps"][0]["lr"] == first[0]["steps"][2]["lr"]
+    assert again[0]["steps"][0]["policy_version"] == 3
+    other = run(tmp_path / "c", reference, 2, {"tensor_parallel": 2, "distributed_optimizer": True},
+                [["load", saved], ["train", 1], "weights"])
+    assert_weights(other[0]["weights"][0], reference.end, 1e-5)
+
+
+def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_path: Path) -> None:
+    """fp32 master weights and moments come back whole; weights loaded under another layout are the saved ones."""
+    saved = str(tmp_path / "checkpoint")
+    job = {"precision": "bf16"}
+    first = run(tmp_path / "a", reference, 2, EP2, [["train", 2], "weights", ["save", saved], ["train", 1], "weights",
+                                                    "wait"], **job)
+    assert {t.dtype for t in first[0]["weights"][0].values()} == {torch.bfloat16}
+    again = run(tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job)
+    assert_identical(again[0]["weights"][0], first[0]["weights"][0])
+    assert_identical(again[0]["weights"][1], first[0]["weights"][1])
+    other = run(tmp_path / "c", reference, 2, {"pipeline_parallel": 2}, [["load", saved], "weights"], **job)
+    assert_identical(other[0]["weights"][0], first[0]["weights"][0])
+
+
+def test_plain_optimizer_saves_synchronously(reference: Reference, tmp_path: Path) -> None:
+    saved = str(tmp_path / "checkpoint")
+    layout = {"distributed_optimizer": False, "async_save": False}
+    run(tmp_path / "a", reference, 1, layout, [["train", 2], ["save", saved]])
+    again = run(tmp_path / "b", reference, 2, layout | {"pipeline_parallel": 2},
+                [["load", saved], ["train", 1], "weights"])
+    assert_weights(again[0]["weights"][0], reference.end, 1e-5)
+
+
+def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: Path) -> None:
+    saved = tmp_path / "checkpoint"
+    run(tmp_path / "a", reference, 1, {}, [["train", 1], ["save", str(saved)], "wait"])
+    torn, unfinished = tmp_path / "torn", tmp_path / "unfinished"
+    shutil.copytree(saved, torn)
+    shard = sorted(torn.glob("*.distcp"))[0]
+    shard.unlink()
+    shutil.copytree(saved, unfinished)
+    (unfinished / "metadata.json").unlink()
+    same = run(tmp_path / "b", reference, 1, {}, [["load_error", str(torn)], ["load_error", str(unfinished)]])
+    assert f"lacks 1 of its 2 shards: {shard.name}" in same[0]["errors"][0]
+    assert "is not a finished megatron checkpoint" in same[0]["errors"][1]
+    plain = case.make_model("qwen3_moe_plain", tmp_path / "plain")
+    other = launch(tmp_path / "c", plain, reference.batches, 1, {}, [["load_error", str(saved)]])
+    assert "is of another model: it has no decoder.layers.1.mlp." in other[0]["errors"][0]
+
+
+def foreign_routes(reference: Reference) -> list[RoutingTrace]:
+    """Random distinct experts for each token, one row in six unknown: a route no model would take by itself."""
+    rng = np.random.default_rng(11)
+    routes = []
+    for batch in reference.data:
+        ids = np.argsort(rng.random((batch.num_tokens, 3, 8)), axis=-1)[..., :2].astype(np.uint8)
+        routes.append(RoutingTrace(ids, rng.random(batch.num_tokens) > 1 / 6, 8))
+    return routes
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [
+    (4, {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2, "recompute": "full"}),
+    (2, {"pipeline_parallel": 2, "virtual_stages": 2, "recompute": "full"}),
+    (2, {"pipeline_parallel": 2}),
+])
+def test_routes_are_recorded_and_replayed_under_any_layout(
+    world_size: int, layout: dict, reference: Reference, tmp_path: Path
+) -> None:
+    """Recorded routes are HF's; under foreign ones log-probs and gradients are the eager learner's under the same."""
+    eager = EagerLearner(case.make_config(backend="eager"), reference.model, total_steps=10)
+    native = eager.logprobs(reference.data, record_routing=True)
+    routes = foreign_routes(reference)
+    torch.save(routes, tmp_path / "routes.pt")
+    data = [b.with_(routing=r) for b, r in zip(reference.data, routes)]
+    want = eager.logprobs(data)
+    assert max(float((w.logprobs - n.logprobs).abs().max()) for w, n in zip(want, native)) > 0.1
+    eager.forward_backward(data, case.make_spec(data))
+    norm = eager.optim_step().grad_norm
+    ranks = run(tmp_path, reference, world_size, layout,
+                ["record", "logprobs", ["foreign_routes", str(tmp_path / "routes.pt")], "logprobs", ["train", 1],
+                 "reference"], keep_reference=True)
+    recorded = by_batch(ranks, "recorded", len(data))
+    for expected, outputs in zip(native, recorded):
+        for got in outputs:
+            assert got.routing.known.all()
+            assert np.array_equal(np.sort(got.routing.expert_ids), np.sort(expected.routing.expert_ids))
+    for i, expectations in enumerate((native, want)):
+        for expected, outputs in zip(expectations, by_batch([{"data_rank": r["data_rank"], "lp": r["logprobs"][i]}
+                                                             for r in ranks], "lp", len(data))):
+            for got in outputs:
+                torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+    for rank in ranks:
+        assert rank["steps"][0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    # The reference is the starting policy, by its own routes, whatever was trained and replayed since.
+    for expected, outputs in zip(native, by_batch(ranks, "reference", len(data))):
+        for got in outputs:
+            torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def merged(ranks: list[dict], step: int) -> dict[str, float]:
+    parts = [{n: Stat(torch.tensor(v, dtype=torch.float64), torch.tensor(w, dtype=torch.float64), r)
+              for n, (v, w, r) in rank["steps"][step]["stats"].items()} for rank in ranks]
+    return results(merge_stats(parts))
+
+
+def switch_loss(reference: Reference) -> tuple[float, np.ndarray]:
+    """The Switch loss (E * sum_e f_e P_e, weighted by tokens over micro-batches, mean of layers) and the loads [L, E],
+    from HF's router logits."""
+    hf = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
+    loads, losses = np.zeros((3, 8)), np.zeros(3)
+    total = sum(b.num_tokens for b in reference.data)
+    for batch in reference.data:
+        logits = [[] for _ in range(3)]
+        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
+            with torch.no_grad():
+                seen = hf(batch.token_ids[None, start:end], output_router_logits=True).router_logits
+            for layer, values in enumerate(v for v in seen if v is not None):
+                logits[layer].append(values)
+        for layer, values in enumerate(logits):
+            probs = torch.cat(values).softmax(-1)
+            counts = torch.bincount(probs.topk(2).indices.flatten(), minlength=8).numpy()
+            loads[layer] += counts
+            fraction = counts / counts.sum()
+            losses[layer] += 8 * float((torch.from_numpy(fraction) * probs.double().mean(0)).sum()) * batch.num_tokens
+    return float(losses.mean() / total), loads
+
+
+def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path) -> None:
+    """Loads, violations and the Switch loss are those of HF's router logits; its gradient ignores the layout."""
+    loss, loads = switch_loss(reference)
+    knobs = {"aux_loss_coef": 0.5}
+    alone = run(tmp_path / "a", reference, 1, knobs, [["train", 1]])
+    cut = run(tmp_path / "b", reference, 4,
+              knobs | {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}, [["train", 1]])
+    for ranks in (alone, cut):
+        stats = merged(ranks, 0)
+        violation = loads.max(1) / loads.mean(1) - 1
+        assert stats["routing/max_violation"] == pytest.approx(violation.max(), rel=1e-6)
+        assert stats["routing/mean_violation"] == pytest.approx(violation.mean(), rel=1e-6)
+        assert stats["routing/dead_experts"] == (loads == 0).sum()
+        for moe, layer in enumerate((0, 2, 3)):
+            assert stats[f"routing/layer_{layer}/max_violation"] == pytest.approx(violation[moe], rel=1e-6)
+            assert stats[f"routing/layer_{layer}/max_load_fraction"] == pytest.approx(
+                loads[moe].max() / loads[moe].sum(), rel=1e-6)
+        assert stats["routing/aux_loss"] == pytest.approx(loss, rel=1e-5)
+    assert alone[0]["steps"][0]["grad_norm"] == pytest.approx(cut[0]["steps"][0]["grad_norm"], rel=1e-5)
+    without = reference.steps[0][1].grad_norm
+    assert abs(alone[0]["steps"][0]["grad_norm"] / without - 1) > 1e-3
+
+
+def test_expert_bias_moves_towards_the_idle(reference: Reference, tmp_path: Path) -> None:
+    """Zero at first (log-probs are unchanged); a step moves it by 0.001 up for experts below the mean load."""
+    ranks = run(tmp_path, reference, 2, {"expert_bias": True, **EP2}, ["logprobs", ["train", 1], "bias"])
+    _, loads = switch_loss(reference)
+    for i, want in enumerate(reference.logprobs):
+        torch.testing.assert_close(ranks[i % 2]["logprobs"][0][i // 2].logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+    for rank in ranks:
+        for moe, (_, (bias, _)) in enumerate(sorted(rank["bias"].items())):
+            want = 1e-3 * np.sign(loads[moe].mean() - loads[moe])
+            np.testing.assert_allclose(bias.numpy(), want, atol=1e-7)
