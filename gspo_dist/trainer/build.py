@@ -238,6 +238,7 @@ def _local_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_
 
 def _ray_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Any:
     """Learner ranks, engines and reward workers as Ray actors; engines and learner start side by side."""
+    _cap_threads(1, "cpu")  # this process only packs and counts: idle OpenMP threads would spin on the actors' cores
     with Processes(config, model, device, run_dir, moe_layers) as processes:
         pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
         learner.start()

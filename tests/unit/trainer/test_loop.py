@@ -45,7 +45,7 @@ def reward_file(tmp_path_factory) -> Path:
 def config(model: Path, reward: Path, run_dir: Path, *extra: str):
     return run_config([
         "cluster=in_process", "learner=eager", "rollout=fake", "model=local", f"model.path={model}",
-        f"run_dir={run_dir}", f"reward.function='{reward}:share_of_sevens'", "reward.options={}",
+        f"run_dir={run_dir}", f"reward.function='{reward}:share_of_sevens'", "reward=function",
         "logger=quiet", "steps=3", "mini_batches=2", "rollout.prompts_per_step=4", "rollout.group_size=4",
         "rollout.max_prompt_tokens=16", "rollout.max_completion_tokens=8", "learner.token_budget=128",
         "learner.precision=fp32", "rollout.precision=fp32", "learner.optimizer.lr=0.01", "evaluation.prompts=8",
@@ -82,12 +82,12 @@ def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
 
 def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_file, tmp_path):
     """In fp32 the engine's log-probs are the learner's: the ratio of the first mini-batch is 1 to rounding."""
-    _, rows = go(config(model, reward_file, tmp_path / "run"))
-    first = rows[1]
-    assert first["objective/mini_batch_0/clip_fraction"] == 0.0
-    assert first["mismatch/abs_log_ratio_max"] < 1e-5
-    assert abs(first["contract/offset_clip_widths"]) < 0.05
-    assert first["objective/mini_batch_1/clip_fraction"] > 0.0  # the policy has moved by then
+    _, rows = go(config(model, reward_file, tmp_path / "run", "steps=5"))
+    for row in rows[1:]:
+        assert row["objective/mini_batch_0/clip_fraction"] == 0.0
+        assert row["mismatch/abs_log_ratio_max"] < 1e-5
+        assert abs(row["contract/offset_clip_widths"]) < 0.05
+    assert any(row["objective/mini_batch_1/clip_fraction"] > 0.0 for row in rows[1:])  # the policy has moved by then
 
 
 @pytest.mark.parametrize("objective", ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo", "sapo", "minirl"])
