@@ -1,7 +1,7 @@
 """Attention over packed sequences for HF models: no token of one sequence sees another, no padding outside attention.
 
-Registered with transformers as `gspo_packed`. On CUDA it is torch's variable-length flash attention; elsewhere the
-sequences are padded to [S, heads, longest, dim] inside the attention alone, so that projections, experts and the LM
+Registered with transformers as `gspo_packed`. In bf16 on CUDA it is torch's variable-length flash attention; elsewhere
+the sequences are padded to [S, heads, longest, dim] inside the attention alone, so that projections, experts and the LM
 head never compute padding.
 """
 
@@ -47,14 +47,16 @@ def packed_attention(
     """query [1, heads, T, dim]; key, value [1, kv_heads, T, dim] -> ([1, T, heads, dim], None); causal by sequence."""
     if packed is None:
         raise ValueError(f"attention {NAME!r} needs the packed layout: call the model through PolicyModel")
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32 kernel
         out = _flash(query, key, value, scaling, packed)
     else:
         out = _padded(query, key, value, scaling, packed)
     return out, None
 
 
-def _flash(q, k, v, scaling, packed):  # noqa: ANN001, ANN202
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, packed: PackedLayout
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     groups = q.shape[1] // k.shape[1]
@@ -66,7 +68,9 @@ def _flash(q, k, v, scaling, packed):  # noqa: ANN001, ANN202
     return out[None]
 
 
-def _padded(q, k, v, scaling, packed):  # noqa: ANN001, ANN202
+def _padded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, packed: PackedLayout
+) -> torch.Tensor:
     rows = len(packed.cu_seqlens) - 1
     full = rows * packed.longest == q.shape[2]
 

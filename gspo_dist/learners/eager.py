@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -61,7 +63,7 @@ class EagerLearner:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(opt, total_steps))
 
-    def _gradient_collector(self, i: int):  # noqa: ANN202
+    def _gradient_collector(self, i: int) -> Callable[[torch.Tensor], None]:
         """Sums gradients in fp32 whatever the weights' precision, micro-batch after micro-batch."""
 
         def collect(parameter: torch.Tensor) -> None:
@@ -149,19 +151,22 @@ class EagerLearner:
         """Nothing to leave: there is no process group."""
 
 
-def replaying(hf: torch.nn.Module, batch: PackedBatch):  # noqa: ANN201
-    """The replay block of a batch that carries a trace; no block where it carries none."""
-    return contextlib.nullcontext() if batch.routing is None else routers.replay(hf, batch.routing)
+def replaying(hf: torch.nn.Module, batch: PackedBatch, adapter: ModuleType = routers) -> AbstractContextManager:
+    """The replay block of a batch that carries a trace; no block where it carries none. adapter: of `hf`'s routers."""
+    if batch.routing is None:
+        return contextlib.nullcontext()
+    return adapter.replay(hf, batch.routing, tokens=batch.num_tokens)
 
 
 def hf_logprobs(
-    call: torch.nn.Module, hf: torch.nn.Module, batch: PackedBatch, device: torch.device, record_routing: bool
+    call: torch.nn.Module, hf: torch.nn.Module, batch: PackedBatch, device: torch.device, record_routing: bool,
+    adapter: ModuleType = routers,
 ) -> LogprobOutput:
     """One forward pass of `call` (the policy, or an engine around it), replaying or recording as the batch asks."""
     index = trained_index(batch)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replaying(hf, batch))
-        recorder = stack.enter_context(routers.record(hf)) if record_routing else None
+        stack.enter_context(replaying(hf, batch, adapter))
+        recorder = stack.enter_context(adapter.record(hf)) if record_routing else None
         logprobs, entropy = call(**model_inputs(batch, index, device))
     out = scatter_output(batch, index, logprobs, entropy)
     return out if recorder is None else LogprobOutput(out.logprobs, out.entropy, recorder.trace())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from gspo_dist.learners import attention
 from gspo_dist.learners.logprobs import taken_logprobs
@@ -86,11 +87,19 @@ def check_model_folder(path: str | Path) -> Path:
     return folder
 
 
+def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
+
+
 def load_policy(
     path: str | Path, precision: str, *, temperature: float = 1.0, fp32_head: bool = True,
     activation_checkpointing: bool = False,
+    make: Callable[[Path, PretrainedConfig, torch.dtype], nn.Module] | None = None,
 ) -> PolicyModel:
-    """Loads an HF folder for training: packed attention, no dropout surprises, weights in `precision`."""
+    """Loads an HF folder for training: packed attention, no dropout surprises, weights in `precision`.
+
+    make: builds the HF model with attention `gspo_packed` instead of `from_pretrained` (sharded learners).
+    """
     folder = check_model_folder(path)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -98,7 +107,7 @@ def load_policy(
             f"model {folder} uses sliding-window attention ({config.sliding_window}), which the packed attention does "
             "not have; use learner=megatron or a model with full attention"
         )
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision], attn_implementation=attention.NAME)
+    hf = (make or _from_pretrained)(folder, config, DTYPES[precision])
     if activation_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()

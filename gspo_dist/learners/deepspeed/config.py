@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ def import_deepspeed(device: str) -> ModuleType:
     os.environ["DS_ACCELERATOR"] = "cpu" if device == "cpu" else "cuda"
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # ZeRO 3 calls collectives under names that torch 2.13 renamed, and says so at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 

@@ -114,6 +114,7 @@ def load_partitioned(
     # "memory efficient" linear layer would replace torch's in the whole process.
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    hf.tie_weights()  # zero.Init made the tied head a parameter of its own
     _renew_rotary(hf)
     checkpoint = Checkpoint(folder) if dist.get_rank() == 0 else None
     error: ValueError | None = None
