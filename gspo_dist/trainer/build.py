@@ -51,9 +51,13 @@ def make_learner(
         from gspo_dist.learners.deepspeed import DeepSpeedLearner
 
         return DeepSpeedLearner(config, model_path, **common, **group)
-    from gspo_dist.learners.megatron import MegatronLearner
+    from gspo_dist.learners.megatron.learner import MegatronLearner
 
-    return MegatronLearner(config, model_path, **common, **group)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "MASTER_ADDR": master_addr,
+        "MASTER_PORT": str(master_port),
+    }
+    return MegatronLearner(config, model_path, **common)
 
 
 def make_engine(
@@ -168,9 +172,10 @@ def check_model(config: RunConfig, model: str) -> int:
                 f"{[d for d in range(1, experts + 1) if experts and experts % d == 0]}"
             )
     if config.learner.backend == "megatron":
+        from gspo_dist.learners.megatron.architecture import read_architecture
         from gspo_dist.learners.megatron.layout import check_layout
 
-        check_layout(config.learner, hf)
+        check_layout(config.learner.megatron, read_architecture(model), config.learner.world_size)
     return layers
 
 
