@@ -27,7 +27,7 @@ class Rows:
 
     token_ids, position_ids [1, t]; packed: sequence bounds after padding, over all context ranks. index [N]: places
     in the packed batch; hidden_rows [N]: the local rows whose hidden states predict them; labels [N]. source [t]: the
-    token of the packed batch in each local row, -1 for padding.
+    token of the packed batch in each local row, -1 for padding. padded: some rank's rows hold padding.
     """
 
     token_ids: Tensor
@@ -37,15 +37,16 @@ class Rows:
     hidden_rows: Tensor
     labels: Tensor
     source: Tensor
+    padded: bool
 
     def padding_mask(self, layout: Layout, tensor_rank: int, first_stage: bool) -> Tensor | None:
-        """[1, t] bool, True = padding, or None when there is none.
+        """[1, t] bool, True = padding, or None when no rank has any: all must count tokens in the same way.
 
         0.16.1 cuts the mask for sequence parallelism on the first stage only: other stages are given their part.
         """
-        mask = (self.source < 0)[None]
-        if not mask.any():
+        if not self.padded:
             return None
+        mask = (self.source < 0)[None]
         if first_stage or not layout.sequence_parallel:
             return mask
         return mask.chunk(layout.tensor, 1)[tensor_rank].contiguous()
@@ -83,4 +84,5 @@ def lay_out(batch: PackedBatch, layout: Layout, context_rank: int, device: Any) 
         hidden_rows=hidden_rows[here].to(device),
         labels=batch.token_ids[index[here]].to(device),
         source=source.to(device),
+        padded=total > batch.num_tokens,
     )
