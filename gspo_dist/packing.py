@@ -252,14 +252,13 @@ def _join(parts: Sequence[PackedBatch]) -> PackedBatch:
     )
 
 
-def from_sequences(sequences: Sequence[np.ndarray], ranks: int) -> MiniBatch:
-    """Bare token sequences as a mini-batch whose every token but the first is marked: what a log-prob probe scores.
-    rollout_index counts the sequences."""
+def from_sequences(sequences: Sequence[tuple[np.ndarray, int]], ranks: int) -> MiniBatch:
+    """Bare sequences (tokens, start) as a mini-batch whose tokens from `start` on are marked: what a log-prob probe
+    scores. rollout_index counts the sequences."""
     picks = []
-    for i, tokens in enumerate(sequences):
+    for i, (tokens, start) in enumerate(sequences):
         n = len(tokens)
-        mask = torch.ones(n, dtype=torch.bool)
-        mask[0] = False
+        mask = torch.arange(n) >= max(1, start)
         zeros = torch.zeros(n)
         picks.append((PackedBatch(
             token_ids=torch.as_tensor(np.asarray(tokens, np.int64)),

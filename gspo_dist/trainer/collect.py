@@ -63,6 +63,11 @@ def describe(rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version
     return out
 
 
+def probe_sequences(sampled: Sequence[tuple[Prompt, Completion]]) -> list[tuple[np.ndarray, int]]:
+    """(tokens, start of the completion) for the log-prob probe of a weight sync."""
+    return [(np.concatenate([p.token_ids, c.token_ids]), len(p.token_ids)) for p, c in sampled]
+
+
 def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int) -> list[dict[str, Any]]:
     """A few rollouts as rows for samples.jsonl: evenly spaced over the batch."""
     places = np.unique(np.linspace(0, len(rollouts) - 1, num=min(count, len(rollouts)), dtype=int)) if count else []

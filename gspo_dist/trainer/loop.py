@@ -14,7 +14,7 @@ from gspo_dist.objectives.advantages import group_advantages
 from gspo_dist.objectives.stats import merge_stats
 from gspo_dist.packing import pack
 from gspo_dist.trainer.clock import StepClock
-from gspo_dist.trainer.collect import describe, judge, sample_rows
+from gspo_dist.trainer.collect import describe, judge, probe_sequences, sample_rows
 from gspo_dist.trainer.report import mini_batch_metrics, update_metrics
 from gspo_dist.trainer.run import Run
 
@@ -75,7 +75,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
                 run.flips.after_mini_batch(index)
 
     with clock("sync"):
-        row |= run.sync.publish([np.concatenate([r.prompt.token_ids, r.completion.token_ids]) for r in rollouts[:4]])
+        row |= run.sync.publish(probe_sequences([(r.prompt, r.completion) for r in rollouts[:4]]))
 
     row |= describe(rollouts, advantages, run.learner.policy_version - len(mini_batches))
     row |= update_metrics(merge_stats([stats for stats, _ in parts]), [optim for _, optim in parts])

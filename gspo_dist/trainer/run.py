@@ -20,7 +20,7 @@ from gspo_dist.metrics.curves import draw_curves
 from gspo_dist.metrics.sinks import Sinks, read_jsonl
 from gspo_dist.packing import MiniBatch
 from gspo_dist.rollout.pool import RolloutPool
-from gspo_dist.trainer.collect import RewardPool, evaluate_with
+from gspo_dist.trainer.collect import RewardPool, evaluate_with, probe_sequences
 from gspo_dist.trainer.contract import LogprobContract
 from gspo_dist.trainer.flips import FlipMeter
 from gspo_dist.trainer.sync import WeightSync
@@ -77,9 +77,11 @@ class Run:
             return list(rollouts)
         return [replace(r, completion=replace(r.completion, routing=None)) for r in rollouts]
 
-    def probe_sequences(self) -> list[np.ndarray]:
-        """Token sequences for the first log-prob probe, before anything is sampled: a few prompts."""
-        return [np.asarray(p.token_ids) for p in self.probe_prompts]
+    def probe_sequences(self) -> list[tuple[np.ndarray, int]]:
+        """What the first log-prob probe compares, before any step: a few completions sampled for it."""
+        spec = replace(self.sampling, n=1, record_routing=False)
+        groups = self.pool.generate(self.probe_prompts, spec, range(len(self.probe_prompts)))
+        return probe_sequences([(p, group[0]) for p, group in zip(self.probe_prompts, groups, strict=True)])
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 

@@ -15,6 +15,9 @@ from gspo_dist.weights.plan import SyncPlan
 from gspo_dist.weights.verify import check_probe, verify_receipt
 
 PROBE_SEQUENCES = 4
+ProbeSequence = tuple[np.ndarray, int]
+"""Token ids of prompt and completion, and where the completion starts. Only completions are compared: what a policy
+was never trained to say (a prompt) has log-probs so low that bf16 noise alone moves them by tenths of a nat."""
 
 
 class WeightSync:
@@ -32,8 +35,8 @@ class WeightSync:
         self.max_model_len = max_model_len
         self.published = 0
 
-    def publish(self, probe: Sequence[np.ndarray]) -> dict[str, float]:
-        """Sends the current weights and checks them. `probe`: token sequences for the log-prob probe, when it is due.
+    def publish(self, probe: Sequence[ProbeSequence]) -> dict[str, float]:
+        """Sends the current weights and checks them. `probe`: sequences for the log-prob probe, when it is due.
 
         Returns sync/* metrics. Raises WeightSyncError naming the tensor and the engine, or a timeout naming a process.
         """
@@ -59,23 +62,25 @@ class WeightSync:
         self.published += 1
         return metrics
 
-    def _probe(self, sequences: Sequence[np.ndarray]) -> dict[str, float]:
-        """Scores the same sequences with learner and engines: proves what the engines compute, not what arrived."""
+    def _probe(self, sequences: Sequence[ProbeSequence]) -> dict[str, float]:
+        """Scores the same completions with learner and engines: proves what the engines compute, not what arrived."""
         # An engine scores a sequence by sampling one token after it, which must fit the context too.
         limit = self.max_model_len - 1
-        sequences = [np.asarray(s)[:limit] for s in sequences[:PROBE_SEQUENCES] if len(s) > 1]
-        if not sequences:
+        cut = [(np.asarray(tokens)[:limit], start) for tokens, start in sequences]
+        kept = [(tokens, start) for tokens, start in cut if len(tokens) > max(1, start)][:PROBE_SEQUENCES]
+        if not kept:
             return {}
-        mini = from_sequences(sequences, self.ranks)
+        mini = from_sequences(kept, self.ranks)
         learner: dict[int, np.ndarray] = {}
         for rank, outputs in zip(mini.micro_batches, self.learner.logprobs(mini), strict=True):
             for batch, output in zip(rank, outputs, strict=True):
                 learner |= unpack(batch, output.logprobs)
-        ours = [learner[i] for i in range(len(sequences))]
+        ours = [learner[i] for i in range(len(kept))]
         worst_mean, worst_max = 0.0, 0.0
-        for engine, scores in self.pool.score(sequences, self.config.timeout_s).items():
+        for engine, scores in self.pool.score([tokens for tokens, _ in kept], self.config.timeout_s).items():
+            theirs = [score[max(1, start) - 1 :] for score, (_, start) in zip(scores, kept, strict=True)]
             mean, largest = check_probe(
-                scores, ours, self.config.probe_tolerance, engine=engine, policy_version=self.learner.policy_version
+                theirs, ours, self.config.probe_tolerance, engine=engine, policy_version=self.learner.policy_version
             )
             worst_mean, worst_max = max(worst_mean, mean), max(worst_max, largest)
         return {"sync/probe_mean_abs": worst_mean, "sync/probe_max_abs": worst_max}

@@ -108,8 +108,8 @@ def test_taken_sequences_keep_their_tokens_and_traces():
         np.testing.assert_array_equal(small.routing[rows].expert_ids, traces[index].expert_ids)
 
 
-def test_bare_sequences_are_scored_from_their_second_token():
-    mini = from_sequences([np.array([5, 6, 7]), np.array([8, 9])], ranks=2)
+def test_bare_sequences_are_scored_from_their_start_and_never_at_their_first_token():
+    mini = from_sequences([(np.array([4, 5, 6, 7]), 2), (np.array([8, 9]), 0)], ranks=2)
     values: dict[int, list[float]] = {}
     for rank in mini.micro_batches:
         for batch in rank:
