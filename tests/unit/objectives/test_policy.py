@@ -230,6 +230,32 @@ def test_zero_advantage_gives_zero_gradient_and_a_broken_token_stays_finite(name
     assert math.isfinite(result.loss.item()) and bool(torch.isfinite(lp.grad).all())
 
 
+@pytest.mark.parametrize("name", ["gspo", "gspo_token", "grpo", "gmpo", "minirl"])
+def test_tokens_without_advantage_never_count_as_clipped(name):
+    lp = torch.tensor([2.0, -2.0, 2.0], dtype=F64)
+    adv = torch.tensor([0.0, 0.0, 1.0], dtype=F64)
+    result = get_objective(name).loss(
+        lp, torch.zeros(3, dtype=F64), adv, Segments.from_lengths([1, 1, 1]), Denominators(3, 3, 1)
+    )
+    assert result.stats["objective/clip_fraction"].result() == pytest.approx(1 / 3)
+    assert result.stats["objective/clip_fraction_low"].result() == 0.0
+
+
+def test_float32_is_fine_enough_for_the_clip_of_gspo_at_32k_tokens():
+    """The error of a float32 sequence ratio stays below a hundredth of the clip width, 3e-4."""
+    rng = torch.Generator().manual_seed(9)
+    lengths = [32768, 30000, 20011, 517]
+    segments = Segments.from_lengths(lengths)
+    old = -6 * torch.rand(sum(lengths), generator=rng)
+    lp = old + 0.03 * torch.randn(sum(lengths), generator=rng)
+    adv, denominators = torch.ones_like(lp), Denominators(4, sum(lengths), 32768)
+    coarse = get_objective("gspo").loss(lp, old, adv, segments, denominators)
+    fine = get_objective("gspo").loss(lp.double(), old.double(), adv.double(), segments, denominators)
+    for key in ("ratio_min", "ratio_max", "ratio_mean", "sequence_log_ratio_mean"):
+        a, b = (r.stats[f"objective/{key}"].result() for r in (coarse, fine))
+        assert abs(a - b) < 3e-6, key
+
+
 def test_offset_recentres_the_log_ratio(ragged):
     batch = ragged(2)
     for name in NAMES:
