@@ -25,20 +25,20 @@ from gspo_dist.types import PackedBatch
 VOCAB = 96
 STEPS = 3
 LENGTHS = [[7, 12, 5], [16, 9], [11, 3, 8, 4], [21]]
-SIZES = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1, rms_norm_eps=1e-6,
-)
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1, "rms_norm_eps": 1e-6,
+}
 MAKERS = {
-    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, dict(
-        head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
-        mlp_only_layers=[1], tie_word_embeddings=False)),
-    "qwen3_moe_plain": (Qwen3MoeForCausalLM, Qwen3MoeConfig, dict(
-        head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=False,
-        tie_word_embeddings=False)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(head_dim=16, tie_word_embeddings=True)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, dict(tie_word_embeddings=False)),
-    "llama": (LlamaForCausalLM, LlamaConfig, dict(tie_word_embeddings=False)),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {
+        "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        "mlp_only_layers": [1], "tie_word_embeddings": False}),
+    "qwen3_moe_plain": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {
+        "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False,
+        "tie_word_embeddings": False}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
 }
 
 

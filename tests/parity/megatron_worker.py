@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import megatron_case as case  # noqa: E402
+import megatron_case as case
 
-from gspo_dist.learners.megatron import model as builder  # noqa: E402
-from gspo_dist.learners.megatron.learner import MegatronLearner  # noqa: E402
+from gspo_dist.learners.megatron import model as builder
+from gspo_dist.learners.megatron.learner import MegatronLearner
 
 
 def logits_of(learner: MegatronLearner, batches: list) -> list:

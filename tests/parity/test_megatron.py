@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -52,19 +53,15 @@ def launch(folder: Path, model: Path, batches: Path, world_size: int, layout: di
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     root = str(Path(__file__).parents[2])
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    logs = [open(folder / f"rank{r}.log", "w") for r in range(world_size)]
-    ranks = [
-        subprocess.Popen([sys.executable, "-W", "ignore", str(WORKER), str(folder / "job.json"), str(r)],
-                         env=env, stdout=log, stderr=subprocess.STDOUT)
-        for r, log in enumerate(logs)
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for r in range(world_size):
+            log = stack.enter_context((folder / f"rank{r}.log").open("w"))
+            command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "job.json"), str(r)]
+            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+            stack.callback(ranks[-1].wait)
+            stack.callback(ranks[-1].kill)
         codes = [rank.wait(timeout=240) for rank in ranks]
-    finally:
-        for rank, log in zip(ranks, logs):
-            rank.kill()
-            rank.wait()
-            log.close()
     failed = [r for r, code in enumerate(codes) if code]
     assert not failed, "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in failed[:2])
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(world_size)]

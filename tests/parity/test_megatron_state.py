@@ -79,7 +79,7 @@ def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: P
     run(tmp_path / "a", reference, 1, {}, [["train", 1], ["save", str(saved)], "wait"])
     torn, unfinished = tmp_path / "torn", tmp_path / "unfinished"
     shutil.copytree(saved, torn)
-    shard = sorted(torn.glob("*.distcp"))[0]
+    shard = min(torn.glob("*.distcp"))
     shard.unlink()
     shutil.copytree(saved, unfinished)
     (unfinished / "metadata.json").unlink()

@@ -49,7 +49,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's config; `gpu` picks kernels, so that GPU settings are validated on any machine."""
     dtype = DTYPES[precision]
-    moe = _moe_settings(model, config, gpu) if model.num_moe_layers else {}
+    # Named for dense models too: 0.16.1's default dispatcher refuses variable lengths even where nothing is dispatched.
+    moe = _moe_settings(model, config, gpu) if model.num_moe_layers else {"moe_token_dispatcher_type": "alltoall"}
     built = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
