@@ -77,10 +77,10 @@ gspo_pip() { "$GSPO_VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 gspo_install_cpu_torch() {
     local version
     version=$(sed -n 's/^torch==//p' "$GSPO_ROOT/docker/requirements.in")
-    if gspo_pip install --quiet --no-deps "torch==$version+cpu" 2>/dev/null; then return; fi
+    if gspo_pip install -qq --no-deps "torch==$version+cpu" 2>/dev/null; then return; fi
     gspo_say "pip finds no CPU build of torch $version; taking the CUDA build, which is larger"
     gspo_check_disk "$GSPO_VENV" 8
-    gspo_pip install --quiet "torch==$version"
+    gspo_pip install -qq "torch==$version"
 }
 
 # What `pip check` says, less what is known and harmless on a CPU host.
@@ -99,9 +99,9 @@ gspo_install() {
         "$python" -m venv --clear "$GSPO_VENV"
     fi
     gspo_say "installing the $kind lock into $GSPO_VENV (minutes, once)"
-    gspo_pip install --quiet --no-deps -r "$lock"
+    gspo_pip install -qq --no-deps -r "$lock"
     if [[ $kind == cpu ]]; then gspo_install_cpu_torch; fi
-    gspo_pip install --quiet --no-deps --no-build-isolation -e "$GSPO_ROOT"
+    gspo_pip install -qq --no-deps --no-build-isolation -e "$GSPO_ROOT"
     gspo_check_packages
     "$GSPO_VENV/bin/python" -c 'import torch, transformers' ||
         gspo_die "torch does not import in $GSPO_VENV: see the error above; remove the folder and try again"

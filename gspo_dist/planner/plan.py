@@ -267,14 +267,15 @@ def _notes(
 
 
 def _gib(count: float) -> str:
-    return f"{count / GIB:.1f} GiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
 
 
 def format_plan(result: Plan) -> str:
     """The plan as text."""
     model = result.model
     where = f"{result.nodes} x {result.gpus_per_node} {result.gpu.name}" if result.gpu else "CPU host"
-    size = f"{model.total / 1e9:.3f} B parameters, {model.active / 1e9:.3f} B active"
+    unit, name = (1e9, "B") if model.total >= 1e9 else (1e6, "M")
+    size = f"{model.total / unit:.3f} {name} parameters, {model.active / unit:.3f} {name} active"
     cache = f"KV cache {model.kv_bytes_per_token():,} bytes a token (bf16)"
     lines = [f"{model.name}: {size}; {cache}", f"on {where}", ""]
     for table in (result.learner, result.engine.table if result.engine else None, result.host):
@@ -298,5 +299,5 @@ def format_plan(result: Plan) -> str:
 def _format_table(table: MemoryTable) -> list[str]:
     lines = [f"{table.owner}: {_gib(table.total)} of {_gib(table.capacity)}"]
     for item in table.items:
-        lines.append(f"  {item.name:<22}{item.bytes / GIB:>9.2f} GiB  {item.note}".rstrip())
+        lines.append(f"  {item.name:<22}{_gib(item.bytes):>12}  {item.note}".rstrip())
     return lines

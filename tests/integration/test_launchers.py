@@ -122,9 +122,9 @@ def test_first_call_installs_and_the_second_does_nothing(host: dict[str, str], t
                  if line.startswith("torch=="))
     assert log(host) == [
         "venv",
-        f"install --quiet --no-deps -r {clone}/docker/requirements-cpu.lock",
-        f"install --quiet --no-deps torch=={torch}+cpu",
-        f"install --quiet --no-deps --no-build-isolation -e {clone}",
+        f"install -qq --no-deps -r {clone}/docker/requirements-cpu.lock",
+        f"install -qq --no-deps torch=={torch}+cpu",
+        f"install -qq --no-deps --no-build-isolation -e {clone}",
         "check",
     ]
     again = run(clone / "launch/test.sh", env=host, cwd=Path("/"))
@@ -153,7 +153,7 @@ def test_without_a_cpu_build_of_torch_the_cuda_build_is_taken_with_its_libraries
     done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_FAIL": "+cpu"})
     assert done.returncode == 0, done.stderr
     taken = [line for line in log(host) if "torch==" in line][-1]
-    assert "+cpu" not in taken and "--no-deps" not in taken and taken.startswith("install --quiet torch==")
+    assert "+cpu" not in taken and "--no-deps" not in taken and taken.startswith("install -qq torch==")
 
 
 def test_a_gpu_host_takes_the_gpu_lock(host: dict[str, str], tmp_path: Path) -> None:
