@@ -1,8 +1,8 @@
 """A rollout engine without vLLM: deterministic completions for unit tests and dry runs, in milliseconds.
 
-Without a model folder it samples from one fixed softmax over the vocabulary; with one it samples from that HF model in
-float32 on the CPU, so that a whole training loop can learn something under pytest. Both take weight syncs through
-shared memory like a real engine, keep log-probs that belong to their policy, and record routes.
+Without a model folder it samples from one fixed softmax over the vocabulary; with one it samples from that HF
+model in float32 on the CPU, so that a whole training loop can learn something under pytest. Both take weight
+syncs through shared memory like a real engine, keep log-probs that belong to their policy, and record routes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ class TablePolicy:
     def __init__(
         self, seed: int, vocab_size: int = 32, num_experts: int = 8, moe_layers: int = 2, top_k: int = 2
     ) -> None:
-        self.vocab_size, self.num_experts, self.moe_layers, self.top_k = vocab_size, num_experts, moe_layers, top_k
+        self.vocab_size, self.num_experts, self.moe_layers, self.top_k = (
+            vocab_size,
+            num_experts,
+            moe_layers,
+            top_k,
+        )
         self.eos_ids = frozenset({vocab_size - 1})
         self.table = np.random.default_rng(seed).normal(size=vocab_size).astype(np.float32)
 
@@ -70,7 +75,9 @@ class TablePolicy:
     def routes(self, row: np.ndarray) -> np.ndarray:
         """K neighbouring experts, the first drawn from the token and the layer."""
         layers = np.arange(self.moe_layers, dtype=np.uint64)
-        first = mix(row.astype(np.uint64)[:, None] * np.uint64(1000003) + layers) % np.uint64(self.num_experts)
+        first = mix(row.astype(np.uint64)[:, None] * np.uint64(1000003) + layers) % np.uint64(
+            self.num_experts
+        )
         return (first[:, :, None].astype(np.int64) + np.arange(self.top_k)) % self.num_experts
 
     def load(self, weights: Sequence[NamedTensor]) -> None:
@@ -144,12 +151,16 @@ def truncate(logprobs: np.ndarray, top_p: float) -> np.ndarray:
     ranked = np.take_along_axis(np.exp(logprobs), order, axis=-1)
     cut = ranked.cumsum(axis=-1) - ranked >= top_p
     out = logprobs.copy()
-    np.put_along_axis(out, order, np.where(cut, -np.inf, np.take_along_axis(logprobs, order, axis=-1)), axis=-1)
+    np.put_along_axis(
+        out, order, np.where(cut, -np.inf, np.take_along_axis(logprobs, order, axis=-1)), axis=-1
+    )
     return out - np.log(np.exp(out).sum(axis=-1, keepdims=True))
 
 
 class FakeEngine:
-    """Implements `RolloutEngine` in plain Python. `policy` wins over `model_path`; neither gives a `TablePolicy`."""
+    """Implements `RolloutEngine` in plain Python. `policy` wins over `model_path`; neither gives a
+    `TablePolicy`.
+    """
 
     def __init__(
         self,
@@ -180,9 +191,15 @@ class FakeEngine:
     def info(self) -> EngineInfo:
         p = self.policy
         return EngineInfo(
-            name=self.name, device="cpu", max_model_len=self.config.max_model_len, vocab_size=p.vocab_size,
-            num_experts=p.num_experts, moe_layers=p.moe_layers, top_k=p.top_k,
-            can_record_routing=self.record_routing, kv_cache_tokens=0,
+            name=self.name,
+            device="cpu",
+            max_model_len=self.config.max_model_len,
+            vocab_size=p.vocab_size,
+            num_experts=p.num_experts,
+            moe_layers=p.moe_layers,
+            top_k=p.top_k,
+            can_record_routing=self.record_routing,
+            kv_cache_tokens=0,
         )
 
     def generate(
@@ -190,14 +207,18 @@ class FakeEngine:
     ) -> list[list[Completion]]:
         self._require_idle()
         if len(request_ids) != len(prompts):
-            raise ValueError(f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}")
+            raise ValueError(
+                f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}"
+            )
         if spec.record_routing and not self.record_routing:
-            raise ValueError(f"{self.name} was not started to record routing, but the sampling spec asks for it")
+            raise ValueError(
+                f"{self.name} was not started to record routing, but the sampling spec asks for it"
+            )
         for prompt in prompts:
             if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > self.config.max_model_len:
                 raise ValueError(
-                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its completion: "
-                    f"got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
+                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
+                    f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
                     f"{self.config.max_model_len}"
                 )
         return [
@@ -206,7 +227,9 @@ class FakeEngine:
         ]
 
     def _sample(self, prompt: Prompt, spec: SamplingSpec, key: int) -> list[Completion]:
-        """A group side by side: rows [n, T] have one length, since finished ones are sampled on and cut later."""
+        """A group side by side: rows [n, T] have one length, since finished ones are sampled on and cut
+        later.
+        """
         stop = self.policy.eos_ids | set(spec.stop_token_ids)
         keys = sample_keys(key, np.arange(spec.n))
         rows = np.tile(np.array(prompt.token_ids, dtype=np.int64), (spec.n, 1))
@@ -230,7 +253,9 @@ class FakeEngine:
                 break
         start = len(prompt.token_ids)
         return [
-            self._completion(prompt, rows[i, : start + length[i]], logprobs[i, : length[i]], bool(ended[i]), spec)
+            self._completion(
+                prompt, rows[i, : start + length[i]], logprobs[i, : length[i]], bool(ended[i]), spec
+            )
             for i in range(spec.n)
         ]
 
@@ -263,7 +288,9 @@ class FakeEngine:
 
     def _require_idle(self) -> None:
         if self.checksums is not None:
-            raise WeightSyncError(f"{self.name} is in the middle of a weight update: call finish_weight_update first")
+            raise WeightSyncError(
+                f"{self.name} is in the middle of a weight update: call finish_weight_update first"
+            )
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
         self.check = bool(init_info.get("check", True))
@@ -274,7 +301,9 @@ class FakeEngine:
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         if self.checksums is None:
-            raise WeightSyncError(f"{self.name} got a weight bucket outside an update: call start_weight_update first")
+            raise WeightSyncError(
+                f"{self.name} got a weight bucket outside an update: call start_weight_update first"
+            )
         tensors = map_bucket(update_info)
         if self.check:
             self.checksums.update({name: host_checksum(tensor) for name, tensor in tensors})

@@ -1,7 +1,9 @@
-"""Random numbers by counter: the uniform of a token depends on (seed, request, sample, position) and nothing else.
+"""Random numbers by counter: the uniform of a token depends on (seed, request, sample, position) and nothing
+else.
 
-So a completion is the same whichever engine runs it, in whatever batch, before or after a preemption, and no generator
-has a state to save. The mixer is splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014), vectorised.
+So a completion is the same whichever engine runs it, in whatever batch, before or after a preemption, and no
+generator has a state to save. The mixer is splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014),
+vectorised.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ def sample_keys(key: int, samples: np.ndarray) -> np.ndarray:
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Uniforms [N] float64 in [0, 1) for tokens `positions` [N] of the samples `keys` [N]; 53 random bits each."""
+    """Uniforms [N] float64 in [0, 1) for tokens `positions` [N] of the samples `keys` [N]; 53 random bits
+    each.
+    """
     words = mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
     return (words >> _S11).astype(np.float64) * 2.0**-53

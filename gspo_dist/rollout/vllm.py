@@ -25,11 +25,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def prepare_process(device: str, threads: int, precision: str) -> None:
-    """Environment that vLLM reads when it is imported; call before. A variable that the user has set is kept."""
+    """Environment that vLLM reads on import; call before. A variable that the user has set is kept."""
     defaults = {
         # The engine core runs in this process: no second interpreter to start, no tensors through a socket.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # One sampler for CPU and GPU hosts, tested on both: model runner V2 (Triton only) has another.
+        # One sampler for CPU and GPU hosts: model runner V2 (Triton only) has another.
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -53,8 +53,8 @@ def prepare_process(device: str, threads: int, precision: str) -> None:
 class VllmEngine:
     """Implements `RolloutEngine`.
 
-    One `vllm.LLM` in this process; with tensor_parallel > 1 (GPU hosts) its workers are processes of their own.
-    `record_routing` makes vLLM return routed experts. `sleep_mode` (GPU hosts) prepares `sleep`.
+    One `vllm.LLM` in this process; with tensor_parallel > 1 (GPU hosts) its workers are processes of their
+    own. `record_routing` makes vLLM return routed experts. `sleep_mode` (GPU hosts) prepares `sleep`.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class VllmEngine:
             raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
         if device == "cpu" and config.tensor_parallel > 1:
             raise ValueError(
-                f"rollout.tensor_parallel must be 1 on a CPU host: got {config.tensor_parallel}; raise rollout.engines"
+                f"rollout.tensor_parallel must be 1 on a CPU host: got {config.tensor_parallel}; "
+                "raise rollout.engines"
             )
         if device == "cpu" and sleep_mode:
             raise ValueError("engines cannot sleep on a CPU host: set cluster.colocated=false")
@@ -91,10 +92,14 @@ class VllmEngine:
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
         self._info = self._describe()
         if record_routing and not self.moe_layers:
-            raise ValueError(f"model {model_path} has no routed experts to record: set objective.routing_replay=none")
+            raise ValueError(
+                f"model {model_path} has no routed experts to record: set objective.routing_replay=none"
+            )
 
     def _start(self, model_path: Path, seed: int) -> LLM:
-        """Builds the LLM. `vllm.LLM` on a CPU replaces torch.set_num_threads by a no-op: put back for other users."""
+        """Builds the LLM. `vllm.LLM` on a CPU replaces torch.set_num_threads by a no-op: put back for other
+        users.
+        """
         config = self.config
         set_num_threads = torch.set_num_threads
         from vllm import LLM
@@ -109,8 +114,8 @@ class VllmEngine:
             "tensor_parallel_size": config.tensor_parallel,
             "enable_expert_parallel": config.expert_parallel,
             "enforce_eager": config.enforce_eager,
-            # Prompts of a group share their prefix. Routes survive it: vLLM keeps them by physical KV slot, so a
-            # cached block brings its rows along (checked in tests/integration/test_vllm_engine.py).
+            # Prompts of a group share their prefix. Routes survive it: vLLM keeps them by physical KV slot,
+            # so a cached block brings its rows along (checked in tests/integration/test_vllm_engine.py).
             "enable_prefix_caching": True,
             "enable_return_routed_experts": self.record_routing,
             "weight_transfer_config": WeightTransferConfig(backend=BACKENDS[self.transport][0]),
@@ -120,8 +125,8 @@ class VllmEngine:
             "seed": seed,
         }
         if self.device == "cpu":
-            # On a CPU vLLM takes "GPU memory utilisation" of the host's memory and refuses to start when that is not
-            # free; with an explicit KV cache the share is not used for anything else.
+            # On a CPU vLLM takes "GPU memory utilisation" of the host's memory and refuses to start when that
+            # is not free; with an explicit KV cache the share is not used for anything else.
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
             arguments["gpu_memory_utilization"] = 0.05
             # The default block (128 tokens) is longer than most prompts, and only whole blocks are shared.
@@ -159,7 +164,9 @@ class VllmEngine:
         if self._broken is not None:
             raise WeightSyncError(f"{self.name} holds half-loaded weights ({self._broken}): restart it")
         if self._updating:
-            raise WeightSyncError(f"{self.name} is in the middle of a weight update: call finish_weight_update first")
+            raise WeightSyncError(
+                f"{self.name} is in the middle of a weight update: call finish_weight_update first"
+            )
 
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
@@ -194,9 +201,13 @@ class VllmEngine:
         ]
         return completions
 
-    def _check_request(self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]) -> None:
+    def _check_request(
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
+    ) -> None:
         if len(request_ids) != len(prompts):
-            raise ValueError(f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}")
+            raise ValueError(
+                f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}"
+            )
         if spec.record_routing and not self.record_routing:
             raise ValueError(
                 f"{self.name} was not started to record routing, but the sampling spec asks for it: "
@@ -206,22 +217,31 @@ class VllmEngine:
         for prompt in prompts:
             if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > limit:
                 raise ValueError(
-                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its completion: "
-                    f"got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of {limit}; raise "
-                    "rollout.max_prompt_tokens or leave the prompt out"
+                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
+                    f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
+                    f"{limit}; raise rollout.max_prompt_tokens or leave the prompt out"
                 )
 
     def _completions(
-        self, prompt: Prompt, output: RequestOutput, tokens: np.ndarray, logprobs: np.ndarray, spec: SamplingSpec
+        self,
+        prompt: Prompt,
+        output: RequestOutput,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        spec: SamplingSpec,
     ) -> list[Completion]:
-        """One prompt's completions; `tokens`, `logprobs` [n.., max_tokens] are the sampler's rows of this prompt."""
+        """One prompt's completions; `tokens`, `logprobs` [n.., max_tokens] are the sampler's rows of this
+        prompt.
+        """
         texts = self.tokenizer.batch_decode([o.token_ids for o in output.outputs], skip_special_tokens=True)
         completions = []
         for i, (sample, text) in enumerate(zip(output.outputs, texts, strict=True)):
             ids = np.asarray(sample.token_ids, dtype=np.int64)
             n = len(ids)
             if not np.array_equal(tokens[i, :n], ids):
-                raise RuntimeError(f"{self.name}: sampler and scheduler disagree on the tokens of {prompt.prompt_id!r}")
+                raise RuntimeError(
+                    f"{self.name}: sampler and scheduler disagree on the tokens of {prompt.prompt_id!r}"
+                )
             completions.append(
                 Completion(
                     token_ids=ids,
@@ -236,17 +256,21 @@ class VllmEngine:
         return completions
 
     def _trace(self, prompt: Prompt, rows: np.ndarray | None, completion: int) -> RoutingTrace:
-        """vLLM's [P + N - 1, all layers, top_k] ids as a trace over the MoE layers; the last token has no row."""
+        """vLLM's [P + N - 1, all layers, top_k] ids as a trace over the MoE layers; the last token has no
+        row.
+        """
         total = len(prompt.token_ids) + completion
         if rows is None or len(rows) != total - 1:
             raise RuntimeError(
-                f"{self.name} returned routes for {0 if rows is None else len(rows)} of the {total - 1} tokens it ran "
-                f"of prompt {prompt.prompt_id!r}"
+                f"{self.name} returned routes for {0 if rows is None else len(rows)} of the "
+                f"{total - 1} tokens it ran of prompt {prompt.prompt_id!r}"
             )
         return RoutingTrace.from_engine(rows[:, self.moe_layers], total, self._info.num_experts)
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The last position is not scored by one more token than the context holds: sequences may fill it but one."""
+        """The last position is not scored by one more token than the context holds: sequences may fill it but
+        one.
+        """
         self._require_usable()
         if not sequences:
             return []
@@ -255,7 +279,8 @@ class VllmEngine:
         for i, ids in enumerate(sequences):
             if not 2 <= len(ids) < self._info.max_model_len:
                 raise ValueError(
-                    f"sequence {i} to score must have 2 to {self._info.max_model_len - 1} tokens: got {len(ids)}"
+                    f"sequence {i} to score must have 2 to {self._info.max_model_len - 1} tokens: "
+                    f"got {len(ids)}"
                 )
         self.llm.collective_rpc("gspo_score_temperature", args=(self.config.temperature,))
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -278,7 +303,9 @@ class VllmEngine:
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         if not self._updating:
-            raise WeightSyncError(f"{self.name} got a weight bucket outside an update: call start_weight_update first")
+            raise WeightSyncError(
+                f"{self.name} got a weight bucket outside an update: call start_weight_update first"
+            )
         try:
             self.llm.update_weights({"update_info": dict(update_info)})
         except BaseException as e:
@@ -287,13 +314,17 @@ class VllmEngine:
 
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
         if not self._updating or self._broken is not None:
-            raise WeightSyncError(f"{self.name} has no whole weight update to finish: {self._broken or 'none started'}")
+            raise WeightSyncError(
+                f"{self.name} has no whole weight update to finish: {self._broken or 'none started'}"
+            )
         try:
             self.llm.finish_weight_update(weight_version=str(policy_version))
             reports = self.llm.collective_rpc("gspo_sync_report")
             # Cached keys and values are the old policy's.
             if not self.llm.reset_prefix_cache():
-                raise WeightSyncError(f"{self.name} could not drop its prefix cache: requests are still running")
+                raise WeightSyncError(
+                    f"{self.name} could not drop its prefix cache: requests are still running"
+                )
         except BaseException as e:
             self._broken = repr(e)
             raise
@@ -313,7 +344,9 @@ class VllmEngine:
         )
 
     def sleep(self) -> None:
-        """Level 1: weights to host memory, KV cache dropped. Level 2 would lose the weights if no sync followed."""
+        """Level 1: weights to host memory, KV cache dropped. Level 2 would lose the weights if no sync
+        followed.
+        """
         if not self.sleep_mode:
             raise ValueError(f"{self.name} cannot sleep: it needs cluster.colocated=true and a GPU host")
         self.llm.reset_prefix_cache()

@@ -1,4 +1,6 @@
-"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`), called by name with `collective_rpc`."""
+"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`), called by name with
+`collective_rpc`.
+"""
 
 from __future__ import annotations
 

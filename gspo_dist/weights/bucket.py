@@ -1,4 +1,6 @@
-"""A bucket as bytes: several named tensors laid end to end in one flat buffer, and the description both ends share."""
+"""A bucket as bytes: several named tensors laid end to end in one flat buffer, and the description both ends
+share.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class BucketLayout:
 
     def views(self, buffer: torch.Tensor) -> Iterator[NamedTensor]:
         """The tensors inside `buffer` [nbytes] uint8, without copying."""
-        for name, dtype, shape, offset in zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True):
+        for name, dtype, shape, offset in zip(
+            self.names, self.dtypes, self.shapes, self.offsets, strict=True
+        ):
             kind = getattr(torch, dtype)
             count = 1
             for n in shape:

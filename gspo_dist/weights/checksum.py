@@ -1,8 +1,9 @@
 """Checksums of tensors, so that every weight transfer can be compared at both ends.
 
-Two functions, both over (dtype, shape, bytes): `host_checksum` hashes bytes in host memory (xxh3); `device_checksum`
-needs only integer arithmetic, so that a GPU computes it without sending the bytes anywhere. A transport uses one of
-them on both sides. Neither is cryptographic: they catch a lost, torn, reordered or misnamed tensor.
+Two functions, both over (dtype, shape, bytes): `host_checksum` hashes bytes in host memory (xxh3);
+`device_checksum` needs only integer arithmetic, so that a GPU computes it without sending the bytes anywhere.
+A transport uses one of them on both sides. Neither is cryptographic: they catch a lost, torn, reordered or
+misnamed tensor.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def host_checksum(tensor: torch.Tensor) -> int:
 def device_checksum(tensor: torch.Tensor) -> int:
     """Sum over words of mix(word + index x odd constant), modulo 2^64; the same value on every device.
 
-    mix is splitmix64's finaliser with arithmetic shifts; words are 4 bytes, the tail is padded with zeros. Fewer
-    rounds will not do: the same bit flipped in two different words would then change the sum alike.
+    mix is splitmix64's finaliser with arithmetic shifts; words are 4 bytes, the tail is padded with zeros.
+    Fewer rounds will not do: the same bit flipped in two different words would then change the sum alike.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     tail = -data.numel() % 4
@@ -55,5 +56,5 @@ def device_checksum(tensor: torch.Tensor) -> int:
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
-    """The cheaper of the two where the tensor lies: `host_checksum` in host memory, else `device_checksum`."""
+    """The cheaper one where the tensor lies: `host_checksum` in host memory, else `device_checksum`."""
     return host_checksum(tensor) if tensor.device.type == "cpu" else device_checksum(tensor)

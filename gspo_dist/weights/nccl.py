@@ -1,7 +1,8 @@
-"""The nccl transport: buckets as one broadcast each from the learner's exporter to every engine worker, GPU to GPU.
+"""The nccl transport: buckets as one broadcast each from the learner's exporter to every engine worker, GPU
+to GPU.
 
-Stands on vLLM's NCCL weight transfer (a process group of its own, learner rank 0, workers after it) and sends a whole
-bucket in one call: 18,000 expert tensors of a 30B model one by one would pay 18,000 launches.
+Stands on vLLM's NCCL weight transfer (a process group of its own, learner rank 0, workers after it) and sends
+a whole bucket in one call: 18,000 expert tensors of a 30B model one by one would pay 18,000 launches.
 """
 
 from __future__ import annotations
@@ -22,20 +23,28 @@ if TYPE_CHECKING:
 
 
 class NcclTransport:
-    """Sender side: implements `Transport`. `engine_workers` are the GPUs of one engine (its tensor_parallel)."""
+    """Sender side: implements `Transport`. `engine_workers`: GPUs of one engine (its tensor_parallel)."""
 
     name = "nccl"
 
     def __init__(
-        self, *, master_address: str, master_port: int, engines: int, engine_workers: int = 1, check: bool = True
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        engines: int,
+        engine_workers: int = 1,
+        check: bool = True,
     ) -> None:
         if not master_address or not 1 <= master_port <= 65535:
             raise ValueError(
-                f"nccl transport needs an address and a free port of the learner's host: got {master_address!r} and "
-                f"{master_port}"
+                f"nccl transport needs an address and a free port of the learner's host: "
+                f"got {master_address!r} and {master_port}"
             )
         if engines < 1 or engine_workers < 1:
-            raise ValueError(f"nccl transport needs engines: got {engines} with {engine_workers} workers each")
+            raise ValueError(
+                f"nccl transport needs engines: got {engines} with {engine_workers} workers each"
+            )
         self.master_address, self.master_port = master_address, master_port
         self.engines, self.engine_workers = engines, engine_workers
         self.check = check
@@ -48,7 +57,9 @@ class NcclTransport:
         return 1 + self.engines * self.engine_workers
 
     def init_info(self, engine_index: int) -> dict[str, Any]:
-        """What engine `engine_index` is told once; its workers join at rank 1 + engine_index x engine_workers."""
+        """What engine `engine_index` is told once; its workers join at rank 1 + engine_index x
+        engine_workers.
+        """
         if not 0 <= engine_index < self.engines:
             raise ValueError(f"engine index must be in 0..{self.engines - 1}: got {engine_index}")
         return {
@@ -60,9 +71,11 @@ class NcclTransport:
         }
 
     def connect(self) -> None:
-        """Joins the group as rank 0; returns once every engine has joined (they do so in `init_weight_sync`)."""
+        """Joins the group as rank 0; returns once every engine has (they join in `init_weight_sync`)."""
         if not torch.cuda.is_available():
-            raise ValueError("the nccl transport needs a GPU on the learner: set rollout.weight_sync.transport=shm")
+            raise ValueError(
+                "the nccl transport needs a GPU on the learner: set rollout.weight_sync.transport=shm"
+            )
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         self.group = trainer_init(
@@ -72,7 +85,8 @@ class NcclTransport:
                 "world_size": self.world_size,
             }
         )
-        # A stream of its own: staging the next bucket must not queue behind a broadcast whose receivers may be dead.
+        # A stream of its own: staging the next bucket must not queue behind a broadcast whose receivers may
+        # be dead.
         self.stream = torch.cuda.Stream()
 
     def stage(self, bucket: Sequence[NamedTensor]) -> Staged:
@@ -83,18 +97,23 @@ class NcclTransport:
         start = time.perf_counter()
         checksums = {n: device_checksum(t) for n, t in layout.views(flat)} if self.check else {}
         seconds = time.perf_counter() - start
-        return Staged({"layout": layout.to_dict()}, checksums, sum(t.nbytes for _, t in bucket), seconds, flat)
+        return Staged(
+            {"layout": layout.to_dict()}, checksums, sum(t.nbytes for _, t in bucket), seconds, flat
+        )
 
     def send(self, staged: Staged) -> None:
         """Enqueues the broadcast; it completes when the engines, told by `deliver`, have entered theirs."""
         if self.group is None or self.stream is None:
-            raise ValueError("nccl transport is not connected: call connect() while the engines run init_weight_sync")
+            raise ValueError(
+                "nccl transport is not connected: call connect() while the engines run init_weight_sync"
+            )
         self.stream.wait_stream(torch.cuda.current_stream())
         self.group.broadcast(staged.handle, src=0, stream=self.stream)
 
     def release(self, staged: Staged) -> None:
-        """Keeps the memory from being reused before the broadcast has read it; the reference then goes with the
-        caller's `Staged`."""
+        """Keeps the memory from being reused before the broadcast has read it; the reference then goes with
+        the caller's `Staged`.
+        """
         staged.handle.record_stream(self.stream)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Sending weights: streams the learner's buckets through a transport while the engines load the ones before."""
+"""Sending weights: stages the learner's next bucket while the engines load the one before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from gspo_dist.weights.verify import WeightSyncError
 
 
 class Transport(Protocol):
-    """How a bucket's bytes travel. A bucket is staged, delivered (the engines are told, and answer), released."""
+    """How a bucket's bytes travel. A bucket is staged, delivered (the engines are told, and answer),
+    released.
+    """
 
     name: str
 
@@ -40,7 +42,9 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class SentReport:
-    """What one publication sent: checksum of every tensor (empty when checks are off), counts, times in seconds."""
+    """What one publication sent: checksum of every tensor (empty when checks are off), counts, times in
+    seconds.
+    """
 
     checksums: dict[str, int]
     tensors: int
@@ -54,9 +58,10 @@ def send_weights(
 ) -> SentReport:
     """Sends every bucket; runs on the learner's exporter rank.
 
-    `deliver(update_info)` has all engines take one bucket (`RolloutEngine.update_weights`) and returns when all have;
-    it owns the timeout. While it waits, the next bucket is gathered and staged: at most two are alive. Whatever
-    fails, nothing staged is left behind. Raises `WeightSyncError` for a tensor sent twice and whatever `deliver` does.
+    `deliver(update_info)` has all engines take one bucket (`RolloutEngine.update_weights`) and returns when
+    all have; it owns the timeout. While it waits, the next bucket is gathered and staged: at most two are
+    alive. Whatever fails, nothing staged is left behind. Raises `WeightSyncError` for a tensor sent twice and
+    whatever `deliver` does.
     """
     start = time.perf_counter()
     checksums: dict[str, int] = {}
@@ -85,7 +90,8 @@ def send_weights(
         if flying is not None:
             flying[1].result()
     finally:
-        # Without waiting: a delivery that hangs has its own timeout, and the error at hand must get out first.
+        # Without waiting: a delivery that hangs has its own timeout, and the error at hand must get out
+        # first.
         executor.shutdown(wait=False)
         for staged in alive:
             transport.release(staged)

@@ -1,8 +1,8 @@
 """The shm transport: buckets as files in shared memory, for engines on the learner's host (CPU hosts, tests).
 
-The sender writes a file, the engines map it (no copy) and load from the mapping; once all have answered, the sender
-unlinks it. An engine may still hold a mapping then (a layer whose tensors span two buckets is loaded with the second
-one): its pages live until it lets go, which is why a file is never written twice.
+The sender writes a file, the engines map it (no copy) and load from the mapping; once all have answered, the
+sender unlinks it. An engine may still hold a mapping then (a layer whose tensors span two buckets is loaded
+with the second one): its pages live until it lets go, which is why a file is never written twice.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Staged:
 
 
 def create_file(path: Path, nbytes: int) -> None:
-    """Makes a file with all its pages reserved: tmpfs would kill the writer (SIGBUS) where they run out later."""
+    """Makes a file with all its pages reserved: tmpfs would kill the writer (SIGBUS) where they run out
+    later.
+    """
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(fd, 0, nbytes)
@@ -48,8 +50,9 @@ def create_file(path: Path, nbytes: int) -> None:
             raise
         free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
         raise ValueError(
-            f"{path.parent} has no room for a weight bucket: {nbytes / 2**20:.0f} MiB wanted, {free / 2**20:.0f} MiB "
-            "free; lower rollout.weight_sync.bucket_mib, or give the container more (docker run --shm-size)"
+            f"{path.parent} has no room for a weight bucket: {nbytes / 2**20:.0f} MiB wanted, "
+            f"{free / 2**20:.0f} MiB free; lower rollout.weight_sync.bucket_mib, or give the container "
+            "more (docker run --shm-size)"
         ) from e
     finally:
         os.close(fd)
@@ -108,7 +111,9 @@ class ShmTransport:
 
 
 def map_bucket(update_info: Mapping[str, Any]) -> list[NamedTensor]:
-    """Receiver side: the tensors of a bucket, mapped from its file (private: writing to them changes no one else's)."""
+    """Receiver side: the tensors of a bucket, mapped from its file (private: writing to them changes no one
+    else's).
+    """
     path, layout = update_info["path"], BucketLayout.from_dict(update_info["layout"])
     try:
         size = os.stat(path).st_size
@@ -119,7 +124,9 @@ def map_bucket(update_info: Mapping[str, Any]) -> list[NamedTensor]:
             "(rollout.weight_sync.transport=nccl across hosts)"
         ) from None
     if size < layout.nbytes:
-        raise ValueError(f"weight bucket {path} holds {size} bytes, its layout needs {layout.nbytes}: torn write")
+        raise ValueError(
+            f"weight bucket {path} holds {size} bytes, its layout needs {layout.nbytes}: torn write"
+        )
     if not layout.nbytes:
         return []
     buffer = torch.from_file(path, shared=False, size=layout.nbytes, dtype=torch.uint8)

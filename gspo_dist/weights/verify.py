@@ -1,4 +1,6 @@
-"""Verdicts on a weight sync: did every engine get what was sent, and does it compute what the learner computes?"""
+"""Verdicts on a weight sync: did every engine get what was sent, and does it compute what the learner
+computes?
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ class Receipt(Protocol):
     checksums: Mapping[str, int]
 
 
-def verify_receipt(sent: Mapping[str, int], receipt: Receipt, expected_version: int, *, engine: str = "engine") -> None:
-    """Raises `WeightSyncError` on the first tensor that is missing, extra or different, or on another version."""
+def verify_receipt(
+    sent: Mapping[str, int], receipt: Receipt, expected_version: int, *, engine: str = "engine"
+) -> None:
+    """Raises `WeightSyncError` on the first tensor that is missing, extra or different, or on another
+    version.
+    """
     if receipt.policy_version != expected_version:
         raise WeightSyncError(
-            f"{engine} reports policy version {receipt.policy_version} after a sync of version {expected_version}; "
-            "an update was lost or applied twice: restart the engine"
+            f"{engine} reports policy version {receipt.policy_version} after a sync of version "
+            f"{expected_version}; an update was lost or applied twice: restart the engine"
         )
     got = receipt.checksums
     for name, checksum in sent.items():
@@ -35,13 +41,15 @@ def verify_receipt(sent: Mapping[str, int], receipt: Receipt, expected_version: 
             )
         if got[name] != checksum:
             raise WeightSyncError(
-                f"{engine} received other bytes for {name} in version {expected_version}: checksum {got[name]:#018x}, "
-                f"sent {checksum:#018x}; check the host's memory and the transport (rollout.weight_sync.transport)"
+                f"{engine} received other bytes for {name} in version {expected_version}: checksum "
+                f"{got[name]:#018x}, sent {checksum:#018x}; check the host's memory and the transport "
+                "(rollout.weight_sync.transport)"
             )
     extra = [name for name in got if name not in sent]
     if extra:
         raise WeightSyncError(
-            f"{engine} received {extra[0]}, which was not sent in version {expected_version} ({len(extra)} such)"
+            f"{engine} received {extra[0]}, which was not sent in version {expected_version} "
+            f"({len(extra)} such)"
         )
 
 
@@ -57,7 +65,9 @@ def probe_difference(
     gaps = []
     for i, (a, b) in enumerate(zip(engine_logprobs, learner_logprobs, strict=True)):
         if len(a) != len(b):
-            raise ValueError(f"probe sequence {i} has {len(a)} log-probs of the engine and {len(b)} of the learner")
+            raise ValueError(
+                f"probe sequence {i} has {len(a)} log-probs of the engine and {len(b)} of the learner"
+            )
         gaps.append(np.abs(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)))
     gap = np.concatenate(gaps)
     if not gap.size:
@@ -73,13 +83,14 @@ def check_probe(
     engine: str = "engine",
     policy_version: int = -1,
 ) -> tuple[float, float]:
-    """`probe_difference`, raising `WeightSyncError` when the mean passes `tolerance` (nats) or is not finite."""
+    """`probe_difference`; raises `WeightSyncError` when the mean passes `tolerance` (nats) or is nan."""
     mean, largest = probe_difference(engine_logprobs, learner_logprobs)
     if not mean <= tolerance:  # also refuses nan
         raise WeightSyncError(
-            f"{engine} and learner disagree after the sync of version {policy_version}: mean |difference| of log-probs "
-            f"{mean:.3g} nats (max {largest:.3g}), rollout.weight_sync.probe_tolerance is {tolerance:.3g}; the bytes "
-            "arrived (checksums agree) but the engine computes another policy: check that precision and temperature "
-            "are the same on both sides, or raise the tolerance if the precision explains it"
+            f"{engine} and learner disagree after the sync of version {policy_version}: mean |difference| of "
+            f"log-probs {mean:.3g} nats (max {largest:.3g}), rollout.weight_sync.probe_tolerance is "
+            f"{tolerance:.3g}; the engine computes another policy than the learner although its bytes "
+            "may have arrived: check that precision and temperature are the same on both sides, or raise the "
+            "tolerance if the precision explains it"
         )
     return mean, largest

@@ -10,7 +10,7 @@ BACKENDS = {"shm": ("gspo_shm", "ShmReceiver"), "nccl": ("gspo_nccl", "NcclRecei
 
 
 def register() -> None:
-    """Adds the backends to vLLM's factory (by name only: nothing is imported until an engine asks for one)."""
+    """Adds the backends to vLLM's factory, by name: nothing is imported until an engine asks for one."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory
 
     for backend, class_name in BACKENDS.values():

@@ -1,7 +1,9 @@
-"""The engine side of a weight sync, inside vLLM's workers: receive a bucket, check it, load it, repair, prove.
+"""The engine side of a weight sync, inside vLLM's workers: receive a bucket, check it, load it, repair,
+prove.
 
-Written for vllm 0.30.0. Each receiver is a vLLM weight-transfer engine; loading goes through vLLM's layerwise reload
-(weights are buffered until a layer is whole, processed as at first load, then copied into the tensors in use).
+Written for vllm 0.30.0. Each receiver is a vLLM weight-transfer engine; loading goes through vLLM's layerwise
+reload (weights are buffered until a layer is whole, processed as at first load, then copied into the tensors
+in use).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from gspo_dist.weights.bucket import BucketLayout
@@ -78,18 +81,21 @@ class CheckedReceiver(WeightTransferEngine):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        if self.repack_experts and self.device.type == "cpu":
-            repack_cpu_experts(self.model)
+        if self.device.type == "cpu":
+            if self.repack_experts:
+                repack_cpu_experts(self.model)
+            repack_cpu_tied_head(self.model)
         if self.check:
             start = time.perf_counter()
             self.prove_loaded()
             self.arrivals.seconds_checking += time.perf_counter() - start
 
     def prove_loaded(self) -> None:
-        """Compares parameters that the model keeps as they were sent (embeddings, norms, router) with what arrived.
+        """Compares parameters that the model keeps as they were sent (embeddings, norms, router) with what
+        arrived.
 
-        Fused, sharded, packed and cast parameters have no tensor to compare; the log-prob probe covers them. A padded
-        vocabulary is compared over its real rows.
+        Fused, sharded, packed and cast parameters have no tensor to compare; the log-prob probe covers them.
+        A padded vocabulary is compared over its real rows.
         """
         got = self.arrivals
         for name, parameter in self.model.named_parameters():
@@ -99,7 +105,9 @@ class CheckedReceiver(WeightTransferEngine):
             if tuple(parameter.shape[1:]) != shape[1:] or parameter.shape[0] < shape[0]:
                 continue
             if type(self).checksum(parameter.data[: shape[0]]) != got.checksums[name]:
-                raise WeightSyncError(f"{name} arrived whole, but the engine's parameter differs after loading")
+                raise WeightSyncError(
+                    f"{name} arrived whole, but the engine's parameter differs after loading"
+                )
             got.proven += 1
 
     def report(self) -> dict[str, Any]:
@@ -119,13 +127,34 @@ class CheckedReceiver(WeightTransferEngine):
 
 def repack_cpu_experts(model: torch.nn.Module) -> None:
     """vllm 0.30.0 packs CPU expert weights for its kernel at first load only (`_setup_kernel` of
-    unquantized_fused_moe_method.py skips it when the kernel exists); a reload leaves them unpacked, and logits are
-    silently wrong. This does it again for every MoE layer."""
+    unquantized_fused_moe_method.py skips it when the kernel exists); a reload leaves them unpacked, and
+    logits are silently wrong. This does it again for every MoE layer.
+    """
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         repack = getattr(getattr(kernel, "fused_experts", None), "process_weights_after_loading", None)
         if repack is not None:
             repack(layer)
+
+
+def repack_cpu_tied_head(model: torch.nn.Module) -> None:
+    """vllm 0.30.0 computes with a packed copy of a CPU layer's weight. A head tied to the embedding receives
+    no weight of its own, so a reload never packs it again: logits would keep the old head. This packs it from
+    the new weight.
+    """
+    embeddings = {
+        m.weight.data_ptr()
+        for m in model.modules()
+        if isinstance(m, VocabParallelEmbedding) and not is_head(m)
+    }
+    for head in filter(is_head, model.modules()):
+        if head.weight.data_ptr() in embeddings:
+            head.quant_method.process_weights_after_loading(head)
+
+
+def is_head(module: torch.nn.Module) -> bool:
+    """True for the LM head (in vLLM a kind of vocabulary embedding)."""
+    return isinstance(module, ParallelLMHead)
 
 
 @dataclass
@@ -158,7 +187,8 @@ class ShmReceiver(CheckedReceiver):
         return map_bucket({"path": update_info.path, "host": update_info.host, "layout": update_info.layout})
 
     def prove_loaded(self) -> None:
-        # On a GPU host the parameters lie elsewhere than the bytes that arrived; only host tensors can be compared.
+        # On a GPU host the parameters lie elsewhere than the bytes that arrived; only host tensors can be
+        # compared.
         if self.device.type == "cpu":
             super().prove_loaded()
 

@@ -22,9 +22,20 @@ def tiny_moe(folder, seed=0):
 
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-        mlp_only_layers=[], max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=1,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[],
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        eos_token_id=1,
     )
     model = Qwen3MoeForCausalLM(config).float()
     model.save_pretrained(folder)
@@ -100,13 +111,17 @@ def test_the_last_token_has_no_route():
     for c in engine.generate(PROMPTS[:1], SamplingSpec(2, 6, seed=0, record_routing=True), [0])[0]:
         assert len(c.routing) == 3 + len(c)
         assert c.routing.known.tolist() == [True] * (2 + len(c)) + [False]
-        assert (np.sort(c.routing.expert_ids[0], axis=-1)[:, 0] != np.sort(c.routing.expert_ids[0], axis=-1)[:, 1]).all()
+        assert (
+            np.sort(c.routing.expert_ids[0], axis=-1)[:, 0] != np.sort(c.routing.expert_ids[0], axis=-1)[:, 1]
+        ).all()
 
 
 def test_hf_policy_samples_its_own_logprobs_and_routes(model):
     folder, hf = model
     engine = FakeEngine(CONFIG, folder, record_routing=True)
-    [[c]] = engine.generate(PROMPTS[:1], SamplingSpec(1, 8, temperature=1.0, seed=0, record_routing=True), [0])
+    [[c]] = engine.generate(
+        PROMPTS[:1], SamplingSpec(1, 8, temperature=1.0, seed=0, record_routing=True), [0]
+    )
     row = torch.tensor([3, 4, 5, *c.token_ids.tolist()])
     with torch.no_grad():
         out = hf(row[None], output_router_logits=True)
@@ -148,7 +163,12 @@ def test_hf_policy_refuses_a_weight_it_does_not_have(model):
 @pytest.mark.parametrize(
     "prompt, spec, ids, message",
     [
-        (Prompt("long", tuple(range(30)), ""), SamplingSpec(1, 8), [0], "'long'.*30 \\+ 8 tokens for a context of 32"),
+        (
+            Prompt("long", tuple(range(30)), ""),
+            SamplingSpec(1, 8),
+            [0],
+            "'long'.*30 \\+ 8 tokens for a context of 32",
+        ),
         (Prompt("empty", (), ""), SamplingSpec(1, 8), [0], "'empty'"),
         (PROMPTS[0], SamplingSpec(1, 8), [], "one request id a prompt"),
         (PROMPTS[0], SamplingSpec(1, 8, record_routing=True), [0], "not started to record routing"),

@@ -23,7 +23,10 @@ def test_a_uniform_depends_on_its_own_counter_only():
 def test_seed_request_sample_and_position_all_count():
     draws = [
         float(uniforms(sample_keys(request_key(seed, request), np.array([sample])), np.array([position]))[0])
-        for seed in range(6) for request in range(6) for sample in range(6) for position in range(6)
+        for seed in range(6)
+        for request in range(6)
+        for sample in range(6)
+        for position in range(6)
     ]
     assert len(set(draws)) == 6**4
 

@@ -68,7 +68,9 @@ def test_the_next_bucket_is_staged_while_one_is_delivered(transport):
     transport.stage = noting
     waits = []
     send_weights(
-        [[("a", torch.zeros(1))], [("b", torch.zeros(1))]], transport, lambda info: waits.append(staged_second.wait(20))
+        [[("a", torch.zeros(1))], [("b", torch.zeros(1))]],
+        transport,
+        lambda info: waits.append(staged_second.wait(20)),
     )
     assert waits == [True, True]
 

@@ -50,7 +50,8 @@ def test_nan_never_passes():
 
 
 @pytest.mark.parametrize(
-    "engine, learner", [([], []), ([np.zeros(2)], []), ([np.zeros(2)], [np.zeros(3)]), ([np.zeros(0)], [np.zeros(0)])]
+    "engine, learner",
+    [([], []), ([np.zeros(2)], []), ([np.zeros(2)], [np.zeros(3)]), ([np.zeros(0)], [np.zeros(0)])],
 )
 def test_probes_that_compare_nothing_are_refused(engine, learner):
     with pytest.raises(ValueError):

@@ -1,0 +1,356 @@
+"""Drives real vLLM engines in a process of their own; prints one JSON object. Run by the integration tests.
+
+python vllm_case.py CASE FOLDER     (CASE: a function below; FOLDER: scratch for models)
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from gspo_dist.config import RolloutConfig
+from gspo_dist.types import Prompt, SamplingSpec
+from gspo_dist.weights.publish import make_transport, send_weights
+from gspo_dist.weights.stream import buckets, hf_named_weights
+from gspo_dist.weights.verify import WeightSyncError, check_probe, verify_receipt
+
+
+def make_model(folder, *, seed=0, tie=False, dense=(), layers=2):
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        mlp_only_layers=list(dense),
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+        eos_token_id=1,
+        initializer_range=0.1,
+    )
+    model = Qwen3MoeForCausalLM(config).float().eval()
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(500)}, unk_token="t2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1").save_pretrained(folder)
+    return model
+
+
+def make_engine(folder, *, record_routing=False, **changes):
+    from gspo_dist.rollout.vllm import VllmEngine
+
+    settings = {
+        "precision": "fp32",
+        "max_prompt_tokens": 128,
+        "max_completion_tokens": 64,
+        "enforce_eager": True,
+        "kv_cache_gib": 0.1,
+    }
+    return VllmEngine(
+        RolloutConfig(**{**settings, **changes}), folder, threads=1, record_routing=record_routing
+    )
+
+
+def prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Prompt(f"p{i}", tuple(rng.integers(2, 500, n).tolist()), "") for i, n in enumerate(lengths)]
+
+
+@torch.no_grad()
+def hf_logprobs(model, ids, temperature=1.0):
+    """[len - 1] log-probs of every token after the first."""
+    ids = torch.as_tensor(np.asarray(ids))
+    table = (model(ids[None]).logits[0].float() / temperature).log_softmax(-1)
+    return table[:-1].gather(1, ids[1:, None])[:, 0].numpy()
+
+
+@torch.no_grad()
+def hf_routes(model, ids):
+    """[len, layers, 2] expert ids, sorted."""
+    out = model(torch.as_tensor(np.asarray(ids))[None], output_router_logits=True)
+    return np.stack([r.topk(2, -1).indices.sort(-1).values.numpy() for r in out.router_logits], axis=1)
+
+
+def sampling_gap(model, prompt, completion, temperature):
+    """Largest |engine - HF| log-prob of a completion's tokens."""
+    row = [*prompt.token_ids, *completion.token_ids.tolist()]
+    wanted = hf_logprobs(model, row, temperature)[len(prompt.token_ids) - 1 :]
+    return float(np.abs(completion.logprobs - wanted).max())
+
+
+def same(a, b):
+    return all(
+        x.token_ids.tolist() == y.token_ids.tolist() and np.abs(x.logprobs - y.logprobs).max() < 1e-5
+        for ga, gb in zip(a, b, strict=True)
+        for x, y in zip(ga, gb, strict=True)
+    )
+
+
+def generation(folder):
+    """Sampling with routes recorded at temperature 0.7; prompts over several cache blocks, repeated."""
+    model = make_model(folder, dense=(1,), layers=3)
+    start = time.perf_counter()
+    engine = make_engine(folder, record_routing=True, temperature=0.7)
+    started = time.perf_counter() - start
+    asked = prompts([5, 33, 100, 64])
+    spec = SamplingSpec(n=4, max_tokens=24, temperature=0.7, seed=11, record_routing=True)
+    groups = engine.generate(asked, spec, [0, 1, 2, 3])
+    again = engine.generate(asked, spec, [0, 1, 2, 3])  # every whole block now comes from the prefix cache
+    alone = engine.generate(asked[2:3], spec, [2])
+    gaps, wrong, unknown_last = [], 0, True
+    for run in (groups, again):
+        for prompt, group in zip(asked, run, strict=True):
+            for c in group:
+                gaps.append(sampling_gap(model, prompt, c, 0.7))
+                routes = hf_routes(model, [*prompt.token_ids, *c.token_ids.tolist()])
+                wrong += int((np.sort(c.routing.expert_ids, axis=-1)[:-1] != routes[:-1]).sum())
+                unknown_last &= c.routing.known.tolist() == [True] * (len(routes) - 1) + [False]
+    scored = engine.score([np.array(p.token_ids) for p in asked])
+    greedy = engine.generate(asked[:1], SamplingSpec(1, 6, temperature=0.0), [0])[0][0]
+    row = list(asked[0].token_ids)
+    for _ in range(len(greedy)):
+        with torch.no_grad():
+            row.append(int(model(torch.tensor(row)[None]).logits[0, -1].argmax()))
+    nucleus = engine.generate(asked[:1], SamplingSpec(64, 1, temperature=1.0, top_p=0.3, seed=1), [0])[0]
+    with torch.no_grad():
+        p = model(torch.tensor(asked[0].token_ids)[None]).logits[0, -1].softmax(-1)
+    ranked = p.sort(descending=True)
+    kept = ranked.indices[: int((ranked.values.cumsum(0) - ranked.values < 0.3).sum())]
+    stops = engine.generate(
+        asked, SamplingSpec(8, 40, seed=2, stop_token_ids=tuple(range(2, 100))), [0, 1, 2, 3]
+    )
+    info = engine.info()
+    result = {
+        "started": started,
+        "gap": max(gaps),
+        "wrong_routes": wrong,
+        "unknown_last": bool(unknown_last),
+        "repeatable": same(groups, again),
+        "alone": same(groups[2:3], alone),
+        "different": len({tuple(c.token_ids.tolist()) for g in groups for c in g}),
+        "shape": list(groups[0][0].routing.expert_ids.shape[1:]),
+        "info": [info.num_experts, info.moe_layers, info.top_k],
+        "score_gap": max(
+            float(np.abs(s - hf_logprobs(model, q.token_ids, 0.7)).max())
+            for s, q in zip(scored, asked, strict=True)
+        ),
+        "greedy": greedy.token_ids.tolist() == row[5:],
+        "nucleus": {int(c.token_ids[0]) for c in nucleus} <= set(kept.tolist()),
+        "nucleus_mass": float(
+            max(abs(np.exp(c.logprobs[0]) - p[int(c.token_ids[0])] / p[kept].sum()) for c in nucleus)
+        ),
+        "text": groups[0][0].text == " ".join(f"t{t}" for t in groups[0][0].token_ids if t != 1),
+        "ends": all(
+            (c.finish_reason == "stop") == (int(c.token_ids[-1]) < 100)
+            and not any(int(t) < 100 and t != 0 for t in c.token_ids[:-1])
+            for g in stops
+            for c in g
+        ),
+        "dtypes": [str(groups[0][0].logprobs.dtype), str(groups[0][0].policy_versions.dtype)],
+    }
+    errors = {}
+    for key, bad in {
+        "long": lambda: engine.generate(prompts([170]), spec, [0]),
+        "ids": lambda: engine.generate(asked, spec, [0]),
+        "score": lambda: engine.score([np.arange(192)]),
+        "sleep": engine.sleep,
+        "bucket": lambda: engine.update_weights({}),
+        "finish": lambda: engine.finish_weight_update(1),
+    }.items():
+        try:
+            bad()
+        except (ValueError, WeightSyncError) as e:
+            errors[key] = str(e)
+    engine.close()
+    return {**result, "errors": errors}
+
+
+def distribution(folder):
+    """20,000 first tokens against the model's probabilities: a chi-square over tokens with enough mass."""
+    from scipy import stats
+
+    model = make_model(folder, seed=3)
+    engine = make_engine(folder)
+    prompt = prompts([4])[0]
+    counts = np.zeros(500)
+    for i in range(20):
+        group = engine.generate([prompt], SamplingSpec(n=1000, max_tokens=1, seed=5), [i])[0]
+        counts += np.bincount([int(c.token_ids[0]) for c in group], minlength=500)
+    with torch.no_grad():
+        p = model(torch.tensor(prompt.token_ids)[None]).logits[0, -1].double().softmax(-1).numpy()
+    big = p * 20_000 >= 10
+    seen, wanted = np.append(counts[big], counts[~big].sum()), np.append(p[big], p[~big].sum()) * 20_000
+    engine.close()
+    return {"pvalue": float(stats.chisquare(seen, wanted).pvalue), "cells": len(seen)}
+
+
+def preemption(folder):
+    """A KV cache too small for the batch: requests are preempted and run again, and nobody can tell."""
+    model = make_model(folder, seed=4)
+    asked = prompts([60] * 8, seed=1)
+    spec = SamplingSpec(n=4, max_tokens=60, seed=9, record_routing=True, stop_token_ids=())
+    small = make_engine(folder, record_routing=True, kv_cache_gib=32 * 32 * 1024 / 2**30)
+    groups = small.generate(asked, spec, list(range(8)))
+    gap = max(sampling_gap(model, p, c, 1.0) for p, g in zip(asked, groups, strict=True) for c in g)
+    wrong = 0
+    for p, g in zip(asked, groups, strict=True):
+        for c in g:
+            routes = hf_routes(model, [*p.token_ids, *c.token_ids.tolist()])
+            wrong += int((np.sort(c.routing.expert_ids, axis=-1)[:-1] != routes[:-1]).sum())
+    alone = [small.generate([p], spec, [i])[0] for i, p in enumerate(asked)]
+    out = {
+        "kv_tokens": small.info().kv_cache_tokens,
+        "gap": gap,
+        "wrong_routes": wrong,
+        "alone": same(groups, alone),
+    }
+    small.close()
+    return out
+
+
+def publish(engine, model, version, bucket_bytes=1 << 16, transport=None):
+    transport = transport or make_transport("shm")
+    engine.init_weight_sync(transport.init_info(0))
+    start = time.perf_counter()
+    engine.start_weight_update()
+    report = send_weights(buckets(hf_named_weights(model), bucket_bytes), transport, engine.update_weights)
+    receipt = engine.finish_weight_update(version)
+    seconds = time.perf_counter() - start
+    verify_receipt(report.checksums, receipt, version)
+    return report, receipt, seconds
+
+
+def sync(folder, tie=False, dense=()):
+    """Publishes changed weights twice; after each, log-probs, sampled log-probs and routes are HF's."""
+    model = make_model(folder, tie=tie, dense=dense, layers=3)
+    engine = make_engine(folder, record_routing=True)
+    asked = prompts([7, 70])
+    ids = [np.array(p.token_ids) for p in asked]
+    spec = SamplingSpec(n=2, max_tokens=8, seed=1, record_routing=True)
+    engine.generate(asked, spec, [0, 1])  # fills the prefix cache with the first weights
+    steps, last = [], engine.score(ids)
+    for version in (1, 2):
+        with torch.no_grad():
+            g = torch.Generator().manual_seed(version)
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
+        report, receipt, seconds = publish(engine, model, version)
+        scored = engine.score(ids)
+        groups = engine.generate(asked, spec, [0, 1])
+        wrong = 0
+        for p, group in zip(asked, groups, strict=True):
+            for c in group:
+                routes = hf_routes(model, [*p.token_ids, *c.token_ids.tolist()])
+                wrong += int((np.sort(c.routing.expert_ids, axis=-1)[:-1] != routes[:-1]).sum())
+        steps.append(
+            {
+                "gap": max(
+                    float(np.abs(s - hf_logprobs(model, i)).max()) for s, i in zip(scored, ids, strict=True)
+                ),
+                "moved": max(float(np.abs(s - o).max()) for s, o in zip(scored, last, strict=True)),
+                "sampled_gap": max(
+                    sampling_gap(model, p, c, 1.0) for p, q in zip(asked, groups, strict=True) for c in q
+                ),
+                "wrong_routes": wrong,
+                "versions": sorted({int(v) for q in groups for c in q for v in c.policy_versions}),
+                "tensors": [report.tensors, receipt.tensors, len(receipt.checksums)],
+                "bytes": [report.bytes, receipt.bytes],
+                "seconds": seconds,
+                "proven": engine.llm.collective_rpc("gspo_sync_report")[0]["proven"],
+            }
+        )
+        last = scored
+    files = [p.name for p in Path("/dev/shm").glob(f"gspo-{os.getpid()}-*")]
+    engine.close()
+    return {"steps": steps, "files": files}
+
+
+def tied(folder):
+    return sync(folder, tie=True)
+
+
+def dense_layer(folder):
+    return sync(folder, dense=(1,))
+
+
+def corruption(folder):
+    """Without the expert repack the checksums still agree; only the log-prob probe sees it."""
+    model = make_model(folder)
+    engine = make_engine(folder)
+    ids = [np.array(p.token_ids) for p in prompts([40, 60])]
+    wanted = [hf_logprobs(model, i) for i in ids]
+    receiver = engine.llm.llm_engine.model_executor.driver_worker.worker.weight_transfer_engine
+    receiver.repack_experts = False
+    publish(engine, model, 1)
+    try:
+        check_probe(engine.score(ids), wanted, 1e-4, policy_version=1)
+        caught = ""
+    except WeightSyncError as e:
+        caught = str(e)
+    receiver.repack_experts = True
+    publish(engine, model, 2)
+    mended = check_probe(engine.score(ids), wanted, 1e-4, policy_version=2)
+
+    # A receiver whose memory flips one bit after the sender summed the bytes.
+    transport = make_transport("shm")
+    stage = transport.stage
+
+    def flipping(bucket):
+        staged = stage(bucket)
+        with open(staged.update_info["path"], "r+b") as f:
+            byte = f.read(1)
+            f.seek(0)
+            f.write(bytes([byte[0] ^ 1]))
+        return staged
+
+    transport.stage = flipping
+    try:
+        publish(engine, model, 3, bucket_bytes=1 << 30, transport=transport)
+        flipped = ""
+    except WeightSyncError as e:
+        flipped = str(e)
+    engine.close()
+    return {"caught": caught, "mended": mended[1], "flipped": flipped}
+
+
+def half_update(folder):
+    """A transfer that dies in the middle: the engine refuses to sample from the mixture."""
+    model = make_model(folder)
+    engine = make_engine(folder)
+    transport = make_transport("shm")
+    engine.init_weight_sync(transport.init_info(0))
+    engine.start_weight_update()
+    says = []
+    staged = transport.stage(list(hf_named_weights(model))[:1])
+    engine.update_weights(staged.update_info)
+    transport.release(staged)
+    for attempt in (
+        lambda: engine.score([np.arange(5)]),
+        lambda: engine.update_weights(staged.update_info),
+        lambda: engine.score([np.arange(5)]),
+        lambda: engine.finish_weight_update(1),
+    ):
+        try:
+            attempt()
+            says.append("")
+        except (WeightSyncError, ValueError) as e:
+            says.append(f"{type(e).__name__}: {e}")
+    return {"says": says}
+
+
+if __name__ == "__main__":
+    result = globals()[sys.argv[1]](Path(sys.argv[2]))
+    print("RESULT " + json.dumps(result), flush=True)
+    os._exit(0)
