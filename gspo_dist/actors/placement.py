@@ -74,6 +74,11 @@ def start_ray(cluster: ClusterConfig) -> bool:
     return True
 
 
+def stop_ray() -> None:
+    """Ends what `start_ray` started."""
+    ray.shutdown()
+
+
 def _object_store_bytes() -> int:
     """A tenth of the host's memory, at most 2 GiB: batches are small, and weights do not travel through it."""
     import psutil

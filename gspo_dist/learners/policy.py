@@ -105,7 +105,7 @@ def load_policy(
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise ValueError(
             f"model {folder} uses sliding-window attention ({config.sliding_window}), which the packed attention does "
-            "not have; use learner=megatron or a model with full attention"
+            "not have; use a model with full attention"
         )
     hf = (make or _from_pretrained)(folder, config, DTYPES[precision])
     if activation_checkpointing:

@@ -266,9 +266,7 @@ class Processes:
     def __enter__(self) -> Processes:
         from dataclasses import replace
 
-        import ray
-
-        from gspo_dist.actors.placement import Reservation, lay_out, start_ray
+        from gspo_dist.actors.placement import Reservation, lay_out, start_ray, stop_ray
 
         layout = lay_out(self.config.cluster, self.config.learner, self.config.rollout, self.device)
         if not self.learners:
@@ -276,7 +274,7 @@ class Processes:
         if not self.engines:
             layout = replace(layout, engines=(), colocated=False)
         if start_ray(self.config.cluster):
-            self.stack.callback(ray.shutdown)
+            self.stack.callback(stop_ray)
         try:
             self.places = Reservation(layout, self.config.cluster.placement_timeout_s)
         except BaseException:

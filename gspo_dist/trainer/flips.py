@@ -82,12 +82,28 @@ class FlipMeter:
                 parts.append(flip_stats(RoutingTrace.concat(traces), output.routing))
         return _total(parts)
 
-    def draw(self, folder: Path) -> list[Path]:
-        """Heat maps (layer by step) of what was measured, as PNG and NPZ."""
-        paths = []
+    def restore(self, folder: Path, step: int) -> None:
+        """Takes up the history that an interrupted run left in `folder`, up to the step it resumes from."""
+        for kind, history in self.history.items():
+            path = folder / f"flips_{kind}.npz"
+            if path.is_file():
+                saved = FlipHistory.load(path)
+                for at, rates in zip(saved.steps.tolist(), saved.rates, strict=True):
+                    if at <= step:
+                        history.append(at, rates)
+
+    def save(self, folder: Path) -> None:
+        """Writes what was measured so far."""
         for kind, history in self.history.items():
             if len(history):
                 history.save(folder / f"flips_{kind}.npz")
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Heat maps (layer by step) of what was measured, as PNG and NPZ."""
+        paths = []
+        self.save(folder)
+        for kind, history in self.history.items():
+            if len(history):
                 draw_heatmap(folder / f"flips_{kind}.png", history.steps, history.rates, title=TITLES[kind])
                 paths.append(folder / f"flips_{kind}.png")
         return paths

@@ -154,6 +154,7 @@ class Run:
 
     def save(self, step: int) -> None:
         """A whole checkpoint of the state after `step` steps."""
+        self.flips.save(self.run_dir)
         partial = self.store.begin(step)
         self.learner.save(partial / "learner")
         self.learner.wait_saved()
@@ -174,6 +175,7 @@ class Run:
         self.contract.load_state_dict(state["contract"])
         self.tokens_seen = state["tokens_seen"]
         self.first_eval = dict(state["first_eval"])
+        self.flips.restore(self.run_dir, checkpoint.step)
         self.first_step = checkpoint.step
         self.last_checkpoint = checkpoint.folder
 
