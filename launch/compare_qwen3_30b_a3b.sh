@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # Usage: launch/compare_qwen3_30b_a3b.sh --nodes 2|4|8 [--slurm] [--dry-run] [overrides]
 #
-# GSPO against GRPO with Routing Replay on Qwen3-30B-A3B, on nodes of 8 GPUs with 80 GB: half of the GPUs learn
-# (Megatron), half sample (vLLM, 2 GPUs an engine). model.path and data.train must name folders that all nodes see.
+# GSPO against GRPO with Routing Replay on Qwen3-30B-A3B-Base (conf/study/qwen3_30b_a3b.yaml), on nodes of 8 GPUs with
+# 80 GB: half of the GPUs learn (Megatron), half sample (vLLM). The arms run one after the other. To be given, on a file
+# system that all nodes see: model.path (an HF folder), data.train and data.heldout (.jsonl or .parquet); study.dir is
+# where the runs go (default runs/qwen3_30b_a3b).
 #
-#   --nodes N   size of the cluster; sets the learner's layout and the number of engines, nothing else
+#   --nodes N   size of the cluster: takes conf/layout/qwen3_30b_a3b_Nx8.yaml
 #   --slurm     submit one Slurm job; without it, run on the Ray cluster that this host is the head of
-#               (launch/ray_head.sh here, launch/ray_worker.sh on the others)
-#   --dry-run   start nothing: print every run of the study and whether it fits (and, with --slurm, the submission)
+#               (launch/ray_head.sh here, launch/ray_worker.sh on the others). Submitted again, a study goes on where
+#               it stopped
+#   --dry-run   start nothing: print every arm, its memory and whether it fits (and, with --slurm, the submission)
 #
-#   launch/compare_qwen3_30b_a3b.sh --nodes 4 --slurm model.path=/shared/Qwen3-30B-A3B data.train=/shared/train.parquet
+#   launch/compare_qwen3_30b_a3b.sh --nodes 4 --slurm model.path=/shared/model data.train=/shared/train.parquet \
+#       data.heldout=/shared/aime24.jsonl study.dir=/shared/runs
 #
 #   GSPO_DRY_RUN   1: print the commands only
 set -euo pipefail
@@ -33,27 +37,15 @@ while (($#)); do
     esac
     (($# == 0)) || shift
 done
-case $nodes in
-2) offload=true ;; # 8 ranks: optimiser states would leave 5 GB a GPU
-4 | 8) offload=false ;;
-*) refuse "--nodes must be 2, 4 or 8: got '$nodes'" ;;
-esac
+[[ $nodes =~ ^(2|4|8)$ ]] || refuse "--nodes must be 2, 4 or 8: got '$nodes'"
+if ((!dry)) && [[ ${GSPO_DRY_RUN:-0} != 1 ]]; then # before minutes of installation, or hours in a queue
+    for key in model.path data.train data.heldout; do
+        [[ " ${overrides[*]-} " == *" $key="* ]] || refuse "$key=... must be given"
+    done
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-study=(
-    study=qwen3_30b_a3b
-    learner=megatron
-    learner.world_size=$((nodes * 4))
-    learner.megatron.tensor_parallel=2
-    learner.megatron.expert_parallel=8
-    learner.megatron.recompute=full
-    learner.megatron.optimizer_cpu_offload=$offload
-    rollout.engines=$((nodes * 2))
-    rollout.tensor_parallel=2
-    cluster.plan_gpu=H100
-    cluster.plan_nodes="$nodes"
-    ${overrides[@]+"${overrides[@]}"}
-)
+study=(study=qwen3_30b_a3b layout="qwen3_30b_a3b_${nodes}x8" ${overrides[@]+"${overrides[@]}"})
 submit=(sbatch --nodes="$nodes" --job-name=gspo-compare "$GSPO_ROOT/launch/slurm.sbatch" compare "${study[@]}")
 cd "$GSPO_ROOT"
 if ((dry)); then
