@@ -40,7 +40,7 @@ sequences."""
 
 
 def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
-    """A random model saved as HF saves it; norms off their neutral value."""
+    """A random model saved as HF saves it; norms and biases off their neutral values."""
     torch.manual_seed(11)
     if kind == "qwen3_moe":
         model = Qwen3MoeForCausalLM(
@@ -57,6 +57,8 @@ def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
     model.float().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder

@@ -21,7 +21,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(script: Path, job: dict[str, Any], world_size: int, timeout_s: float = 280.0) -> list[Any]:
+def run_ranks(script: Path, job: dict[str, Any], world_size: int, timeout_s: float = 540.0) -> list[Any]:
     """Calls `python script JOB.pt RANK` for every rank; the script saves its result to
     job["out"]/rank{RANK}.pt.
 

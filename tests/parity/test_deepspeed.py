@@ -17,6 +17,7 @@ from ranks import run_ranks
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.objectives.stats import merge_stats, results
 
+pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 MODELS = {"moe": {}, "tied": {"tie_word_embeddings": True}, "shared": {"kind": "qwen2_moe"}}
 TWO_RANKS = {

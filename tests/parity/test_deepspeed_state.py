@@ -18,6 +18,7 @@ from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.objectives.stats import merge_stats, results
 from gspo_dist.routing.trace import RoutingTrace
 
+pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 ROUTED = {
     "routes_zero3": {"deepspeed": {"zero_stage": 3}},
@@ -117,7 +118,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         for name, config in group.items()
     }
-    got = run_ranks(WORKER, {"cases": cases}, 2, timeout_s=400)
+    got = run_ranks(WORKER, {"cases": cases}, 2)
     return {"got": got, "traces": traces, "routed": routed, "bf16": bf16_run, "fixed": fixed_run}
 
 
