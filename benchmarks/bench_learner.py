@@ -15,7 +15,6 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,21 +90,23 @@ def batches(config: RunConfig, rollouts: list[Rollout]) -> MiniBatch:
 def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int) -> dict[str, float]:
     mini = batches(config, rollouts)
     spec = LossSpec(get_objective("gspo"), mini.denominators)
-    with tempfile.TemporaryDirectory() as folder:
-        with Processes(config, model, resolve_device("auto"), Path(folder), 0, engines=False) as processes:
-            group = processes.learner()
-            group.start()
-            update, passes = [], []
-            for i in range(repeats + 2):
-                start = time.perf_counter()
-                group.logprobs(mini)
-                middle = time.perf_counter()
-                group.forward_backward(mini, spec)
-                group.optim_step()
-                if i >= 2:
-                    passes.append(middle - start)
-                    update.append(time.perf_counter() - middle)
-            memory = group.peak_memory()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Processes(config, model, resolve_device("auto"), Path(folder), 0, engines=False) as processes,
+    ):
+        group = processes.learner()
+        group.start()
+        update, passes = [], []
+        for i in range(repeats + 2):
+            start = time.perf_counter()
+            group.logprobs(mini)
+            middle = time.perf_counter()
+            group.forward_backward(mini, spec)
+            group.optim_step()
+            if i >= 2:
+                passes.append(middle - start)
+                update.append(time.perf_counter() - middle)
+        memory = group.peak_memory()
     return {
         "update_tokens_per_s": mini.num_tokens / statistics.median(update),
         "logprobs_tokens_per_s": mini.num_tokens / statistics.median(passes),
@@ -145,7 +146,7 @@ def main() -> None:
                 f"learner.token_budget={budget}", "rollout.prompts_per_step=16", "rollout.group_size=8",
                 "rollout.max_prompt_tokens=8", f"rollout.max_completion_tokens={longest - 8}", "rollout.engines=1",
             ])
-            row = measure(replace(config), model, rollouts, options.repeats)
+            row = measure(config, model, rollouts, options.repeats)
             results[name] = row
             line = (f"| {name} | {row['update_tokens_per_s']:,.0f} | {row['logprobs_tokens_per_s']:,.0f} | "
                     f"{row['peak_bytes_a_rank'] / 2**20:,.0f} | {row['padding']:.1%} |")

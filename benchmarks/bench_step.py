@@ -39,7 +39,7 @@ def measure(overrides: list[str], steps: int, threads: int | None) -> list[dict]
             sys.executable, "-m", "gspo_dist.cli", "train", *overrides, f"steps={steps}", f"run_dir={folder}/run",
             "logger=quiet", "data.heldout=null", "checkpoint.save_last=false", "checkpoint.every=0",
         ]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command[1:])}\n{done.stdout}\n{done.stderr}")
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]

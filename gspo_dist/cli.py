@@ -16,7 +16,7 @@ usage: gspo COMMAND [arguments]
   train       train a policy:          gspo train experiment=quickstart [overrides]
   compare     arms times seeds:        gspo compare study=gspo_vs_grpo [overrides]
   evaluate    held-out accuracy:       gspo evaluate model.path=FOLDER data.heldout=FILE
-  plan        what fits, before paying for GPUs:  gspo plan experiment=qwen3_30b_a3b/gspo_4x8
+  plan        what fits, before paying for GPUs:  gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
   export      a run's weights as an HF folder:    gspo export --run RUN_DIR --to FOLDER
   make-model  the quickstart's cold-start model:  gspo make-model [--to FOLDER]
   legality    which objective, old log-probs, replay and correction go together, and why the rest is refused
@@ -187,7 +187,7 @@ def _guarded(work: Callable[[], Any]) -> Any:
         _fail("\n".join([str(error), *getattr(error, "__notes__", [])]), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last stop: every failure becomes a message and a status
         if os.environ.get("GSPO_TRACEBACK"):
             traceback.print_exc()
         notes = "\n".join(getattr(error, "__notes__", []))
@@ -266,7 +266,7 @@ def _compare(args: list[str]) -> None:
     flags = {a for a in args if a.startswith("-")}
     unknown = flags - {"--dry-run", "--report-only"}
     if unknown:
-        _fail(f"gspo compare knows --dry-run and --report-only: got {sorted(unknown)[0]}", 2)
+        _fail(f"gspo compare knows --dry-run and --report-only: got {min(unknown)}", 2)
 
     def work() -> None:
         from omegaconf import OmegaConf
@@ -296,7 +296,7 @@ def _plan(args: list[str]) -> None:
     rest = [a for a in args if not a.startswith("plan.")]
     unknown = set(own) - {"plan.gpu", "plan.nodes", "plan.gpus_per_node", "plan.model"}
     if unknown:
-        _fail(f"gspo plan knows plan.gpu, plan.nodes, plan.gpus_per_node, plan.model: got {sorted(unknown)[0]}", 2)
+        _fail(f"gspo plan knows plan.gpu, plan.nodes, plan.gpus_per_node, plan.model: got {min(unknown)}", 2)
 
     def task(config: Any) -> None:
         print(_guarded(lambda: plan_text(config, **{k.removeprefix("plan."): v for k, v in own.items()})))
@@ -312,6 +312,7 @@ def plan_text(
 
     from gspo_dist.config import to_mapping
     from gspo_dist.planner import find_gpu, find_model, format_plan, model_from_config, plan, read_run
+    from gspo_dist.planner.placement import where
 
     described = model or config.cluster.plan_model
     folder = Path(config.model.path).expanduser() if config.model.path else None
@@ -329,10 +330,9 @@ def plan_text(
     name = gpu or config.cluster.plan_gpu
     learner, engine, work = read_run(to_mapping(config))
     hardware = find_gpu(name) if name else None
-    return format_plan(plan(
-        learner, engine, work, shape, hardware, int(nodes or config.cluster.plan_nodes),
-        int(gpus_per_node or config.cluster.plan_gpus_per_node),
-    ))
+    count, size = int(nodes or config.cluster.plan_nodes), int(gpus_per_node or config.cluster.plan_gpus_per_node)
+    text = format_plan(plan(learner, engine, work, shape, hardware, count, size))
+    return "\n".join([*where(learner, engine, count, size), text]) if hardware else text
 
 
 def _make_model(args: list[str]) -> None:

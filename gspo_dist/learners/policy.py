@@ -41,7 +41,9 @@ class PolicyModel(nn.Module):
         self.hf = hf
         head = hf.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise ValueError(f"model must have a linear LM head: got {type(head).__name__}")
+            raise ValueError(  # noqa: TRY004 - bad input is a ValueError throughout
+                f"model must have a linear LM head: got {type(head).__name__}"
+            )
         head.__class__ = LogprobHead
         head.temperature, head.fp32_head = temperature, fp32_head
 

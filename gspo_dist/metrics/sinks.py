@@ -37,8 +37,7 @@ class JsonlSink:
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as f:
-            for row in rows:
-                f.write(json.dumps(row) + "\n")
+            f.writelines(json.dumps(row) + "\n" for row in rows)
             f.flush()
             os.fsync(f.fileno())
 
@@ -73,7 +72,14 @@ class ConsoleSink:
 
     def __init__(self, total_steps: int, start_step: int = 0) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = Console()
         self.total = total_steps

@@ -53,7 +53,7 @@ class RolloutEngine(Protocol):
 
     def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs [len - 1] float32 of every token after the first, under the engine's weights and sampling
-        temperature: the probe of a weight sync."""
+        temperature: the probe of a weight sync. Sequences of 2 to max_model_len - 1 tokens."""
         ...
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None: ...

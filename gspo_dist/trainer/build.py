@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
@@ -68,7 +68,10 @@ def make_engine(
     if config.engine == "fake":
         from gspo_dist.rollout.fake import FakeEngine
 
-        return FakeEngine(config, model_path, name=name, seed=seed, record_routing=record_routing)
+        return FakeEngine(
+            config, model_path, name=name, device=device, seed=seed, record_routing=record_routing,
+            sleep_mode=sleep_mode, transport=transport,
+        )
     from gspo_dist.rollout.vllm import VllmEngine
 
     return VllmEngine(
@@ -263,7 +266,7 @@ class Processes:
         self.make_rank, self.make_engine = _factories(config, model, device, moe_layers)
         self.learners, self.engines = learners, engines
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> Self:
         from dataclasses import replace
 
         from gspo_dist.actors.placement import Reservation, lay_out, start_ray, stop_ray

@@ -35,10 +35,14 @@ class FlipMeter:
         self.metrics: dict[str, float] = {}
         self.sample: MiniBatch | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether `step` is measured."""
+        return self.enabled and step % self.config.every == 0
+
     def begin(self, step: int, mini_batches: Sequence[MiniBatch], rollouts: Sequence[Rollout]) -> None:
         """Chooses the sample and records its routes under the old policy."""
         self.metrics, self.sample, self.step = {}, None, step
-        if not self.enabled or step % self.config.every:
+        if not self.due(step):
             return
         wanted = set(sample_sequences(range(len(rollouts)), self.config.sequences, seed=self.seed, step=step))
         picks = [
@@ -119,7 +123,7 @@ def _flat(outputs: Outputs) -> list[LogprobOutput]:
     return [o for rank in outputs for o in rank]
 
 
-def _total(parts) -> FlipStats:  # noqa: ANN001
+def _total(parts) -> FlipStats:
     parts = list(parts)
     total = parts[0]
     for part in parts[1:]:

@@ -43,7 +43,7 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     with clock("collect"):
         prompts = run.cursor.next(config.rollout.prompts_per_step)
         first_group = step * config.rollout.prompts_per_step
-        groups = run.pool.generate(prompts, run.sampling, range(first_group, first_group + len(prompts)))
+        groups = run.pool.generate(prompts, run.sampling_of(step), range(first_group, first_group + len(prompts)))
     with clock("reward"):
         rollouts = judge(run.rewards, prompts, groups, first_group)
 

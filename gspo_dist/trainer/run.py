@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -70,6 +69,11 @@ class Run:
             yield
         finally:
             self.pool.wake_up()
+
+    def sampling_of(self, step: int) -> SamplingSpec:
+        """How to sample `step`: routes travel only where R3 replays them or the flip metric measures them."""
+        wanted = self.config.objective.routing_replay == "r3" or self.flips.due(step)
+        return replace(self.sampling, record_routing=self.sampling.record_routing and wanted)
 
     def for_training(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Rollouts as the learner gets them: with their routing trace only where R3 replays it."""

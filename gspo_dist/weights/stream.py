@@ -38,7 +38,7 @@ def hf_named_weights(hf: torch.nn.Module) -> Iterator[NamedTensor]:
 
 def unfuse_experts(name: str, tensor: torch.Tensor, first_expert: int = 0) -> Iterator[NamedTensor]:
     """Splits a fused expert tensor into per-expert HF tensors (views); other tensors pass unchanged."""
-    stem, dot, leaf = name.rpartition(".")
+    stem, _, leaf = name.rpartition(".")
     if leaf == "gate_up_proj" and tensor.dim() == 3:
         half = tensor.shape[1] // 2
         for e, expert in enumerate(tensor, start=first_expert):

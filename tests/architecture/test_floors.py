@@ -29,6 +29,7 @@ FLOORS = {
 }
 HOMES = {
     "wandb": ("metrics.sinks",),
+    "wandb_workspaces": ("metrics.workspace",),
     "ray": ("actors",),
     "vllm": ("rollout", "weights"),
     "deepspeed": ("learners.deepspeed", "routing.deepspeed"),

@@ -58,5 +58,5 @@ def test_completion_offers_the_keys_of_the_schema(tmp_path: Path):
         'COMP_LINE="gspo train learner.optimizer.l"; COMP_WORDS=(gspo train learner.optimizer.l); COMP_CWORD=2\n'
         '_gspo_complete; printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
-    out = subprocess.run(["bash", str(script)], capture_output=True, text=True).stdout
+    out = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False).stdout
     assert "learner.optimizer.lr=" in out
