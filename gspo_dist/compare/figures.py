@@ -36,6 +36,7 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
     makers: Mapping[str, tuple[str, Callable[[Any, dict[str, list[RunData]]], bool]]] = {
         "Held-out accuracy and training reward": ("learning.png", _learning),
         "Clipped tokens (logarithmic)": ("clipping.png", _clipping),
+        "The first mini-batch: offset and clipping": ("contract.png", _contract),
         "Routing flips and mismatch": ("routing.png", _routing),
         "Entropy, length, gradient norm": ("health.png", _health),
         "Time of a step and peak memory": ("cost.png", _cost),
@@ -110,6 +111,19 @@ def _clipping(figure: Any, arms: dict[str, list[RunData]]) -> bool:
         axis.set_yscale("symlog", linthresh=1e-4)
         axis.set_ylim(0, 1)
         axis.set_title(f"share of tokens clipped: {title}", fontsize=10)
+        axis.set_xlabel("step")
+    axes[0].legend(fontsize=8)
+    return any(drawn)
+
+
+def _contract(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+    axes = figure.subplots(1, 3)
+    keys = ("contract/offset_clip_widths", "objective/mini_batch_0/clip_fraction_negative",
+            "objective/mini_batch_0/clip_fraction_positive")
+    titles = ("offset of the mean log ratio (clip widths)", "clipped in mini-batch 0: A < 0", "clipped in mini-batch 0: A > 0")
+    drawn = [_line(axis, arms, key) for axis, key in zip(axes, keys, strict=True)]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
     axes[0].legend(fontsize=8)
     return any(drawn)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from gspo_dist.compare.analysis import (
     COLLAPSE_RULE,
     HELDOUT,
@@ -62,6 +64,8 @@ def _blocks(study: Study, runs: Sequence[RunData], command: str) -> list[Block]:
          (["claim", "rule", "verdict", "figures"], [[v.claim, v.rule, v.verdict, v.figures] for v in verdicts])),
         ("Final values", f"Mean ± 95% confidence half-width over seeds; the difference is paired with `{study.reference}`.",
          _finals(study, runs, arms)),
+        ("The contract of the log-probs", "Means over steps: the first mini-batch of a step, before the policy has moved.",
+         _contract(arms)),
         ("Cost", "What replay costs and what skipping the recomputation saves; means over steps.", _costs(arms)),
         ("Every run", f"Collapse: {COLLAPSE_RULE}.", (["arm", "seed", "status", "collapsed at step", "reason"], ended)),
     ]
@@ -89,6 +93,26 @@ def _finals(study: Study, runs: Sequence[RunData], arms: dict[str, list[RunData]
         against = "reference" if arm == study.reference else paired(runs, arm, study.reference, lambda r: r.final(HELDOUT)).text(100)
         rows.append([arm, *(cell(own) for cell in columns.values()), against])
     return ["arm", *columns, f"points over {study.reference}"], rows
+
+
+def _contract(arms: dict[str, list[RunData]]) -> Table:
+    """What the old log-probs did to the first mini-batch, whose ratio is 1 when nothing is mismatched."""
+    columns: dict[str, Cell] = {
+        "offset, clip widths": _number("contract/offset_clip_widths", "{:+.2f}"),
+        "|offset|, clip widths": lambda rs: estimate(
+            [float(np.abs(r.series("contract/offset_clip_widths")[1]).mean()) if len(r.series("contract/offset_clip_widths")[1]) else math.nan for r in rs]
+        ).text("{:.2f}"),
+        "clipped in mini-batch 0": _number("objective/mini_batch_0/clip_fraction", "{:.3f}"),
+        "of A < 0": _number("objective/mini_batch_0/clip_fraction_negative", "{:.3f}"),
+        "of A > 0": _number("objective/mini_batch_0/clip_fraction_positive", "{:.3f}"),
+        "guard active": _number("contract/guard_active", "{:.2f}"),
+        "steps recomputed": _number("contract/recomputed", "{:.2f}"),
+        "mismatch k1": _number("mismatch/kl", "{:+.1e}"),
+        "mismatch k3": _number("mismatch/k3_kl", "{:.1e}"),
+        "largest": _number("mismatch/abs_log_ratio_max", "{:.2f}"),
+        "ESS": _number("mismatch/ess", "{:.4f}"),
+    }
+    return ["arm", *columns], [[arm, *(cell(own) for cell in columns.values())] for arm, own in arms.items()]
 
 
 def _costs(arms: dict[str, list[RunData]]) -> Table:
