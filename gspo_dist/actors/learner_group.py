@@ -40,7 +40,7 @@ class LearnerRank(ActorProcess):
         return self.learner.logprobs(batches, **options)
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
-        return self.learner.forward_backward(batches, spec)
+        return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
 
     def optim_step(self) -> OptimStep:
         return self.learner.optim_step()

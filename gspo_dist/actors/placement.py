@@ -70,6 +70,8 @@ def start_ray(cluster: ClusterConfig) -> bool:
     # Ray warns on hosts whose /dev/shm is small and copies tracebacks to the driver; both belong in its own logs.
     os.environ.setdefault("RAY_DISABLE_DOCKER_CPU_WARNING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray 2.60 runs workers at nice 15, behind anything else on the host; here the workers are the job.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(include_dashboard=False, object_store_memory=_object_store_bytes(), **quiet)
     return True
 

@@ -80,7 +80,7 @@ class LocalLearnerGroup:
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
         (batches,) = mini.micro_batches
-        return self.learner.forward_backward(batches, spec)
+        return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
 
     def optim_step(self) -> OptimStep:
         return self.learner.optim_step()

@@ -175,6 +175,7 @@ def _stats(
         "objective/advantage_mean": Stat.mean(advantages),
         "objective/tokens": Stat.sum(torch.ones_like(log_ratio)),
         "objective/sequences": Stat.sum(share),
+        "values/sequence_log_ratio": Stat.concat(segments.mean(log_ratio)),
     }
     if weights is not None:
         stats["objective/correction_weight_mean"] = Stat.mean(weights)

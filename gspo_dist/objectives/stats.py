@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "min", "max")
+REDUCTIONS = ("mean", "sum", "min", "max", "concat")
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,8 @@ class Stat:
     """A sufficient statistic; value and weight are detached float64 scalars.
 
     mean: value = sum of w x, weight = sum of w; sum: value = sum; min, max: value = the extreme (+-inf when
-    empty). For sum, min and max the weight counts the items.
+    empty). For sum, min and max the weight counts the items. concat: value [n] keeps the items themselves, for what
+    does not merge (quantiles); ranks that hold parts of the same sequences repeat them, which moves no quantile.
     """
 
     value: Tensor
@@ -55,8 +56,19 @@ class Stat:
         value = x.detach().double()
         return cls(value.max() if x.numel() else _scalar(float("-inf"), x), _scalar(x.numel(), x), "max")
 
+    @classmethod
+    def concat(cls, x: Tensor) -> Stat:
+        """The items of x [n] themselves."""
+        return cls(x.detach().double(), _scalar(x.numel(), x), "concat")
+
+    def cpu(self) -> Stat:
+        """On the host: what travels between processes."""
+        return Stat(self.value.cpu(), self.weight.cpu(), self.reduce)
+
     def result(self) -> float:
-        """The number to log; nan for a mean, min or max over nothing."""
+        """The number to log; nan for a mean, min or max over nothing. ValueError for concat, which has many."""
+        if self.reduce == "concat":
+            raise ValueError(f"a concat stat is no single number: it holds {self.value.numel()}; read its value")
         weight = float(self.weight)
         if self.reduce == "sum":
             return float(self.value)
@@ -80,16 +92,19 @@ def merge_stats(parts: Sequence[dict[str, Stat]]) -> dict[str, Stat]:
 def _merge(name: str, a: Stat, b: Stat) -> Stat:
     if a.reduce != b.reduce:
         raise ValueError(f"stat {name} must have one reduction: got {a.reduce} and {b.reduce}")
+    if a.reduce == "concat":
+        return Stat(torch.cat([a.value, b.value]), a.weight + b.weight, a.reduce)
     combine = {"min": torch.minimum, "max": torch.maximum}.get(a.reduce, torch.add)
     return Stat(combine(a.value, b.value), a.weight + b.weight, a.reduce)
 
 
 def all_reduce_stats(stats: dict[str, Stat], all_reduce: Callable[[Tensor, str], Tensor]) -> dict[str, Stat]:
     """The statistics over all ranks: all_reduce(tensor, "sum" | "min" | "max") is called at most three times.
+    Those of kind concat, whose sizes differ, are left out.
 
     Every rank must pass the same names. Ranks that hold parts of a sequence count as ranks too.
     """
-    names = sorted(stats)
+    names = sorted(name for name, stat in stats.items() if stat.reduce != "concat")
     added = [name for name in names if stats[name].reduce in ("mean", "sum")]
     # The weights always add, so they travel with the values that add: one call.
     packed = torch.stack([stats[name].value for name in added] + [stats[name].weight for name in names])
@@ -106,8 +121,8 @@ def all_reduce_stats(stats: dict[str, Stat], all_reduce: Callable[[Tensor, str],
 
 
 def results(stats: dict[str, Stat]) -> dict[str, float]:
-    """name -> number."""
-    return {name: stat.result() for name, stat in stats.items()}
+    """name -> number, of every statistic that is one (not concat)."""
+    return {name: stat.result() for name, stat in stats.items() if stat.reduce != "concat"}
 
 
 def _total(x: Tensor) -> Tensor:

@@ -11,23 +11,12 @@ routing natively in silence; compile the experts and the attention, not the rout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gspo_dist.routing.replay import (
-    LayerReplay,
-    RouteFeeder,
-    RouteRecorder,
-    RouterShape,
-    RoutingReplayError,
-    feeding,
-)
-from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.routing.taps import Tap, Taps
 
 Gate = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """(router, logits [T, E], ids [T, K]) -> gate weights [T, K], by the router's own formula at the given experts."""
@@ -69,33 +58,17 @@ GATES: dict[str, Gate] = {
 """Router class of transformers -> gate formula. Each returns (logits, weights, ids); holds top_k, num_experts."""
 
 
-class _Tap:
-    """The hook of one router, and who uses it now."""
+class _Tap(Tap):
+    """The hook of one HF router: gate weights anew, by its class's formula, at the replayed experts."""
 
     def __init__(self, router: nn.Module) -> None:
         self.gate = GATES[type(router).__name__]
-        self.replay: LayerReplay | None = None
-        self.used: list[tuple[RouteRecorder, int]] = []
-        self.native: list[tuple[RouteRecorder, int]] = []
-        self.handle = router.register_forward_hook(self)
-
-    @property
-    def idle(self) -> bool:
-        return self.replay is None and not self.used and not self.native
+        super().__init__(router)
 
     def __call__(self, router: nn.Module, _args: object, output: tuple) -> tuple | None:
-        logits, weights, ids = output
-        for recorder, layer in self.native:
-            recorder.see(layer, ids)
-        if self.replay is not None:
-            ids = self.replay.choose(ids)
-            weights = self.gate(router, logits, ids)
-        for recorder, layer in self.used:
-            recorder.see(layer, ids)
-        return None if self.replay is None else (logits, weights, ids)
-
-
-_TAPS: WeakKeyDictionary[nn.Module, _Tap] = WeakKeyDictionary()
+        logits, _, native = output
+        ids = self.choose(native)
+        return None if self.replay is None else (logits, self.gate(router, logits, ids), ids)
 
 
 def find_routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -110,88 +83,5 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     return routers
 
 
-def router_shape(model: nn.Module) -> RouterShape:
-    """Names, top-k and number of experts of a model's routers."""
-    routers = find_routers(model)
-    sizes = {(r.top_k, r.num_experts) for r in routers.values()}
-    if len(sizes) != 1:
-        raise ValueError(f"routers of one model must agree in (top_k, num_experts): got {sorted(sizes)}")
-    (top_k, num_experts), = sizes
-    return RouterShape(tuple(routers), top_k, num_experts)
-
-
-@contextmanager
-def _tapped(model: nn.Module, attach: Callable[[_Tap, int], None], detach: Callable[[_Tap], None]) -> Iterator[None]:
-    """Attaches to every router's tap; detaches, and removes taps that nobody else uses, whatever happens inside."""
-    attached: list[tuple[nn.Module, _Tap]] = []
-    try:
-        for layer, router in enumerate(find_routers(model).values()):
-            tap = _TAPS.get(router) or _TAPS.setdefault(router, _Tap(router))
-            attached.append((router, tap))
-            attach(tap, layer)
-        yield
-    finally:
-        for router, tap in attached:
-            detach(tap)
-            if tap.idle:
-                tap.handle.remove()
-                _TAPS.pop(router, None)
-
-
-@contextmanager
-def record(model: nn.Module, *, native: bool = False) -> Iterator[RouteRecorder]:
-    """Records the experts of the forwards inside the block: `.trace()` for one, `.traces()` for several.
-
-    Under a replay (entered before or after) the replayed experts are recorded; with `native` those that the routers
-    would have chosen themselves at that place, which is what a live flip metric compares with the replayed ones.
-    """
-    recorder = RouteRecorder(router_shape(model))
-
-    def listeners(tap: _Tap) -> list[tuple[RouteRecorder, int]]:
-        return tap.native if native else tap.used
-
-    def attach(tap: _Tap, layer: int) -> None:
-        listeners(tap).append((recorder, layer))
-
-    def detach(tap: _Tap) -> None:
-        listeners(tap)[:] = [entry for entry in listeners(tap) if entry[0] is not recorder]
-
-    with _tapped(model, attach, detach):
-        yield recorder
-
-
-@contextmanager
-def replay(model: nn.Module, trace: RoutingTrace, *, tokens: int | None = None) -> Iterator[RouteFeeder]:
-    """Runs the forward inside the block, and its backward where layers are checkpointed, under `trace`'s experts.
-
-    trace: one row a token of the forward; unknown rows are routed natively. tokens: that number, to refuse a
-    truncated trace before the model runs. Raises ValueError for a trace that does not fit, RoutingReplayError on
-    leaving unless every router used every route exactly once a pass.
-    """
-    shape = router_shape(model)
-    device = next(model.parameters()).device
-    feeder = RouteFeeder([trace], shape, device, recompute=_recomputed(model, shape), tokens=[tokens])
-    mine = set(feeder.layers)
-
-    def attach(tap: _Tap, layer: int) -> None:
-        if tap.replay is not None:
-            raise RoutingReplayError(f"router {shape.names[layer]} is being replayed already: leave that block first")
-        tap.replay = feeder.layers[layer]
-
-    def detach(tap: _Tap) -> None:
-        if tap.replay in mine:
-            tap.replay = None
-
-    with _tapped(model, attach, detach), feeding(feeder):
-        yield feeder
-
-
-def _recomputed(model: nn.Module, shape: RouterShape) -> list[bool]:
-    """For every router, whether the backward will run its forward again (an enclosing layer is checkpointed)."""
-    if not torch.is_grad_enabled():
-        return [False] * len(shape.names)
-    checkpointed = tuple(
-        f"{name}." for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing and module.training
-    )
-    return [name.startswith(checkpointed) for name in shape.names]
+_ROUTERS = Taps(find_routers, _Tap)
+router_shape, record, replay = _ROUTERS.shape, _ROUTERS.record, _ROUTERS.replay

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from gspo_dist.learners.learner import OptimStep
+from gspo_dist.objectives.diagnostics import ratio_quantiles
 from gspo_dist.objectives.mismatch import mismatch_metrics
 from gspo_dist.objectives.stats import Stat, results
 
@@ -23,6 +26,8 @@ def mini_batch_metrics(stats: Mapping[str, Stat], index: int) -> dict[str, float
 def update_metrics(stats: Mapping[str, Stat], optim: Sequence[OptimStep]) -> dict[str, float]:
     """objective/*, mismatch/*, moe/* and learner/* metrics over all mini-batches of a step."""
     out = {name: value for name, value in results(dict(stats)).items() if not name.startswith(("mismatch/", "moment/"))}
+    if "values/sequence_log_ratio" in stats:
+        out |= ratio_quantiles(np.exp(stats["values/sequence_log_ratio"].value.numpy()))
     mean, square = out.pop("objective/sequence_log_ratio_mean"), out.pop("objective/sequence_log_ratio_square")
     out["objective/log_ratio_mean"] = mean
     out["objective/log_ratio_std"] = math.sqrt(max(square - mean * mean, 0.0))

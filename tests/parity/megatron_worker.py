@@ -1,10 +1,12 @@
-"""One rank of the megatron learner in the parity tests: reads a job, runs it, writes what it saw.
+"""One rank of the megatron learner in the parity tests: reads a job, runs it, writes what it saw, and again.
 
-Usage: megatron_worker.py JOB.json RANK. The job names the model, the layout and the actions; see `main`.
+Usage: megatron_worker.py < lines "JOB.json RANK". A job names the model, the layout and the actions; see `main`. Each
+job has a learner and process groups of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -94,9 +96,19 @@ def main(job: dict, rank: int) -> dict:
     return out
 
 
-if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text())
-    os.environ |= {"RANK": sys.argv[2], "WORLD_SIZE": str(job["world_size"]), "MASTER_ADDR": "127.0.0.1",
+def serve(path: Path, rank: int) -> None:
+    """One job; its result appears whole, by renaming."""
+    job = json.loads(path.read_text())
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job["world_size"]), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(job["port"])}
-    result = main(job, int(sys.argv[2]))
-    torch.save(result, Path(job["out"]) / f"rank{sys.argv[2]}.pt")
+    part = Path(job["out"]) / f"rank{rank}.part"
+    torch.save(main(job, rank), part)
+    part.rename(part.with_suffix(".pt"))
+
+
+if __name__ == "__main__":
+    gc.freeze()  # what the imports made stays: collections look at the jobs' objects only
+    for line in sys.stdin:
+        job_path, of_rank = line.rsplit(maxsplit=1)
+        serve(Path(job_path), int(of_rank))
+        gc.collect()

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import megatron_case as case
+from ranks import Crew
 
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.objectives.stats import Stat, merge_stats, results
 
-WORKER = Path(__file__).parent / "megatron_worker.py"
 LAYOUTS = {
     "dp2": (2, {}),
     "dp2_plain_optimizer": (2, {"distributed_optimizer": False}),
@@ -38,33 +33,12 @@ LAYOUTS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def launch(folder: Path, model: Path, batches: Path, world_size: int, layout: dict, actions: list, **job) -> list[dict]:
-    """Runs one learner process a rank and returns what each saw; a failed rank's output is the test's message."""
-    folder.mkdir(parents=True, exist_ok=True)
-    job |= {"model": str(model), "batches": str(batches), "world_size": world_size, "layout": layout,
-            "actions": actions, "out": str(folder), "port": free_port()}
-    (folder / "job.json").write_text(json.dumps(job))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    root = str(Path(__file__).parents[2])
-    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    with contextlib.ExitStack() as stack:
-        ranks = []
-        for r in range(world_size):
-            log = stack.enter_context((folder / f"rank{r}.log").open("w"))
-            command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "job.json"), str(r)]
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-            stack.callback(ranks[-1].wait)
-            stack.callback(ranks[-1].kill)
-        codes = [rank.wait(timeout=240) for rank in ranks]
-    failed = [r for r, code in enumerate(codes) if code]
-    assert not failed, "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in failed[:2])
-    return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(world_size)]
+def launch(
+    crew: Crew, folder: Path, model: Path, batches: Path, world_size: int, layout: dict, actions: list, **job
+) -> list[dict]:
+    """Runs one learner a rank and returns what each saw; a failed rank's output is the test's message."""
+    job |= {"model": str(model), "batches": str(batches), "layout": layout, "actions": actions}
+    return crew.run(folder, job, world_size)
 
 
 @dataclass
@@ -155,10 +129,10 @@ def assert_weights(got: dict, want: dict, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path) -> None:
+def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """Logits, log-probs, three clipped steps and the exported weights do not depend on how the model is cut."""
     world_size, layout = LAYOUTS[name]
-    ranks = launch(tmp_path, reference.model, reference.batches, world_size, layout,
+    ranks = launch(crew, tmp_path, reference.model, reference.batches, world_size, layout,
                    ["weights", "logits", "logprobs", "train", "weights"])
     assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
     for want, outputs in zip(reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp",
@@ -178,11 +152,11 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path) ->
     ("qwen3", "pp2"), ("qwen3", "tp2_no_sequence_parallel"), ("qwen2", "tp2"), ("llama", "cp2"),
     ("qwen3_moe_plain", "ep2"),
 ])
-def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path) -> None:
+def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, crew: Crew) -> None:
     """Tied embeddings over two stages, biases, experts without renormalisation: the same laws."""
     reference = eager_reference(tmp_path / "eager", kind)
     world_size, layout = LAYOUTS.get(name) or (2, {"tensor_parallel": 2, "sequence_parallel": False})
-    ranks = launch(tmp_path, reference.model, reference.batches, world_size, layout,
+    ranks = launch(crew, tmp_path, reference.model, reference.batches, world_size, layout,
                    ["weights", "logits", "train", "weights"])
     assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
     assert_training(ranks, reference)

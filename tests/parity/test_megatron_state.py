@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import megatron_case as case
+from ranks import Crew
 from test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
 
 from gspo_dist.learners.eager import EagerLearner
@@ -27,8 +28,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return eager_reference(tmp_path_factory.mktemp("moe"), "qwen3_moe")
 
 
-def run(folder: Path, reference: Reference, world_size: int, layout: dict, actions: list, **job) -> list[dict]:
-    return launch(folder, reference.model, reference.batches, world_size, layout, actions, **job)
+def run(
+    crew: Crew, folder: Path, reference: Reference, world_size: int, layout: dict, actions: list, **job
+) -> list[dict]:
+    return launch(crew, folder, reference.model, reference.batches, world_size, layout, actions, **job)
 
 
 def assert_identical(got: dict, want: dict) -> None:
@@ -36,58 +39,62 @@ def assert_identical(got: dict, want: dict) -> None:
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
-def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path) -> None:
+def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """Saved in the background at step 2 under ep2: resumed under ep2 the third step is the one not interrupted, bit
     for bit; resumed under tp2 it is the eager learner's."""
     saved = str(tmp_path / "checkpoint")
-    first = run(tmp_path / "a", reference, 2, EP2, [["train", 2], ["save", saved], ["train", 1], "weights", "wait"])
-    again = run(tmp_path / "b", reference, 2, EP2, [["load", saved], ["train", 1], "weights"])
+    first = run(crew, tmp_path / "a", reference, 2, EP2,
+                [["train", 2], ["save", saved], ["train", 1], "weights", "wait"])
+    crew.close()  # what goes on is another process
+    again = run(crew, tmp_path / "b", reference, 2, EP2, [["load", saved], ["train", 1], "weights"])
     assert [r["version"] for r in again] == [2, 2]
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert again[0]["steps"][0]["lr"] == first[0]["steps"][2]["lr"]
     assert again[0]["steps"][0]["policy_version"] == 3
-    other = run(tmp_path / "c", reference, 2, {"tensor_parallel": 2, "distributed_optimizer": True},
+    other = run(crew, tmp_path / "c", reference, 2, {"tensor_parallel": 2, "distributed_optimizer": True},
                 [["load", saved], ["train", 1], "weights"])
     assert_weights(other[0]["weights"][0], reference.end, 1e-5)
 
 
-def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_path: Path) -> None:
+def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """fp32 master weights and moments come back whole; weights loaded under another layout are the saved ones."""
     saved = str(tmp_path / "checkpoint")
     job = {"precision": "bf16"}
-    first = run(tmp_path / "a", reference, 2, EP2, [["train", 2], "weights", ["save", saved], ["train", 1], "weights",
-                                                    "wait"], **job)
+    first = run(crew, tmp_path / "a", reference, 2, EP2,
+                [["train", 2], "weights", ["save", saved], ["train", 1], "weights", "wait"], **job)
     assert {t.dtype for t in first[0]["weights"][0].values()} == {torch.bfloat16}
-    again = run(tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job)
+    crew.close()
+    again = run(crew, tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job)
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert_identical(again[0]["weights"][1], first[0]["weights"][1])
-    other = run(tmp_path / "c", reference, 2, {"pipeline_parallel": 2}, [["load", saved], "weights"], **job)
+    other = run(crew, tmp_path / "c", reference, 2, {"pipeline_parallel": 2}, [["load", saved], "weights"], **job)
     assert_identical(other[0]["weights"][0], first[0]["weights"][0])
 
 
-def test_plain_optimizer_saves_synchronously(reference: Reference, tmp_path: Path) -> None:
+def test_plain_optimizer_saves_synchronously(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     saved = str(tmp_path / "checkpoint")
     layout = {"distributed_optimizer": False, "async_save": False}
-    run(tmp_path / "a", reference, 1, layout, [["train", 2], ["save", saved]])
-    again = run(tmp_path / "b", reference, 2, layout | {"pipeline_parallel": 2},
+    run(crew, tmp_path / "a", reference, 1, layout, [["train", 2], ["save", saved]])
+    crew.close()
+    again = run(crew, tmp_path / "b", reference, 2, layout | {"pipeline_parallel": 2},
                 [["load", saved], ["train", 1], "weights"])
     assert_weights(again[0]["weights"][0], reference.end, 1e-5)
 
 
-def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: Path) -> None:
+def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     saved = tmp_path / "checkpoint"
-    run(tmp_path / "a", reference, 1, {}, [["train", 1], ["save", str(saved)], "wait"])
+    run(crew, tmp_path / "a", reference, 1, {}, [["train", 1], ["save", str(saved)], "wait"])
     torn, unfinished = tmp_path / "torn", tmp_path / "unfinished"
     shutil.copytree(saved, torn)
     shard = min(torn.glob("*.distcp"))
     shard.unlink()
     shutil.copytree(saved, unfinished)
     (unfinished / "metadata.json").unlink()
-    same = run(tmp_path / "b", reference, 1, {}, [["load_error", str(torn)], ["load_error", str(unfinished)]])
+    same = run(crew, tmp_path / "b", reference, 1, {}, [["load_error", str(torn)], ["load_error", str(unfinished)]])
     assert f"lacks 1 of its 2 shards: {shard.name}" in same[0]["errors"][0]
     assert "is not a finished megatron checkpoint" in same[0]["errors"][1]
     plain = case.make_model("qwen3_moe_plain", tmp_path / "plain")
-    other = launch(tmp_path / "c", plain, reference.batches, 1, {}, [["load_error", str(saved)]])
+    other = launch(crew, tmp_path / "c", plain, reference.batches, 1, {}, [["load_error", str(saved)]])
     assert "is of another model: it has no decoder.layers.1.mlp." in other[0]["errors"][0]
 
 
@@ -107,7 +114,7 @@ def foreign_routes(reference: Reference) -> list[RoutingTrace]:
     (2, {"pipeline_parallel": 2}),
 ])
 def test_routes_are_recorded_and_replayed_under_any_layout(
-    world_size: int, layout: dict, reference: Reference, tmp_path: Path
+    world_size: int, layout: dict, reference: Reference, tmp_path: Path, crew: Crew
 ) -> None:
     """Recorded routes are HF's; under foreign ones log-probs and gradients are the eager learner's under the same."""
     eager = EagerLearner(case.make_config(backend="eager"), reference.model, total_steps=10)
@@ -119,7 +126,7 @@ def test_routes_are_recorded_and_replayed_under_any_layout(
     assert max(float((w.logprobs - n.logprobs).abs().max()) for w, n in zip(want, native)) > 0.1
     eager.forward_backward(data, case.make_spec(data))
     norm = eager.optim_step().grad_norm
-    ranks = run(tmp_path, reference, world_size, layout,
+    ranks = run(crew, tmp_path, reference, world_size, layout,
                 ["record", "logprobs", ["foreign_routes", str(tmp_path / "routes.pt")], "logprobs", ["train", 1],
                  "reference"], keep_reference=True)
     recorded = by_batch(ranks, "recorded", len(data))
@@ -168,12 +175,12 @@ def switch_loss(reference: Reference) -> tuple[float, np.ndarray]:
     return float(losses.mean() / total), loads
 
 
-def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path) -> None:
+def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """Loads, violations and the Switch loss are those of HF's router logits; its gradient ignores the layout."""
     loss, loads = switch_loss(reference)
     knobs = {"aux_loss_coef": 0.5}
-    alone = run(tmp_path / "a", reference, 1, knobs, [["train", 1]])
-    cut = run(tmp_path / "b", reference, 4,
+    alone = run(crew, tmp_path / "a", reference, 1, knobs, [["train", 1]])
+    cut = run(crew, tmp_path / "b", reference, 4,
               knobs | {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}, [["train", 1]])
     for ranks in (alone, cut):
         stats = merged(ranks, 0)
@@ -191,9 +198,9 @@ def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path
     assert abs(alone[0]["steps"][0]["grad_norm"] / without - 1) > 1e-3
 
 
-def test_expert_bias_moves_towards_the_idle(reference: Reference, tmp_path: Path) -> None:
+def test_expert_bias_moves_towards_the_idle(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """Zero at first (log-probs are unchanged); a step moves it by 0.001 up for experts below the mean load."""
-    ranks = run(tmp_path, reference, 2, {"expert_bias": True, **EP2}, ["logprobs", ["train", 1], "bias"])
+    ranks = run(crew, tmp_path, reference, 2, {"expert_bias": True, **EP2}, ["logprobs", ["train", 1], "bias"])
     _, loads = switch_loss(reference)
     for i, want in enumerate(reference.logprobs):
         torch.testing.assert_close(ranks[i % 2]["logprobs"][0][i // 2].logprobs, want.logprobs, rtol=1e-5, atol=1e-5)

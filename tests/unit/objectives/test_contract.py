@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import gspo_dist.objectives as package
-from gspo_dist.objectives import Denominators, Objective, Segments, Stat, get_objective, legality, merge_stats
+from gspo_dist.objectives import Denominators, Objective, Segments, Stat, get_objective, legality, merge_stats, results
 from gspo_dist.objectives.clipping import Surrogate
 
 F64 = torch.float64
@@ -344,7 +344,7 @@ def test_statistics_of_a_loss_by_hand():
         .loss(lp, old, adv, Segments.from_lengths([2, 1]), Denominators(2, 3, 8), offset=0.0)
         .stats
     )
-    got = {k.removeprefix("objective/"): v.result() for k, v in stats.items()}
+    got = {k.removeprefix("objective/"): v for k, v in results(stats).items()}
     ln2 = math.log(2)
     expected = {
         "clip_fraction": 2 / 3, "clip_fraction_low": 1 / 3, "clip_fraction_high": 1 / 3,
@@ -367,3 +367,13 @@ def test_an_objective_checks_itself():
         Objective("mine", lambda *a: Surrogate(*a), "seq_mean")
     with pytest.raises(ValueError, match="no parameter 'b'"):
         Objective("mine", lambda *a: Surrogate(*a), "token_mean", defaults={"a": 1}, params={"b": 2})
+
+
+def test_concat_keeps_the_items_and_quantiles_of_them_do_not_depend_on_the_split():
+    whole = torch.arange(7, dtype=F64)
+    parts = [{"v": Stat.concat(whole[:3])}, {"v": Stat.concat(whole[3:])}]
+    merged = merge_stats(parts)["v"]
+    assert merged.value.tolist() == whole.tolist() and float(merged.weight) == 7
+    assert results({"v": merged}) == {}
+    with pytest.raises(ValueError, match="holds 7"):
+        merged.result()
