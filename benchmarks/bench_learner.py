@@ -1,11 +1,11 @@
-"""The learners on one model and one batch: tokens a second, peak memory of a rank, share of padding.
+"""The learners on one model and one batch: tokens a second, peak memory of a rank, share of unused token budget (packing pads nothing).
 
     python benchmarks/bench_learner.py                          # eager, DeepSpeed and Megatron on the quickstart model
     python benchmarks/bench_learner.py --layers 4 --gpu H100    # GPU: a few layers at Qwen3-30B-A3B's shapes, with MFU
 
 Every learner gets the same sequences (long-tailed lengths, fixed seed) through the same packer; `update` is forward,
 backward and optimiser step of one mini-batch, `old log-probs` the pass without gradients. Ranks are Ray actors, as in
-a run. MFU counts 6 x active parameters x tokens (8 with full recomputation) against the GPU's dense bf16 peak.
+a run. MFU counts three times the forward FLOPs (no recomputation) against the GPU's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int
     spec = LossSpec(get_objective("gspo"), mini.denominators)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Processes(config, model, resolve_device("auto"), Path(folder), 0, engines=False) as processes,
+        Processes(config, model, resolve_device(config.cluster), Path(folder), 0, engines=False) as processes,
     ):
         group = processes.learner()
         group.start()
@@ -135,7 +135,7 @@ def main() -> None:
         rollouts = sequences(options.sequences, mean, longest, vocabulary)
         layouts = GPU_LAYOUTS if options.layers else CPU_LAYOUTS
         results = {}
-        print("| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | padding |" + (" MFU |" if options.gpu else ""))
+        print("| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | unused budget |" + (" MFU |" if options.gpu else ""))
         print("|---|---|---|---|---|" + ("---|" if options.gpu else ""))
         for name, overrides in layouts.items():
             if options.only and name not in options.only:

@@ -4,8 +4,8 @@
     python benchmarks/bench_step.py --peer                     # the sizes at which a peer was measured (below)
     python benchmarks/bench_step.py -- objective=gspo_recompute steps=12
 
-Each run is a `gspo train` of its own; the first steps warm up (lazy compilation) and are not counted. Medians over the
-other steps. "other" is every second that is neither generation (collect) nor learning (old log-probs, update).
+Each run is a `gspo train` of its own; the first steps warm up (lazy compilation) and are not counted. The table
+has means over the other steps, the line below it medians. "other" is every second that is neither generation (collect) nor learning (old log-probs, update).
 
 --peer: TRL 1.16 (GSPO, HF generate, CPU, fp32, one thread) was measured at 4,600-5,740 completion tokens/s end to end
 on a random half-million-parameter Qwen3-MoE with 8 prompts x 8 completions x 32 tokens, 4,370 at 8 x 8 x 128, 7,640 at

@@ -15,7 +15,7 @@ usage: gspo COMMAND [arguments]
 
   train       train a policy:          gspo train experiment=quickstart [overrides]
   compare     arms times seeds:        gspo compare study=gspo_vs_grpo [overrides]
-  evaluate    held-out accuracy:       gspo evaluate model.path=FOLDER data.heldout=FILE
+  evaluate    held-out accuracy:       gspo evaluate model=local model.path=DIR data=file data.train=F data.heldout=F reward=math
   plan        what fits, before paying for GPUs:  gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
   export      a run's weights as an HF folder:    gspo export --run RUN_DIR --to FOLDER
   make-model  the quickstart's cold-start model:  gspo make-model [--to FOLDER]

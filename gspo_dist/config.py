@@ -304,7 +304,8 @@ class GuardConfig:
     threshold: float = 1.0
     """Offset of the mean log ratio at the first mini-batch, in clip widths, that triggers the action."""
     estimator: str = "batch"
-    """batch | ema | subset: where recentring takes the offset from."""
+    """batch (each micro-batch of the first mini-batch its own mean, where micro-batches hold at least 16 sequences,
+    else the last step's) | ema (running mean over steps) | subset (exact, on a recomputed random subset)."""
     ema_decay: float = 0.9
     subset_fraction: float = 0.0625
     """Share of sequences recomputed exactly (estimator subset)."""
@@ -422,11 +423,12 @@ class ClusterConfig:
     address: str | None = None
     """Address of a running Ray cluster, or `auto`."""
     in_process: bool = False
-    """No Ray at all: one engine and the eager learner in this process (tests, debugging)."""
+    """No Ray at all: one engine and the eager learner in this process (tests, debugging, studies on a
+    laptop). Rewards then have no deadline."""
     device: str = "auto"
     """auto | cpu | cuda."""
     colocated: bool = False
-    """Learner ranks and engines share GPUs; engines sleep during the update (GPU hosts)."""
+    """Learner ranks and engines share the GPUs of one host; engines sleep during the update."""
     placement_timeout_s: float = 600.0
     """Longest wait for the cluster to grant the asked resources."""
     plan_gpu: str | None = None
@@ -569,6 +571,11 @@ class RunConfig:
             raise ValueError(
                 f"rollout.group_size must be at least 2 for {advantage} advantages (a group of one has no "
                 "baseline): got 1; raise it or set objective.advantage=none"
+            )
+        if self.cluster.in_process and (self.rollout.engines != 1 or self.reward.workers != 1):
+            raise ValueError(
+                "cluster.in_process runs one engine and one reward function in this process: got rollout.engines "
+                f"{self.rollout.engines} and reward.workers {self.reward.workers}; set both to 1"
             )
         if self.cluster.in_process and self.learner.backend != "eager":
             raise ValueError(

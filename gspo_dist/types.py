@@ -1,4 +1,4 @@
-"""The records that travel through a step: prompt -> completion -> rollout -> group -> packed batch.
+"""The records that travel through a step: prompt -> completion -> rollout -> packed batch.
 
 Everything a later step needs is recorded here when it is made (token ids, loss mask, engine log-probs, policy
 version of every token, expert choices); nothing is inferred later from padding ids or from global state.
@@ -6,7 +6,7 @@ version of every token, expert choices); nothing is inferred later from padding 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,18 +80,6 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class RolloutGroup:
-    """The `group_size` rollouts of one prompt: the population that group-relative advantages compare."""
-
-    group_id: int
-    rollouts: tuple[Rollout, ...]
-
-    @property
-    def rewards(self) -> np.ndarray:
-        return np.array([r.reward for r in self.rollouts], dtype=np.float64)
-
-
-@dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch of one data-parallel rank: S whole sequences laid end to end in T tokens, no padding.
 
@@ -122,11 +110,6 @@ class PackedBatch:
     @property
     def num_sequences(self) -> int:
         return int(self.rollout_index.numel())
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.cu_seqlens.diff().max())
 
     def sequence_ids(self) -> torch.Tensor:
         """[T] int64: the sequence (0..S-1) of every token."""
@@ -161,11 +144,3 @@ class SamplingSpec:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     record_routing: bool = False
-
-
-def group_rollouts(rollouts: Sequence[Rollout]) -> list[RolloutGroup]:
-    """Collects rollouts by `group_id`, in order of first appearance."""
-    groups: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.group_id, []).append(rollout)
-    return [RolloutGroup(gid, tuple(members)) for gid, members in groups.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,19 @@ class LearnerRank(ActorProcess):
             pass
         return None
 
+    def empty_cache(self) -> None:
+        """Gives the GPU memory that only the allocator holds to a colocated engine."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def save(self, folder: str) -> None:
+        if not Path(folder).is_dir():
+            raise ValueError(
+                f"checkpoint folder {folder} is not visible on {socket.gethostname()}: run_dir must lie on a file system "
+                "that all nodes share"
+            )
         self.learner.save(Path(folder))
 
     def load(self, folder: str) -> None:
@@ -122,7 +135,7 @@ class RayLearnerGroup:
             name: handle.start.remote(self.make, rank, self.config.world_size, address)
             for rank, (name, handle) in enumerate(handles.items())
         }
-        self.data_parallel_ranks = self.actors.gather(refs, START_TIMEOUT_S)
+        self.data_parallel_ranks = self.actors.gather(refs, max(START_TIMEOUT_S, self.config.timeout_s))
 
     def _scatter(self, method: str, mini: MiniBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Calls `method(micro_batches of its replica, ...)` on every rank. Each replica's data is stored once."""
@@ -170,6 +183,9 @@ class RayLearnerGroup:
 
     def wait_saved(self) -> None:
         self.actors.call_all("wait_saved", timeout=self.config.timeout_s)
+
+    def empty_cache(self) -> None:
+        self.actors.call_all("empty_cache", timeout=self.config.timeout_s)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.actors.peak_memory()

@@ -76,6 +76,11 @@ def start_ray(cluster: ClusterConfig) -> bool:
     return True
 
 
+def cluster_gpus() -> float:
+    """GPUs of the cluster that this process has joined."""
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
 def stop_ray() -> None:
     """Ends what `start_ray` started."""
     ray.shutdown()
@@ -91,8 +96,9 @@ def _object_store_bytes() -> int:
 class Reservation:
     """Placement groups of a layout; `strategy(...)` pins an actor to its bundle."""
 
-    def __init__(self, layout: Layout, timeout_s: float) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, timeout_s: float, *, local: bool) -> None:
+        """local: the cluster is this host alone, so resources that are missing now will never come."""
+        self.layout, self.local = layout, local
         self.groups: list[Any] = []
         if layout.colocated:
             bundles = [{"CPU": 2.0, "GPU": 1.0} for _ in layout.learners]
@@ -104,10 +110,15 @@ class Reservation:
     def _reserve(self, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> Any:
         if not bundles:
             return None
+        asked = {k: sum(b.get(k, 0) for b in bundles) for k in ("CPU", "GPU")}
+        if asked["GPU"] > cluster_gpus() and self.local:
+            raise ValueError(
+                f"the layout asks for {asked['GPU']:g} GPUs and this host has {cluster_gpus():g}: shrink "
+                "learner.world_size or rollout.engines, or set cluster.device=cpu"
+            )
         group = placement_group(bundles, strategy=strategy)
         self.groups.append(group)
         if not group.wait(timeout_s):
-            asked = {k: sum(b.get(k, 0) for b in bundles) for k in ("CPU", "GPU")}
             free = ray.available_resources()
             self.release()
             raise RuntimeError(

@@ -43,9 +43,6 @@ class ActorProcess:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def peak_memory(self) -> dict[str, int]:
         """Peak resident bytes on the host, and peak allocated bytes on the GPU where there is one."""
         import resource
@@ -104,12 +101,9 @@ class Actors:
         """The last lines of an actor's log, indented."""
         path = self.log_dir / f"{name}.log"
         if not path.is_file():
-            return f"  (no log at {path})"
+            return f"  (no log at {path} on this host: it lies on the node of {name} unless run_dir is shared)"
         lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join(["  last lines of its log:", *(f"    {line}" for line in lines)])
-
-    def pids(self, timeout: float = 60.0) -> dict[str, int]:
-        return self.call_all("pid", timeout=timeout)
 
     def peak_memory(self, timeout: float = 60.0) -> dict[str, dict[str, int]]:
         return self.call_all("peak_memory", timeout=timeout)

@@ -76,7 +76,7 @@ class RayRolloutPool:
 
     def start(self) -> EngineInfo:
         """Waits until every engine is up (they start when the pool is made, beside the learner)."""
-        return next(iter(self.actors.gather(self.starting, START_TIMEOUT_S).values()))
+        return next(iter(self.actors.gather(self.starting, max(START_TIMEOUT_S, self.config.timeout_s)).values()))
 
     @property
     def engines(self) -> dict[str, Any]:

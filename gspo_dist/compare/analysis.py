@@ -124,7 +124,7 @@ def paired(runs: Sequence[RunData], arm: str, reference: str, value: Any) -> Pai
 
 
 COLLAPSE_RULE = (
-    "a run collapsed when it diverged or died, or when its training reward (mean over five steps) fell below half of "
+    "a run collapsed when it diverged (a loss, gradient or log-prob that is not finite), or when its training reward (mean over five steps) fell below half of "
     "its own earlier best and stayed there to the end"
 )
 
@@ -132,7 +132,7 @@ COLLAPSE_RULE = (
 def collapse_step(run: RunData) -> int | None:
     """The step at which the run collapsed by COLLAPSE_RULE, or None."""
     steps, reward = run.series(REWARD)
-    if run.status in ("diverged", "died"):
+    if run.status == "diverged":
         return int(steps[-1]) if len(steps) else 0
     if len(reward) < 10:
         return None

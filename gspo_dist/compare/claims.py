@@ -30,7 +30,8 @@ class Verdict:
 
 
 def judge(runs: Sequence[RunData]) -> list[Verdict]:
-    """All four verdicts."""
+    """All four verdicts; runs that died (out of memory, a lost process) are no evidence and left out."""
+    runs = [r for r in runs if r.status != "died"]
     return [_stabler(runs), _clips_more(runs), _needs_no_replay(runs), _tolerates_engine(runs)]
 
 
@@ -68,7 +69,7 @@ def _stabler(runs: Sequence[RunData]) -> Verdict:
 
 def _clips_more(runs: Sequence[RunData]) -> Verdict:
     claim = "2. GSPO clips about two orders of magnitude more tokens, and learns better all the same"
-    rule = "mean clip fraction of gspo_recompute over that of grpo at least 30 (half of two orders in the logarithm is 10)"
+    rule = "mean clip fraction of gspo_recompute over that of grpo at least 30 (one and a half orders)"
     if missing := _missing(runs, "gspo_recompute", "grpo"):
         return _no_arms(claim, rule, missing)
     gspo, grpo = (float(np.mean([r.mean(CLIP) for r in runs if r.arm == a])) for a in ("gspo_recompute", "grpo"))

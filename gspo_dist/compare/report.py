@@ -99,7 +99,7 @@ def _contract(arms: dict[str, list[RunData]]) -> Table:
     """What the old log-probs did to the first mini-batch, whose ratio is 1 when nothing is mismatched."""
     columns: dict[str, Cell] = {
         "offset, clip widths": _number("contract/offset_clip_widths", "{:+.2f}"),
-        "|offset|, clip widths": lambda rs: estimate(
+        "size of the offset": lambda rs: estimate(
             [float(np.abs(r.series("contract/offset_clip_widths")[1]).mean()) if len(r.series("contract/offset_clip_widths")[1]) else math.nan for r in rs]
         ).text("{:.2f}"),
         "clipped in mini-batch 0": _number("objective/mini_batch_0/clip_fraction", "{:.3f}"),

@@ -25,6 +25,11 @@ def run_study(study: Study, log: Callable[[str], None] = print) -> list[dict[str
     def work(job: tuple[int, tuple[str, int]]) -> dict[str, Any]:
         number, (arm, seed) = job
         before = read_status(study, arm, seed)
+        if before and before["command"] != _command(study, arm, seed):
+            raise ValueError(
+                f"{study.run_dir(arm, seed)} holds a run of other settings; set study.dir to a new folder, or repeat "
+                "the command that made it"
+            )
         if before and (before["status"] == "done" or not study.retry_failed):
             log(f"[{number}/{total}] {arm} seed {seed}: {before['status']} already")
             return before
@@ -47,17 +52,31 @@ def read_status(study: Study, arm: str, seed: int) -> dict[str, Any] | None:
 def _run_one(study: Study, arm: str, seed: int) -> dict[str, Any]:
     folder = study.run_dir(arm, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "gspo_dist.cli", "train", *study.run_overrides(arm, seed), "logger.console=false"]
+    command = _command(study, arm, seed)
     start = time.monotonic()
     with open(folder / "train.log", "ab") as output:
-        code = subprocess.call(command, stdout=output, stderr=subprocess.STDOUT, env=_environment(study))
-    reason = "" if code == 0 else _reason(folder / "train.log", code)
+        begin = output.tell()
+        code = subprocess.call(
+            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, env=_environment(study)
+        )
+    if code in INTERRUPTED:
+        raise KeyboardInterrupt(f"{arm} seed {seed} was interrupted; the same command goes on from its checkpoint")
+    reason = "" if code == 0 else _reason(folder / "train.log", begin, code)
     status = {
         "arm": arm, "seed": seed, "status": _classify(code, reason), "reason": reason,
-        "seconds": time.monotonic() - start, "steps_logged": _last_step(folder), "command": command[1:],
+        "seconds": time.monotonic() - start, "steps_logged": _last_step(folder), "command": command,
     }
     write_json(folder / STATUS, status)
     return status
+
+
+INTERRUPTED = (130, 143, -2, -15)
+"""Exit codes of a run that somebody stopped: no result, it goes on next time."""
+
+
+def _command(study: Study, arm: str, seed: int) -> list[str]:
+    """Arguments of the interpreter that make one run."""
+    return ["-m", "gspo_dist.cli", "train", *study.run_overrides(arm, seed), "logger.console=false"]
 
 
 def _environment(study: Study) -> Mapping[str, str]:
@@ -74,8 +93,10 @@ def _classify(code: int, reason: str) -> str:
     return "diverged" if "FloatingPointError" in reason else "died"
 
 
-def _reason(log: Path, code: int) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _reason(log: Path, begin: int, code: int) -> str:
+    """The error of this attempt: what the log says from byte `begin` on."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "gspo: error:" in line]
     return errors[-1] if errors else f"exit status {code}: {lines[-1] if lines else 'no output'}"
 

@@ -87,7 +87,7 @@ def load_study(args: Sequence[str], conf: Path, read_yaml: Any) -> Study:
         name=path.stem, base=tuple(raw.pop("base", ())), arms={k: tuple(v) for k, v in raw.pop("arms", {}).items()},
         seeds=tuple(raw.pop("seeds", (0,))), reference=raw.pop("reference"), dir=raw.pop("dir", f"runs/{path.stem}"),
         title=raw.pop("title", ""), parallel=raw.pop("parallel", 1), threads=raw.pop("threads", 0),
-        overrides=tuple(overrides),
+        overrides=tuple(overrides), retry_failed=raw.pop("retry_failed", False),
     )
     if raw:
         raise ValueError(f"study {path} has unknown keys {sorted(raw)}; known: {', '.join(OPTIONS)}, base, title")

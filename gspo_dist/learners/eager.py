@@ -82,6 +82,7 @@ class EagerLearner:
             if self.reference is None:
                 raise ValueError("no reference is kept: set objective.kl_coef above 0")
             policy = self.reference
+            batches = [b.with_(routing=None) for b in batches]  # the reference routes by itself
         return [hf_logprobs(policy, policy.hf, batch, self.device, record_routing) for batch in batches]
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:

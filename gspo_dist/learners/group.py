@@ -44,6 +44,8 @@ class LearnerGroup(Protocol):
 
     def wait_saved(self) -> None: ...
 
+    def empty_cache(self) -> None: ...
+
     def peak_memory(self) -> dict[str, dict[str, int]]: ...
 
     def close(self) -> None: ...
@@ -112,6 +114,9 @@ class LocalLearnerGroup:
 
     def wait_saved(self) -> None:
         self.learner.wait_saved()
+
+    def empty_cache(self) -> None:
+        """Engine and learner are one process: there is nothing to hand over."""
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         """The one process is counted by the rollout pool."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
-from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig, to_mapping
+from gspo_dist.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig, to_mapping
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
 from gspo_dist.learners.learner import Learner
@@ -103,7 +105,7 @@ def build(config: RunConfig) -> Run:
     tokenizer = load_tokenizer(model)
     limit = config.rollout.max_prompt_tokens
     train, heldout = load_splits(config.data, tokenizer, max_prompt_tokens=limit, seed=config.seed)
-    device = resolve_device(config.cluster.device)
+    device = resolve_device(config.cluster)
     _prepare_folder(run_dir, config, checkpoint)
 
     parts = _local_parts if config.cluster.in_process else _ray_parts
@@ -115,7 +117,7 @@ def build(config: RunConfig) -> Run:
             config=config, run_dir=run_dir, learner=learner, pool=pool, rewards=rewards,
             cursor=PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
             heldout=list(heldout or ())[: config.evaluation.prompts],
-            probe_prompts=list(heldout or train)[:4], contract=contract,
+            probe_prompts=list(itertools.islice(heldout or train, 4)), contract=contract,
             flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
             sync=WeightSync(config.rollout.weight_sync, learner, pool, _sync_plan(config, device), ranks,
                             config.rollout.max_model_len),
@@ -137,20 +139,28 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def resolve_device(device: str) -> str:
-    """`auto` is cuda where torch sees a GPU. Raises ValueError when cuda is asked for and absent."""
-    import torch
+def resolve_device(cluster: ClusterConfig) -> str:
+    """`auto` is cuda where there is a GPU: in the cluster that is joined (its head may have none), else on this host.
 
-    present = torch.cuda.is_available()
+    Raises ValueError when cuda is asked for and absent.
+    """
+    device = cluster.device
+    if cluster.address is not None and not cluster.in_process:
+        from gspo_dist.actors.placement import cluster_gpus, start_ray
+
+        start_ray(cluster)
+        present, where = cluster_gpus() > 0, "Ray reports none in the cluster"
+    else:
+        import torch
+
+        present, where = torch.cuda.is_available(), "torch sees none on this host"
     if device == "cuda" and not present:
-        raise ValueError("cluster.device=cuda needs a GPU: torch sees none on this host; use cpu or auto")
+        raise ValueError(f"cluster.device=cuda needs a GPU: {where}; use cpu or auto")
     return ("cuda" if present else "cpu") if device == "auto" else device
 
 
 def check_model(config: RunConfig, model: str) -> int:
     """Cross-checks of config and model; returns the number of MoE layers (0 for a dense model)."""
-    import json
-
     from gspo_dist.learners.policy import check_model_folder
 
     hf = json.loads((check_model_folder(model) / "config.json").read_text())
@@ -217,8 +227,16 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
 
 
 def _transport(config: RunConfig, device: str) -> str:
-    asked = config.rollout.weight_sync.transport
-    return ("nccl" if device == "cuda" else "shm") if asked == "auto" else asked
+    """nccl between GPUs; shared memory on CPU hosts and where learner and engine share a GPU or a process (NCCL takes
+    no two ranks of a communicator on one GPU)."""
+    asked, cluster = config.rollout.weight_sync.transport, config.cluster
+    shares = cluster.colocated or cluster.in_process
+    if asked == "nccl" and (shares or device != "cuda"):
+        raise ValueError(
+            "rollout.weight_sync.transport=nccl needs learner and engines on different GPUs: got device "
+            f"{device}, colocated {cluster.colocated}, in_process {cluster.in_process}; use auto or shm"
+        )
+    return ("shm" if shares or device != "cuda" else "nccl") if asked == "auto" else asked
 
 
 def _sync_plan(config: RunConfig, device: str) -> SyncPlan:
@@ -249,8 +267,15 @@ def _ray_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_la
     _cap_threads(1, "cpu")  # this process only packs and counts: idle OpenMP threads would spin on the actors' cores
     with Processes(config, model, device, run_dir, moe_layers) as processes:
         pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
-        learner.start()
-        info = pool.start()
+        if config.cluster.colocated:  # vLLM measures free memory while it starts: one after the other on a GPU
+            info = pool.start()
+            pool.sleep()
+            learner.start()
+            learner.empty_cache()
+            pool.wake_up()
+        else:
+            learner.start()
+            info = pool.start()
         return learner, pool, rewards, info, processes.keep()
 
 
@@ -279,7 +304,9 @@ class Processes:
         if start_ray(self.config.cluster):
             self.stack.callback(stop_ray)
         try:
-            self.places = Reservation(layout, self.config.cluster.placement_timeout_s)
+            self.places = Reservation(
+                layout, self.config.cluster.placement_timeout_s, local=self.config.cluster.address is None
+            )
         except BaseException:
             self.stack.close()
             raise
@@ -326,7 +353,14 @@ def _process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     cores = os.cpu_count() or 1
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
     if device == "cuda":
-        return {"learner": common, "engine": common}
+        import torch
+
+        # Ray would set OMP_NUM_THREADS to an actor's CPU share; offloaded optimisers want the host's cores.
+        each = max(1, cores // max(1, torch.cuda.device_count()))
+        return {
+            "learner": common | {"OMP_NUM_THREADS": str(config.learner.threads or each)},
+            "engine": common | {"OMP_NUM_THREADS": str(config.rollout.threads or each)},
+        }
     learner = config.learner.threads or max(1, cores // config.learner.world_size)
     engine = config.rollout.threads or max(1, cores // config.rollout.engines)
     return {
@@ -343,12 +377,43 @@ def _cap_threads(threads: int, device: str) -> None:
 
 
 def _prepare_folder(run_dir: Path, config: RunConfig, checkpoint: Checkpoint | None) -> None:
-    """Makes the run folder; refuses to write over another run's metrics unless it is resumed from a checkpoint."""
+    """Makes the run folder. A folder without checkpoints starts over (its metrics are cut); one with checkpoints is
+    resumed with the settings that made it. Raises ValueError otherwise: nothing that was finished is lost."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None and any(run_dir.glob("checkpoints/step-*/manifest.json")):
+        raise ValueError(
+            f"run_dir {run_dir} holds checkpoints of an earlier run and checkpoint.resume is false: choose a new "
+            "run_dir, or set checkpoint.resume=true"
+        )
+    if checkpoint is not None and (run_dir / "config.json").is_file():
+        changed = _changed(json.loads((run_dir / "config.json").read_text()), to_mapping(config))
+        if changed:
+            raise ValueError(
+                f"run_dir {run_dir} was made with other settings: {', '.join(changed)}; restore them, or choose a new "
+                "run_dir"
+            )
     write_json(run_dir / "config.json", to_mapping(config))
     identity = run_dir / "run_id"
     if checkpoint is None or not identity.is_file():
         identity.write_text(uuid.uuid4().hex[:12])
+
+
+FIXED = {
+    "": ("seed", "mini_batches", "model", "objective", "data", "reward"),
+    "learner": ("backend", "precision", "optimizer"),
+    "rollout": ("precision", "prompts_per_step", "group_size", "max_prompt_tokens", "max_completion_tokens",
+                "temperature"),
+}
+"""What a resumed run may not change; steps, layout, logging and the rest it may."""
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The fixed settings in which two resolved configurations differ."""
+    out = []
+    for section, names in FIXED.items():
+        a, b = (old.get(section, {}), new[section]) if section else (old, new)
+        out += [f"{section}.{n}".lstrip(".") for n in names if a.get(n) != b[n]]
+    return out
 
 
 def _make_sinks(config: RunConfig, run_dir: Path, first_step: int) -> Sinks:

@@ -55,7 +55,7 @@ def describe(rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version
         "rollout/staleness": float(policy_version - oldest),
     }
     out |= advantage_statistics(advantages)
-    out |= length_by_outcome(lengths, rewards > 0.5 * (rewards.max() + rewards.min()) if np.ptp(rewards) else rewards > 0.5)
+    out |= length_by_outcome(lengths, rewards >= 1.0)
     parts = {key for r in rollouts for key in r.reward_parts}
     for key in sorted(parts):
         name = "reward/timeout_fraction" if key == "timeout" else f"reward/{key}"

@@ -34,6 +34,15 @@ from gspo_dist.packing import MiniBatch, take_sequences
 log = logging.getLogger(__name__)
 
 
+OWN_MEAN_FROM = 16
+"""Sequences from which a micro-batch's own mean is taken out of it: the mean of S removes 1/S of the spread too."""
+
+
+def _sequences(mini: MiniBatch) -> int:
+    """Sequences of the smallest micro-batch."""
+    return min(b.num_sequences for rank in mini.micro_batches for b in rank)
+
+
 class LogprobContract:
     """Prepares the old log-probs of each step, decides each mini-batch's offset, watches the mismatch."""
 
@@ -68,7 +77,7 @@ class LogprobContract:
         """The loss of mini-batch `index` of this step."""
         recentring = not self.recomputed and self.decision.action == "recentre"
         offset: float | None = self.decision.offset if recentring else 0.0
-        if recentring and index == 0 and self.config.guard.estimator == "batch":
+        if recentring and index == 0 and self.config.guard.estimator == "batch" and _sequences(mini) >= OWN_MEAN_FROM:
             offset = None  # this step's own offset is not known before its first forward pass
         return LossSpec(
             self.objective, mini.denominators, self.config.correction, offset,

@@ -17,7 +17,7 @@ from gspo_dist.objectives.stats import results
 from gspo_dist.packing import MiniBatch, take_sequences
 from gspo_dist.routing.flips import FlipHistory, FlipStats, flip_stats, sample_sequences
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import LogprobOutput, Rollout
+from gspo_dist.types import LogprobOutput, PackedBatch, Rollout
 
 Outputs = list[list[LogprobOutput]]
 
@@ -65,7 +65,8 @@ class FlipMeter:
         after = self.learner.logprobs(self.sample, record_routing=True)
         flips = _total(
             flip_stats(b.routing, a.routing)
-            for b, a in zip(_flat(self.before), _flat(after), strict=True)
+            for batch, b, a in zip(self._batches(), _flat(self.before), _flat(after), strict=True)
+            if batch.loss_mask.any()  # not the masked copies that fill idle ranks
         )
         self.metrics[f"routing/update/flip_fraction/mini_batch_{index}"] = flips.fraction
         self.metrics |= results(flips.stats("routing/update") | flips.layer_stats("routing/update"))
@@ -78,13 +79,16 @@ class FlipMeter:
 
     def _against_engine(self, rollouts: Sequence[Rollout]) -> FlipStats | None:
         parts = []
-        for rank, outputs in zip(self.sample.micro_batches, self.before, strict=True):
-            for batch, output in zip(rank, outputs, strict=True):
-                traces = [rollouts[i].completion.routing for i in batch.rollout_index.tolist()]
-                if any(t is None for t in traces):
-                    return None
+        for batch, output in zip(self._batches(), _flat(self.before), strict=True):
+            traces = [rollouts[i].completion.routing for i in batch.rollout_index.tolist()]
+            if any(t is None for t in traces):
+                return None
+            if batch.loss_mask.any():
                 parts.append(flip_stats(RoutingTrace.concat(traces), output.routing))
         return _total(parts)
+
+    def _batches(self) -> list[PackedBatch]:
+        return [b for rank in self.sample.micro_batches for b in rank]
 
     def restore(self, folder: Path, step: int) -> None:
         """Takes up the history that an interrupted run left in `folder`, up to the step it resumes from."""

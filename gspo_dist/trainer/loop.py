@@ -27,10 +27,12 @@ def train(run: Run) -> dict[str, object]:
         try:
             row = train_step(run, step)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {step + 1}: {error}; {run.saved()}") from error
+            error.add_note(f"at step {step + 1}, policy version {run.learner.policy_version}; {run.saved()}")
+            raise
         if run.evaluation_due(step + 1):
             row |= run.evaluate(step + 1, log=False)
         run.log(step + 1, row)
+        run.commit_saved()
         if run.checkpoint_due(step + 1):
             run.save(step + 1)
     return run.finish()

@@ -12,6 +12,8 @@ from gspo_dist.objectives.diagnostics import ratio_quantiles
 from gspo_dist.objectives.mismatch import mismatch_metrics
 from gspo_dist.objectives.stats import Stat, results
 
+COUNTS = ("objective/tokens", "objective/sequences")
+"""Sums that are meant over the whole step."""
 BY_MINI_BATCH = ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative", "approx_kl_k3")
 
 
@@ -26,8 +28,11 @@ def mini_batch_metrics(stats: Mapping[str, Stat], index: int) -> dict[str, float
 def update_metrics(stats: Mapping[str, Stat], optim: Sequence[OptimStep]) -> dict[str, float]:
     """objective/*, mismatch/*, moe/* and learner/* metrics over all mini-batches of a step."""
     out = {name: value for name, value in results(dict(stats)).items() if not name.startswith(("mismatch/", "moment/"))}
+    for name in [n for n, stat in stats.items() if n in out and stat.reduce == "sum" and n not in COUNTS]:
+        out[name] /= len(optim)  # sums of one mini-batch, averaged over the step's
     if "values/sequence_log_ratio" in stats:
-        out |= ratio_quantiles(np.exp(stats["values/sequence_log_ratio"].value.numpy()))
+        ratios = np.exp(stats["values/sequence_log_ratio"].value.numpy())
+        out |= {f"objective/sequence_{name}": value for name, value in ratio_quantiles(ratios).items()}
     mean, square = out.pop("objective/sequence_log_ratio_mean"), out.pop("objective/sequence_log_ratio_square")
     out["objective/log_ratio_mean"] = mean
     out["objective/log_ratio_std"] = math.sqrt(max(square - mean * mean, 0.0))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Run:
     first_step: int = 0
     tokens_seen: int = 0
     last_checkpoint: Path | None = None
+    saving: tuple[Path, int, dict[str, Any]] | None = None
+    """A checkpoint in the making: its folder, step and manifest."""
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
@@ -65,10 +68,9 @@ class Run:
             yield
             return
         self.pool.sleep()
-        try:
-            yield
-        finally:
-            self.pool.wake_up()
+        yield
+        self.learner.empty_cache()
+        self.pool.wake_up()
 
     def sampling_of(self, step: int) -> SamplingSpec:
         """How to sample `step`: routes travel only where R3 replays them or the flip metric measures them."""
@@ -116,14 +118,13 @@ class Run:
 
     def batch_metrics(self, rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
         """What the packing and the traces cost."""
-        budget = self.config.learner.token_budget
         launched = sum(len(rank) for m in mini_batches for rank in m.micro_batches)
         held = sum(m.num_tokens for m in mini_batches)
         self.flips.end()
         traces = [b.routing for m in mini_batches for rank in m.micro_batches for b in rank if b.routing is not None]
         out = {
             "packing/micro_batches": float(launched),
-            "packing/efficiency": held / (launched * budget),
+            "packing/efficiency": held / (launched * self.config.learner.token_budget),
         }
         if traces:
             out["routing/replay_bytes"] = float(sum(t.nbytes for t in traces))
@@ -158,11 +159,11 @@ class Run:
 
     def save(self, step: int) -> None:
         """A whole checkpoint of the state after `step` steps."""
+        self.commit_saved()
         self.flips.save(self.run_dir)
         partial = self.store.begin(step)
         self.learner.save(partial / "learner")
-        self.learner.wait_saved()
-        self.last_checkpoint = self.store.commit(partial, step, {
+        self.saving = (partial, step, {
             "policy_version": self.learner.policy_version,
             "cursor": self.cursor.state_dict(),
             "contract": self.contract.state_dict(),
@@ -170,6 +171,18 @@ class Run:
             "published": self.sync.published,
             "first_eval": self.first_eval,
         })
+        megatron = self.config.learner.megatron
+        if self.config.learner.backend != "megatron" or not megatron.async_save or step == self.config.steps:
+            self.commit_saved()
+
+    def commit_saved(self) -> None:
+        """Makes the checkpoint in the making real, once every rank has written its part. An asynchronous save is
+        committed a step later, so that the step hides the writing."""
+        if self.saving is not None:
+            partial, step, state = self.saving
+            self.learner.wait_saved()
+            self.last_checkpoint = self.store.commit(partial, step, state)
+            self.saving = None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from `checkpoint`."""
@@ -178,6 +191,7 @@ class Run:
         self.cursor.load_state_dict(state["cursor"])
         self.contract.load_state_dict(state["contract"])
         self.tokens_seen = state["tokens_seen"]
+        self.sync.published = state["published"] - 1  # the first publication of a resumed run repeats the last one
         self.first_eval = dict(state["first_eval"])
         self.flips.restore(self.run_dir, checkpoint.step)
         self.first_step = checkpoint.step

@@ -34,6 +34,7 @@ class WeightSync:
         self.ranks = ranks
         self.max_model_len = max_model_len
         self.published = 0
+        self.probed = False
 
     def publish(self, probe: Sequence[ProbeSequence]) -> dict[str, float]:
         """Sends the current weights and checks them. `probe`: sequences for the log-prob probe, when it is due.
@@ -57,8 +58,9 @@ class WeightSync:
             "sync/gib_per_s": sent.bytes / seconds / 2**30,
         }
         every = self.config.probe_every
-        if self.published == 0 or (every and self.published % every == 0):
+        if not self.probed or (every and self.published % every == 0):
             metrics |= self._probe(probe)
+            self.probed = True
         self.published += 1
         return metrics
 

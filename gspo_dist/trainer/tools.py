@@ -19,7 +19,10 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     """Held-out metrics of `model.path` with the run's engines, rewards and evaluation settings; nothing is trained."""
     if config.data.heldout is None:
         raise ValueError("evaluate needs held-out prompts: set data.heldout to a file or a task")
-    config = replace(config, flips=replace(config.flips, every=0), objective=replace(config.objective, routing_replay="none"))
+    config = replace(
+        config, flips=replace(config.flips, every=0), objective=replace(config.objective, routing_replay="none"),
+        cluster=replace(config.cluster, colocated=False),
+    )
     run_dir = Path(config.run_dir).expanduser().resolve()
     model = str(ensure_model(config.model))
     moe_layers = check_model(config, model)
@@ -27,7 +30,7 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     prompts = load_prompts(
         config.data, "heldout", tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )[: config.evaluation.prompts]
-    device = resolve_device(config.cluster.device)
+    device = resolve_device(config.cluster)
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:
         pool, rewards = processes.pool(), processes.rewards()
         spec = replace(
@@ -60,7 +63,7 @@ def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
         config, rollout=replace(config.rollout, engines=1),
         cluster=replace(config.cluster, colocated=False, in_process=False),
     )
-    device = resolve_device(config.cluster.device)
+    device = resolve_device(config.cluster)
     with Processes(config, model, device, run_dir, check_model(config, model), engines=False) as processes:
         learner = processes.learner()
         learner.start()

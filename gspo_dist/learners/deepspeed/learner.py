@@ -64,7 +64,8 @@ class DeepSpeedLearner:
         self.model_config = AutoConfig.from_pretrained(check_model_folder(model_path))
         check(config, self.model_config, device)
         self.config = config
-        self.device = torch.device(device)
+        # an index is needed by torch.cuda.set_device; Ray shows each rank its own GPU alone
+        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
         self.rank = self.data_parallel_rank = rank
         self.world_size = world_size
         self.is_exporter = rank == 0
@@ -135,6 +136,7 @@ class DeepSpeedLearner:
             if self.reference is None:
                 raise ValueError("no reference is kept: set objective.kl_coef above 0")
             engine = self.reference
+            batches = [b.with_(routing=None) for b in batches]  # the reference routes by itself
         self._same_count(len(batches))
         hf = engine.module.hf
         return [

@@ -81,8 +81,9 @@ class Saves:
 
 def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     """Weights and optimiser state with their global places; all else is marked as this rank's own."""
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(trained.chunks)}
-    state = trained.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
+    metadata = dict(METADATA)  # 0.16.1 writes the data-parallel group of the moment into it
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(trained.chunks)}
+    state = trained.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     # 0.16.1's plain optimisers mark some of it themselves; loading undoes one mark.
     kept = (ShardedBase, LocalNonpersistentObject)
     dict_list_map_inplace(lambda x: x if isinstance(x, kept) else LocalNonpersistentObject(x), state)

@@ -15,7 +15,16 @@ import pytest
 import torch
 
 import gspo_dist.objectives as package
-from gspo_dist.objectives import Denominators, Objective, Segments, Stat, get_objective, legality, merge_stats, results
+from gspo_dist.objectives import (
+    Denominators,
+    Objective,
+    Segments,
+    Stat,
+    get_objective,
+    legality,
+    merge_stats,
+    results,
+)
 from gspo_dist.objectives.clipping import Surrogate
 
 F64 = torch.float64

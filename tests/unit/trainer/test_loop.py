@@ -167,8 +167,12 @@ def test_a_reference_policy_adds_its_kl(model, reward_file, tmp_path):
     assert 0.0 <= first < second  # the policy leaves the reference
 
 
-def test_resume_refuses_changed_data(model, reward_file, tmp_path):
+def test_a_run_folder_is_resumed_with_its_own_settings_or_not_at_all(model, reward_file, tmp_path):
     go(config(model, reward_file, tmp_path / "run", "steps=2"))
-    changed = config(model, reward_file, tmp_path / "run", "steps=4", "seed=5")
-    with pytest.raises(ValueError, match="data cursor"):
-        build(changed)
+    with pytest.raises(ValueError, match="made with other settings: seed, objective;"):
+        build(config(model, reward_file, tmp_path / "run", "steps=4", "seed=5", "objective=grpo"))
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run and checkpoint\.resume is false"):
+        build(config(model, reward_file, tmp_path / "run", "steps=4", "checkpoint.resume=false"))
+    summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=3"))  # more steps is no other run
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    assert summary["policy_version"] == 6
