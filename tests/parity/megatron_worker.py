@@ -39,7 +39,7 @@ def train(learner: MegatronLearner, batches: list, steps: int, spec: case.LossSp
         stats = learner.forward_backward(batches, spec)
         step = learner.optim_step()
         seen.append({
-            "stats": {k: (float(s.value), float(s.weight), s.reduce) for k, s in stats.items()},
+            "stats": stats,
             "grad_norm": step.grad_norm, "lr": step.lr, "policy_version": step.policy_version,
         })
     return seen

@@ -16,7 +16,7 @@ import megatron_case as case
 from ranks import Crew
 
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.objectives.stats import Stat, merge_stats, results
+from gspo_dist.objectives.stats import merge_stats, results
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -110,9 +110,7 @@ def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> None:
 
 def assert_training(ranks: list[dict], reference: Reference) -> None:
     for i, (want, step) in enumerate(reference.steps):
-        parts = [{n: Stat(torch.tensor(v, dtype=torch.float64), torch.tensor(w, dtype=torch.float64), r)
-                  for n, (v, w, r) in rank["steps"][i]["stats"].items()} for rank in ranks]
-        got = results(merge_stats(parts))
+        got = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks]))
         for name in want:
             assert got[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), (i, name)
         for rank in ranks:

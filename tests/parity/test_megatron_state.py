@@ -17,7 +17,7 @@ from ranks import Crew
 from test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
 
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.objectives.stats import Stat, merge_stats, results
+from gspo_dist.objectives.stats import merge_stats, results
 from gspo_dist.routing.trace import RoutingTrace
 
 EP2 = {"expert_parallel": 2}
@@ -148,9 +148,7 @@ def test_routes_are_recorded_and_replayed_under_any_layout(
 
 
 def merged(ranks: list[dict], step: int) -> dict[str, float]:
-    parts = [{n: Stat(torch.tensor(v, dtype=torch.float64), torch.tensor(w, dtype=torch.float64), r)
-              for n, (v, w, r) in rank["steps"][step]["stats"].items()} for rank in ranks]
-    return results(merge_stats(parts))
+    return results(merge_stats([rank["steps"][step]["stats"] for rank in ranks]))
 
 
 def switch_loss(reference: Reference) -> tuple[float, np.ndarray]:
