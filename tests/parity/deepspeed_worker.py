@@ -136,6 +136,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     out = {}
     for name, spec in job["cases"].items():
         print("case", name, flush=True)
+        # DeepSpeed collects in every engine: spare it the objects that the libraries' imports left (some import late).
+        gc.freeze()
         out[name] = globals()[spec["do"]](ranks, spec)
         gc.collect()
     return out
