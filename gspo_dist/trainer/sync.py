@@ -45,7 +45,9 @@ class WeightSync:
         version = self.learner.policy_version
         start = time.perf_counter()
         self.pool.start_weight_update(timeout)
+        started = time.perf_counter()
         sent = self.learner.send_weights(self.plan, self.pool.engines)
+        delivered = time.perf_counter()
         receipts = self.pool.finish_weight_update(version, timeout)
         if self.config.check:
             for engine, receipt in receipts.items():
@@ -55,6 +57,9 @@ class WeightSync:
         metrics = {
             "sync/bytes": float(sent.bytes),
             "sync/check_fraction": checking / seconds,
+            "time/sync/start_s": started - start,
+            "time/sync/send_s": delivered - started,
+            "time/sync/finish_s": start + seconds - delivered,
             "sync/gib_per_s": sent.bytes / seconds / 2**30,
         }
         every = self.config.probe_every
