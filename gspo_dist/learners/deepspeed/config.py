@@ -25,6 +25,9 @@ def import_deepspeed(device: str) -> ModuleType:
     os.environ["DS_ACCELERATOR"] = "cpu" if device == "cpu" else "cuda"
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU, 0.19.8 compiles a shared-memory all-reduce at the first init_distributed: it needs a compiler and
+    # minutes, and two runs that build it together leave a library that does not load. gloo needs none of it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO 3 calls collectives under names that torch 2.13 renamed, and says so at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
