@@ -20,7 +20,7 @@ def draw_heatmap(path: Path, steps: np.ndarray, rates: np.ndarray, *, title: str
     from matplotlib.figure import Figure
 
     columns, layers = rates.shape
-    figure = Figure(figsize=(min(16.0, 4.0 + 0.08 * columns), min(12.0, 2.5 + 0.12 * layers)), layout="constrained")
+    figure = Figure(figsize=(min(16.0, 7.5 + 0.08 * columns), min(12.0, 3.0 + 0.12 * layers)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     top = ceiling if ceiling is not None else float(np.nanmax(rates)) if np.isfinite(rates).any() else 1.0
@@ -31,6 +31,7 @@ def draw_heatmap(path: Path, steps: np.ndarray, rates: np.ndarray, *, title: str
     axes.set_xticks(ticks, [str(int(steps[i])) for i in ticks])
     axes.set_xlabel("step")
     axes.set_ylabel("MoE layer")
-    axes.set_title(title)
-    figure.colorbar(image, ax=axes, label="share of activated experts that differ")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="share that differs")
     figure.savefig(path, dpi=120)

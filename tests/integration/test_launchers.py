@@ -36,10 +36,14 @@ esac
 """
 
 
+def inherited() -> dict[str, str]:
+    """This process's environment without what a launcher exported to it (the tests themselves run under one)."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_"))}
+
+
 def run(script: Path | str, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_"))}
     return subprocess.run(
-        ["bash", str(script), *args], capture_output=True, text=True, cwd=cwd, env={**inherited, **(env or {})},
+        ["bash", str(script), *args], capture_output=True, text=True, cwd=cwd, env={**inherited(), **(env or {})},
         timeout=60, check=False,
     )
 
@@ -233,7 +237,7 @@ def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(slurm: dict[s
 
 def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: Path) -> None:
     job = subprocess.Popen(
-        ["bash", str(tmp_path / "clone/launch/slurm.sbatch")], env={**os.environ, **slurm, "RUN_WAITS": "1"},
+        ["bash", str(tmp_path / "clone/launch/slurm.sbatch")], env={**inherited(), **slurm, "RUN_WAITS": "1"},
         stdout=subprocess.PIPE, text=True,
     )
     assert job.stdout is not None and job.stdout.readline() == "train cluster.address=auto\n"
