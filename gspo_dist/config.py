@@ -205,6 +205,11 @@ class LearnerConfig:
                 )
 
     @property
+    def saves_asynchronously(self) -> bool:
+        """Whether a checkpoint is still being written when `save` returns."""
+        return self.backend == "megatron" and self.megatron.async_save
+
+    @property
     def data_parallel(self) -> int:
         """Replicas that see different micro-batches."""
         return self.world_size // self.megatron.model_parallel if self.backend == "megatron" else self.world_size

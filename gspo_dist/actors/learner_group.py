@@ -105,11 +105,6 @@ class LearnerRank(ActorProcess):
     def wait_saved(self) -> None:
         self.learner.wait_saved()
 
-    def close(self) -> None:
-        if hasattr(self, "transport"):
-            self.transport.close()
-        self.learner.close()
-
 
 class RayLearnerGroup:
     """All ranks as one: sends each its micro-batches, merges what comes back."""

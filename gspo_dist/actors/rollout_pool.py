@@ -56,9 +56,6 @@ class EngineProcess(ActorProcess):
     def wake_up(self) -> None:
         self.engine.wake_up()
 
-    def close(self) -> None:
-        self.engine.close()
-
 
 class RayRolloutPool:
     """All engines as one."""

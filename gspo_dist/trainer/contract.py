@@ -22,9 +22,9 @@ from gspo_dist.objectives.recentre import (
     GuardSettings,
     MismatchGuard,
     OffsetEstimate,
-    batch_offset,
     choose_subset,
     offset_from_moments,
+    subset_offset,
 )
 from gspo_dist.objectives.registry import Objective
 from gspo_dist.objectives.segments import Segments
@@ -126,14 +126,18 @@ class LogprobContract:
         chosen = choose_subset(len(flat), self.config.guard.subset_fraction, self.seed * 1_000_003 + step)
         mini = take_sequences([flat[i] for i in chosen], ranks=len(mini_batches[0].micro_batches))
         outputs = self.learner.logprobs(mini)
-        means: list[float] = []
+        learner, engine, ids, count = [], [], [], 0
         for rank, outs in zip(mini.micro_batches, outputs, strict=True):
             for batch, out in zip(rank, outs, strict=True):
                 index = trained_index(batch)
                 if len(index):
-                    segments = Segments(*_dense(batch.sequence_ids()[index]))
-                    means += segments.mean((out.logprobs - batch.rollout_logprobs)[index].double()).tolist()
-        return batch_offset(means, population=len(flat))
+                    dense, sequences = _dense(batch.sequence_ids()[index])
+                    learner.append(out.logprobs[index].double())
+                    engine.append(batch.rollout_logprobs[index].double())
+                    ids.append(dense + count)
+                    count += sequences
+        segments = Segments(torch.cat(ids), count)
+        return subset_offset(torch.cat(learner), torch.cat(engine), segments, population=len(flat))
 
     def state_dict(self) -> dict[str, Any]:
         from dataclasses import asdict

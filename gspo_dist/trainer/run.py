@@ -171,8 +171,7 @@ class Run:
             "published": self.sync.published,
             "first_eval": self.first_eval,
         })
-        megatron = self.config.learner.megatron
-        if self.config.learner.backend != "megatron" or not megatron.async_save or step == self.config.steps:
+        if not self.config.learner.saves_asynchronously or step == self.config.steps:
             self.commit_saved()
 
     def commit_saved(self) -> None:
