@@ -60,7 +60,11 @@ def naive_with_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def ours(
-    implementation: str, fp32_head: bool = False, budget_mib: int | None = None, entropy: bool = True
+    implementation: str,
+    fp32_head: bool = False,
+    budget_mib: int | None = None,
+    entropy: bool = True,
+    kept_bytes: int = head.KEPT_BYTES,
 ) -> Method:
     def run(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         chunk = (
@@ -75,6 +79,7 @@ def ours(
             implementation=implementation,
             fp32_head=fp32_head,
             chunk_tokens=chunk,
+            kept_bytes=kept_bytes,
             with_entropy=entropy,
         ).logprobs
 
@@ -109,9 +114,11 @@ def methods(cuda: bool, budgets_mib: list[int]) -> dict[str, Method]:
     """What can run here, by name. Liger's and cut-cross-entropy's kernels are for GPUs only."""
     table = {"naive": naive, "naive + entropy": naive_with_entropy, "chunked": ours("chunked")}
     table["chunked, no entropy"] = ours("chunked", entropy=False)
+    table["chunked, nothing kept"] = ours("chunked", kept_bytes=0)
     table["compiled"] = ours("compiled")
     if cuda:
         table |= {"triton": ours("triton"), "triton fp32_head": ours("triton", fp32_head=True)}
+        table["triton, nothing kept"] = ours("triton", kept_bytes=0)
         table |= {f"triton {mib} MiB": ours("triton", budget_mib=mib) for mib in budgets_mib}
         if importlib.util.find_spec("liger_kernel"):
             table["liger"] = liger

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -76,12 +77,13 @@ class RewardPool:
         )
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        """(reward, parts) of every item, in order. A rollout over the deadline gets `timeout_reward` and the part
-        `timeout` = 1. Raises what the reward function raised (naming the rollout), or ProcessTimeout when code that
-        no signal interrupts holds a worker past the sum of its deadlines."""
+        """(reward, parts) of every item, in order; a reward sees no routing trace. A rollout over the deadline gets
+        `timeout_reward` and the part `timeout` = 1. Raises what the reward function raised (naming the rollout), or
+        ProcessTimeout when code that no signal interrupts holds a worker past the sum of its deadlines."""
         names = list(self.actors.handles)
         size = max(1, -(-len(items) // len(names)))
-        chunks = [list(items[i : i + size]) for i in range(0, len(items), size)]
+        judged = [(i, prompt, replace(completion, routing=None)) for i, prompt, completion in items]
+        chunks = [judged[i : i + size] for i in range(0, len(items), size)]
         refs = {name: self.actors.handles[name].score.remote(c) for name, c in zip(names, chunks, strict=False)}
         answers = self.actors.gather(refs, self.config.timeout_s * size + GRACE_S)
         return [score for chunk in answers.values() for score in chunk]

@@ -5,7 +5,8 @@
     dL/dx[i, v] = dL/dlogprob_i (1[v = y_i] - p[i, v])    p[i, v] = exp(x[i, v] - lse_i)
 
 The loss is a function of all log-probs at once (GSPO's ratio needs every token of a sequence), so the
-gradient of a token's log-prob is not known in the forward pass: the backward pass computes the logits again.
+gradient of a token's log-prob is not known in the forward pass: the backward pass computes the logits again,
+all but the first blocks, which are kept as far as KEPT_BYTES go.
 
 Both passes walk the vocabulary in blocks of columns, all tokens at a time, instead of the tokens in blocks of
 rows. Nothing is lost (log-sum-exp merges over columns, Milakov and Gimelshein 2018, arXiv:1805.02867, and
@@ -14,7 +15,8 @@ matmul: summed over tokens in the matmul's float32 registers, rounded once and w
 would read and write a float32 [V, H] accumulator for every block (1.2 GB of memory at Qwen3-30B-A3B's sizes).
 What is accumulated over blocks is the gradient of `hidden`, [N, H], in float32.
 
-Flops: forward 2NHV; backward 2NHV again, and 2NHV for each of `hidden` and `weight` that needs a gradient.
+Flops: forward 2NHV; backward 2NHV again for logits that were not kept, and 2NHV for each of `hidden` and
+`weight` that needs a gradient.
 Shapes: N tokens, H hidden size, V vocabulary (of this rank, where the vocabulary is split).
 """
 
@@ -41,6 +43,9 @@ from gspo_dist.learners.logprobs_passes import (
 # [N, H] accumulator small beside the matmuls; on a CPU a block should stay in the last-level cache.
 GPU_BUDGET_BYTES = 512 << 20
 CPU_BUDGET_BYTES = 4 << 20
+# Bytes of logits kept from the forward pass for the backward pass: memory that buys back flops. 1 GiB is all of
+# 1,766 float32 or 3,533 bfloat16 tokens of a vocabulary of 151,936.
+KEPT_BYTES = 1 << 30
 _LOWEST = -1e30  # "no maximum yet": finite, so that (lowest - m) * 0 is 0 and not nan
 
 
@@ -80,6 +85,7 @@ class _Options(NamedTuple):
     logits_dtype: torch.dtype
     with_entropy: bool
     parallel: VocabParallel | None
+    kept_blocks: int  # blocks of logits that the forward pass keeps for the backward pass
 
 
 def taken_logprobs(
@@ -90,6 +96,7 @@ def taken_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
     fp32_head: bool = False,
     with_entropy: bool = True,
     vocab_parallel: VocabParallel | None = None,
@@ -102,6 +109,8 @@ def taken_logprobs(
     temperature: what the rollout engine sampled with, so that the two log-probs can be compared.
     chunk_tokens: hold at most chunk_tokens x V logits (scratch of the same shape included; at least one
         column of N), in blocks cut along the vocabulary. None: as many as fit a fixed number of bytes.
+    kept_bytes: at most so many bytes of logits stay from forward to backward, where they are not computed a second
+        time; 0 keeps none. Only where a gradient will be asked for.
     fp32_head: logits of 16-bit inputs in float32 (exact products, float32 sums), where they would be rounded
         to the input dtype. The gradient's matmuls take the logits' gradient in the input dtype either way.
     implementation: "chunked" is plain torch and runs everywhere; "compiled" is its torch.compile; "triton"
@@ -127,21 +136,24 @@ def taken_logprobs(
         logits = (GPU_BUDGET_BYTES if hidden.is_cuda else CPU_BUDGET_BYTES) // logits_dtype.itemsize
     else:
         logits = chunk_tokens * len(weight)
+    block = _block_columns(logits // max(held, 1), len(weight))
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = _Options(
         passes=passes,
         inverse_temperature=1.0 / temperature,
-        block=_block_columns(logits // max(held, 1), len(weight)),
+        block=block,
         logits_dtype=logits_dtype,
         with_entropy=with_entropy,
         parallel=vocab_parallel,
+        kept_blocks=kept_bytes // max(1, len(ids) * block * logits_dtype.itemsize) if differentiable else 0,
     )
     logprobs, entropy = _TakenLogprobs.apply(hidden, weight, bias, ids, options)
     return LogprobsAndEntropy(logprobs, entropy)
 
 
 class _TakenLogprobs(torch.autograd.Function):
-    """hidden, weight, bias, ids -> logprobs, entropy; keeps its inputs and one number a token for the
-    backward."""
+    """hidden, weight, bias, ids -> logprobs, entropy; keeps its inputs, one number a token and the first blocks of
+    logits for the backward."""
 
     @staticmethod
     def forward(
@@ -151,8 +163,11 @@ class _TakenLogprobs(torch.autograd.Function):
         state = SoftmaxState(
             empty[0].fill_(_LOWEST), empty[1].zero_(), empty[2].zero_(), empty[3].fill_(-torch.inf)
         )
+        kept: list[Tensor] = []
         with torch.autocast(hidden.device.type, enabled=False):
             for columns, logits in _walk(hidden, weight, options):
+                if len(kept) < options.kept_blocks:
+                    kept.append(logits.clone())  # merge may destroy them
                 options.passes.merge(
                     logits,
                     None if bias is None else bias[columns],
@@ -167,7 +182,7 @@ class _TakenLogprobs(torch.autograd.Function):
         log_total = state.total.log()
         lse = state.peak + log_total
         entropy = log_total - state.dot / state.total if options.with_entropy else None
-        ctx.options = options
+        ctx.options, ctx.kept = options, kept
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -180,13 +195,14 @@ class _TakenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         options: _Options = ctx.options
+        kept, ctx.kept = ctx.kept, []  # gradient() destroys them: a second backward computes all logits again
         scale = grad_logprobs * options.inverse_temperature
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for columns, logits in _walk(hidden, weight, options):
+            for columns, logits in _walk(hidden, weight, options, kept):
                 block = options.passes.gradient(
                     logits,
                     None if bias is None else bias[columns],
@@ -202,7 +218,7 @@ class _TakenLogprobs(torch.autograd.Function):
                     torch.mm(block.t(), hidden, out=grad_weight[columns])
                 if grad_bias is not None:
                     grad_bias[columns] = block.sum(0, dtype=lse.dtype)
-                del block  # before the next block's is made
+                del block, logits  # before the next block's are made
         if grad_hidden is not None:
             if options.parallel is not None and options.parallel.reduce_hidden_grad:
                 dist.all_reduce(grad_hidden, group=options.parallel.group)
@@ -210,16 +226,24 @@ class _TakenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
-def _walk(hidden: Tensor, weight: Tensor, options: _Options) -> Iterator[tuple[slice, Tensor]]:
-    """Each block of columns with its raw logits [N, v] (no bias, no temperature), always in the same
-    buffer."""
+def _walk(
+    hidden: Tensor, weight: Tensor, options: _Options, kept: list[Tensor] | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each block of columns with its raw logits [N, v] (no bias, no temperature): the first from `kept`, which is
+    emptied, the others always in the same buffer."""
+    kept = kept or []
     tokens, vocabulary = len(hidden), len(weight)
-    buffer = hidden.new_empty(tokens * min(options.block, vocabulary), dtype=options.logits_dtype)
+    buffer = None
     if options.logits_dtype != hidden.dtype and not hidden.is_cuda:
         hidden = hidden.to(options.logits_dtype)
     for start in range(0, vocabulary, options.block):
         columns = slice(start, min(start + options.block, vocabulary))
+        if kept:
+            yield columns, kept.pop(0)
+            continue
         width = columns.stop - start
+        if buffer is None:
+            buffer = hidden.new_empty(tokens * width, dtype=options.logits_dtype)
         logits = buffer[: tokens * width].view(tokens, width)
         rows = weight[columns].t()
         if options.logits_dtype == weight.dtype:

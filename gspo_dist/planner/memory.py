@@ -34,6 +34,8 @@ ENGINE_ASLEEP = 2 * GIB
 HEAD_LOGITS = 512 << 20
 """Logits that the LM head holds at once on a GPU (learners/logprobs.py)."""
 HEAD_LOGITS_CPU = 16 << 20
+HEAD_KEPT = 1 << 30
+"""Logits that it keeps for the backward pass, at most."""
 EXPERT_SKEW = 1.25
 """Tokens of the busiest expert-parallel rank over the mean."""
 ZERO_BUCKET = 500_000_000
@@ -202,8 +204,9 @@ def learner_memory(
     """The fullest rank at its worst moment (backward pass, or optimiser step), and its items in host memory."""
     device, host = learner_states(model, layout)
     tokens = math.ceil(layout.token_budget / layout.context)
-    head = Item("head", (HEAD_LOGITS if gpu else HEAD_LOGITS_CPU) + 4 * tokens * model.hidden,
-                "a block of logits, and the hidden states' gradient in float32")
+    kept_logits = min(HEAD_KEPT, layout.width * tokens * model.vocab // layout.tensor)
+    head = Item("head", (HEAD_LOGITS if gpu else HEAD_LOGITS_CPU) + kept_logits + 4 * tokens * model.hidden,
+                "a block of logits, those kept for the backward pass, and the hidden states' gradient in float32")
     backward = [activations(model, layout), head]
     step: list[Item] = []
     if layout.backend == "deepspeed" and layout.zero_stage == 0 and layout.precision == "bf16":

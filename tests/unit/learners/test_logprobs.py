@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_dist.learners.logprobs import _block_columns, taken_logprobs
 from gspo_dist.learners.logprobs_passes import IMPLEMENTATIONS
@@ -51,9 +52,12 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, N, 100, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_log_softmax_and_gather_in_value_and_gradient(chunk_tokens, temperature, bias):
+@pytest.mark.parametrize("kept_bytes", [0, 8 * N * V // 2, 1 << 30], ids=["kept-none", "kept-half", "kept-all"])
+def test_equals_log_softmax_and_gather_in_value_and_gradient(chunk_tokens, temperature, bias, kept_bytes):
     hidden, weight, b, ids, upstream = make(bias=bias)
-    out = taken_logprobs(hidden, weight, ids, bias=b, temperature=temperature, chunk_tokens=chunk_tokens)
+    out = taken_logprobs(
+        hidden, weight, ids, bias=b, temperature=temperature, chunk_tokens=chunk_tokens, kept_bytes=kept_bytes
+    )
     expected, entropy = naive(hidden, weight, b, ids, temperature)
     assert_close(out.logprobs, expected, 1e-12)
     assert_close(out.entropy, entropy, 1e-12)
@@ -117,9 +121,11 @@ def test_only_the_gradients_asked_for_are_computed():
                 assert t.grad is None
 
 
-def test_backward_twice_gives_the_same_gradient():
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_backward_twice_gives_the_same_gradient(kept_bytes):
     hidden, weight, bias, ids, upstream = make()
-    loss = (taken_logprobs(hidden, weight, ids, bias=bias, chunk_tokens=2).logprobs * upstream).sum()
+    out = taken_logprobs(hidden, weight, ids, bias=bias, chunk_tokens=2, kept_bytes=kept_bytes)
+    loss = (out.logprobs * upstream).sum()
     first = torch.autograd.grad(loss, [hidden, weight, bias], retain_graph=True)
     second = torch.autograd.grad(loss, [hidden, weight, bias])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -187,10 +193,32 @@ def test_never_more_than_one_chunk_of_logits_alive(dtype, fp32_head, chunk_token
     n, h, v = 64, 2, 4096
     hidden, weight, _, ids, upstream = make(n, h, v, dtype=dtype, bias=False)
     with _LogitCensus(n, h) as census:
-        out = taken_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens, fp32_head=fp32_head)
+        out = taken_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens, kept_bytes=0, fp32_head=fp32_head)
         forward = census.peak
         gradients(out.logprobs, upstream.to(out.logprobs.dtype), hidden, weight)
     assert 0.3 * chunk_tokens * v < forward <= census.peak <= chunk_tokens * v
+
+
+@pytest.mark.parametrize("kept_share", [0.3, 0.6, 1.0])
+def test_kept_logits_stay_within_their_bytes_and_spare_their_matmuls(kept_share):
+    n, h, v, chunk = 64, 2, 4096, 4
+    hidden, weight, _, ids, upstream = make(n, h, v, dtype=torch.float32, bias=False)
+    budget = int(kept_share * n * v * 4)
+    with _LogitCensus(n, h) as census:
+        out = taken_logprobs(hidden, weight, ids, chunk_tokens=chunk, kept_bytes=budget)
+        assert 0.9 * budget // 4 < census.peak - chunk * v <= budget // 4
+        with FlopCounterMode(display=False) as counter:
+            gradients(out.logprobs, upstream.float(), hidden, weight)
+    assert census.peak <= chunk * v + budget // 4
+    # 2NHV for weight's gradient and for each logit computed again; torch's counter (2.11) does not see addmm_.
+    assert counter.get_total_flops() == pytest.approx((2 + 2 * (1 - kept_share)) * n * h * v, rel=0.02)
+
+
+def test_nothing_is_kept_where_no_gradient_will_be_asked_for():
+    hidden, weight, _, ids, _ = make(64, 2, 4096, dtype=torch.float32, bias=False)
+    with _LogitCensus(64, 2) as census, torch.no_grad():
+        taken_logprobs(hidden, weight, ids, chunk_tokens=4)
+    assert census.peak <= 4 * 4096
 
 
 def test_float32_head_is_closer_to_the_truth_than_a_16_bit_head():
@@ -262,7 +290,7 @@ for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):  # the 
             for name in ("triton", "chunked"):
                 b = leaves[2] if bias else None
                 o = taken_logprobs(leaves[0], leaves[1], ids, bias=b, temperature=0.7, chunk_tokens=chunk,
-                                   implementation=name)
+                                   kept_bytes=9 * 77, implementation=name)
                 grads = torch.autograd.grad((o.logprobs * up).sum(), leaves[: 2 + bias])
                 results.append([o.logprobs, o.entropy, *grads])
             for i, (a, e) in enumerate(zip(*results, strict=True)):
@@ -314,6 +342,7 @@ for cut in (16, 29, 0, 3):  # uneven shards, and empty ones on either side
         for reduce in (True, False):
             part = [t.clone().requires_grad_() for t in (hidden, weight[a:b], bias[a:b])]
             o = taken_logprobs(part[0], part[1], ids, bias=part[2], temperature=0.7, chunk_tokens=chunk,
+                               kept_bytes=4 * 11 * 29,
                                vocab_parallel=VocabParallel(dist.group.WORLD, a, reduce_hidden_grad=reduce))
             close(o.logprobs, expected)
             close(o.entropy, entropy)

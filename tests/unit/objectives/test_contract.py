@@ -386,3 +386,9 @@ def test_concat_keeps_the_items_and_quantiles_of_them_do_not_depend_on_the_split
     assert results({"v": merged}) == {}
     with pytest.raises(ValueError, match="holds 7"):
         merged.result()
+
+
+def test_the_readme_shows_the_legality_table_as_it_is_printed():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    for paragraph in legality.format_table().split("\n\n"):
+        assert paragraph.strip() in readme, "README.md is behind `gspo legality`: paste its output"
