@@ -7,13 +7,15 @@ own files: step, policy version, data cursor, counters, guard state, random stat
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FORMAT = 1
 
@@ -29,6 +31,25 @@ class Checkpoint:
     @property
     def learner(self) -> Path:
         return self.folder / "learner"
+
+
+def hold(run_dir: Path) -> IO[str]:
+    """Makes this process the only one that writes to `run_dir`, until the file that it returns is closed (a killed
+    process lets go too). Raises ValueError naming the holder. File systems without locks are taken on trust."""
+    lock = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise ValueError(f"run_dir {run_dir} is in use by {holder}: wait for it, or choose another run_dir") from None
+    except OSError:  # ENOLCK, ENOSYS: NFS without its lock daemon, Lustre mounted without -o flock
+        return lock
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 class CheckpointStore:
@@ -50,11 +71,12 @@ class CheckpointStore:
         manifest = partial / "manifest.json"
         with open(manifest, "w", encoding="utf-8") as f:
             json.dump({"format": FORMAT, "step": step, **state}, f, indent=2)
-            f.flush()
-            os.fsync(f.fileno())
+        for path in [*partial.rglob("*"), partial]:  # what other hosts wrote is theirs to sync
+            _sync(path)
         final = self.root / f"step-{step:06d}"
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        _sync(self.root)
         for old in self._folders()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final
@@ -75,3 +97,12 @@ class CheckpointStore:
 
     def _folders(self) -> list[Path]:
         return sorted(self.root.glob("step-*")) if self.root.is_dir() else []
+
+
+def _sync(path: Path) -> None:
+    """To the disk, not only to the page cache: a rename may otherwise outlive the data it promises."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -83,7 +83,6 @@ class ConsoleSink:
 
         self.console = Console()
         self.total = total_steps
-        self.last: dict[str, float] = {}
         self.progress = Progress(
             TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,

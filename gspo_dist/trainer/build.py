@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from gspo_dist.checkpoint import Checkpoint, CheckpointStore
+from gspo_dist.checkpoint import Checkpoint, CheckpointStore, hold
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig, to_mapping
 from gspo_dist.data.cursor import PromptCursor
@@ -106,11 +106,14 @@ def build(config: RunConfig) -> Run:
     limit = config.rollout.max_prompt_tokens
     train, heldout = load_splits(config.data, tokenizer, max_prompt_tokens=limit, seed=config.seed)
     device = resolve_device(config.cluster)
-    _prepare_folder(run_dir, config, checkpoint)
-
-    parts = _local_parts if config.cluster.in_process else _ray_parts
-    learner, pool, rewards, info, release = parts(config, model, device, run_dir, moe_layers)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stack = contextlib.ExitStack()
     try:
+        stack.enter_context(hold(run_dir))
+        _prepare_folder(run_dir, config, checkpoint)
+        parts = _local_parts if config.cluster.in_process else _ray_parts
+        learner, pool, rewards, info, release = parts(config, model, device, run_dir, moe_layers)
+        stack.callback(release)
         ranks = config.learner.data_parallel
         contract = LogprobContract(config.objective, objective, learner, config.seed)
         run = Run(
@@ -121,13 +124,13 @@ def build(config: RunConfig) -> Run:
             flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
             sync=WeightSync(config.rollout.weight_sync, learner, pool, _sync_plan(config, device), ranks,
                             config.rollout.max_model_len),
-            sinks=Sinks([]), sampling=sampling_spec(config, tokenizer, info), release=release,
+            sinks=Sinks([]), sampling=sampling_spec(config, tokenizer, info), release=stack.close,
         )
         if checkpoint is not None:
             run.restore(checkpoint)
         run.sinks = _make_sinks(config, run_dir, run.first_step)
     except BaseException:
-        release()
+        stack.close()
         raise
     return run
 
@@ -377,9 +380,8 @@ def _cap_threads(threads: int, device: str) -> None:
 
 
 def _prepare_folder(run_dir: Path, config: RunConfig, checkpoint: Checkpoint | None) -> None:
-    """Makes the run folder. A folder without checkpoints starts over (its metrics are cut); one with checkpoints is
+    """Readies the run folder. A folder without checkpoints starts over (its metrics are cut); one with checkpoints is
     resumed with the settings that made it. Raises ValueError otherwise: nothing that was finished is lost."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     if checkpoint is None and any(run_dir.glob("checkpoints/step-*/manifest.json")):
         raise ValueError(
             f"run_dir {run_dir} holds checkpoints of an earlier run and checkpoint.resume is false: choose a new "

@@ -56,6 +56,13 @@ class Run:
     first_eval: dict[str, float] = field(default_factory=dict)
     last_eval: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0
+    """What the run took up to the checkpoint that it continues from."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, over its interruptions; what was lost with a kill is not counted."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     @property
     def store(self) -> CheckpointStore:
@@ -168,6 +175,7 @@ class Run:
             "cursor": self.cursor.state_dict(),
             "contract": self.contract.state_dict(),
             "tokens_seen": self.tokens_seen,
+            "seconds": self.seconds,
             "published": self.sync.published,
             "first_eval": self.first_eval,
         })
@@ -190,6 +198,7 @@ class Run:
         self.cursor.load_state_dict(state["cursor"])
         self.contract.load_state_dict(state["contract"])
         self.tokens_seen = state["tokens_seen"]
+        self.seconds_before = state["seconds"]
         self.sync.published = state["published"] - 1  # the first publication of a resumed run repeats the last one
         self.first_eval = dict(state["first_eval"])
         self.flips.restore(self.run_dir, checkpoint.step)
@@ -217,7 +226,7 @@ class Run:
             "steps": self.config.steps,
             "policy_version": self.learner.policy_version,
             "completion_tokens": self.tokens_seen,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.seconds,
             "tokens_per_s_median": float(np.median([r["perf/tokens_per_s"] for r in rows if "perf/tokens_per_s" in r])),
             "peak_memory_bytes": memory,
             "checkpoint": str(self.last_checkpoint) if self.last_checkpoint else None,

@@ -37,6 +37,11 @@ class Staged:
     handle: Any = None
 
 
+def _pid_namespace() -> int:
+    """Containers may share /dev/shm and not their process ids: only one's own dead can be told."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
 def create_file(path: Path, nbytes: int) -> None:
     """Makes a file with all its pages reserved: tmpfs would kill the writer (SIGBUS) where they run out
     later.
@@ -66,8 +71,16 @@ class ShmTransport:
     def __init__(self, *, check: bool = True, folder: Path = FOLDER) -> None:
         self.check = check
         self.folder = folder
-        self.prefix = f"gspo-{os.getpid()}-{secrets.token_hex(4)}"
+        self.prefix = f"gspo-{_pid_namespace()}-{os.getpid()}-{secrets.token_hex(4)}"
         self.count = 0
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes the buckets of senders that were killed: memory that nobody else would give back."""
+        for path in self.folder.glob(f"gspo-{_pid_namespace()}-*-*"):
+            sender = path.name.split("-")[2]
+            if sender.isdigit() and not Path("/proc", sender).exists():
+                path.unlink(missing_ok=True)
 
     def init_info(self, engine_index: int) -> dict[str, Any]:
         """What engine `engine_index` is told once, before the first update."""

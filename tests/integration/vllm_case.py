@@ -272,7 +272,7 @@ def sync(folder, tie=False, dense=()):
             }
         )
         last = scored
-    files = [p.name for p in Path("/dev/shm").glob(f"gspo-{os.getpid()}-*")]
+    files = [p.name for p in Path("/dev/shm").glob(f"gspo-*-{os.getpid()}-*")]
     engine.close()
     return {"steps": steps, "files": files}
 

@@ -176,3 +176,14 @@ def test_a_run_folder_is_resumed_with_its_own_settings_or_not_at_all(model, rewa
     summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=3"))  # more steps is no other run
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     assert summary["policy_version"] == 6
+
+
+def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
+    mine = config(model, reward_file, tmp_path / "run", "steps=1")
+    first = build(mine)
+    try:
+        with pytest.raises(ValueError, match=r"run_dir .* is in use by process \d+ on .*: wait for it, or choose another"):
+            build(mine)
+    finally:
+        first.release()
+    go(mine)

@@ -1,6 +1,8 @@
 """Laws of a publication over shared memory: what arrives, what stays behind, what an error does."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -199,3 +201,23 @@ def test_unknown_transports_are_refused():
         make_transport("auto")
     with pytest.raises(ValueError, match="takes no"):
         make_transport("shm", master_port=3)
+
+
+def test_the_buckets_of_a_killed_sender_are_swept_and_those_of_a_living_one_are_not(tmp_path):
+    script = (
+        "import sys, torch; from pathlib import Path; from gspo_dist.weights.shm import ShmTransport\n"
+        "ShmTransport(folder=Path(sys.argv[1])).stage([('w', torch.zeros(8))]); print('staged', flush=True)\n"
+        "input()"
+    )
+    sender = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert sender.stdout.readline() == "staged\n"
+        ShmTransport(folder=tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1
+    finally:
+        sender.kill()
+        sender.communicate()
+    ShmTransport(folder=tmp_path)
+    assert not list(tmp_path.iterdir())
