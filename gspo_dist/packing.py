@@ -35,6 +35,12 @@ class MiniBatch:
             for rank, outs in zip(self.micro_batches, outputs, strict=True)
         ))
 
+    def with_traces(self, rollouts: Sequence[Rollout]) -> MiniBatch:
+        """Attaches the routing traces of the rollout batch that it was packed from (`attach_traces`)."""
+        return replace(
+            self, micro_batches=tuple(tuple(attach_traces(b, rollouts) for b in rank) for rank in self.micro_batches)
+        )
+
     def with_reference(self, outputs: Sequence[Sequence[LogprobOutput]]) -> MiniBatch:
         """Attaches reference log-probs."""
         return replace(self, micro_batches=tuple(
@@ -111,7 +117,7 @@ def _lpt(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] | No
 
 
 def pack_sequences(rollouts: Sequence[Rollout], advantages: Sequence[float], index: Sequence[int]) -> PackedBatch:
-    """Lays `rollouts[i] for i in index` end to end, with each one's advantage on its tokens and its routing trace."""
+    """Lays `rollouts[i] for i in index` end to end, with each one's advantage on its tokens; no routing traces."""
     chosen = [rollouts[i] for i in index]
     prompts = [len(r.prompt.token_ids) for r in chosen]
     lengths = np.array([r.num_tokens for r in chosen])
@@ -128,17 +134,6 @@ def pack_sequences(rollouts: Sequence[Rollout], advantages: Sequence[float], ind
         tokens[start + p : stop] = completion.token_ids
         mask[start + p : stop] = completion.loss_mask
         engine[start + p : stop] = np.where(completion.loss_mask, completion.logprobs, 0.0)
-    traces = [r.completion.routing for r in chosen]
-    present = [t for t in traces if t is not None]
-    if present and len(present) != len(traces):
-        missing = chosen[next(i for i, t in enumerate(traces) if t is None)].rollout_id
-        raise ValueError(f"rollout {missing} has no routing trace while others of its batch have one")
-    for rollout, trace in zip(chosen, traces, strict=True):
-        if trace is not None and len(trace) != rollout.num_tokens:
-            raise ValueError(
-                f"routing trace of rollout {rollout.rollout_id} is truncated: {len(trace)} rows for "
-                f"{rollout.num_tokens} tokens"
-            )
     return PackedBatch(
         token_ids=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(cu[:-1], lengths)),
@@ -147,8 +142,24 @@ def pack_sequences(rollouts: Sequence[Rollout], advantages: Sequence[float], ind
         advantages=torch.from_numpy(advantage),
         rollout_logprobs=torch.from_numpy(engine),
         rollout_index=torch.tensor(list(index), dtype=torch.int64),
-        routing=RoutingTrace.concat(present) if present else None,
     )
+
+
+def attach_traces(batch: PackedBatch, rollouts: Sequence[Rollout]) -> PackedBatch:
+    """`batch` with its sequences' routing traces, taken from the rollout batch: a copy, to be dropped after use.
+
+    Raises ValueError naming the rollout whose trace is missing or truncated."""
+    chosen = [rollouts[i] for i in batch.rollout_index.tolist()]
+    for rollout in chosen:
+        trace = rollout.completion.routing
+        if trace is None:
+            raise ValueError(f"rollout {rollout.rollout_id} has no routing trace: its engine did not record one")
+        if len(trace) != rollout.num_tokens:
+            raise ValueError(
+                f"routing trace of rollout {rollout.rollout_id} is truncated: {len(trace)} rows for "
+                f"{rollout.num_tokens} tokens"
+            )
+    return batch.with_(routing=RoutingTrace.concat([r.completion.routing for r in chosen]))
 
 
 def _masked(batch: PackedBatch) -> PackedBatch:
@@ -166,7 +177,8 @@ def pack(
     max_completion_length: int,
     seed: Sequence[int],
 ) -> list[MiniBatch]:
-    """The mini-batches of one rollout batch. `advantages`: one a rollout. `seed` (numbers, e.g. run seed and step) fixes the order of the groups.
+    """The mini-batches of one rollout batch. `advantages`: one a rollout. `seed` (numbers, e.g. run seed and step) fixes
+    the order of the groups. Routing traces stay with the rollouts: `MiniBatch.with_traces` attaches them for use.
 
     Raises ValueError for a rollout without a trained token (named), a sequence over the budget, too few rollouts.
     """

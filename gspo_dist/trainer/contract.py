@@ -1,14 +1,15 @@
 """Where the old log-probs of a step come from, and the guard over engine log-probs.
 
 `rollout`: the engine's own numbers; nothing runs before the update. `recompute`: one forward pass of the learner over
-the batch (R2 records its routes there). With engine log-probs the mean log ratio of the first mini-batch measures the
+the batch (R2 records its routes there; R3 replays the engine's in it and in the update). With engine log-probs the mean log ratio of the first mini-batch measures the
 offset that the mismatch engine / learner puts on every sequence ratio (objectives/recentre.py); the guard acts on it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from gspo_dist.objectives.registry import Objective
 from gspo_dist.objectives.segments import Segments
 from gspo_dist.objectives.stats import Stat
 from gspo_dist.packing import MiniBatch, take_sequences
+from gspo_dist.types import Rollout
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +57,14 @@ class LogprobContract:
         self.decision = GuardDecision("none", 0.0, 0.0, False, "no measurement yet")
         self.metrics: dict[str, float] = {}
 
-    def prepare(self, mini_batches: list[MiniBatch], step: int) -> list[MiniBatch]:
-        """Mini-batches with their old log-probs (engine's: left as packed), routes (R2) and reference log-probs."""
+    def prepare(self, mini_batches: list[MiniBatch], rollouts: Sequence[Rollout], step: int) -> list[MiniBatch]:
+        """Mini-batches with their old log-probs (engine's: left as packed), R2's routes and reference log-probs."""
         self.metrics = {}
         if self.config.kl_coef > 0:
             mini_batches = [m.with_reference(self.learner.logprobs(m, reference=True)) for m in mini_batches]
         self.recomputed = self.config.old_logprobs == "recompute"
         if not self.recomputed and self._measures_subset():
-            self._observe(self._subset_offset(mini_batches, step))
+            self._observe(self._subset_offset(mini_batches, rollouts, step))
         if not self.recomputed and self.decision.action == "recompute":
             self.recomputed = True
         self.metrics["contract/recomputed"] = float(self.recomputed)
@@ -70,8 +72,20 @@ class LogprobContract:
             return mini_batches
         record = self.config.routing_replay == "r2"
         return [
-            m.with_outputs(self.learner.logprobs(m, record_routing=record), keep_routing=record) for m in mini_batches
+            m.with_outputs(self.learner.logprobs(self.replayed(m, rollouts), record_routing=record), keep_routing=record)
+            for m in mini_batches
         ]
+
+    def replayed(self, mini: MiniBatch, rollouts: Sequence[Rollout]) -> MiniBatch:
+        """The mini-batch with the routes that the learner must replay: R2's are in it already, R3's are those of its
+        rollouts. The batch's traces are held once, by the rollouts; the copy made here lives as long as its use."""
+        if self.config.routing_replay != "r3":
+            return mini
+        start = time.perf_counter()
+        routed = mini.with_traces(rollouts)
+        seconds = self.metrics.get("routing/replay_attach_s", 0.0) + time.perf_counter() - start
+        self.metrics["routing/replay_attach_s"] = seconds
+        return routed
 
     def loss_spec(self, mini: MiniBatch, index: int) -> LossSpec:
         """The loss of mini-batch `index` of this step."""
@@ -119,13 +133,15 @@ class LogprobContract:
         guard = self.config.guard
         return guard.estimator == "subset" and guard.action in ("recentre", "recompute") and self.guard is not None
 
-    def _subset_offset(self, mini_batches: list[MiniBatch], step: int) -> OffsetEstimate:
+    def _subset_offset(
+        self, mini_batches: list[MiniBatch], rollouts: Sequence[Rollout], step: int
+    ) -> OffsetEstimate:
         """The exact offset on a random subset of the batch's sequences: one small forward pass."""
         flat = [(b, s) for m in mini_batches for rank in m.micro_batches for b in rank for s in range(b.num_sequences)]
         flat = [(b, s) for b, s in flat if b.loss_mask[int(b.cu_seqlens[s]) : int(b.cu_seqlens[s + 1])].any()]
         chosen = choose_subset(len(flat), self.config.guard.subset_fraction, self.seed * 1_000_003 + step)
         mini = take_sequences([flat[i] for i in chosen], ranks=len(mini_batches[0].micro_batches))
-        outputs = self.learner.logprobs(mini)
+        outputs = self.learner.logprobs(self.replayed(mini, rollouts))
         learner, engine, ids, count = [], [], [], 0
         for rank, outs in zip(mini.micro_batches, outputs, strict=True):
             for batch, out in zip(rank, outs, strict=True):

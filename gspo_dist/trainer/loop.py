@@ -55,20 +55,21 @@ def train_step(run: Run, step: int) -> dict[str, float]:
             config.objective.advantage_name,
         )
         mini_batches = pack(
-            run.for_training(rollouts), advantages, ranks=config.learner.data_parallel,
+            rollouts, advantages, ranks=config.learner.data_parallel,
             token_budget=config.learner.token_budget, mini_batches=config.mini_batches,
             max_completion_length=config.rollout.max_completion_tokens, seed=(config.seed, step),
         )
     with run.learning():
         with clock("old_logprobs"):
-            mini_batches = run.contract.prepare(mini_batches, step)
+            mini_batches = run.contract.prepare(mini_batches, rollouts, step)
         with clock("flips"):
             run.flips.begin(step, mini_batches, rollouts)
 
         parts, row = [], {}
         for index, mini in enumerate(mini_batches):
             with clock("update"):
-                stats = run.learner.forward_backward(mini, run.contract.loss_spec(mini, index))
+                routed = run.contract.replayed(mini, rollouts)
+                stats = run.learner.forward_backward(routed, run.contract.loss_spec(mini, index))
                 optim = run.learner.optim_step()
             run.contract.observe(stats, index)
             row |= mini_batch_metrics(stats, index)

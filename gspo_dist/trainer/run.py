@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gspo_dist.metrics.curves import draw_curves
 from gspo_dist.metrics.sinks import Sinks, read_jsonl
 from gspo_dist.packing import MiniBatch
 from gspo_dist.rollout.pool import RolloutPool
+from gspo_dist.routing.trace import replay_bytes
 from gspo_dist.trainer.collect import RewardPool, evaluate_with, probe_sequences
 from gspo_dist.trainer.contract import LogprobContract
 from gspo_dist.trainer.flips import FlipMeter
@@ -84,12 +85,6 @@ class Run:
         wanted = self.config.objective.routing_replay == "r3" or self.flips.due(step)
         return replace(self.sampling, record_routing=self.sampling.record_routing and wanted)
 
-    def for_training(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Rollouts as the learner gets them: with their routing trace only where R3 replays it."""
-        if self.config.objective.routing_replay == "r3":
-            return list(rollouts)
-        return [replace(r, completion=replace(r.completion, routing=None)) for r in rollouts]
-
     def probe_sequences(self) -> list[tuple[np.ndarray, int]]:
         """What the first log-prob probe compares, before any step: a few completions sampled for it."""
         spec = replace(self.sampling, n=1, record_routing=False)
@@ -128,15 +123,22 @@ class Run:
         launched = sum(len(rank) for m in mini_batches for rank in m.micro_batches)
         held = sum(m.num_tokens for m in mini_batches)
         self.flips.end()
-        traces = [b.routing for m in mini_batches for rank in m.micro_batches for b in rank if b.routing is not None]
         out = {
             "packing/micro_batches": float(launched),
             "packing/efficiency": held / (launched * self.config.learner.token_budget),
         }
-        if traces:
-            out["routing/replay_bytes"] = float(sum(t.nbytes for t in traces))
-            out["routing/replay_bytes_per_token"] = sum(t.nbytes for t in traces) / held
-            out["routing/native_row_fraction"] = float(np.mean(np.concatenate([~t.known for t in traces])))
+        objective = self.config.objective
+        if objective.routing_replay != "none":
+            recorded = [b.routing for m in mini_batches for rank in m.micro_batches for b in rank]
+            traces = [t for t in (r.completion.routing for r in rollouts) if t] if recorded[0] is None else recorded
+            total = sum(t.nbytes for t in traces)
+            out["routing/replay_bytes"] = float(total)
+            out["routing/replay_bytes_per_token"] = total / sum(len(t) for t in traces)
+            out["routing/native_row_fraction"] = sum(t.unknown_rows for t in traces) / sum(len(t) for t in traces)
+            cost = replay_bytes(
+                objective.routing_replay, total, recompute_old_logprobs=self.contract.recomputed
+            )
+            out |= {f"routing/replay_{kind}_bytes": float(n) for kind, n in asdict(cost).items()}
         return out
 
     def speed(self, times: Mapping[str, float], rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -97,7 +97,8 @@ def test_taken_sequences_keep_their_tokens_and_traces():
     ]
     rollouts = [rollout(0, 2, 3, routing=traces[0]), rollout(1, 3, 4, routing=traces[1]), rollout(2, 1, 3, routing=traces[2])]
     (mini,) = pack(rollouts, [1, 2, 3], ranks=1, token_budget=64, mini_batches=1, max_completion_length=8, seed=(0,))
-    ((batch,),) = mini.micro_batches
+    assert mini.micro_batches[0][0].routing is None  # held once, by the rollouts, until they are asked for
+    ((batch,),) = mini.with_traces(rollouts).micro_batches
     taken = take_sequences([(batch, 2), (batch, 0)], ranks=1)
     ((small,),) = taken.micro_batches
     found = unpack(small, small.token_ids.float())
@@ -139,13 +140,19 @@ def test_a_rollout_without_a_trained_token_is_named():
         )
 
 
-def test_a_truncated_trace_is_named():
-    short = RoutingTrace(np.zeros((3, 1, 1), np.uint8), np.ones(3, bool), 4)
-    with pytest.raises(ValueError, match="routing trace of rollout 0 is truncated: 3 rows for 4 tokens"):
-        pack(
-            [rollout(0, 2, 2, routing=short)], [1.0],
-            ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,),
-        )
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (RoutingTrace(np.zeros((3, 1, 1), np.uint8), np.ones(3, bool), 4),
+         "routing trace of rollout 0 is truncated: 3 rows for 4 tokens"),
+        (None, "rollout 0 has no routing trace"),
+    ],
+)
+def test_a_truncated_or_missing_trace_is_named(routing, message):
+    rollouts = [rollout(0, 2, 2, routing=routing)]
+    (mini,) = pack(rollouts, [1.0], ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,))
+    with pytest.raises(ValueError, match=message):
+        mini.with_traces(rollouts)
 
 
 def test_non_finite_engine_logprobs_name_the_token():

@@ -7,7 +7,7 @@ import torch
 from gspo_dist.learners import attention
 from gspo_dist.learners.eager import hf_logprobs
 from gspo_dist.learners.policy import PolicyModel
-from gspo_dist.packing import pack_sequences
+from gspo_dist.packing import attach_traces, pack_sequences
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, Rollout
 
@@ -42,8 +42,8 @@ def run(make_model):
 
 
 def test_packed_sequences_are_replayed_as_each_is_alone(rollouts, run):
-    packed = pack_sequences(rollouts, [0.0] * 3, [2, 0, 1])
-    alone = [pack_sequences(rollouts, [0.0] * 3, [i]) for i in (2, 0, 1)]
+    packed = attach_traces(pack_sequences(rollouts, [0.0] * 3, [2, 0, 1]), rollouts)
+    alone = [attach_traces(pack_sequences(rollouts, [0.0] * 3, [i]), rollouts) for i in (2, 0, 1)]
     together = run(packed, record=True)
     separate = [run(batch, record=True) for batch in alone]
     np.testing.assert_array_equal(together.routing.expert_ids, packed.routing.expert_ids)
@@ -55,7 +55,7 @@ def test_packed_sequences_are_replayed_as_each_is_alone(rollouts, run):
 
 
 def test_a_sequences_routes_touch_no_other_sequence(rollouts, run):
-    packed = pack_sequences(rollouts, [0.0] * 3, [0, 1, 2])
+    packed = attach_traces(pack_sequences(rollouts, [0.0] * 3, [0, 1, 2]), rollouts)
     ids = packed.routing.expert_ids.copy()
     first, second = packed.cu_seqlens[1:3].tolist()
     ids[first:second] = (ids[first:second] + 1) % 8
@@ -68,7 +68,7 @@ def test_a_sequences_routes_touch_no_other_sequence(rollouts, run):
 
 def test_the_last_tokens_missing_routes_do_not_matter(rollouts, run):
     """Nothing is predicted from the last token, so the row that the engine never had changes no log-prob."""
-    packed = pack_sequences(rollouts, [0.0] * 3, [0, 1, 2])
+    packed = attach_traces(pack_sequences(rollouts, [0.0] * 3, [0, 1, 2]), rollouts)
     known = packed.routing.known.copy()
     known[packed.cu_seqlens[1:].numpy() - 1] = False
     ids = np.where(known[:, None, None], packed.routing.expert_ids, 0).astype(np.uint8)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo_dist.packing import pack_sequences
+from gspo_dist.packing import attach_traces, pack_sequences
 from gspo_dist.routing.trace import ReplayBytes, RoutingTrace, id_dtype, replay_bytes, trace_bytes
 from gspo_dist.types import Completion, Prompt, Rollout
 
@@ -35,7 +35,7 @@ def test_packing_carries_the_routes_of_every_token(random_trace):
         return Rollout(i, i, Prompt(str(i), tuple(range(prompt)), "", None), completion, 0.0)
 
     rollouts = [rollout(0, 2, 3), rollout(1, 1, 4), rollout(2, 3, 1)]
-    batch = pack_sequences(rollouts, [0.0, 0.0, 0.0], [2, 0])
+    batch = attach_traces(pack_sequences(rollouts, [0.0, 0.0, 0.0], [2, 0]), rollouts)
     cu = batch.cu_seqlens.tolist()
     for s, i in enumerate(batch.rollout_index.tolist()):
         want = rollouts[i].completion.routing.expert_ids

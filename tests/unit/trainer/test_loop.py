@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.trainer.build import build
 from gspo_dist.trainer.loop import train
 
@@ -187,3 +189,48 @@ def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
     finally:
         first.release()
     go(mine)
+
+
+@pytest.mark.parametrize("objective", ["grpo_r2", "grpo_r3", "gspo_r3"])
+def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_use(
+    model, reward_file, tmp_path, objective, monkeypatch
+):
+    run = build(config(model, reward_file, tmp_path / "run", f"objective={objective}", "steps=2", "mini_batches=4",
+                       "flips.every=0"))
+    seen, others = [], trace_bytes_alive()
+
+    def watched(name):
+        verb = getattr(run.learner, name)
+
+        def call(mini, *args, **kwargs):
+            if kwargs or args:  # not the probe of the weight sync
+                seen.append((trace_bytes_alive() - others, sum(b.routing.nbytes for r in mini.micro_batches for b in r if b.routing)))
+            return verb(mini, *args, **kwargs)
+
+        monkeypatch.setattr(run.learner, name, call)
+
+    watched("forward_backward")
+    watched("logprobs")
+    try:
+        train(run)
+    finally:
+        run.release()
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    batch = [row["routing/replay_bytes"] for row in rows if "routing/replay_bytes" in row]
+    in_use = max(used for _, used in seen)
+    assert 0 < in_use < 0.5 * max(batch)
+    assert max(alive for alive, _ in seen) <= max(batch) + in_use
+    assert max(alive for alive, _ in seen) >= min(batch)  # the count sees them
+
+
+def trace_bytes_alive() -> int:
+    """Bytes of memory behind all routing traces of the process; views of one array count once."""
+    gc.collect()
+    arrays = {}
+    for trace in gc.get_objects():
+        if type(trace) is RoutingTrace:
+            for array in (trace.expert_ids, trace.known):
+                while isinstance(array.base, np.ndarray):
+                    array = array.base
+                arrays[id(array)] = array.nbytes
+    return sum(arrays.values())
