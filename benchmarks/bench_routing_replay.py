@@ -2,6 +2,9 @@
 
     python benchmarks/bench_routing_replay.py                              # CPU, eager learner, a small random MoE
     python benchmarks/bench_routing_replay.py --arithmetic-only
+    python benchmarks/bench_routing_replay.py --quickstart                 # whole steps of the main job, all processes
+    python benchmarks/bench_routing_replay.py --quickstart --overrides learner=megatron \\
+        learner.deepspeed.expert_parallel=1 learner.megatron.expert_parallel=2
     python benchmarks/bench_routing_replay.py --device cuda --precision bf16 --layers 24 --hidden 1024 \\
         --experts 128 --top-k 8 --moe-intermediate 384 --sequences 8 --length 2048 --out replay.json
 
@@ -12,6 +15,10 @@ the last token of every sequence unknown, as an engine leaves it, so all modes c
 machinery differs. Modes are interleaved, round after round; medians and quartiles are printed; on a CPU the seconds
 are the process's CPU time. Before anything is timed the log-probs under the learner's own routes are compared with
 the plain ones (exit status 1 if one changes by more than --tolerance).
+
+--quickstart runs `gspo train experiment=quickstart` with GRPO and recomputed old log-probs under none, r2 and r3, one
+after the other and round after round, with a learning rate so small (1e-12) that every run samples the same rollouts: the
+same work but for the replay. Overhead: each round's ratio of the medians of its runs; all ratios are printed.
 
 A backend of several ranks runs under torchrun: every rank computes its own micro-batch, rank 0 prints.
 """
@@ -244,6 +251,56 @@ def print_step(results: dict[str, dict[str, object]], step: Step, args: argparse
         print(f"{mode:5} " + " ".join(f"{c:>22}" for c in cells) + f" {more:>9.1f}%")
 
 
+# ---- the quickstart ----
+
+
+SPANS = ("collect", "old_logprobs", "update", "reward", "pack", "sync", "step")
+
+
+def quickstart(args: argparse.Namespace) -> dict[str, object]:
+    """Whole steps of the main job under every mode: seconds by part, bytes, and each round's overhead."""
+    from bench_step import measure
+
+    rows: dict[str, list[list[dict]]] = {mode: [] for mode in MODES}
+    for round_ in range(args.rounds):
+        for mode in MODES[:: 1 if round_ % 2 else -1]:
+            print(f"round {round_ + 1}: {mode}", file=sys.stderr, flush=True)
+            rows[mode].append(measure([
+                "experiment=quickstart", "objective=grpo", f"objective.routing_replay={mode}", "flips.every=0",
+                "learner.optimizer.lr=1e-12", "rollout.weight_sync.probe_every=0", *args.overrides,
+            ], args.steps, None))
+    out: dict[str, object] = {}
+    for mode, rounds in rows.items():
+        steps = [row for round_ in rounds for row in round_]
+        ratios = [
+            statistics.median(r["time/step_s"] for r in mine) / statistics.median(r["time/step_s"] for r in none)
+            for mine, none in zip(rounds, rows["none"], strict=True)
+        ]
+        out[mode] = {
+            "seconds": {span: quartiles([r[f"time/{span}_s"] for r in steps]) for span in SPANS},
+            "ratios_to_none": ratios,
+            "bytes": {k: statistics.median(r[k] for r in steps) for k in steps[0] if k.startswith("routing/replay")},
+            "completion_tokens": [int(r["rollout/completion_tokens_total"]) for r in rounds[0]],
+        }
+    return out
+
+
+def print_quickstart(results: dict[str, dict], overrides: Sequence[str]) -> None:
+    print(f"quickstart, GRPO, old log-probs recomputed {' '.join(overrides)}")
+    print(f"| mode | {' | '.join(f'{s}, s' for s in SPANS)} | over none | each round |")
+    print("|---|" + "---:|" * (len(SPANS) + 2))
+    for mode, r in results.items():
+        cells = [f"{r['seconds'][span]['median_s']:.4f}" for span in SPANS]
+        ratios = r["ratios_to_none"]
+        each = ", ".join(f"{100 * (x - 1):+.1f}%" for x in ratios)
+        print(f"| {mode} | {' | '.join(cells)} | {100 * (statistics.median(ratios) - 1):+.1f}% | {each} |")
+    for mode, r in results.items():
+        if r["bytes"]:
+            print(f"{mode}: " + ", ".join(f"{k.removeprefix('routing/')} {v:,.4g}" for k, v in r["bytes"].items()))
+    same = len({tuple(r["completion_tokens"]) for r in results.values()}) == 1
+    print("the same number of tokens was sampled in every mode" if same else "NOT the same work: token counts differ")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arithmetic-only", action="store_true")
@@ -258,6 +315,9 @@ def parse() -> argparse.Namespace:
         ("sequences", 4), ("length", 512), ("rounds", 9), ("host-tokens", 16384), ("ranks", 8),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--quickstart", action="store_true", help="time whole steps of the main job instead")
+    parser.add_argument("--steps", type=int, default=12, help="of each run (--quickstart)")
+    parser.add_argument("--overrides", nargs="*", default=[], help="hydra overrides (--quickstart)")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of log-probs under the own routes, nats")
     parser.add_argument("--out", type=Path, help="writes every number as JSON")
     return parser.parse_args()
@@ -265,6 +325,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    if args.quickstart:
+        results = quickstart(args)
+        print_quickstart(results, args.overrides)
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1))
+        return 0
     speaks = int(os.environ.get("RANK", "0")) == 0
     report: dict[str, object] = {"arithmetic": arithmetic(args.ranks)}
     if speaks:

@@ -48,14 +48,14 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError(
-            f"reading {file} needs pyarrow, which is not installed: pip install pyarrow, or convert it to .jsonl"
-        ) from error
+    from pyarrow import ArrowException, parquet
+
     number = 0
-    with parquet.ParquetFile(file) as table:
+    try:
+        table = parquet.ParquetFile(file)
+    except ArrowException as error:
+        raise ValueError(f"{file} must be a parquet file: {error}; give one, or a .jsonl file") from error
+    with table:
         for chunk in table.iter_batches():
             for row in chunk.to_pylist():
                 yield f"{file}:row {number}", row

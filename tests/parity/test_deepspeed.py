@@ -111,35 +111,46 @@ def test_micro_batch_counts_vary_from_step_to_step_and_some_are_fillers() -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logprobs_equal_eager(runs: dict, name: str) -> None:
+def test_logprobs_equal_eager(runs: dict, name: str, measured) -> None:
     ranks, want = runs[name]
+    worst = 0.0
     for i, step in enumerate(want["steps"]):
         for field in ("logprobs", "entropy"):
             got = [values for rank in ranks for values in rank["steps"][i][field]]
             for a, b in zip(got, step[field], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+                worst = max(worst, float((a - b).abs().max())) if field == "logprobs" else worst
+    measured("deepspeed", name, logprobs=worst)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_statistics_equal_eager(runs: dict, name: str) -> None:
+def test_loss_and_statistics_equal_eager(runs: dict, name: str, measured) -> None:
     ranks, want = runs[name]
+    worst = 0.0
     for i, step in enumerate(want["steps"]):
-        got = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks]))
-        assert got == pytest.approx(results(step["stats"]), rel=1e-4, abs=1e-6)
+        got, expected = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks])), results(step["stats"])
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert got["objective/loss"] == pytest.approx(expected["objective/loss"], rel=1e-5, abs=1e-6)
+        worst = max(worst, abs(got["objective/loss"] - expected["objective/loss"]))
+    measured("deepspeed", name, loss=worst)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str) -> None:
+def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str, measured) -> None:
     ranks, want = runs[name]
+    worst = 0.0
     for rank in ranks:
         for got, step in zip(rank["steps"], want["steps"], strict=True):
             assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
             assert got["lr"] == step["lr"] and got["version"] == step["version"]
+            worst = max(worst, abs(got["grad_norm"] / step["grad_norm"] - 1.0))
+    measured("deepspeed", name, grad_norm=worst)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_exported_weights_equal_eager_after_all_steps(runs: dict, name: str) -> None:
+def test_exported_weights_equal_eager_after_all_steps(runs: dict, name: str, measured) -> None:
     ranks, want = runs[name]
+    worst = 0.0
     assert all(not rank["weights"] for rank in ranks[1:]), "only rank 0 exports"
     got = ranks[0]["weights"]
     assert got.keys() == want["weights"].keys()
@@ -150,3 +161,5 @@ def test_exported_weights_equal_eager_after_all_steps(runs: dict, name: str) -> 
         # Small steps barely move a weight: the movement itself must agree too.
         moved = (weight - want["start"][key]).norm()
         assert error <= 1e-3 * moved, f"{key}: {error / moved:.1e} of the movement"
+        worst = max(worst, float(error / weight.norm()))
+    measured("deepspeed", name, weights=worst)

@@ -92,8 +92,10 @@ def by_batch(ranks: list[dict], key: str, count: int) -> list:
     return out
 
 
-def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> None:
-    """Token by token equal to HF's, put together from the context ranks' rows and the tensor ranks' columns."""
+def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> float:
+    """Token by token equal to HF's, put together from the context ranks' rows and the tensor ranks' columns; returns
+    the largest difference."""
+    worst = 0.0
     hf = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
     for batch, parts in zip(reference.data, by_batch(ranks, "logits", len(reference.data))):
         got = torch.full((batch.num_tokens, case.VOCAB), torch.nan)
@@ -106,9 +108,13 @@ def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> None:
             with torch.no_grad():
                 want = hf(batch.token_ids[None, start:end]).logits[0]
             torch.testing.assert_close(got[start:end], want, rtol=0, atol=1e-4)
+            worst = max(worst, float((got[start:end] - want).abs().max()))
+    return worst
 
 
-def assert_training(ranks: list[dict], reference: Reference) -> None:
+def assert_training(ranks: list[dict], reference: Reference) -> dict[str, float]:
+    """Statistics, gradient norms and schedule of every step; returns the largest differences."""
+    worst = {"loss": 0.0, "grad_norm": 0.0}
     for i, (want, step) in enumerate(reference.steps):
         got = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks]))
         for name in want:
@@ -117,47 +123,58 @@ def assert_training(ranks: list[dict], reference: Reference) -> None:
             assert rank["steps"][i]["grad_norm"] == pytest.approx(step.grad_norm, rel=1e-5)
             assert rank["steps"][i]["lr"] == step.lr
             assert rank["steps"][i]["policy_version"] == i + 1
+            difference = abs(rank["steps"][i]["grad_norm"] / step.grad_norm - 1.0)
+            worst["grad_norm"] = max(worst["grad_norm"], difference)
+        worst["loss"] = max(worst["loss"], abs(got["objective/loss"] - want["objective/loss"]))
+    return worst
 
 
-def assert_weights(got: dict, want: dict, tolerance: float) -> None:
+def assert_weights(got: dict, want: dict, tolerance: float) -> float:
+    """Every tensor within `tolerance` of its norm; returns the largest relative difference."""
     assert set(got) == set(want)
+    worst = 0.0
     for name, tensor in want.items():
-        error = torch.linalg.vector_norm(got[name].float() - tensor) / torch.linalg.vector_norm(tensor)
-        assert error <= tolerance, (name, float(error))
+        error = float(torch.linalg.vector_norm(got[name].float() - tensor) / torch.linalg.vector_norm(tensor))
+        assert error <= tolerance, (name, error)
+        worst = max(worst, error)
+    return worst
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, crew: Crew) -> None:
+def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, crew: Crew, measured) -> None:
     """Logits, log-probs, three clipped steps and the exported weights do not depend on how the model is cut."""
     world_size, layout = LAYOUTS[name]
     ranks = launch(crew, tmp_path, reference.model, reference.batches, world_size, layout,
                    ["weights", "logits", "logprobs", "train", "weights"])
-    assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
+    logits, logprobs = assert_logits(ranks, reference, layout.get("tensor_parallel", 1)), 0.0
     for want, outputs in zip(reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp",
                                                           len(reference.data))):
         for got in outputs:
             torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
-    assert_training(ranks, reference)
+            logprobs = max(logprobs, float((got.logprobs - want.logprobs).abs().max()))
+    training = assert_training(ranks, reference)
     assert [r["exporter"] for r in ranks] == [True] + [False] * (world_size - 1)
     assert all(not stream for r in ranks[1:] for stream in r["weights"])
     before, after = ranks[0]["weights"]
     assert_weights(before, stored(reference.model), 0.0)
-    assert_weights(after, reference.end, 1e-5)
+    weights = assert_weights(after, reference.end, 1e-5)
+    measured("megatron", name, logits=logits, logprobs=logprobs, weights=weights, **training)
 
 
 @pytest.mark.parametrize(("kind", "name"), [
     ("qwen3", "pp2"), ("qwen3", "tp2_no_sequence_parallel"), ("qwen2", "tp2"), ("llama", "cp2"),
     ("qwen3_moe_plain", "ep2"),
 ])
-def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, crew: Crew) -> None:
+def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, crew: Crew, measured) -> None:
     """Tied embeddings over two stages, biases, experts without renormalisation: the same laws."""
     reference = eager_reference(tmp_path / "eager", kind)
     world_size, layout = LAYOUTS.get(name) or (2, {"tensor_parallel": 2, "sequence_parallel": False})
     ranks = launch(crew, tmp_path, reference.model, reference.batches, world_size, layout,
                    ["weights", "logits", "train", "weights"])
-    assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
-    assert_training(ranks, reference)
+    logits = assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
+    training = assert_training(ranks, reference)
     before, after = ranks[0]["weights"]
     assert_weights(before, stored(reference.model), 0.0)
-    assert_weights(after, reference.end, 1e-5)
+    weights = assert_weights(after, reference.end, 1e-5)
+    measured("megatron", f"{kind}: {name}", logits=logits, weights=weights, **training)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -123,15 +121,10 @@ def test_a_missing_file_is_named(plain, tmp_path):
         load(f"{tmp_path}/none.jsonl", plain)
 
 
-def test_parquet_gives_what_jsonl_gives_or_says_what_is_missing(write, plain, tmp_path):
+def test_parquet_gives_what_jsonl_gives(write, plain, tmp_path):
     rows = [{"prompt": f"{i}+1=", "answer": str(i + 1), "extra": {"level": i}} for i in range(5)]
     rows[3]["prompt"] = "3+1="
     path = str(tmp_path / "train.parquet")
-    if importlib.util.find_spec("pyarrow") is None:
-        Path(path).write_bytes(b"PAR1")
-        with pytest.raises(ValueError, match="needs pyarrow, which is not installed"):
-            load(path, plain)
-        return
     from pyarrow import Table, parquet
 
     parquet.write_table(Table.from_pylist(rows), path, row_group_size=2)
@@ -140,6 +133,13 @@ def test_parquet_gives_what_jsonl_gives_or_says_what_is_missing(write, plain, tm
         (p.token_ids, p.answer, p.metadata) for p in wanted
     ]
     assert got[3].prompt_id == f"{path}:row 3"
+
+
+def test_a_broken_parquet_file_is_named(plain, tmp_path):
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=re.escape(f"{path} must be a parquet file: ")):
+        load(str(path), plain)
 
 
 # --- chat -----------------------------------------------------------------------------------------------------
