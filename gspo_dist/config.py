@@ -132,7 +132,8 @@ class MegatronConfig:
     aux_loss_coef: float = 0.0
     """Load-balancing loss; 0 (off) is the field's habit in RL."""
     expert_bias: bool = False
-    """Auxiliary-loss-free balancing by a bias of the router."""
+    """Auxiliary-loss-free balancing by a bias of the router. Qwen3-MoE's HF format has no place for the bias: the engines
+    sample without it, and the mismatch metrics show what that costs; use it to pre-train or to study, not for RL as such."""
     async_save: bool = True
     """Write checkpoints in the background."""
 

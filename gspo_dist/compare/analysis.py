@@ -74,8 +74,9 @@ class Estimate:
     def text(self, form: str = "{:.3f}") -> str:
         if self.n == 0 or math.isnan(self.mean):
             return "-"
-        error = form.format(self.half_width) if math.isfinite(self.half_width) else "?"
-        return f"{form.format(self.mean)} ± {error}"
+        if self.n == 1:
+            return form.format(self.mean)
+        return f"{form.format(self.mean)} ± {form.replace('+', '').format(self.half_width)}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -106,8 +107,9 @@ class Paired:
         d = self.difference
         if d.n == 0 or math.isnan(d.mean):
             return "-"
-        half = f"{scale * d.half_width:.1f}" if math.isfinite(d.half_width) else "?"
-        return f"{scale * d.mean:+.1f} ± {half}{unit} (p = {self.p:.2g})"
+        if d.n == 1:
+            return f"{scale * d.mean:+.1f}{unit} (one seed)"
+        return f"{scale * d.mean:+.1f} ± {scale * d.half_width:.1f}{unit} (p = {self.p:.2g})"
 
 
 def paired(runs: Sequence[RunData], arm: str, reference: str, value: Any) -> Paired:

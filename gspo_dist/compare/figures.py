@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_dist.compare.analysis import HELDOUT, REWARD, RunData, band
+from gspo_dist.compare.analysis import HELDOUT, REWARD, RunData, band, estimate
 from gspo_dist.compare.study import Study
 
 COLOURS = ("#1b6ca8", "#7fb7e6", "#c23b22", "#e8963a", "#6a994e", "#7b4ea3", "#555555", "#c9a227")
@@ -44,7 +44,7 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
     out = {}
     plt = _plt()
     for title, (name, make) in makers.items():
-        figure = plt.figure(figsize=(14, 4.2), layout="constrained")
+        figure = plt.figure(figsize=(14, 8 if make is _learning else 4.2), layout="constrained")
         if make(figure, arms):
             figure.savefig(folder / name, dpi=110)
             out[title] = folder / name
@@ -53,14 +53,16 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
 
 
 def _line(axis: Any, arms: dict[str, list[RunData]], key: str, x: Callable[[list[RunData], np.ndarray], np.ndarray] | None = None) -> bool:
-    """One line an arm, mean over seeds with a band of one standard error; False where no arm has the metric."""
+    """One line an arm, mean over seeds with a band of one standard error; False where no arm has the metric. Each line is
+    thinner than the one before it, so that equal ones show."""
     drawn = False
-    for colour, (arm, runs) in zip(COLOURS * 4, arms.items(), strict=False):
+    widths = np.linspace(3.0, 1.2, len(arms))
+    for width, colour, (arm, runs) in zip(widths, COLOURS * 4, arms.items(), strict=False):
         steps, mean, error = band(runs, key)
         if not len(steps):
             continue
         place = steps if x is None else x(runs, steps)
-        axis.plot(place, mean, color=colour, label=arm, linewidth=1.4, marker="o" if key == HELDOUT else None, markersize=3)
+        axis.plot(place, mean, color=colour, label=arm, linewidth=width, marker="o" if key == HELDOUT else None, markersize=3)
         axis.fill_between(place, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
         drawn = True
     axis.grid(alpha=0.25)
@@ -89,18 +91,23 @@ def _minutes(runs: list[RunData], steps: np.ndarray) -> np.ndarray:
 
 
 def _learning(figure: Any, arms: dict[str, list[RunData]]) -> bool:
-    axes = figure.subplots(1, 4)
-    drawn = [
-        _line(axes[0], arms, HELDOUT), _line(axes[1], arms, HELDOUT, _running("rollout/completion_tokens_total")),
-        _line(axes[2], arms, HELDOUT, _minutes), _line(axes[3], arms, REWARD),
-    ]
-    labels = ("step", "completion tokens", "minutes of training", "step")
-    titles = ("held-out accuracy", "held-out accuracy", "held-out accuracy", "training reward")
-    for axis, label, title in zip(axes, labels, titles, strict=True):
-        axis.set_xlabel(label)
-        axis.set_title(title, fontsize=10)
-    axes[0].legend(fontsize=8)
+    axes = figure.subplots(2, 3, sharey="row")
+    against = {
+        "step": None, "completion tokens": _running("rollout/completion_tokens_total"), "minutes of training": _minutes,
+    }
+    drawn = []
+    for row, (key, title) in zip(axes, ((HELDOUT, "held-out accuracy"), (REWARD, "training reward")), strict=True):
+        for axis, (label, x) in zip(row, against.items(), strict=True):
+            drawn.append(_line(axis, arms, key, x))
+            axis.set_xlabel(label)
+            axis.set_title(f"{title} against {label}", fontsize=10)
+        row[1].xaxis.set_major_formatter(_thousands)
+    axes[0, 0].legend(fontsize=8)
     return any(drawn)
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value / 1000:g}k" if value else "0"
 
 
 def _clipping(figure: Any, arms: dict[str, list[RunData]]) -> bool:
@@ -150,7 +157,7 @@ def _layers(axis: Any, arms: dict[str, list[RunData]]) -> bool:
     for colour, (arm, runs) in zip(COLOURS * 4, arms.items(), strict=False):
         keys = sorted({k for r in runs for row in r.rows for k in row if k.startswith("routing/update/flip_fraction/layer_")})
         if keys:
-            axis.plot(range(len(keys)), [np.nanmean([r.mean(k) for r in runs]) for k in keys], color=colour, label=arm, marker="o")
+            axis.plot(range(len(keys)), [estimate([r.mean(k) for r in runs]).mean for k in keys], color=colour, label=arm, marker="o")
             drawn = True
     axis.set_title("experts differ after a step, by MoE layer", fontsize=10)
     axis.set_xlabel("MoE layer")
@@ -174,13 +181,13 @@ def _cost(figure: Any, arms: dict[str, list[RunData]]) -> bool:
     names = list(arms)
     left = np.zeros(len(names))
     for part in TIME_PARTS:
-        seconds = np.array([np.nanmean([r.mean(f"time/{part}_s") for r in arms[a]]) for a in names])
+        seconds = np.array([estimate([r.mean(f"time/{part}_s") for r in arms[a]]).mean for a in names])
         seconds = np.nan_to_num(seconds)
         axes[0].barh(names, seconds, left=left, label=part)
         left += seconds
     axes[0].set_title("seconds of a step", fontsize=10)
     axes[0].legend(fontsize=8, ncols=2)
-    memory = [np.nanmean([peak_memory(r) for r in arms[a]]) / 2**30 for a in names]
+    memory = [estimate([peak_memory(r) for r in arms[a]]).mean / 2**30 for a in names]
     axes[1].barh(names, memory, color="#7fb7e6")
     axes[1].set_title("peak resident memory of the run's processes (GiB)", fontsize=10)
     for axis in axes:

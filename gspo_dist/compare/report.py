@@ -57,12 +57,15 @@ def _blocks(study: Study, runs: Sequence[RunData], command: str) -> list[Block]:
         f"{study.title or study.name}: {len(arms)} arms, seeds {seeds}, the same prompts in the same order, the same "
         f"number of rollouts and updates. Made by `{command}`."
     )
+    claims = (
+        "The paper's claims", "Arithmetic on the numbers below, by the rule beside each verdict.",
+        (["claim", "rule", "verdict", "figures"], [[v.claim, v.rule, v.verdict, v.figures] for v in verdicts]),
+    )
     return [
         ("Setting", intro, (["shared by every run"], [[" ".join([*study.base, *study.overrides])]])),
         ("Arms", "", (["arm", "differs by"], [[a, " ".join(study.arms[a]) or "(nothing)"] for a in arms])),
-        ("The paper's claims", "Arithmetic on the numbers below, by the rule beside each verdict.",
-         (["claim", "rule", "verdict", "figures"], [[v.claim, v.rule, v.verdict, v.figures] for v in verdicts])),
-        ("Final values", f"Mean ± 95% confidence half-width over seeds; the difference is paired with `{study.reference}`.",
+        *([] if all(v.verdict == "not testable" for v in verdicts) else [claims]),
+        ("Final values", f"Mean ± 95% confidence half-width over seeds (none for one seed); the difference is paired with `{study.reference}`.",
          _finals(study, runs, arms)),
         ("The contract of the log-probs", "Means over steps: the first mini-batch of a step, before the policy has moved.",
          _contract(arms)),
