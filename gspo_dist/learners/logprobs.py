@@ -33,6 +33,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from gspo_dist.learners.logprobs_passes import (
     IMPLEMENTATIONS,
+    Block,
     Passes,
     SoftmaxState,
     accumulator,
@@ -168,14 +169,7 @@ class _TakenLogprobs(torch.autograd.Function):
             for columns, logits in _walk(hidden, weight, options):
                 if len(kept) < options.kept_blocks:
                     kept.append(logits.clone())  # merge may destroy them
-                options.passes.merge(
-                    logits,
-                    None if bias is None else bias[columns],
-                    ids - columns.start,
-                    state,
-                    options.inverse_temperature,
-                    options.with_entropy,
-                )
+                options.passes.merge(_block(columns, logits, bias, ids, options), state, options.with_entropy)
         if options.parallel is not None:
             state = _reduce(state, options.parallel.group)
             _check_all_taken(state.taken, ids + options.parallel.start)
@@ -203,27 +197,25 @@ class _TakenLogprobs(torch.autograd.Function):
         grad_bias = torch.empty_like(bias) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             for columns, logits in _walk(hidden, weight, options, kept):
-                block = options.passes.gradient(
-                    logits,
-                    None if bias is None else bias[columns],
-                    ids - columns.start,
-                    lse,
-                    scale,
-                    options.inverse_temperature,
-                    hidden.dtype,
-                )
+                block = _block(columns, logits, bias, ids, options)
+                grad_logits = options.passes.gradient(block, lse, scale, hidden.dtype)
                 if grad_hidden is not None:
-                    _add_matmul(grad_hidden, block, weight[columns])
+                    _add_matmul(grad_hidden, grad_logits, weight[columns])
                 if grad_weight is not None:
-                    torch.mm(block.t(), hidden, out=grad_weight[columns])
+                    torch.mm(grad_logits.t(), hidden, out=grad_weight[columns])
                 if grad_bias is not None:
-                    grad_bias[columns] = block.sum(0, dtype=lse.dtype)
-                del block, logits  # before the next block's are made
+                    grad_bias[columns] = grad_logits.sum(0, dtype=lse.dtype)
+                del block, grad_logits, logits  # before the next block's are made
         if grad_hidden is not None:
             if options.parallel is not None and options.parallel.reduce_hidden_grad:
                 dist.all_reduce(grad_hidden, group=options.parallel.group)
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _block(columns: slice, logits: Tensor, bias: Tensor | None, ids: Tensor, options: _Options) -> Block:
+    mine = None if bias is None else bias[columns]
+    return Block(logits, mine, ids - columns.start, options.inverse_temperature)
 
 
 def _walk(

@@ -29,56 +29,37 @@ class SoftmaxState(NamedTuple):
     taken: Tensor
 
 
+class Block(NamedTuple):
+    """Raw logits [N, v] of v columns, with their bias [v]; ids [N] relative to the block: outside [0, v) the token's
+    column is elsewhere. A pass may destroy the logits."""
+
+    logits: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    inverse_temperature: float
+
+
 class Passes(Protocol):
     """The two passes over a block of logits, as `Chunked` states them."""
 
     logit_buffers: int  # tensors of the block's shape that a pass holds at once, the logits included
 
-    def merge(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        state: SoftmaxState,
-        inverse_temperature: float,
-        with_entropy: bool,
-    ) -> None: ...
+    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None: ...
 
-    def gradient(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        lse: Tensor,
-        scale: Tensor,
-        inverse_temperature: float,
-        dtype: torch.dtype,
-    ) -> Tensor: ...
+    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 class Chunked:
-    """The passes in plain torch. In place: on a CPU a pass over memory costs as much as its arithmetic.
-
-    Both may destroy the logits. ids are relative to the block: outside [0, v) the token's column is
-    elsewhere.
-    """
+    """The passes in plain torch. In place: on a CPU a pass over memory costs as much as its arithmetic."""
 
     def __init__(self, upcast: bool) -> None:
         self.logit_buffers = 3 if upcast else 2  # the logits, their float32 copy, the exponentials
 
-    def merge(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        state: SoftmaxState,
-        inverse_temperature: float,
-        with_entropy: bool,
-    ) -> None:
-        """Merge a block of raw logits [N, v] into `state`."""
+    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
+        """Merges a block into `state`."""
         peak, total, dot, taken = state
-        x = _scaled(logits, bias, inverse_temperature, peak.dtype)
-        inside, column = _locate(ids, x.shape[1])
+        x = _scaled(block, peak.dtype)
+        inside, column = _locate(block.ids, x.shape[1])
         taken.copy_(torch.where(inside, x.gather(1, column[:, None])[:, 0], taken))
         new = torch.maximum(peak, x.amax(1))
         shift = peak - new
@@ -92,24 +73,15 @@ class Chunked:
         if with_entropy:
             dot.add_(e.mul_(x).sum(1))
 
-    def gradient(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        lse: Tensor,
-        scale: Tensor,
-        inverse_temperature: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """scale_i (1[column of y_i] - p[i, v]) of a block of raw logits [N, v], in `dtype`."""
-        x = _scaled(logits, bias, inverse_temperature, lse.dtype)
-        inside, column = _locate(ids, x.shape[1])
+    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """scale_i (1[column of y_i] - p[i, v]) of a block, in `dtype`."""
+        x = _scaled(block, lse.dtype)
+        inside, column = _locate(block.ids, x.shape[1])
         x.sub_(lse[:, None]).exp_().mul_(-scale[:, None])
         x.scatter_add_(1, column[:, None], torch.where(inside, scale, 0.0)[:, None])
         if x.dtype == dtype:
             return x
-        return logits.copy_(x) if logits.dtype == dtype else x.to(dtype)
+        return block.logits.copy_(x) if block.logits.dtype == dtype else x.to(dtype)
 
 
 class Compiled:
@@ -120,25 +92,25 @@ class Compiled:
     def __init__(self) -> None:
         eager = Chunked(upcast=False)
 
-        def merge(logits: Tensor, *rest: object) -> None:
-            # Without the clone, the in-place updates of `logits` would be written back to memory.
-            eager.merge(logits.clone(), *rest)
+        def merge(block: Block, *rest: object) -> None:
+            # Without the clone, the in-place updates of the logits would be written back to memory.
+            eager.merge(block._replace(logits=block.logits.clone()), *rest)
 
-        def gradient(logits: Tensor, *rest: object) -> Tensor:
-            result = eager.gradient(logits.clone(), *rest)
-            return logits.copy_(result) if logits.dtype == result.dtype else result
+        def gradient(block: Block, *rest: object) -> Tensor:
+            result = eager.gradient(block._replace(logits=block.logits.clone()), *rest)
+            return block.logits.copy_(result) if block.logits.dtype == result.dtype else result
 
         # fullgraph: too many recompilations then raise, where torch would fall back to eager with a warning.
         self.merge = torch.compile(merge, dynamic=True, fullgraph=True)
         self.gradient = torch.compile(gradient, dynamic=True, fullgraph=True)
 
 
-def _scaled(logits: Tensor, bias: Tensor | None, inverse_temperature: float, dtype: torch.dtype) -> Tensor:
+def _scaled(block: Block, dtype: torch.dtype) -> Tensor:
     """(logits + bias) / temperature in `dtype`; over the logits where they have it already."""
-    x = logits.to(dtype)
-    if bias is not None:
-        x.add_(bias)
-    return x if inverse_temperature == 1.0 else x.mul_(inverse_temperature)
+    x = block.logits.to(dtype)
+    if block.bias is not None:
+        x.add_(block.bias)
+    return x if block.inverse_temperature == 1.0 else x.mul_(block.inverse_temperature)
 
 
 def _locate(ids: Tensor, width: int) -> tuple[Tensor, Tensor]:

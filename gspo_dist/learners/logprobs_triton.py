@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gspo_dist.learners.logprobs_passes import SoftmaxState
+from gspo_dist.learners.logprobs_passes import Block, SoftmaxState
 
 TILE = 4096  # columns that a program holds at once: 16 float32 registers a thread with 8 warps
 WARPS = 8
@@ -108,15 +108,8 @@ class TritonPasses:
         # The gradient is written over the logits where it has their dtype, and beside them with fp32_head.
         self.logit_buffers = 1 if logits_dtype == hidden.dtype else 2
 
-    def merge(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        state: SoftmaxState,
-        inverse_temperature: float,
-        with_entropy: bool,
-    ) -> None:
+    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
+        logits, bias, ids, inverse_temperature = block
         n, width = logits.shape
         if n:
             _merge_kernel[(n,)](
@@ -132,16 +125,8 @@ class TritonPasses:
                 num_warps=WARPS,
             )
 
-    def gradient(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        ids: Tensor,
-        lse: Tensor,
-        scale: Tensor,
-        inverse_temperature: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        logits, bias, ids, inverse_temperature = block
         n, width = logits.shape
         out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
         if n:
