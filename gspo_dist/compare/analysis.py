@@ -20,7 +20,8 @@ REWARD = "rollout/reward_mean"
 
 @dataclass(frozen=True)
 class RunData:
-    """One run: its status, its rows (one a step), its summary (None when it did not finish)."""
+    """One run: its status, its rows (one a step), its summary (None when it did not finish), and what its process took
+    (nan while it runs)."""
 
     arm: str
     seed: int
@@ -28,6 +29,7 @@ class RunData:
     reason: str
     rows: list[dict[str, Any]]
     summary: Mapping[str, Any] | None
+    seconds: float = math.nan
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of the rows that have `key`."""
@@ -55,7 +57,9 @@ def load_runs(study: Study) -> list[RunData]:
         if not rows:
             continue
         status = _json(folder / "status.json") or {"status": "running", "reason": ""}
-        out.append(RunData(arm, seed, status["status"], status["reason"], rows, _json(folder / "summary.json")))
+        summary = _json(folder / "summary.json")
+        seconds = status.get("seconds", math.nan)
+        out.append(RunData(arm, seed, status["status"], status["reason"], rows, summary, seconds))
     return out
 
 

@@ -51,7 +51,11 @@ Block = tuple[str, str, Table | None]
 def _blocks(study: Study, runs: Sequence[RunData], command: str) -> list[Block]:
     arms = by_arm(study, runs)
     verdicts = judge(runs)
-    ended = [[arm, str(r.seed), r.status, str(collapse_step(r) or ""), r.reason[:120]] for arm, rs in arms.items() for r in rs]
+    ended = [
+        [arm, str(r.seed), r.status, str(collapse_step(r) or ""), f"{r.seconds:.0f}", r.reason[:120]]
+        for arm, rs in arms.items() for r in rs
+    ]
+    took = sum(r.seconds for r in runs if math.isfinite(r.seconds)) / 60
     seeds = sorted({r.seed for r in runs})
     intro = (
         f"{study.title or study.name}: {len(arms)} arms, seeds {seeds}, the same prompts in the same order, the same "
@@ -70,7 +74,8 @@ def _blocks(study: Study, runs: Sequence[RunData], command: str) -> list[Block]:
         ("The contract of the log-probs", "Means over steps: the first mini-batch of a step, before the policy has moved.",
          _contract(arms)),
         ("Cost", "What replay costs and what skipping the recomputation saves; means over steps.", _costs(arms)),
-        ("Every run", f"Collapse: {COLLAPSE_RULE}.", (["arm", "seed", "status", "collapsed at step", "reason"], ended)),
+        ("Every run", f"{took:.0f} minutes of processes, {study.parallel} at a time. Collapse: {COLLAPSE_RULE}.",
+         (["arm", "seed", "status", "collapsed at step", "seconds, start to end", "reason"], ended)),
     ]
 
 
