@@ -65,6 +65,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         above("learner.optimizer.lr", self.lr, 0.0)
+        above("learner.optimizer.eps", self.eps, 0.0)
+        if not 0.0 <= self.min_lr_ratio <= 1.0:
+            raise ValueError(f"learner.optimizer.min_lr_ratio must be in [0, 1]: got {self.min_lr_ratio}")
         at_least("learner.optimizer.warmup_steps", self.warmup_steps, 0)
         at_least("learner.optimizer.grad_clip", self.grad_clip, 0.0)
         at_least("learner.optimizer.weight_decay", self.weight_decay, 0.0)
@@ -289,6 +292,7 @@ class RolloutConfig:
                 f"rollout.top_p must be 1 for training: got {self.top_p}; truncated sampling gives log-probs of "
                 "another distribution than the learner's (evaluation.top_p may be set freely)"
             )
+        above("rollout.kv_cache_gib", self.kv_cache_gib, 0.0)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"rollout.gpu_memory_utilization must be in (0, 1]: got {self.gpu_memory_utilization}")
 
@@ -446,6 +450,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
+        at_least("cluster.plan_nodes", self.plan_nodes, 1)
+        at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)
 
 
 @dataclass(frozen=True)
@@ -472,6 +478,9 @@ class LoggerConfig:
     samples_per_step: int = 4
     """Rollouts written to samples.jsonl (and a W&B table) each step."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        at_least("logger.samples_per_step", self.samples_per_step, 0)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ def test_default_is_the_paper():
         ({"objective": {"name": "gspoo"}}, r"did you mean 'gspo'"),
         ({"cluster": {"in_process": True}}, r"cluster.in_process needs learner.backend eager"),
         ({"learner": {"optimizer": {"lr": 0.0}}}, r"learner.optimizer.lr must be above 0"),
+        ({"learner": {"optimizer": {"eps": 0.0}}}, r"learner.optimizer.eps must be above 0"),
+        ({"learner": {"optimizer": {"min_lr_ratio": 1.5}}}, r"learner.optimizer.min_lr_ratio must be in \[0, 1\]: got 1.5"),
+        ({"rollout": {"kv_cache_gib": 0.0}}, r"rollout.kv_cache_gib must be above 0"),
+        ({"logger": {"samples_per_step": -1}}, r"logger.samples_per_step must be at least 0: got -1"),
+        ({"cluster": {"plan_nodes": 0}}, r"cluster.plan_nodes must be at least 1: got 0"),
     ],
 )
 def test_bad_input_names_rule_value_and_way_out(values, message):
