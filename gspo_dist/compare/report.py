@@ -166,11 +166,15 @@ def _html(study: Study, blocks: Sequence[Block], figures: dict[str, Path]) -> st
         if table:
             head, rows = table
             out.append("<table><tr>" + "".join(f"<th>{html.escape(c)}" for c in head))
-            out += ["<tr>" + "".join(f"<td>{html.escape(c)}" for c in row) for row in rows] + ["</table>"]
+            out += ["<tr>" + "".join(f"<td>{_cell(c)}" for c in row) for row in rows] + ["</table>"]
     for name, path in figures.items():
         data = base64.b64encode(path.read_bytes()).decode()
         out.append(f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
     return "\n".join(out) + "</html>\n"
+
+
+def _cell(text: str) -> str:
+    return html.escape(text).replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def _inline(text: str) -> str:

@@ -125,14 +125,17 @@ class WandbSink:
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run.define_metric("*", step_metric="step")
+        # A resumed run repeats the steps since its checkpoint; W&B never forgets a row, so it gets each step once.
+        self.repeated = int(self.run.summary.get("step", -1))
 
     def log(self, step: int, row: Row) -> None:
-        self.run.log({"step": step, **{k: v for k, v in row.items() if math.isfinite(v)}})
+        if step > self.repeated:
+            self.run.log({"step": step, **{k: v for k, v in row.items() if math.isfinite(v)}})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
 
-        if rows:
+        if rows and step > self.repeated:
             columns = ["step", *rows[0]]
             data = [[step, *(str(v) if isinstance(v, (dict, list)) else v for v in row.values())] for row in rows]
             self.run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
