@@ -34,7 +34,7 @@ ENGINE_ASLEEP = 2 * GIB
 HEAD_LOGITS = 512 << 20
 """Logits that the LM head holds at once on a GPU (learners/logprobs.py)."""
 HEAD_LOGITS_CPU = 16 << 20
-HEAD_KEPT = 1 << 30
+HEAD_KEPT = 512 << 20
 """Logits that it keeps for the backward pass, at most."""
 EXPERT_SKEW = 1.25
 """Tokens of the busiest expert-parallel rank over the mean."""
