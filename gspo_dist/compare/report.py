@@ -87,6 +87,8 @@ def _finals(study: Study, runs: Sequence[RunData], arms: dict[str, list[RunData]
     columns: dict[str, Cell] = {
         "held-out before": lambda rs: estimate([r.series(HELDOUT)[1][0] if len(r.series(HELDOUT)[1]) else math.nan for r in rs]).text(),
         "held-out after": lambda rs: estimate([r.final(HELDOUT) for r in rs]).text(),
+        "lowest on the way": lambda rs: estimate([float(r.series(HELDOUT)[1].min()) if len(r.series(HELDOUT)[1]) else math.nan for r in rs]).text(),
+        "reward, all steps": _number(REWARD, "{:.3f}"),
         "reward, last 5 steps": _number(REWARD, "{:.3f}", 5),
         "clip fraction": _number("objective/clip_fraction", "{:.2g}"),
         "clipped, A < 0": _number("objective/clip_fraction_negative", "{:.2g}"),
@@ -98,9 +100,18 @@ def _finals(study: Study, runs: Sequence[RunData], arms: dict[str, list[RunData]
     }
     rows = []
     for arm, own in arms.items():
-        against = "reference" if arm == study.reference else paired(runs, arm, study.reference, lambda r: r.final(HELDOUT)).text(100)
-        rows.append([arm, *(cell(own) for cell in columns.values()), against])
-    return ["arm", *columns, f"points over {study.reference}"], rows
+        against = [paired(runs, arm, study.reference, value).text(100) for value in (_final, _mean_reward)]
+        rows.append([arm, *(cell(own) for cell in columns.values()), *(["reference"] * 2 if arm == study.reference else against)])
+    names = (f"held-out after, points over {study.reference}", f"reward of all steps, points over {study.reference}")
+    return ["arm", *columns, *names], rows
+
+
+def _final(run: RunData) -> float:
+    return run.final(HELDOUT)
+
+
+def _mean_reward(run: RunData) -> float:
+    return run.mean(REWARD)
 
 
 def _contract(arms: dict[str, list[RunData]]) -> Table:
