@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_dist.compare.analysis import HELDOUT, RunData, collapse_step, estimate, paired
+from gspo_dist.compare.analysis import HELDOUT, REWARD, RunData, collapse_step, estimate, paired
 
 CLIP = "objective/clip_fraction"
 EQUAL_POINTS = 0.05
@@ -63,7 +63,11 @@ def _stabler(runs: Sequence[RunData]) -> Verdict:
         verdict = "reproduced" if test.difference.mean > 0 else "contradicted"
     else:
         verdict = "not reproduced"
-    figures = f"gspo - grpo: {test.text(100, ' points')}; collapsed: gspo {_collapses(runs, 'gspo')}, grpo {_collapses(runs, 'grpo')}"
+    reward = paired(runs, "gspo", "grpo", lambda run: run.mean(REWARD))
+    figures = (
+        f"gspo - grpo: {test.text(100, ' points')}; collapsed: gspo {_collapses(runs, 'gspo')}, grpo {_collapses(runs, 'grpo')}; "
+        f"training reward of all steps: {reward.text(100, ' points')}"
+    )
     return Verdict(claim, rule, verdict, figures)
 
 
