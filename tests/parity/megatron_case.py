@@ -90,11 +90,11 @@ def near(batches: list[PackedBatch], logprobs: list[torch.Tensor], seed: int = 5
 
 
 def make_spec(batches: list[PackedBatch], name: str = "gspo") -> LossSpec:
-    """A wide clip range, so that the gradient comes from many sequences on either side of it."""
+    """A wide clip range, so that in every step some sequences lie on either side of it."""
     sequences = sum(b.num_sequences for b in batches)
     tokens = int(sum(b.loss_mask.sum() for b in batches))
     return LossSpec(
-        get_objective(name, clip_low=0.05, clip_high=0.05, allow_wide_clip=True), Denominators(sequences, tokens, 64)
+        get_objective(name, clip_low=0.2, clip_high=0.2, allow_wide_clip=True), Denominators(sequences, tokens, 64)
     )
 
 
@@ -102,6 +102,6 @@ def make_config(world_size: int = 1, precision: str = "fp32", backend: str = "me
     """Gradient clipping is on and bites, so that a wrong norm shows in the parameters."""
     return LearnerConfig(
         backend=backend, world_size=world_size, precision=precision, token_budget=64, timeout_s=120.0,
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1, grad_clip=0.05, warmup_steps=2, eps=1e-6),
+        optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.1, grad_clip=0.05, warmup_steps=2, eps=1e-6),
         megatron=MegatronConfig(**megatron),
     )

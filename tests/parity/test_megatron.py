@@ -54,7 +54,7 @@ class Reference:
     end: dict
 
 
-def eager_reference(folder: Path, kind: str, objective: str = "gspo", steps: int = case.STEPS) -> Reference:
+def eager_reference(folder: Path, kind: str) -> Reference:
     model = case.make_model(kind, folder / "model")
     learner = EagerLearner(case.make_config(backend="eager"), model, total_steps=10)
     data = case.make_batches()
@@ -63,10 +63,13 @@ def eager_reference(folder: Path, kind: str, objective: str = "gspo", steps: int
     outputs = learner.logprobs(data)
     start = {n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket}
     seen = []
-    for _ in range(steps):
-        stats = results(learner.forward_backward(data, case.make_spec(data, objective)))
+    for _ in range(case.STEPS):
+        stats = results(learner.forward_backward(data, case.make_spec(data)))
         seen.append((stats, learner.optim_step()))
     end = {n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket}
+    for stats, step in seen:  # every step must have something to compare
+        assert step.grad_norm > 0.1
+        assert 0.0 < stats["objective/sequence_clip_fraction"] < 1.0
     return Reference(model, folder / "batches.pt", data, outputs, seen, start, end)
 
 
@@ -129,13 +132,17 @@ def assert_training(ranks: list[dict], reference: Reference) -> dict[str, float]
     return worst
 
 
-def assert_weights(got: dict, want: dict, tolerance: float) -> float:
-    """Every tensor within `tolerance` of its norm; returns the largest relative difference."""
+def assert_weights(got: dict, want: dict, tolerance: float, start: dict | None = None) -> float:
+    """Every tensor within `tolerance` of its norm and, where `start` is given, within 1e-2 of how far it moved; returns
+    the largest relative difference."""
     assert set(got) == set(want)
     worst = 0.0
     for name, tensor in want.items():
         error = float(torch.linalg.vector_norm(got[name].float() - tensor) / torch.linalg.vector_norm(tensor))
         assert error <= tolerance, (name, error)
+        if start is not None:
+            moved = torch.linalg.vector_norm(tensor - start[name])
+            assert torch.linalg.vector_norm(got[name].float() - tensor) <= 1e-2 * moved, name
         worst = max(worst, error)
     return worst
 
@@ -158,7 +165,7 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
     assert all(not stream for r in ranks[1:] for stream in r["weights"])
     before, after = ranks[0]["weights"]
     assert_weights(before, stored(reference.model), 0.0)
-    weights = assert_weights(after, reference.end, 1e-5)
+    weights = assert_weights(after, reference.end, 1e-5, reference.start)
     measured("megatron", name, logits=logits, logprobs=logprobs, weights=weights, **training)
 
 
@@ -176,5 +183,5 @@ def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, c
     training = assert_training(ranks, reference)
     before, after = ranks[0]["weights"]
     assert_weights(before, stored(reference.model), 0.0)
-    weights = assert_weights(after, reference.end, 1e-5)
+    weights = assert_weights(after, reference.end, 1e-5, reference.start)
     measured("megatron", f"{kind}: {name}", logits=logits, weights=weights, **training)
