@@ -102,8 +102,16 @@ def _learning(figure: Any, arms: dict[str, list[RunData]]) -> bool:
             axis.set_xlabel(label)
             axis.set_title(f"{title} against {label}", fontsize=10)
         row[1].xaxis.set_major_formatter(_thousands)
-    axes[0, 0].legend(fontsize=8)
+    _legend(axes[0])
     return any(drawn)
+
+
+def _legend(axes: Any) -> None:
+    """On the first of the axes that has lines."""
+    for axis in axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+            return
 
 
 def _thousands(value: float, _: int) -> str:
@@ -119,7 +127,7 @@ def _clipping(figure: Any, arms: dict[str, list[RunData]]) -> bool:
         axis.set_ylim(0, 1)
         axis.set_title(f"share of tokens clipped: {title}", fontsize=10)
         axis.set_xlabel("step")
-    axes[0].legend(fontsize=8)
+    _legend(axes)
     return any(drawn)
 
 
@@ -132,7 +140,7 @@ def _contract(figure: Any, arms: dict[str, list[RunData]]) -> bool:
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
-    axes[0].legend(fontsize=8)
+    _legend(axes)
     return any(drawn)
 
 
@@ -147,7 +155,7 @@ def _routing(figure: Any, arms: dict[str, list[RunData]]) -> bool:
     if drawn[2]:
         axes[2].set_yscale("log")
     drawn.append(_layers(axes[3], arms))
-    axes[0].legend(fontsize=8)
+    _legend(axes)
     return any(drawn)
 
 
@@ -172,7 +180,7 @@ def _health(figure: Any, arms: dict[str, list[RunData]]) -> bool:
     for axis, title in zip(axes, ("entropy (nats a token)", "completion length (tokens)", "gradient norm"), strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
-    axes[0].legend(fontsize=8)
+    _legend(axes)
     return any(drawn)
 
 
