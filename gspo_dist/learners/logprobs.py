@@ -40,10 +40,12 @@ from gspo_dist.learners.logprobs_passes import (
     choose_passes,
 )
 
-# Bytes of logits held at once when chunk_tokens is not given. On a GPU wide blocks keep the traffic of the
-# [N, H] accumulator small beside the matmuls; on a CPU a block should stay in the last-level cache.
+# Bytes of logits held at once when chunk_tokens is not given. Wide blocks keep the traffic of `hidden` and of its [N, H]
+# accumulator small beside the matmuls; on a CPU a block should also stay in the last-level cache, as far as it can with
+# CPU_COLUMNS (4,096 tokens, H 2,048: 512 columns take two thirds of the time of 64).
 GPU_BUDGET_BYTES = 512 << 20
 CPU_BUDGET_BYTES = 4 << 20
+CPU_COLUMNS = 512
 # Bytes of logits kept from the forward pass for the backward pass: memory that buys back flops. 512 MiB are all of
 # 883 float32 or 1,766 bfloat16 tokens of a vocabulary of 151,936; with twice as much, 8,192 float32 tokens would take
 # more than an eighth of what plain log_softmax takes.
@@ -134,11 +136,13 @@ def taken_logprobs(
     logits_dtype = torch.float32 if half and fp32_head else hidden.dtype
     passes = choose_passes(implementation, hidden, logits_dtype)
     held = len(ids) * passes.logit_buffers
-    if chunk_tokens is None:
-        logits = (GPU_BUDGET_BYTES if hidden.is_cuda else CPU_BUDGET_BYTES) // logits_dtype.itemsize
+    if chunk_tokens is not None:
+        columns = chunk_tokens * len(weight) // max(held, 1)
+    elif hidden.is_cuda:
+        columns = GPU_BUDGET_BYTES // logits_dtype.itemsize // max(held, 1)
     else:
-        logits = chunk_tokens * len(weight)
-    block = _block_columns(logits // max(held, 1), len(weight))
+        columns = max(CPU_COLUMNS, CPU_BUDGET_BYTES // logits_dtype.itemsize // max(held, 1))
+    block = _block_columns(columns, len(weight))
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = _Options(
         passes=passes,

@@ -33,7 +33,7 @@ ENGINE_ASLEEP = 2 * GIB
 """What an engine that sleeps still holds."""
 HEAD_LOGITS = 512 << 20
 """Logits that the LM head holds at once on a GPU (learners/logprobs.py)."""
-HEAD_LOGITS_CPU = 16 << 20
+HEAD_LOGITS_CPU = 32 << 20
 HEAD_KEPT = 512 << 20
 """Logits that it keeps for the backward pass, at most."""
 EXPERT_SKEW = 1.25
