@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from gspo_dist.planner import memory
 from gspo_dist.planner.hardware import GIB
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 from gspo_dist.planner.memory import (
@@ -183,3 +184,14 @@ def test_host_holds_two_buckets_the_traces_and_what_is_offloaded() -> None:
     # a bucket smaller than the largest tensor grows to it
     small = host_memory(QWEN, replace(work, bucket_mib=1), 2, [], 8, 10**13)
     assert small.bytes_of("weight_sync") == 2 * 2 * 151_936 * 2048
+
+
+def test_the_head_is_planned_with_the_budgets_that_it_works_with():
+    from gspo_dist.learners import logprobs
+
+    assert memory.HEAD_LOGITS == logprobs.GPU_BUDGET_BYTES
+    assert memory.HEAD_KEPT == logprobs.KEPT_BYTES
+    model = replace(DENSE, vocab=1000)
+    table, _ = learner_memory(model, LearnerLayout(backend="eager", token_budget=64, precision="fp32"), GIB)
+    head = next(item for item in table.items if item.name == "head")
+    assert head.bytes == memory.HEAD_LOGITS + 4 * 64 * 1000 + 4 * 64 * 8  # all logits fit what may be kept
