@@ -7,8 +7,10 @@ own files: step, policy version, data cursor, counters, guard state, random stat
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -16,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -35,7 +39,7 @@ class Checkpoint:
 
 def hold(run_dir: Path) -> IO[str]:
     """Makes this process the only one that writes to `run_dir`, until the file that it returns is closed (a killed
-    process lets go too). Raises ValueError naming the holder. File systems without locks are taken on trust."""
+    process lets go too). Raises ValueError naming the holder. On a file system without locks it warns and goes on."""
     lock = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run lives
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,7 +48,11 @@ def hold(run_dir: Path) -> IO[str]:
         holder = lock.read().strip()
         lock.close()
         raise ValueError(f"run_dir {run_dir} is in use by {holder}: wait for it, or choose another run_dir") from None
-    except OSError:  # ENOLCK, ENOSYS: NFS without its lock daemon, Lustre mounted without -o flock
+    except OSError as error:  # NFS without its lock daemon, Lustre mounted without -o flock
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            lock.close()
+            raise
+        log.warning("run_dir %s lies on a file system without locks: nothing keeps a second run out of it", run_dir)
         return lock
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

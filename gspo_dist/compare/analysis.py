@@ -48,6 +48,16 @@ class RunData:
         return float(values[-1]) if len(values) else math.nan
 
 
+def final_accuracy(run: RunData) -> float:
+    """Held-out accuracy at the end; a collapsed run counts with what it had there."""
+    return run.final(HELDOUT)
+
+
+def mean_reward(run: RunData) -> float:
+    """Training reward over all steps."""
+    return run.mean(REWARD)
+
+
 def load_runs(study: Study) -> list[RunData]:
     """Every run of the study that wrote anything."""
     out = []

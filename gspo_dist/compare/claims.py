@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_dist.compare.analysis import HELDOUT, REWARD, RunData, collapse_step, estimate, paired
+from gspo_dist.compare.analysis import RunData, collapse_step, estimate, final_accuracy, mean_reward, paired
 
 CLIP = "objective/clip_fraction"
 EQUAL_POINTS = 0.05
@@ -35,11 +35,6 @@ def judge(runs: Sequence[RunData]) -> list[Verdict]:
     return [_stabler(runs), _clips_more(runs), _needs_no_replay(runs), _tolerates_engine(runs)]
 
 
-def _final(run: RunData) -> float:
-    """Final held-out accuracy; a collapsed run counts with what it had at its end."""
-    return run.final(HELDOUT)
-
-
 def _missing(runs: Sequence[RunData], *arms: str) -> list[str]:
     return [a for a in arms if not any(r.arm == a for r in runs)]
 
@@ -58,12 +53,12 @@ def _stabler(runs: Sequence[RunData]) -> Verdict:
     rule = "final held-out accuracy of gspo above grpo, paired over seeds, p < 0.05; collapses counted by the stated rule"
     if missing := _missing(runs, "gspo", "grpo"):
         return _no_arms(claim, rule, missing)
-    test = paired(runs, "gspo", "grpo", _final)
+    test = paired(runs, "gspo", "grpo", final_accuracy)
     if test.significant:
         verdict = "reproduced" if test.difference.mean > 0 else "contradicted"
     else:
         verdict = "not reproduced"
-    reward = paired(runs, "gspo", "grpo", lambda run: run.mean(REWARD))
+    reward = paired(runs, "gspo", "grpo", mean_reward)
     figures = (
         f"gspo - grpo: {test.text(100, ' points')}; collapsed: gspo {_collapses(runs, 'gspo')}, grpo {_collapses(runs, 'grpo')}; "
         f"training reward of all steps: {reward.text(100, ' points')}"
@@ -79,7 +74,7 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
     gspo, grpo = (float(np.mean([r.mean(CLIP) for r in runs if r.arm == a])) for a in ("gspo_recompute", "grpo"))
     engine = [r.mean(CLIP) for r in runs if r.arm == "gspo"]
     ratio = gspo / grpo if grpo > 0 else math.inf
-    test = paired(runs, "gspo_recompute", "grpo", _final)
+    test = paired(runs, "gspo_recompute", "grpo", final_accuracy)
     better = "and learns better" if test.significant and test.difference.mean > 0 else "without learning measurably better"
     verdict = f"reproduced ({better})" if ratio >= 30 else "not reproduced"
     figures = (
@@ -98,8 +93,8 @@ def _needs_no_replay(runs: Sequence[RunData]) -> Verdict:
     )
     if missing := _missing(runs, "grpo", "grpo_r2", "grpo_r3", "gspo", "gspo_r3"):
         return _no_arms(claim, rule, missing)
-    r2, r3 = (paired(runs, arm, "grpo", _final) for arm in ("grpo_r2", "grpo_r3"))
-    own = paired(runs, "gspo_r3", "gspo", _final)
+    r2, r3 = (paired(runs, arm, "grpo", final_accuracy) for arm in ("grpo_r2", "grpo_r3"))
+    own = paired(runs, "gspo_r3", "gspo", final_accuracy)
     needs = any(t.significant and t.difference.mean > 0 for t in (r2, r3)) or not _collapses(runs, "grpo").startswith("0 ")
     none = not (own.significant and own.difference.mean > 0) and _collapses(runs, "gspo").startswith("0 ")
     if needs and none:
@@ -120,7 +115,7 @@ def _tolerates_engine(runs: Sequence[RunData]) -> Verdict:
     rule = f"95% interval of gspo - gspo_recompute in final held-out accuracy within ±{100 * EQUAL_POINTS:.0f} points"
     if missing := _missing(runs, "gspo", "gspo_recompute"):
         return _no_arms(claim, rule, missing)
-    test = paired(runs, "gspo", "gspo_recompute", _final)
+    test = paired(runs, "gspo", "gspo_recompute", final_accuracy)
     d = test.difference
     low, high = d.mean - d.half_width, d.mean + d.half_width
     if not math.isfinite(d.half_width):

@@ -17,7 +17,9 @@ from gspo_dist.compare.analysis import (
     RunData,
     collapse_step,
     estimate,
+    final_accuracy,
     load_runs,
+    mean_reward,
     paired,
 )
 from gspo_dist.compare.claims import judge
@@ -86,7 +88,7 @@ def _number(key: str, form: str, last: int | None = None) -> Cell:
 def _finals(study: Study, runs: Sequence[RunData], arms: dict[str, list[RunData]]) -> Table:
     columns: dict[str, Cell] = {
         "held-out before": lambda rs: estimate([r.series(HELDOUT)[1][0] if len(r.series(HELDOUT)[1]) else math.nan for r in rs]).text(),
-        "held-out after": lambda rs: estimate([r.final(HELDOUT) for r in rs]).text(),
+        "held-out after": lambda rs: estimate([final_accuracy(r) for r in rs]).text(),
         "lowest on the way": lambda rs: estimate([float(r.series(HELDOUT)[1].min()) if len(r.series(HELDOUT)[1]) else math.nan for r in rs]).text(),
         "reward, all steps": _number(REWARD, "{:.3f}"),
         "reward, last 5 steps": _number(REWARD, "{:.3f}", 5),
@@ -100,18 +102,10 @@ def _finals(study: Study, runs: Sequence[RunData], arms: dict[str, list[RunData]
     }
     rows = []
     for arm, own in arms.items():
-        against = [paired(runs, arm, study.reference, value).text(100) for value in (_final, _mean_reward)]
+        against = [paired(runs, arm, study.reference, value).text(100) for value in (final_accuracy, mean_reward)]
         rows.append([arm, *(cell(own) for cell in columns.values()), *(["reference"] * 2 if arm == study.reference else against)])
     names = (f"held-out after, points over {study.reference}", f"reward of all steps, points over {study.reference}")
     return ["arm", *columns, *names], rows
-
-
-def _final(run: RunData) -> float:
-    return run.final(HELDOUT)
-
-
-def _mean_reward(run: RunData) -> float:
-    return run.mean(REWARD)
 
 
 def _contract(arms: dict[str, list[RunData]]) -> Table:

@@ -126,7 +126,7 @@ def taken_logprobs(
     Raises ValueError, naming the argument, for shapes, dtypes, ids or numbers out of their range. The ids'
     range is read on the host: one synchronisation with the GPU a call.
     """
-    _check_inputs(hidden, weight, token_ids, bias, temperature, chunk_tokens, implementation)
+    _check_inputs(hidden, weight, token_ids, bias, temperature, chunk_tokens, kept_bytes, implementation)
     ids = token_ids.to(torch.int64).contiguous()
     if vocab_parallel is None:
         _check_ids(ids, weight.shape[0])
@@ -315,6 +315,7 @@ def _check_inputs(
     bias: Tensor | None,
     temperature: float,
     chunk_tokens: int | None,
+    kept_bytes: int,
     implementation: str,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -349,6 +350,8 @@ def _check_inputs(
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1: got {chunk_tokens}; None chooses it")
+    if kept_bytes < 0:
+        raise ValueError(f"kept_bytes must be at least 0: got {kept_bytes}; 0 keeps no logits")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}: got {implementation!r}"

@@ -129,15 +129,15 @@ class Run:
         }
         objective = self.config.objective
         if objective.routing_replay != "none":
-            recorded = [b.routing for m in mini_batches for rank in m.micro_batches for b in rank]
-            traces = [t for t in (r.completion.routing for r in rollouts) if t] if recorded[0] is None else recorded
-            total = sum(t.nbytes for t in traces)
+            if objective.routing_replay == "r2":
+                traces = [b.routing for m in mini_batches for rank in m.micro_batches for b in rank]
+            else:
+                traces = [r.completion.routing for r in rollouts]
+            total, tokens = sum(t.nbytes for t in traces), sum(len(t) for t in traces)
             out["routing/replay_bytes"] = float(total)
-            out["routing/replay_bytes_per_token"] = total / sum(len(t) for t in traces)
-            out["routing/native_row_fraction"] = sum(t.unknown_rows for t in traces) / sum(len(t) for t in traces)
-            cost = replay_bytes(
-                objective.routing_replay, total, recompute_old_logprobs=self.contract.recomputed
-            )
+            out["routing/replay_bytes_per_token"] = total / tokens
+            out["routing/native_row_fraction"] = sum(t.unknown_rows for t in traces) / tokens
+            cost = replay_bytes(objective.routing_replay, total, recompute_old_logprobs=self.contract.recomputed)
             out |= {f"routing/replay_{kind}_bytes": float(n) for kind, n in asdict(cost).items()}
         return out
 

@@ -406,6 +406,7 @@ def test_a_vocabulary_split_over_two_processes_equals_one_process(tmp_path):
         ("temperature", {"temperature": math.nan}),
         ("temperature", {"temperature": math.inf}),
         ("chunk_tokens", {"chunk_tokens": 0}),
+        ("kept_bytes", {"kept_bytes": -1}),
         ("implementation", {"implementation": "liger"}),
         ("triton", {"implementation": "triton"}),
     ],
