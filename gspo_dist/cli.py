@@ -120,7 +120,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _schema_keys() -> set[str]:
-    from gspo_dist.config import RolloutConfig, RunConfig, to_mapping
+    from gspo_dist.config import RolloutConfig, RunConfig
+    from gspo_dist.mapping import to_mapping
 
     def walk(node: Mapping[str, Any], prefix: str) -> typing.Iterator[str]:
         for key, value in node.items():
@@ -133,7 +134,8 @@ def _schema_keys() -> set[str]:
 
 def run_config(overrides: Sequence[str]) -> Any:
     """A checked RunConfig from hydra overrides. Raises ValueError."""
-    from gspo_dist.config import RunConfig, from_mapping
+    from gspo_dist.config import RunConfig
+    from gspo_dist.mapping import from_mapping
 
     return from_mapping(RunConfig, compose(overrides))
 
@@ -156,7 +158,8 @@ def _with_hydra(program: str, args: list[str], task: Callable[[Any], None]) -> N
     register_schema()
 
     def job(node: Any) -> None:
-        from gspo_dist.config import RunConfig, from_mapping
+        from gspo_dist.config import RunConfig
+        from gspo_dist.mapping import from_mapping
 
         try:
             config = from_mapping(RunConfig, OmegaConf.to_container(node, resolve=True))
@@ -310,7 +313,7 @@ def plan_text(
     """What a run needs and whether it fits, from its configuration alone; values from conf/'s cluster.plan_* fill gaps."""
     import json
 
-    from gspo_dist.config import to_mapping
+    from gspo_dist.mapping import to_mapping
     from gspo_dist.planner import find_gpu, find_model, format_plan, model_from_config, plan, read_run
     from gspo_dist.planner.placement import where
 

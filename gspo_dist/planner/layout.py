@@ -143,7 +143,7 @@ class Workload:
 
 
 def read_run(run: Mapping[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workload]:
-    """The three records of a run, from `gspo_dist.config.to_mapping(run_config)`."""
+    """The three records of a run, from `gspo_dist.mapping.to_mapping(run_config)`."""
     rollout, objective, cluster = run["rollout"], run["objective"], run["cluster"]
     engine = EngineLayout(
         engines=rollout["engines"] if rollout["engine"] == "vllm" else 0,

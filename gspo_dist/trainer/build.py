@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore, hold
 from gspo_dist.coldstart.make import ensure_model
-from gspo_dist.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig, to_mapping
+from gspo_dist.config import ClusterConfig, LearnerConfig, RolloutConfig, RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
 from gspo_dist.learners.learner import Learner
+from gspo_dist.mapping import to_mapping
 from gspo_dist.metrics.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink, write_json
 from gspo_dist.objectives.registry import Objective, get_objective
 from gspo_dist.rewards.reward import resolve_reward

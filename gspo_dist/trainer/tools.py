@@ -9,8 +9,9 @@ from typing import Any
 
 from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
-from gspo_dist.config import RunConfig, from_mapping
+from gspo_dist.config import RunConfig
 from gspo_dist.data.prompts import load_prompts
+from gspo_dist.mapping import from_mapping
 from gspo_dist.trainer.build import Processes, check_model, load_tokenizer, resolve_device, sampling_spec
 from gspo_dist.trainer.collect import evaluate_with
 

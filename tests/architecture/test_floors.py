@@ -23,7 +23,7 @@ FLOORS = {
     "metrics": 2, "metrics.__init__": 1, "metrics.metric": 1,
     "routing.huggingface": 2, "routing.megatron": 2, "routing.deepspeed": 2,
     "routing.__init__": 1, "routing.trace": 1, "routing.replay": 1, "routing.taps": 1, "routing.flips": 1,
-    "config": 1, "types": 1, "packing": 1,
+    "config": 1, "mapping": 1, "types": 1, "packing": 1,
     "objectives": 0, "planner": 0,
     "__init__": 0,
 }

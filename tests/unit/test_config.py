@@ -9,9 +9,8 @@ from gspo_dist.config import (
     MegatronConfig,
     RolloutConfig,
     RunConfig,
-    from_mapping,
-    to_mapping,
 )
+from gspo_dist.mapping import from_mapping, to_mapping
 
 
 def test_round_trip():

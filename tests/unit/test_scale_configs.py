@@ -17,9 +17,9 @@ import pytest
 
 from gspo_dist import cli
 from gspo_dist.compare.study import load_study
-from gspo_dist.config import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_layout
+from gspo_dist.mapping import to_mapping
 from gspo_dist.planner import find_gpu, find_model, plan, read_run
 from gspo_dist.planner.placement import where
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist import config
+from gspo_dist.mapping import to_mapping
 from gspo_dist.planner import (
     EngineLayout,
     LearnerLayout,
@@ -113,7 +114,7 @@ def test_every_knob_of_a_run_is_read() -> None:
         rollout=config.RolloutConfig(engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7),
         objective=config.ObjectiveConfig(name="gspo", kl_coef=0.1, routing_replay="r3"),
     )
-    learner, engine, work = read_run(config.to_mapping(run))
+    learner, engine, work = read_run(to_mapping(run))
     assert learner == LearnerLayout(
         "megatron", 16, "bf16", 20480, "full", 3, True, tensor=2, pipeline=2, virtual_stages=2, expert=4, context=2,
         offload_optimizer=True, low_precision_moments=True)
@@ -130,7 +131,7 @@ def test_deepspeed_and_dry_runs_are_read() -> None:
             deepspeed=config.DeepSpeedConfig(zero_stage=3, expert_parallel=2, offload_optimizer=True)),
         rollout=config.RolloutConfig(engine="fake"),
     )
-    learner, engine, _ = read_run(config.to_mapping(run))
+    learner, engine, _ = read_run(to_mapping(run))
     assert (learner.zero_stage, learner.expert, learner.offload_optimizer, learner.recompute) == (3, 2, True, "full")
     assert engine.engines == 0
 
