@@ -25,6 +25,7 @@ from gspo_dist.config import ModelConfig, RunConfig
 from gspo_dist.learners.step import LossSpec
 from gspo_dist.objectives.registry import get_objective
 from gspo_dist.packing import MiniBatch, pack
+from gspo_dist.planner import Gpu, find_gpu, model_from_config
 from gspo_dist.trainer.build import Processes, resolve_device
 from gspo_dist.types import Completion, Prompt, Rollout
 
@@ -127,16 +128,23 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of layouts")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    layouts = GPU_LAYOUTS if options.layers else CPU_LAYOUTS
+    unknown = set(options.only or layouts) - set(layouts)
+    if unknown:
+        parser.error(f"--only must name layouts of {', '.join(map(repr, layouts))}: got {', '.join(sorted(unknown))}")
+    try:
+        gpu = find_gpu(options.gpu) if options.gpu else None
+    except ValueError as error:
+        parser.error(f"--gpu: {error}")
     with tempfile.TemporaryDirectory() as folder:
         model = real_shapes(Path(folder), options.layers) if options.layers else str(ensure_model(ModelConfig()))
         longest = 8192 if options.layers else 256
         mean = 2048 if options.layers else options.mean
         vocabulary = json.loads(Path(model, "config.json").read_text())["vocab_size"]
         rollouts = sequences(options.sequences, mean, longest, vocabulary)
-        layouts = GPU_LAYOUTS if options.layers else CPU_LAYOUTS
         results = {}
-        print("| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | unused budget |" + (" MFU |" if options.gpu else ""))
-        print("|---|---|---|---|---|" + ("---|" if options.gpu else ""))
+        print("| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | unused budget |" + (" MFU |" if gpu else ""))
+        print("|---|---|---|---|---|" + ("---|" if gpu else ""))
         for name, overrides in layouts.items():
             if options.only and name not in options.only:
                 continue
@@ -150,20 +158,18 @@ def main() -> None:
             results[name] = row
             line = (f"| {name} | {row['update_tokens_per_s']:,.0f} | {row['logprobs_tokens_per_s']:,.0f} | "
                     f"{row['peak_bytes_a_rank'] / 2**20:,.0f} | {row['padding']:.1%} |")
-            if options.gpu:
-                line += f" {mfu(model, row, options.gpu, config.learner.world_size):.1%} |"
+            if gpu:
+                line += f" {mfu(model, row, gpu, config.learner.world_size):.1%} |"
             print(line, flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def mfu(model: str, row: dict[str, float], gpu: str, ranks: int) -> float:
+def mfu(model: str, row: dict[str, float], gpu: Gpu, ranks: int) -> float:
     """Model FLOPs utilisation of the update: 3 x the forward's FLOPs (backward counts double) over the dense peak."""
-    from gspo_dist.planner import find_gpu, model_from_config
-
     shape = model_from_config(json.loads(Path(model, "config.json").read_text()), "bench")
     flops = 3 * shape.forward_flops(row["update_tokens_per_s"], 2048)
-    return flops / (find_gpu(gpu).tflops * 1e12 * ranks)
+    return flops / (gpu.tflops * 1e12 * ranks)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
     python benchmarks/bench_logprobs.py                      # CPU, float32, 512 and 1,024 tokens
     python benchmarks/bench_logprobs.py --device cuda --out logprobs.json
+    python benchmarks/bench_logprobs.py --gpu H100           # no measurement: what a card's data sheet allows
 
 First every implementation of this package is checked against float64 at small sizes (exit status 1 if one is
 wrong), then each method runs forward alone (no gradient: the old-log-probs pass) and forward + backward with
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gspo_dist.learners import logprobs as head
 from gspo_dist.learners.logprobs import taken_logprobs
+from gspo_dist.planner.hardware import Gpu, find_gpu
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, token ids -> logprobs
 ROWS, SAMPLE, BLOCK = 256, 512, 8192  # rows of hidden's gradient, rows of weight's, float64 columns at once
@@ -63,7 +65,7 @@ def ours(
     fp32_head: bool = False,
     budget_mib: int | None = None,
     entropy: bool = True,
-    kept_bytes: int = head.KEPT_BYTES,
+    kept_bytes: int | None = None,
 ) -> Method:
     def run(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         chunk = (
@@ -320,6 +322,38 @@ def measure_all(tokens: int, args: argparse.Namespace) -> dict[str, dict[str, fl
     return results
 
 
+# ---- without the device ----
+
+
+def calculated(gpu: Gpu, args: argparse.Namespace) -> str:
+    """The head in bfloat16 on a GPU, matmuls and passes each at the data sheet's rate: a calculation, no measurement.
+
+    A pass moves each logit once (tests/unit/learners/test_logprobs_triton.py reads that in the machine code): forward
+    2 bytes read, backward 2 read and 2 written. What a matmul itself writes counts for the floor as for the head.
+    Memory: naive holds its log-softmax, that one's gradient and the logits' at once, in float32 (measured on a CPU,
+    within 0.2%); the head both gradients, a float32 sum of hidden's, and the logits kept.
+    """
+    rates = f"{gpu.tflops:g} TFLOP/s, {gpu.hbm_gb_s:g} GB/s"
+    lines = [
+        f"## Log-probs, calculated for {gpu.name}: {rates}, H {args.hidden}, V {args.vocab}, bfloat16",
+        "",
+        "| tokens | 2NHV, ms | forward / 2NHV | kept | forward + backward / 8NHV | / 6NHV | MiB | naive's / this |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for tokens in args.tokens:
+        logits = 2 * tokens * args.vocab  # bytes
+        matmul = 2 * tokens * args.hidden * args.vocab / (gpu.tflops * 1e12)
+        read = logits / (gpu.hbm_gb_s * 1e9)
+        kept = min(1.0, head.GPU_KEPT_BYTES / logits)
+        memory = 2 * args.hidden * args.vocab + 4 * tokens * args.hidden + kept * logits
+        step = (4 - kept) * matmul + 3 * read
+        lines.append(
+            f"| {tokens} | {matmul * 1e3:.2f} | {1 + read / matmul:.2f} | {kept:.0%} | {step / (4 * matmul):.2f} "
+            f"| {step / (3 * matmul):.2f} | {memory / 2**20:,.0f} | {12 * tokens * args.vocab / memory:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 # ---- correctness at small sizes ----
 
 
@@ -424,12 +458,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--budget-mib", type=int, nargs="*", default=[], help="also try these sizes of a chunk"
     )
+    parser.add_argument("--gpu", help="GPU kind, e.g. H100: calculate from its data sheet, measure nothing")
     parser.add_argument("--skip-check", action="store_true", help="measure without the float64 check first")
     parser.add_argument("--out", type=Path, help="write everything measured as JSON here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--truth", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cuda = args.device == "cuda"
+    try:
+        args.gpu = find_gpu(args.gpu) if args.gpu else None
+    except ValueError as error:
+        parser.error(f"--gpu: {error}")
+    cuda = args.device == "cuda" or args.gpu is not None
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.tokens = args.tokens or ([4096, 8192, 16384, 32768] if cuda else [512, 1024])
     args.repeats = args.repeats or (7 if cuda else 2)
@@ -439,6 +478,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     torch.set_num_threads(args.threads)
+    if args.gpu:
+        print(calculated(args.gpu, args))
+        return 0
     if args.worker:
         if args.worker == "floor":
             print(json.dumps(measure_floor(args.tokens[0], args)))

@@ -6,7 +6,7 @@
 
 The loss is a function of all log-probs at once (GSPO's ratio needs every token of a sequence), so the
 gradient of a token's log-prob is not known in the forward pass: the backward pass computes the logits again,
-all but the first blocks, which are kept as far as KEPT_BYTES go.
+all but the first blocks, which are kept as far as `kept_bytes` go.
 
 Both passes walk the vocabulary in blocks of columns, all tokens at a time, instead of the tokens in blocks of
 rows. Nothing is lost (log-sum-exp merges over columns, Milakov and Gimelshein 2018, arXiv:1805.02867, and
@@ -46,10 +46,11 @@ from gspo_dist.learners.logprobs_passes import (
 GPU_BUDGET_BYTES = 512 << 20
 CPU_BUDGET_BYTES = 4 << 20
 CPU_COLUMNS = 512
-# Bytes of logits kept from the forward pass for the backward pass: memory that buys back flops. 512 MiB are all of
-# 883 float32 or 1,766 bfloat16 tokens of a vocabulary of 151,936; with twice as much, 8,192 float32 tokens would take
-# more than an eighth of what plain log_softmax takes.
-KEPT_BYTES = 512 << 20
+# Bytes of logits kept from the forward pass for the backward pass when kept_bytes is not given: memory that buys back
+# flops. Each is what 8,192 tokens of a vocabulary of 151,936 can have (bfloat16 on a GPU, float32 on a CPU) and stay
+# under an eighth of what plain log_softmax takes (benchmarks/reports/logprobs).
+GPU_KEPT_BYTES = 1 << 30
+CPU_KEPT_BYTES = 512 << 20
 _LOWEST = -1e30  # "no maximum yet": finite, so that (lowest - m) * 0 is 0 and not nan
 
 
@@ -89,7 +90,7 @@ class _Options(NamedTuple):
     logits_dtype: torch.dtype
     with_entropy: bool
     parallel: VocabParallel | None
-    kept_blocks: int  # blocks of logits that the forward pass keeps for the backward pass
+    kept_blocks: int  # the first blocks of logits, which the forward pass keeps for the backward pass
 
 
 def taken_logprobs(
@@ -100,7 +101,7 @@ def taken_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    kept_bytes: int = KEPT_BYTES,
+    kept_bytes: int | None = None,
     fp32_head: bool = False,
     with_entropy: bool = True,
     vocab_parallel: VocabParallel | None = None,
@@ -114,7 +115,7 @@ def taken_logprobs(
     chunk_tokens: hold at most chunk_tokens x V logits (scratch of the same shape included; at least one
         column of N), in blocks cut along the vocabulary. None: as many as fit a fixed number of bytes.
     kept_bytes: at most so many bytes of logits stay from forward to backward, where they are not computed a second
-        time; 0 keeps none. Only where a gradient will be asked for.
+        time; 0 keeps none, None a fixed number of bytes. Only where a gradient will be asked for.
     fp32_head: logits of 16-bit inputs in float32 (exact products, float32 sums), where they would be rounded
         to the input dtype. The gradient's matmuls take the logits' gradient in the input dtype either way.
     implementation: "chunked" is plain torch and runs everywhere; "compiled" is its torch.compile; "triton"
@@ -143,6 +144,8 @@ def taken_logprobs(
     else:
         columns = max(CPU_COLUMNS, CPU_BUDGET_BYTES // logits_dtype.itemsize // max(held, 1))
     block = _block_columns(columns, len(weight))
+    if kept_bytes is None:
+        kept_bytes = GPU_KEPT_BYTES if hidden.is_cuda else CPU_KEPT_BYTES
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = _Options(
         passes=passes,
@@ -170,10 +173,11 @@ class _TakenLogprobs(torch.autograd.Function):
             empty[0].fill_(_LOWEST), empty[1].zero_(), empty[2].zero_(), empty[3].fill_(-torch.inf)
         )
         kept: list[Tensor] = []
+        copied = options.passes.merge_destroys
         with torch.autocast(hidden.device.type, enabled=False):
-            for columns, logits in _walk(hidden, weight, options):
+            for columns, logits in _walk(hidden, weight, options, apart=0 if copied else options.kept_blocks):
                 if len(kept) < options.kept_blocks:
-                    kept.append(logits.clone())  # merge may destroy them
+                    kept.append(logits.clone() if copied else logits)
                 options.passes.merge(_block(columns, logits, bias, ids, options), state, options.with_entropy)
         if options.parallel is not None:
             state = _reduce(state, options.parallel.group)
@@ -201,7 +205,7 @@ class _TakenLogprobs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = torch.empty_like(bias) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for columns, logits in _walk(hidden, weight, options, kept):
+            for columns, logits in _walk(hidden, weight, options, kept=kept):
                 block = _block(columns, logits, bias, ids, options)
                 grad_logits = options.passes.gradient(block, lse, scale, hidden.dtype)
                 if grad_hidden is not None:
@@ -224,10 +228,11 @@ def _block(columns: slice, logits: Tensor, bias: Tensor | None, ids: Tensor, opt
 
 
 def _walk(
-    hidden: Tensor, weight: Tensor, options: _Options, kept: list[Tensor] | None = None
+    hidden: Tensor, weight: Tensor, options: _Options, *, apart: int = 0, kept: list[Tensor] | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each block of columns with its raw logits [N, v] (no bias, no temperature): the first from `kept`, which is
-    emptied, the others always in the same buffer."""
+    emptied; then `apart` of them in memory of their own, which the caller may hold; the others always in the same
+    buffer."""
     kept = kept or []
     tokens, vocabulary = len(hidden), len(weight)
     buffer = None
@@ -250,6 +255,8 @@ def _walk(
         else:  # torch has mm(out_dtype=) on CUDA only (2.8 to 2.13): cast this block of rows
             torch.mm(hidden, rows.to(options.logits_dtype), out=logits)
         yield columns, logits
+        if apart > 0:
+            apart, buffer = apart - 1, None
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -315,7 +322,7 @@ def _check_inputs(
     bias: Tensor | None,
     temperature: float,
     chunk_tokens: int | None,
-    kept_bytes: int,
+    kept_bytes: int | None,
     implementation: str,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -350,8 +357,8 @@ def _check_inputs(
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1: got {chunk_tokens}; None chooses it")
-    if kept_bytes < 0:
-        raise ValueError(f"kept_bytes must be at least 0: got {kept_bytes}; 0 keeps no logits")
+    if kept_bytes is not None and kept_bytes < 0:
+        raise ValueError(f"kept_bytes must be at least 0: got {kept_bytes}; 0 keeps no logits, None chooses")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}: got {implementation!r}"

@@ -43,6 +43,7 @@ class Passes(Protocol):
     """The two passes over a block of logits, as `Chunked` states them."""
 
     logit_buffers: int  # tensors of the block's shape that a pass holds at once, the logits included
+    merge_destroys: bool  # merge leaves something else where the logits were
 
     def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None: ...
 
@@ -54,6 +55,7 @@ class Chunked:
 
     def __init__(self, upcast: bool) -> None:
         self.logit_buffers = 3 if upcast else 2  # the logits, their float32 copy, the exponentials
+        self.merge_destroys = not upcast
 
     def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
         """Merges a block into `state`."""
@@ -88,6 +90,7 @@ class Compiled:
     """`Chunked` through torch.compile, which fuses each pass; the clones are fused away with the rest."""
 
     logit_buffers = 2
+    merge_destroys = False
 
     def __init__(self) -> None:
         eager = Chunked(upcast=False)

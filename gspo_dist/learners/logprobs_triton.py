@@ -98,6 +98,8 @@ class TritonPasses:
     Raises ValueError where the kernels cannot run: not on a GPU (Triton's interpreter aside), or in float64.
     """
 
+    merge_destroys = False
+
     def __init__(self, hidden: Tensor, logits_dtype: torch.dtype) -> None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, which triton.jit reads
         if hidden.dtype == torch.float64 or not (hidden.is_cuda or interpreted):

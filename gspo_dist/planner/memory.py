@@ -34,8 +34,9 @@ ENGINE_ASLEEP = 2 * GIB
 HEAD_LOGITS = 512 << 20
 """Logits that the LM head holds at once on a GPU (learners/logprobs.py)."""
 HEAD_LOGITS_CPU = 32 << 20
-HEAD_KEPT = 512 << 20
+HEAD_KEPT = 1 << 30
 """Logits that it keeps for the backward pass, at most."""
+HEAD_KEPT_CPU = 512 << 20
 EXPERT_SKEW = 1.25
 """Tokens of the busiest expert-parallel rank over the mean."""
 ZERO_BUCKET = 500_000_000
@@ -204,8 +205,9 @@ def learner_memory(
     """The fullest rank at its worst moment (backward pass, or optimiser step), and its items in host memory."""
     device, host = learner_states(model, layout)
     tokens = math.ceil(layout.token_budget / layout.context)
-    kept_logits = min(HEAD_KEPT, layout.width * tokens * model.vocab // layout.tensor)
-    head = Item("head", (HEAD_LOGITS if gpu else HEAD_LOGITS_CPU) + kept_logits + 4 * tokens * model.hidden,
+    block, most_kept = (HEAD_LOGITS, HEAD_KEPT) if gpu else (HEAD_LOGITS_CPU, HEAD_KEPT_CPU)
+    kept = min(most_kept, layout.width * tokens * model.vocab // layout.tensor)
+    head = Item("head", block + kept + 4 * tokens * model.hidden,
                 "a block of logits, those kept for the backward pass, and the hidden states' gradient in float32")
     backward = [activations(model, layout), head]
     step: list[Item] = []

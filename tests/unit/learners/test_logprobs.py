@@ -214,6 +214,21 @@ def test_kept_logits_stay_within_their_bytes_and_spare_their_matmuls(kept_share)
     assert counter.get_total_flops() == pytest.approx((2 + 2 * (1 - kept_share)) * n * h * v, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fp32_head", [False, True])
+@pytest.mark.parametrize("kept_share", [0.3, 0.6, 1.0])
+def test_kept_logits_are_those_that_would_be_computed_again(dtype, fp32_head, kept_share):
+    n, v = 32, 640
+    hidden, weight, _, ids, upstream = make(n, 8, v, dtype=dtype, bias=False)
+    width = 4 if fp32_head and dtype == torch.bfloat16 else dtype.itemsize
+    results = []
+    for kept_bytes in (0, int(kept_share * n * v * width)):
+        out = taken_logprobs(hidden, weight, ids, chunk_tokens=4, kept_bytes=kept_bytes, fp32_head=fp32_head)
+        grads = gradients(out.logprobs, upstream.to(out.logprobs.dtype), hidden, weight)
+        results.append((out.logprobs, out.entropy, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_nothing_is_kept_where_no_gradient_will_be_asked_for():
     hidden, weight, _, ids, _ = make(64, 2, 4096, dtype=torch.float32, bias=False)
     with _LogitCensus(64, 2) as census, torch.no_grad():

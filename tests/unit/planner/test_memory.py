@@ -190,7 +190,8 @@ def test_the_head_is_planned_with_the_budgets_that_it_works_with():
     from gspo_dist.learners import logprobs
 
     assert memory.HEAD_LOGITS == logprobs.GPU_BUDGET_BYTES
-    assert memory.HEAD_KEPT == logprobs.KEPT_BYTES
+    assert memory.HEAD_KEPT == logprobs.GPU_KEPT_BYTES
+    assert memory.HEAD_KEPT_CPU == logprobs.CPU_KEPT_BYTES
     model = replace(DENSE, vocab=1000)
     table, _ = learner_memory(model, LearnerLayout(backend="eager", token_budget=64, precision="fp32"), GIB)
     head = next(item for item in table.items if item.name == "head")
