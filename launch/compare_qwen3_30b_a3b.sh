@@ -43,6 +43,8 @@ if ((!dry)) && [[ ${GSPO_DRY_RUN:-0} != 1 ]]; then # before minutes of installat
         [[ " ${overrides[*]-} " == *" $key="* ]] || refuse "$key=... must be given"
     done
 fi
+# A login node may have no GPU, and another lock than the job's: the job makes the environment, on its first node.
+if ((slurm && !dry)); then GSPO_INSTALL=0; fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 study=(study=qwen3_30b_a3b layout="qwen3_30b_a3b_${nodes}x8" ${overrides[@]+"${overrides[@]}"})

