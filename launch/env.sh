@@ -157,8 +157,8 @@ gspo_env() {
         if ! gspo_is_current "$lock" "$stamp"; then return 1; fi
     fi
     export GSPO_ROOT GSPO_VENV VIRTUAL_ENV=$GSPO_VENV PATH=$GSPO_VENV/bin:$PATH
-    # DeepSpeed guesses the accelerator from what is installed; a CPU host says so.
-    if [[ $kind == cpu ]]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
+    # DeepSpeed guesses the accelerator from what is installed, and torch may be the CUDA build; the CPU lock says so.
+    if [[ $kind == cpu ]]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=""; fi
 }
 
 # A launcher's --help is the comment that it starts with, and needs no environment.

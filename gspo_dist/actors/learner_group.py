@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,18 @@ class LearnerRank(ActorProcess):
             name: handle.init_weight_sync.remote(transport.init_info(i))
             for i, (name, handle) in enumerate(engines.handles.items())
         }
-        transport.connect()
-        engines.gather(refs, plan.timeout_s)
+        # In a thread: the rendezvous waits for all, and an engine that cannot come must be heard before it times out.
+        # It also keeps to that thread the CUDA stream that vLLM 0.30 makes current while it connects.
+        meeting = ThreadPoolExecutor(1, thread_name_prefix="weight-rendezvous")
+        connected = meeting.submit(transport.connect)
+        meeting.shutdown(wait=False)
+        try:
+            engines.gather(refs, plan.timeout_s)
+        except BaseException:
+            if connected.done():
+                connected.result()  # the first cause, where this side failed
+            raise
+        connected.result(plan.timeout_s)
         return transport
 
     def export(self, source: str, target: str) -> int | None:

@@ -52,9 +52,10 @@ def lay_out(cluster: ClusterConfig, learner: LearnerConfig, rollout: RolloutConf
         share = Bundle(1, 0.5)
         return Layout((share,) * learner.world_size, (share,) * rollout.engines, True)
     cpus = 1 if gpu else CPU_SHARE
+    sampling = gpu and rollout.engine != "fake"
     return Layout(
         (Bundle(cpus, float(gpu)),) * learner.world_size,
-        (Bundle(cpus, float(gpu * rollout.tensor_parallel)),) * rollout.engines,
+        (Bundle(cpus, float(sampling * rollout.tensor_parallel)),) * rollout.engines,
         False,
     )
 
@@ -102,20 +103,27 @@ class Reservation:
         self.groups: list[Any] = []
         if layout.colocated:
             bundles = [{"CPU": 2.0, "GPU": 1.0} for _ in layout.learners]
-            self.learners = self.engines = self._reserve(bundles, "PACK", timeout_s)
+            self._refuse_what_never_comes(bundles)
+            # One host: weights pass from a rank to the engines through its shared memory.
+            self.learners = self.engines = self._reserve(bundles, "STRICT_PACK", timeout_s)
         else:
-            self.learners = self._reserve([b.resources() for b in layout.learners], "PACK", timeout_s)
-            self.engines = self._reserve([b.resources() for b in layout.engines], "PACK", timeout_s)
+            learners, engines = ([b.resources() for b in part] for part in (layout.learners, layout.engines))
+            self._refuse_what_never_comes(learners + engines)
+            self.learners = self._reserve(learners, "PACK", timeout_s)
+            self.engines = self._reserve(engines, "PACK", timeout_s)
+
+    def _refuse_what_never_comes(self, bundles: list[dict[str, float]]) -> None:
+        asked = sum(b.get("GPU", 0) for b in bundles)
+        if self.local and asked > cluster_gpus():
+            raise ValueError(
+                f"the layout asks for {asked:g} GPUs and this host has {cluster_gpus():g}: shrink learner.world_size or "
+                "rollout.engines, or let them share GPUs (cluster.colocated=true)"
+            )
 
     def _reserve(self, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> Any:
         if not bundles:
             return None
         asked = {k: sum(b.get(k, 0) for b in bundles) for k in ("CPU", "GPU")}
-        if asked["GPU"] > cluster_gpus() and self.local:
-            raise ValueError(
-                f"the layout asks for {asked['GPU']:g} GPUs and this host has {cluster_gpus():g}: shrink "
-                "learner.world_size or rollout.engines, or set cluster.device=cpu"
-            )
         group = placement_group(bundles, strategy=strategy)
         self.groups.append(group)
         if not group.wait(timeout_s):

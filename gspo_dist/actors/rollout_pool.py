@@ -53,8 +53,8 @@ class EngineProcess(ActorProcess):
     def sleep(self) -> None:
         self.engine.sleep()
 
-    def wake_up(self) -> None:
-        self.engine.wake_up()
+    def wake_up(self, weights_only: bool = False) -> None:
+        self.engine.wake_up(weights_only)
 
 
 class RayRolloutPool:
@@ -110,8 +110,8 @@ class RayRolloutPool:
     def sleep(self) -> None:
         self.actors.call_all("sleep", timeout=self.config.timeout_s)
 
-    def wake_up(self) -> None:
-        self.actors.call_all("wake_up", timeout=self.config.timeout_s)
+    def wake_up(self, weights_only: bool = False) -> None:
+        self.actors.call_all("wake_up", weights_only, timeout=self.config.timeout_s)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.actors.peak_memory()

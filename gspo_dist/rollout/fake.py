@@ -321,7 +321,7 @@ class FakeEngine:
     def sleep(self) -> None:
         raise ValueError(f"{self.name} cannot sleep: it holds no device memory")
 
-    def wake_up(self) -> None:
+    def wake_up(self, weights_only: bool = False) -> None:
         raise ValueError(f"{self.name} cannot wake up: it never sleeps")
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ class RolloutPool(Protocol):
 
     def sleep(self) -> None: ...
 
-    def wake_up(self) -> None: ...
+    def wake_up(self, weights_only: bool = False) -> None: ...
 
     def peak_memory(self) -> dict[str, dict[str, int]]: ...
 
@@ -85,8 +85,8 @@ class LocalRolloutPool:
     def sleep(self) -> None:
         self.engine.sleep()
 
-    def wake_up(self) -> None:
-        self.engine.wake_up()
+    def wake_up(self, weights_only: bool = False) -> None:
+        self.engine.wake_up(weights_only)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         import resource

@@ -26,6 +26,8 @@ EXTRA = "gspo"
 """Key in `SamplingParams.extra_args`: (request key, first slot, number of samples)."""
 GREEDY_BELOW = 1e-5
 """vLLM's own threshold: a lower temperature means greedy."""
+SCORED_ROWS = 1024
+"""Rows of prompt log-probs computed at a time."""
 
 
 class KeyedSampler(Sampler):
@@ -38,8 +40,7 @@ class KeyedSampler(Sampler):
         self.rows: list[str] = []
         self.keys = np.zeros(0, dtype=np.uint64)
         self.slots = torch.zeros(0, dtype=torch.long)
-        self.logprobs = torch.zeros(1, 1)
-        self.tokens = torch.zeros(1, 1, dtype=torch.int32)
+        self.begin(0, 1)  # `score` samples too, and may be the first to
 
     def begin(self, slots: int, max_tokens: int) -> None:
         """Room for a batch of `slots` completions; one more slot takes rows of requests that are not ours."""
@@ -55,8 +56,14 @@ class KeyedSampler(Sampler):
         return out
 
     def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """vLLM calls this for prompt log-probs, which it leaves untempered: `score` sets the temperature."""
-        return (logits.float() / self.score_temperature).log_softmax(dim=-1)
+        """vLLM calls this for prompt log-probs, which it leaves untempered: `score` sets the temperature.
+
+        vLLM 0.30 passes all prompt tokens of a request at once: in blocks of rows, no second float32 copy is held.
+        """
+        out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        for rows, logprobs in zip(logits.split(SCORED_ROWS), out.split(SCORED_ROWS), strict=True):
+            logprobs.copy_((rows.float() / self.score_temperature).log_softmax(dim=-1))
+        return out
 
     def forward(
         self,

@@ -104,7 +104,15 @@ class VllmEngine:
         set_num_threads = torch.set_num_threads
         from vllm import LLM
         from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
 
+        # vLLM's build decides, not what is asked of it: the GPU build would take a GPU and call it cpu.
+        if current_platform.device_type != self.device:
+            raise ValueError(
+                f"cluster.device={self.device} needs vLLM built for it: the one installed runs on "
+                f"{current_platform.device_type}; run the launcher with GSPO_ACCELERATOR="
+                f"{'cpu' if self.device == 'cpu' else 'gpu'}, which makes the environment anew"
+            )
         register()
         arguments: dict[str, Any] = {
             "model": str(model_path),
@@ -352,10 +360,10 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
         self.llm.sleep(level=1)
 
-    def wake_up(self) -> None:
+    def wake_up(self, weights_only: bool = False) -> None:
         if not self.sleep_mode:
             raise ValueError(f"{self.name} cannot wake up: it needs cluster.colocated=true and a GPU host")
-        self.llm.wake_up()
+        self.llm.wake_up(["weights"] if weights_only else None)
 
     def close(self) -> None:
         """Stops the engine core and gives its memory back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -107,6 +108,7 @@ def build(config: RunConfig) -> Run:
     limit = config.rollout.max_prompt_tokens
     train, heldout = load_splits(config.data, tokenizer, max_prompt_tokens=limit, seed=config.seed)
     device = resolve_device(config.cluster)
+    check_learner(config.learner, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     stack = contextlib.ExitStack()
     try:
@@ -124,7 +126,7 @@ def build(config: RunConfig) -> Run:
             probe_prompts=list(itertools.islice(heldout or train, 4)), contract=contract,
             flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
             sync=WeightSync(config.rollout.weight_sync, learner, pool, _sync_plan(config, device), ranks,
-                            config.rollout.max_model_len),
+                            config.rollout.max_model_len, colocated=config.cluster.colocated),
             sinks=Sinks([]), sampling=sampling_spec(config, tokenizer, info), release=stack.close,
         )
         if checkpoint is not None:
@@ -161,6 +163,16 @@ def resolve_device(cluster: ClusterConfig) -> str:
     if device == "cuda" and not present:
         raise ValueError(f"cluster.device=cuda needs a GPU: {where}; use cpu or auto")
     return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def check_learner(config: LearnerConfig, device: str) -> None:
+    """Raises ValueError for a learner that this environment cannot run on `device`."""
+    if config.backend == "megatron" and device == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it (it is compiled "
+            "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or `pip install "
+            "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
+        )
 
 
 def check_model(config: RunConfig, model: str) -> int:
@@ -222,7 +234,7 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
         temperature=config.rollout.temperature, keep_reference=config.objective.kl_coef > 0, device=device,
     )
     engine = functools.partial(
-        make_engine, config.rollout, model, device=device, seed=config.seed,
+        make_engine, config.rollout, model, device="cpu" if config.rollout.engine == "fake" else device, seed=config.seed,
         record_routing=_records_routing(config, moe_layers),
         threads=config.rollout.threads or max(1, (os.cpu_count() or 1) // config.rollout.engines),
         sleep_mode=config.cluster.colocated, transport=_transport(config, device),
@@ -231,14 +243,15 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
 
 
 def _transport(config: RunConfig, device: str) -> str:
-    """nccl between GPUs; shared memory on CPU hosts and where learner and engine share a GPU or a process (NCCL takes
-    no two ranks of a communicator on one GPU)."""
+    """nccl between GPUs; shared memory on CPU hosts, for the fake engine, and where learner and engine share a GPU or a
+    process (NCCL takes no two ranks of a communicator on one GPU)."""
     asked, cluster = config.rollout.weight_sync.transport, config.cluster
-    shares = cluster.colocated or cluster.in_process
+    shares = cluster.colocated or cluster.in_process or config.rollout.engine == "fake"
     if asked == "nccl" and (shares or device != "cuda"):
         raise ValueError(
             "rollout.weight_sync.transport=nccl needs learner and engines on different GPUs: got device "
-            f"{device}, colocated {cluster.colocated}, in_process {cluster.in_process}; use auto or shm"
+            f"{device}, engine {config.rollout.engine}, colocated {cluster.colocated}, in_process {cluster.in_process}; "
+            "use auto or shm"
         )
     return ("shm" if shares or device != "cuda" else "nccl") if asked == "auto" else asked
 
@@ -365,11 +378,12 @@ def _process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
             "learner": common | {"OMP_NUM_THREADS": str(config.learner.threads or each)},
             "engine": common | {"OMP_NUM_THREADS": str(config.rollout.threads or each)},
         }
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}  # cluster.device=cpu on a host with GPUs: Ray leaves them visible
     learner = config.learner.threads or max(1, cores // config.learner.world_size)
     engine = config.rollout.threads or max(1, cores // config.rollout.engines)
     return {
-        "learner": common | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"},
-        "engine": common | {"OMP_NUM_THREADS": str(engine)},
+        "learner": common | hidden | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"},
+        "engine": common | hidden | {"OMP_NUM_THREADS": str(engine)},
     }
 
 

@@ -71,14 +71,15 @@ class Run:
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
-        """While the learner works: colocated engines sleep, and their GPUs' memory is the learner's."""
+        """While the learner works: colocated engines sleep, and their GPUs' memory is the learner's. They come out of it
+        with their weights awake, which the publication overwrites; it wakes the rest."""
         if not self.config.cluster.colocated:
             yield
             return
         self.pool.sleep()
         yield
         self.learner.empty_cache()
-        self.pool.wake_up()
+        self.pool.wake_up(weights_only=True)
 
     def sampling_of(self, step: int) -> SamplingSpec:
         """How to sample `step`: routes travel only where R3 replays them or the flip metric measures them."""

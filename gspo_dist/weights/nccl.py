@@ -17,9 +17,19 @@ from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import device_checksum
 from gspo_dist.weights.shm import Staged
 from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.verify import WeightSyncError
 
 if TYPE_CHECKING:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+
+def require_nccl(group: Any) -> None:
+    """vLLM 0.30's communicator that found no NCCL is only `disabled`, and its broadcasts then do nothing."""
+    if group.disabled:
+        raise WeightSyncError(
+            "the nccl transport found no NCCL that vLLM can use: unset VLLM_DISABLE_PYNCCL, check VLLM_NCCL_SO_PATH, or "
+            "set rollout.weight_sync.transport=shm"
+        )
 
 
 class NcclTransport:
@@ -85,6 +95,7 @@ class NcclTransport:
                 "world_size": self.world_size,
             }
         )
+        require_nccl(self.group)
         # A stream of its own: staging the next bucket must not queue behind a broadcast whose receivers may
         # be dead.
         self.stream = torch.cuda.Stream()

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import Checksum, device_checksum, host_checksum
+from gspo_dist.weights.nccl import require_nccl
 from gspo_dist.weights.shm import map_bucket
 from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.verify import WeightSyncError
@@ -217,6 +218,7 @@ class NcclReceiver(CheckedReceiver):
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         self.check = init_info.check
         self.group = worker_init_process_group(init_info, self.parallel_config)
+        require_nccl(self.group)
 
     def incoming(self, update_info: NcclUpdateInfo) -> Iterable[NamedTensor]:
         layout = BucketLayout.from_dict(update_info.layout)

@@ -1,0 +1,68 @@
+"""The first meeting of learner and engines: whoever cannot come is heard at once, not after the others' timeout."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from gspo_dist.actors import learner_group
+from gspo_dist.actors.learner_group import LearnerRank
+from gspo_dist.weights.nccl import require_nccl
+from gspo_dist.weights.plan import SyncPlan
+from gspo_dist.weights.verify import WeightSyncError
+
+PLAN = SyncPlan("shm", True, 1 << 20, 60.0, 1)
+
+
+class Engines:
+    """Stands for `Actors`: what came of the engines' side of the meeting."""
+
+    def __init__(self, failure: Exception | None) -> None:
+        self.failure = failure
+        self.handles = {"engine-0": SimpleNamespace(init_weight_sync=SimpleNamespace(remote=lambda info: info))}
+
+    def gather(self, refs, timeout):
+        if self.failure is not None:
+            time.sleep(0.05)
+            raise self.failure
+
+
+def connect(monkeypatch, engines: Engines, meet) -> object:
+    transport = SimpleNamespace(init_info=lambda i: i, connect=meet)
+    monkeypatch.setattr(learner_group, "make_transport", lambda *a, **k: transport)
+    assert LearnerRank._connect(object.__new__(LearnerRank), PLAN, engines) is transport
+    return transport
+
+
+def test_an_engine_that_fails_is_heard_while_the_rendezvous_waits(monkeypatch) -> None:
+    over = threading.Event()
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match="the engine's own words"):
+        connect(monkeypatch, Engines(RuntimeError("the engine's own words")), lambda: over.wait(30))
+    assert time.perf_counter() - start < 10
+    over.set()
+
+
+def test_where_this_side_failed_first_its_error_is_the_one_raised(monkeypatch) -> None:
+    def broken() -> None:
+        raise ValueError("no route to the engines")
+
+    with pytest.raises(ValueError, match="no route to the engines"):
+        connect(monkeypatch, Engines(TimeoutError("no answer from engine-0")), broken)
+    with pytest.raises(ValueError, match="no route to the engines"):
+        connect(monkeypatch, Engines(None), broken)
+
+
+def test_both_met(monkeypatch) -> None:
+    met = []
+    connect(monkeypatch, Engines(None), lambda: met.append(1))
+    assert met == [1]
+
+
+def test_a_communicator_without_nccl_is_refused() -> None:
+    require_nccl(SimpleNamespace(disabled=False))
+    with pytest.raises(WeightSyncError, match="VLLM_DISABLE_PYNCCL"):
+        require_nccl(SimpleNamespace(disabled=True))

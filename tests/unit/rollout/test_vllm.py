@@ -1,0 +1,36 @@
+"""What of the vLLM engine needs no engine: the sampler's buffers and arithmetic, and the build that is installed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo_dist.config import RolloutConfig
+from gspo_dist.rollout import sampler
+from gspo_dist.rollout.sampler import KeyedSampler
+from gspo_dist.rollout.vllm import VllmEngine
+
+
+def test_the_sampler_can_sample_for_a_score_before_any_generation() -> None:
+    """Its buffers are on the runner's device from the start: an engine's first work may be a probe."""
+    keyed = KeyedSampler(SimpleNamespace(device=torch.device("meta")))
+    assert keyed.tokens.device.type == keyed.logprobs.device.type == "meta"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9, 10, 23])
+def test_prompt_logprobs_in_blocks_are_the_tempered_log_softmax(rows, monkeypatch) -> None:
+    monkeypatch.setattr(sampler, "SCORED_ROWS", 5)
+    keyed = KeyedSampler(SimpleNamespace(device=torch.device("cpu")))
+    keyed.score_temperature = 0.7
+    logits = torch.randn(rows, 17, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+    wanted = (logits.double() / 0.7).log_softmax(-1)
+    got = keyed.compute_logprobs(logits)
+    assert got.dtype == torch.float32 and got.shape == logits.shape
+    assert (got.double() - wanted).abs().max() < 1e-5
+
+
+def test_a_device_that_vllm_was_not_built_for_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"cluster\.device=cuda needs vLLM built for it: .* runs on cpu; .*GSPO_ACC.*gpu"):
+        VllmEngine(RolloutConfig(), tmp_path, device="cuda")
