@@ -315,10 +315,9 @@ def check_megatron(version: str | None, engine: str | None, gpus: bool) -> Check
         return Check("Megatron-core", "ok", "all layouts over gloo with CPU stand-ins (for tests, not for speed)")
     if engine is None:
         return Check(
-            "Megatron-core", "warn",
-            "without Transformer Engine: grouped GEMM and the precision-aware optimiser cannot be used",
-            "build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or pip install "
-            "--no-build-isolation transformer-engine[pytorch]; or learner.megatron.grouped_gemm=false",
+            "Megatron-core", "missing", "without Transformer Engine learner=megatron cannot run on GPUs",
+            "build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or pip install --no-build-isolation "
+            "'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'; or use learner=deepspeed",
         )
     return Check("Megatron-core", "ok", f"all layouts, with Transformer Engine {engine}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -108,7 +107,10 @@ def build(config: RunConfig) -> Run:
     limit = config.rollout.max_prompt_tokens
     train, heldout = load_splits(config.data, tokenizer, max_prompt_tokens=limit, seed=config.seed)
     device = resolve_device(config.cluster)
-    check_learner(config.learner, device)
+    if config.learner.backend == "megatron" and device == "cuda":
+        from gspo_dist.learners.megatron.layout import check_gpu
+
+        check_gpu(config.learner)
     run_dir.mkdir(parents=True, exist_ok=True)
     stack = contextlib.ExitStack()
     try:
@@ -163,16 +165,6 @@ def resolve_device(cluster: ClusterConfig) -> str:
     if device == "cuda" and not present:
         raise ValueError(f"cluster.device=cuda needs a GPU: {where}; use cpu or auto")
     return ("cuda" if present else "cpu") if device == "auto" else device
-
-
-def check_learner(config: LearnerConfig, device: str) -> None:
-    """Raises ValueError for a learner that this environment cannot run on `device`."""
-    if config.backend == "megatron" and device == "cuda" and importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(
-            "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it (it is compiled "
-            "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or `pip install "
-            "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
-        )
 
 
 def check_model(config: RunConfig, model: str) -> int:

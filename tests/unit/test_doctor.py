@@ -96,7 +96,7 @@ def test_backends_say_what_they_can_do_here() -> None:
     assert "need a GPU" in doctor.check_deepspeed("0.19.8", gpus=False).detail
     assert doctor.check_deepspeed(None, gpus=False).status == "missing"
     assert "stand-ins" in doctor.check_megatron("0.16.1", None, gpus=False).detail
-    assert doctor.check_megatron("0.16.1", None, gpus=True).status == "warn"
+    assert doctor.check_megatron("0.16.1", None, gpus=True).status == "missing"
     assert doctor.check_megatron("0.16.1", "2.10", gpus=True).status == "ok"
     assert doctor.check_collectives({**GPU_PROBE, "nccl": False}, gpus=True).status == "missing"
     assert doctor.check_collectives({"gloo": False}, gpus=False).status == "missing"

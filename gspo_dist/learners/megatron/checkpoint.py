@@ -8,6 +8,7 @@ The learner draws no random numbers (no dropout), so there is no random state to
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,15 @@ def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     kept = (ShardedBase, LocalNonpersistentObject)
     dict_list_map_inplace(lambda x: x if isinstance(x, kept) else LocalNonpersistentObject(x), state)
     for part in models.values():
-        # Transformer Engine's extra state (fp8 scales) is an object a rank, not a tensor: nothing here uses it.
-        for key in [k for k in part if k.endswith("_extra_state")]:
-            del part[key]
+        _drop_extra_state(part)
     return {"models": models, "optimizer": state}
+
+
+def _drop_extra_state(part: dict[str, Any]) -> None:
+    """Transformer Engine's extra state (fp8 scales) is an object a rank, not a tensor: nothing here uses it. A grouped
+    linear has one for every local expert: _extra_state, _extra_state1, ..."""
+    for key in [k for k in part if re.search(r"_extra_state\d*$", k)]:
+        del part[key]
 
 
 @torch.no_grad()
@@ -146,21 +152,26 @@ def _tensors(value: Any) -> list[ShardedTensor]:
 
 
 def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
-    """Gives each optimiser of the chain its state, and AdamW the steps its moments have seen.
+    """Gives each optimiser of the chain its state, and Adam the steps its moments have seen.
 
-    Every parameter is updated in every step, so the count is the policy version. It must be out of torch's AdamW
-    while 0.16.1's distributed optimiser copies the moments: it copies whatever the states hold, and no step is stored.
+    Every parameter is updated in every step, so the count is the policy version; no checkpoint stores it. torch's AdamW
+    keeps it with each parameter: it must be out while 0.16.1's distributed optimiser copies the moments, which copies
+    whatever the states hold. Transformer Engine's FusedAdam and the offloaded optimiser keep it with each group, where a
+    fresh one has none, and would correct the moments' bias as at the first step.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     for part, own in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
         inner = part.optimizer
         moments = own.pop("param_state", None)
+        adamw = isinstance(inner, torch.optim.AdamW)
+        stored = own.get("optimizer", own)
         # The plain optimisers of 0.16.1 drop a step of 0 when they prepare to load, and torch wants one.
-        for values in own.get("optimizer", own).get("state", {}).values():
+        for values in stored.get("state", {}).values() if adamw else ():
             if isinstance(values, dict):
                 values.setdefault("step", torch.tensor(float(steps)))
+        for group in () if adamw else stored.get("param_groups", ()):
+            group["step"] = steps
         part.load_state_dict(own)
-        adamw = isinstance(inner, torch.optim.AdamW)
         if adamw:
             for values in inner.state.values():
                 values.pop("step", None)
@@ -169,6 +180,3 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
         if adamw:
             for values in inner.state.values():
                 values["step"] = torch.tensor(float(steps))
-        for group in inner.param_groups if inner is not None else ():
-            if "step" in group:
-                group["step"] = steps

@@ -6,9 +6,10 @@ have their own factorisation of the same ranks: expert_tensor x expert x expert_
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
-from gspo_dist.config import MegatronConfig
+from gspo_dist.config import LearnerConfig, MegatronConfig
 from gspo_dist.learners.megatron.architecture import Architecture
 
 
@@ -98,10 +99,40 @@ def _check_experts(config: MegatronConfig, model: Architecture, world_size: int,
             "learner.megatron.expert_bias and aux_loss_coef are two ways to balance the experts: got both "
             f"(aux_loss_coef {config.aux_loss_coef}); keep one"
         )
+    if config.token_dispatcher == "allgather" and ep * etp > config.tensor_parallel * config.context_parallel:
+        raise ValueError(
+            "learner.megatron.token_dispatcher allgather cannot serve experts shared by data replicas, whose micro-batches "
+            f"differ in length: got expert_parallel {ep} x expert_tensor_parallel {etp} above tensor_parallel "
+            f"{config.tensor_parallel} x context_parallel {config.context_parallel}; use alltoall"
+        )
+    if config.token_dispatcher == "flex" and ep * etp == 1:
+        raise ValueError(
+            "learner.megatron.token_dispatcher flex (DeepEP) sends tokens between expert ranks: got expert_parallel 1 and "
+            "expert_tensor_parallel 1; use alltoall"
+        )
     if config.token_dispatcher == "allgather" and config.pipeline_parallel > 1:
         raise ValueError(
             "learner.megatron.token_dispatcher allgather cannot serve micro-batches of varying length under "
             "pipeline_parallel > 1: use alltoall"
+        )
+
+
+def have_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def check_gpu(config: LearnerConfig) -> None:
+    """Raises ValueError for what the learner's GPU form needs and this environment or config lacks."""
+    if not have_transformer_engine():
+        raise ValueError(
+            "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it (it is compiled "
+            "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or `pip install "
+            "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
+        )
+    if config.precision == "fp32":
+        raise ValueError(
+            "learner=megatron needs learner.precision=bf16 on GPUs: got fp32, for which Transformer Engine (2.9, 2.10) has "
+            "no attention over packed sequences; use bf16, or learner=deepspeed"
         )
 
 

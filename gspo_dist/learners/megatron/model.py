@@ -23,7 +23,7 @@ from torch import Tensor
 from gspo_dist.config import MegatronConfig
 from gspo_dist.learners.megatron import cpu
 from gspo_dist.learners.megatron.architecture import Architecture
-from gspo_dist.learners.megatron.layout import Layout
+from gspo_dist.learners.megatron.layout import Layout, have_transformer_engine
 from gspo_dist.learners.megatron.modules import CountingRouter, PackedAttention, RMSNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,7 +88,7 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=gpu and _have_te(),
+        apply_rope_fusion=gpu and have_transformer_engine(),
         # Virtual stages exchange both ways at once; with two pipeline ranks the batched exchange of 0.16.1 would pair
         # one direction's message with the other's (both neighbours are the same rank).
         overlap_p2p_comm=layout.virtual_stages > 1,
@@ -119,7 +119,7 @@ def _moe_settings(model: Architecture, config: MegatronConfig, gpu: bool) -> dic
         "moe_token_dispatcher_type": config.token_dispatcher,
         "moe_flex_dispatcher_backend": "deepep",
         "moe_grouped_gemm": config.grouped_gemm and gpu,
-        "moe_permute_fusion": gpu and _have_te(),
+        "moe_permute_fusion": gpu and have_transformer_engine(),
         # A fused router returns before it looks at replayed ids (routing.megatron hands the routers their handles).
         "moe_router_fusion": False,
     }
@@ -138,21 +138,8 @@ def _recompute_settings(model: Architecture, config: MegatronConfig, gpu: bool) 
     return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
-def _have_te() -> bool:
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def layer_spec(config: TransformerConfig, *, gpu: bool, vp_stage: int | None = None) -> Any:
-    """The spec of this rank's layers. Raises ValueError on a GPU host without Transformer Engine."""
-    if gpu and not _have_te():
-        raise ValueError(
-            "the megatron learner needs Transformer Engine on a GPU: it is not installed; install "
-            "transformer_engine[pytorch] or use learner=deepspeed"
-        )
+    """The spec of this rank's layers: Transformer Engine's on a GPU, plain torch's on a CPU."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=gpu, normalization="RMSNorm", vp_stage=vp_stage
     )

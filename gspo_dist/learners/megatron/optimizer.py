@@ -42,6 +42,11 @@ def check_optimizer(config: LearnerConfig, *, gpu: bool) -> None:
             raise ValueError(
                 f"learner.megatron.{knob} needs distributed_optimizer: got false; set distributed_optimizer=true"
             )
+    if megatron.optimizer_cpu_offload and config.precision == "fp32":
+        raise ValueError(
+            "learner.megatron.optimizer_cpu_offload needs learner.precision=bf16: got fp32, whose parameters are their own "
+            "master weights; use bf16 or turn it off"
+        )
     if megatron.overlap_param_gather and not megatron.overlap_grad_reduce:
         raise ValueError(
             "learner.megatron.overlap_param_gather needs overlap_grad_reduce: got false; set it too"
@@ -65,11 +70,14 @@ def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
         params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         use_distributed_optimizer=megatron.distributed_optimizer,
         overlap_param_gather=megatron.overlap_param_gather,
-        use_precision_aware_optimizer=megatron.precision_aware_optimizer,
+        # 0.16.1 offloads the master weights of this path only: of the other the moments alone, and resuming fails.
+        use_precision_aware_optimizer=megatron.precision_aware_optimizer or megatron.optimizer_cpu_offload,
+        # Whole fp32 master weights: 0.16.1 saves the 16-bit remainders as if they were weights, and cannot load them.
+        store_param_remainders=False,
         optimizer_cpu_offload=megatron.optimizer_cpu_offload,
         optimizer_offload_fraction=1.0 if megatron.optimizer_cpu_offload else 0.0,
         overlap_cpu_optimizer_d2h_h2d=megatron.optimizer_cpu_offload,
-        **(lower if megatron.precision_aware_optimizer else {}),
+        **(lower if megatron.precision_aware_optimizer and not megatron.optimizer_cpu_offload else {}),
     )
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from gspo_dist.config import LearnerConfig, MegatronConfig
-from gspo_dist.learners.megatron import cpu
+from gspo_dist.learners.megatron import checkpoint, cpu
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.convert import QKV, GateUp, SafetensorsFolder, Split, Whole, rule_for
-from gspo_dist.learners.megatron.layout import Layout, check_layout
+from gspo_dist.learners.megatron.layout import Layout, check_gpu, check_layout
 from gspo_dist.learners.megatron.model import transformer_config
 from gspo_dist.learners.megatron.modules import RMSNorm, chunk_positions, local_rows, natural_order
-from gspo_dist.learners.megatron.optimizer import check_optimizer
+from gspo_dist.learners.megatron.optimizer import check_optimizer, optimizer_config
 from gspo_dist.learners.megatron.rows import lay_out
 from gspo_dist.types import PackedBatch
 
@@ -196,9 +200,54 @@ def test_knobs_that_contradict_are_refused() -> None:
         check_optimizer(learner(precision_aware_optimizer=True, distributed_optimizer=False), gpu=True)
     with pytest.raises(ValueError, match=r"overlap_param_gather needs overlap_grad_reduce"):
         check_optimizer(learner(overlap_param_gather=True), gpu=True)
-    config = MegatronConfig(token_dispatcher="flex")
+    with pytest.raises(ValueError, match=r"optimizer_cpu_offload needs learner\.precision=bf16: got fp32"):
+        check_optimizer(
+            LearnerConfig(backend="megatron", precision="fp32", megatron=MegatronConfig(optimizer_cpu_offload=True)), gpu=True)
+    config = MegatronConfig(token_dispatcher="flex", expert_parallel=2)
     with pytest.raises(ValueError, match=r"DeepEP\) needs a GPU: use alltoall"):
-        transformer_config(MODEL, check_layout(config, MODEL, 1), config, "fp32", gpu=False)
+        transformer_config(MODEL, check_layout(config, MODEL, 2), config, "fp32", gpu=False)
+
+
+def test_the_gpu_form_asks_for_transformer_engine_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LearnerConfig(backend="megatron", precision="bf16")
+    with pytest.raises(ValueError, match=r"needs Transformer Engine on GPUs: .*learner=deepspeed"):
+        check_gpu(config)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_gpu(config)
+    with pytest.raises(ValueError, match=r"needs learner\.precision=bf16 on GPUs: got fp32"):
+        check_gpu(dataclasses.replace(config, precision="fp32"))
+
+
+def test_offloaded_and_precision_aware_optimisers_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.16.1 offloads masters, saves them and loads them on one path only, and there as fp32 only."""
+    monkeypatch.setattr("megatron.core.optimizer.optimizer_config.is_te_min_version", lambda version: True)
+
+    def built(**knobs: object) -> Any:
+        return optimizer_config(LearnerConfig(backend="megatron", precision="bf16", megatron=MegatronConfig(**knobs)))
+
+    offloaded = built(optimizer_cpu_offload=True)
+    assert offloaded.use_precision_aware_optimizer and offloaded.exp_avg_dtype == torch.float32
+    assert not offloaded.store_param_remainders
+    assert not built().use_precision_aware_optimizer
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["distributed", "plain"])
+def test_resuming_gives_a_fused_adam_its_steps(nested: bool) -> None:
+    """It counts by group, and a fresh one has no count: bias correction would start again, and the first update with it."""
+    given: list[dict] = []
+    part = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{}], state={}), load_state_dict=given.append)
+    own = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}, {"lr": 0.2}]}
+    checkpoint._load_optimizer(part, {"optimizer": own} if nested else own, 7)
+    (state,) = given
+    assert [g["step"] for g in (state["optimizer"] if nested else state)["param_groups"]] == [7, 7]
+    assert list(own["state"][0]) == ["exp_avg"]  # FusedAdam refuses a step among a parameter's tensors
+
+
+def test_every_extra_state_of_a_grouped_linear_is_left_out() -> None:
+    part = {"a.linear_fc1._extra_state": 0, "a.linear_fc1._extra_state1": 1, "a.linear_fc1._extra_state12": 2,
+            "a.linear_fc1.weight12": 3, "a._extra_state_of.weight": 4}
+    checkpoint._drop_extra_state(part)
+    assert sorted(part.values()) == [3, 4]
 
 
 def test_stand_ins_stay_away_from_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

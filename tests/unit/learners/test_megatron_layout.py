@@ -56,6 +56,9 @@ def test_published_layouts_pass_and_factor_the_ranks(model: Architecture, ranks:
 
 
 @pytest.mark.parametrize(("ranks", "sizes", "message"), [
+    (8, {"expert_parallel": 4, "tensor_parallel": 2, "token_dispatcher": "allgather"},
+     r"allgather cannot serve experts shared by data replicas.*expert_parallel 4 x .* above tensor_parallel 2 x"),
+    (8, {"token_dispatcher": "flex"}, r"flex \(DeepEP\) sends tokens between expert ranks: got expert_parallel 1"),
     (6, {"expert_parallel": 6}, r"expert_parallel must divide num_experts: got 6 and 128; try 1, 2, 4, 8"),
     (3, {"tensor_parallel": 3}, r"tensor_parallel must divide num_attention_heads: got 3 and 32; try 1, 2, 4"),
     (5, {"pipeline_parallel": 5}, r"pipeline_parallel x virtual_stages must divide num_hidden_layers: got 5 and 48"),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from gspo_dist.rollout.fake import FakeEngine
-from gspo_dist.trainer.build import _factories, _process_env, _transport, build, check_learner
+from gspo_dist.trainer.build import _factories, _process_env, _transport, build
 from gspo_dist.trainer.loop import train
 from tests.unit.trainer.test_loop import config, model, reward_file  # noqa: F401
 
@@ -67,12 +65,3 @@ def test_what_a_gpu_host_gives_to_a_fake_engine_and_a_cpu_run(model, reward_file
     # Ray leaves a host's GPUs visible to actors that ask for none.
     assert {env["CUDA_VISIBLE_DEVICES"] for env in _process_env(c, "cpu").values()} == {""}
     assert all("CUDA_VISIBLE_DEVICES" not in env for env in _process_env(c, "cuda").values())
-
-
-def test_megatron_on_gpus_asks_for_transformer_engine_before_anything_starts(model, reward_file, tmp_path) -> None:  # noqa: F811
-    learner = config(model, reward_file, tmp_path / "run").learner
-    megatron = replace(learner, backend="megatron")
-    check_learner(learner, "cuda")
-    check_learner(megatron, "cpu")
-    with pytest.raises(ValueError, match="needs Transformer Engine on GPUs: .*learner=deepspeed"):
-        check_learner(megatron, "cuda")
