@@ -2,14 +2,16 @@
 # Usage: launch/compare_qwen3_30b_a3b.sh --nodes 2|4|8 [--slurm] [--dry-run] [overrides]
 #
 # GSPO against GRPO with Routing Replay on Qwen3-30B-A3B-Base (conf/study/qwen3_30b_a3b.yaml), on nodes of 8 GPUs with
-# 80 GB: half of the GPUs learn (Megatron), half sample (vLLM). The arms run one after the other. To be given, on a file
+# 80 GB: half of the GPUs learn (Megatron, for which Transformer Engine must be installed beside the GPU lock, see
+# docker/Dockerfile.gpu), half sample (vLLM). The arms run one after the other. To be given, on a file
 # system that all nodes see: model.path (an HF folder), data.train and data.heldout (.jsonl or .parquet); study.dir is
 # where the runs go (default runs/qwen3_30b_a3b).
 #
 #   --nodes N   size of the cluster: takes conf/layout/qwen3_30b_a3b_Nx8.yaml
 #   --slurm     submit one Slurm job; without it, run on the Ray cluster that this host is the head of
 #               (launch/ray_head.sh here, launch/ray_worker.sh on the others). Submitted again, a study goes on where
-#               it stopped
+#               it stopped, and tries again what died (study.retry_failed=false leaves it). Verdicts need two seeds or
+#               more: study.seeds=[0,1,2]
 #   --dry-run   start nothing: print every arm, its memory and whether it fits (and, with --slurm, the submission)
 #
 #   launch/compare_qwen3_30b_a3b.sh --nodes 4 --slurm model.path=/shared/model data.train=/shared/train.parquet \

@@ -108,10 +108,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Paired:
-    """Difference arm - reference over the seeds both have: mean, 95% interval, p of the paired t-test."""
+    """Difference arm - reference over the seeds both have: mean, 95% interval, p of the paired t-test (nan for fewer
+    than two seeds, which have no spread to test against)."""
 
     difference: Estimate
     p: float
+
+    @property
+    def testable(self) -> bool:
+        return self.difference.n >= 2
 
     @property
     def significant(self) -> bool:
@@ -134,8 +139,10 @@ def paired(runs: Sequence[RunData], arm: str, reference: str, value: Any) -> Pai
     b = {r.seed: value(r) for r in runs if r.arm == reference}
     seeds = [s for s in sorted(a.keys() & b.keys()) if math.isfinite(a[s]) and math.isfinite(b[s])]
     d = np.array([a[s] - b[s] for s in seeds], float)
-    if len(d) < 2 or float(d.std(ddof=1)) == 0.0:
-        return Paired(estimate(d), 0.0 if len(d) > 1 and d.any() else 1.0)
+    if len(d) < 2:
+        return Paired(estimate(d), math.nan)
+    if float(d.std(ddof=1)) == 0.0:
+        return Paired(estimate(d), 0.0 if d.any() else 1.0)
     return Paired(estimate(d), float(stats.ttest_1samp(d, 0.0).pvalue))
 
 

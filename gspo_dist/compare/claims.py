@@ -1,7 +1,8 @@
 """The paper's four claims, each judged by a rule on the study's numbers: reproduced, not reproduced, or not testable.
 
 The rules are stated beside the verdicts in the report. Arms are found by name: gspo, gspo_recompute, grpo, grpo_r2,
-grpo_r3, gspo_r3; a missing arm makes a claim not testable.
+grpo_r3, gspo_r3; a missing arm makes a claim not testable. So do fewer than two seeds where the rule is a paired test:
+one seed has no spread to hold a difference against.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gspo_dist.compare.analysis import RunData, collapse_step, estimate, final_accuracy, mean_reward, paired
+from gspo_dist.compare.analysis import (
+    Paired,
+    RunData,
+    collapse_step,
+    estimate,
+    final_accuracy,
+    mean_reward,
+    paired,
+)
 
 CLIP = "objective/clip_fraction"
 EQUAL_POINTS = 0.05
@@ -43,9 +52,18 @@ def _no_arms(claim: str, rule: str, missing: Sequence[str]) -> Verdict:
     return Verdict(claim, rule, "not testable", f"no runs of {', '.join(missing)}")
 
 
+def _too_few_seeds(*tests: Paired) -> str:
+    """Why the paired tests decide nothing: the one with the fewest seeds."""
+    count = min(test.difference.n for test in tests)
+    return f"{'one seed' if count else 'no seed'} that both arms have; at least two are needed"
+
+
+def _collapsed(runs: Sequence[RunData], arm: str) -> int:
+    return sum(collapse_step(r) is not None for r in runs if r.arm == arm)
+
+
 def _collapses(runs: Sequence[RunData], arm: str) -> str:
-    own = [r for r in runs if r.arm == arm]
-    return f"{sum(collapse_step(r) is not None for r in own)} of {len(own)}"
+    return f"{_collapsed(runs, arm)} of {sum(r.arm == arm for r in runs)}"
 
 
 def _stabler(runs: Sequence[RunData]) -> Verdict:
@@ -54,7 +72,9 @@ def _stabler(runs: Sequence[RunData]) -> Verdict:
     if missing := _missing(runs, "gspo", "grpo"):
         return _no_arms(claim, rule, missing)
     test = paired(runs, "gspo", "grpo", final_accuracy)
-    if test.significant:
+    if not test.testable:
+        verdict = f"not testable: {_too_few_seeds(test)}"
+    elif test.significant:
         verdict = "reproduced" if test.difference.mean > 0 else "contradicted"
     else:
         verdict = "not reproduced"
@@ -75,7 +95,12 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
     engine = [r.mean(CLIP) for r in runs if r.arm == "gspo"]
     ratio = gspo / grpo if grpo > 0 else math.inf
     test = paired(runs, "gspo_recompute", "grpo", final_accuracy)
-    better = "and learns better" if test.significant and test.difference.mean > 0 else "without learning measurably better"
+    if not test.testable:
+        better = f"whether it learns better is not testable: {_too_few_seeds(test)}"
+    elif test.significant and test.difference.mean > 0:
+        better = "and learns better"
+    else:
+        better = "without learning measurably better"
     verdict = f"reproduced ({better})" if ratio >= 30 else "not reproduced"
     figures = (
         f"gspo_recompute {gspo:.3g}, grpo {grpo:.3g}: ratio {ratio:.3g}"
@@ -83,6 +108,14 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
         + f"; accuracy {test.text(100, ' points')}"
     )
     return Verdict(claim, rule, verdict, figures)
+
+
+def _needs_replay(collapsed: bool, *replayed: Paired) -> bool | None:
+    """Whether an arm needs replay: it collapsed, or ends below one of its replayed siblings. None where no collapse
+    decides and a test has too few seeds."""
+    if collapsed or any(test.significant and test.difference.mean > 0 for test in replayed):
+        return True
+    return False if all(test.testable for test in replayed) else None
 
 
 def _needs_no_replay(runs: Sequence[RunData]) -> Verdict:
@@ -95,14 +128,18 @@ def _needs_no_replay(runs: Sequence[RunData]) -> Verdict:
         return _no_arms(claim, rule, missing)
     r2, r3 = (paired(runs, arm, "grpo", final_accuracy) for arm in ("grpo_r2", "grpo_r3"))
     own = paired(runs, "gspo_r3", "gspo", final_accuracy)
-    needs = any(t.significant and t.difference.mean > 0 for t in (r2, r3)) or not _collapses(runs, "grpo").startswith("0 ")
-    none = not (own.significant and own.difference.mean > 0) and _collapses(runs, "gspo").startswith("0 ")
-    if needs and none:
-        verdict = "reproduced"
-    elif none:
-        verdict = "half: GSPO needs no replay; GRPO did not need it here either"
-    else:
+    grpo = _needs_replay(_collapsed(runs, "grpo") > 0, r2, r3)
+    gspo = _needs_replay(_collapsed(runs, "gspo") > 0, own)
+    if gspo:
         verdict = "not reproduced"
+    elif grpo is None or (gspo is None and not grpo):
+        verdict = f"not testable: {_too_few_seeds(r2, r3, own)}"
+    elif gspo is None:
+        verdict = f"half: GRPO needs replay; whether GSPO ends below gspo_r3 is not testable: {_too_few_seeds(own)}"
+    elif grpo:
+        verdict = "reproduced"
+    else:
+        verdict = "half: GSPO needs no replay; GRPO did not need it here either"
     figures = (
         f"over grpo: r2 {r2.text(100, ' points')}, r3 {r3.text(100, ' points')}; gspo_r3 over gspo "
         f"{own.text(100, ' points')}; collapsed: grpo {_collapses(runs, 'grpo')}, gspo {_collapses(runs, 'gspo')}"
@@ -118,8 +155,8 @@ def _tolerates_engine(runs: Sequence[RunData]) -> Verdict:
     test = paired(runs, "gspo", "gspo_recompute", final_accuracy)
     d = test.difference
     low, high = d.mean - d.half_width, d.mean + d.half_width
-    if not math.isfinite(d.half_width):
-        verdict = "not testable"
+    if not test.testable:
+        verdict = f"not testable: {_too_few_seeds(test)}"
     elif -EQUAL_POINTS <= low and high <= EQUAL_POINTS:
         verdict = "reproduced"
     elif high < 0:

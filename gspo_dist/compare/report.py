@@ -64,7 +64,8 @@ def _blocks(study: Study, runs: Sequence[RunData], command: str) -> list[Block]:
         f"number of rollouts and updates. Made by `{command}`."
     )
     claims = (
-        "The paper's claims", "Arithmetic on the numbers below, by the rule beside each verdict.",
+        "The paper's claims",
+        "Arithmetic on the numbers below, by the rule beside each verdict. A paired test takes two seeds or more.",
         (["claim", "rule", "verdict", "figures"], [[v.claim, v.rule, v.verdict, v.figures] for v in verdicts]),
     )
     return [
