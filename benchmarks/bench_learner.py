@@ -159,16 +159,18 @@ def main() -> None:
             line = (f"| {name} | {row['update_tokens_per_s']:,.0f} | {row['logprobs_tokens_per_s']:,.0f} | "
                     f"{row['peak_bytes_a_rank'] / 2**20:,.0f} | {row['padding']:.1%} |")
             if gpu:
-                line += f" {mfu(model, row, gpu, config.learner.world_size):.1%} |"
+                line += f" {mfu(model, row, rollouts, gpu, config.learner.world_size):.1%} |"
             print(line, flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def mfu(model: str, row: dict[str, float], gpu: Gpu, ranks: int) -> float:
+def mfu(model: str, row: dict[str, float], rollouts: list[Rollout], gpu: Gpu, ranks: int) -> float:
     """Model FLOPs utilisation of the update: 3 x the forward's FLOPs (backward counts double) over the dense peak."""
+    lengths = np.array([len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts])
     shape = model_from_config(json.loads(Path(model, "config.json").read_text()), "bench")
-    flops = 3 * shape.forward_flops(row["update_tokens_per_s"], 2048)
+    # Attention's share of a token grows with its sequence: the mean over tokens, not over sequences.
+    flops = 3 * shape.forward_flops(row["update_tokens_per_s"], float((lengths**2).sum() / lengths.sum()))
     return flops / (gpu.tflops * 1e12 * ranks)
 
 

@@ -182,6 +182,7 @@ class LearnerConfig:
         choose("learner.precision", self.precision, ("fp32", "bf16"))
         at_least("learner.world_size", self.world_size, 1)
         at_least("learner.token_budget", self.token_budget, 1)
+        at_least("learner.threads", self.threads, 0)
         above("learner.timeout_s", self.timeout_s, 0)
         if self.backend == "eager" and self.world_size != 1:
             raise ValueError(
@@ -287,6 +288,8 @@ class RolloutConfig:
                 "another distribution than the learner's (evaluation.top_p may be set freely)"
             )
         above("rollout.kv_cache_gib", self.kv_cache_gib, 0.0)
+        above("rollout.timeout_s", self.timeout_s, 0)
+        at_least("rollout.threads", self.threads, 0)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"rollout.gpu_memory_utilization must be in (0, 1]: got {self.gpu_memory_utilization}")
 
@@ -444,6 +447,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
+        above("cluster.placement_timeout_s", self.placement_timeout_s, 0)
         at_least("cluster.plan_nodes", self.plan_nodes, 1)
         at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)
 
@@ -528,6 +532,8 @@ class EvaluationConfig:
         at_least("evaluation.prompts", self.prompts, 1)
         at_least("evaluation.samples", self.samples, 1)
         at_least("evaluation.temperature", self.temperature, 0.0)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"evaluation.top_p must be in (0, 1]: got {self.top_p}; 1 samples from the whole distribution")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from gspo_dist.coldstart.model import build_model, save_model
-from gspo_dist.coldstart.recipes import RECIPES, Recipe, recipe_named
+from gspo_dist.coldstart.recipes import Recipe, recipe_named
 from gspo_dist.coldstart.warm_start import train
 from gspo_dist.config import ModelConfig
 
@@ -46,11 +46,6 @@ def ensure_model(config: ModelConfig, log: Log = print, *, seed: int = 0) -> Pat
         if not (folder / DONE).is_file():
             make_model(recipe, folder, seed=seed, log=log)
     return folder
-
-
-def make_quickstart_model(folder: Path, *, seed: int = 0, log: Log = print) -> Path:
-    """Makes the quickstart's cold start in `folder` (about a minute of one core)."""
-    return make_model(RECIPES["quickstart"], folder, seed=seed, log=log)
 
 
 def make_model(recipe: Recipe, folder: Path, *, seed: int, log: Log) -> Path:

@@ -116,13 +116,6 @@ def broken_rules(combination: Combination) -> list[Rule]:
     return [rule for rule in RULES if rule.broken(combination)]
 
 
-def default_advantage(objective: str) -> str:
-    """The advantage estimator that an objective was published with; group_std for a user's import path."""
-    if ":" in str(objective):
-        return "group_std"
-    return OBJECTIVE_SPECS[choose("objective", objective, OBJECTIVE_SPECS)].advantage
-
-
 def check(
     objective: str,
     *,

@@ -53,8 +53,3 @@ def device_checksum(tensor: torch.Tensor) -> int:
         x ^= x >> 31
         total += x.sum()
     return (int(total) + xxhash.xxh3_64_intdigest(_label(tensor))) % (1 << 64)
-
-
-def tensor_checksum(tensor: torch.Tensor) -> int:
-    """The cheaper one where the tensor lies: `host_checksum` in host memory, else `device_checksum`."""
-    return host_checksum(tensor) if tensor.device.type == "cpu" else device_checksum(tensor)

@@ -46,10 +46,6 @@ class Layout:
         """A sequence is padded to this, so that context ranks take two equal chunks each (early and late)."""
         return 2 * self.context if self.context > 1 else 1
 
-    def data_rank(self, rank: int) -> int:
-        """Which data-parallel replica `rank` belongs to: whose micro-batches it must be given."""
-        return rank // (self.tensor * self.context) % self.data
-
 
 def check_layout(config: MegatronConfig, model: Architecture, world_size: int) -> Layout:
     """The layout, or ValueError: which number does not divide which, and the divisors that would."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import gspo_dist.objectives as package
+from gspo_dist.config import ObjectiveConfig
 from gspo_dist.objectives import (
     Denominators,
     Objective,
@@ -143,7 +144,7 @@ def test_two_broken_rules_are_both_reported():
 
 
 def test_default_advantages():
-    assert [legality.default_advantage(n) for n in ("gspo", "dr_grpo", "reinforce", "a.b:c")] == [
+    assert [ObjectiveConfig(name=n).advantage_name for n in ("gspo", "dr_grpo", "reinforce", "a.b:c")] == [
         "group_std", "group_mean", "leave_one_out", "group_std",
     ]  # fmt: skip
 
