@@ -15,7 +15,7 @@ usage: gspo COMMAND [arguments]
 
   train       train a policy:          gspo train experiment=quickstart [overrides]
   compare     arms times seeds:        gspo compare study=gspo_vs_grpo [overrides]
-  evaluate    held-out accuracy:       gspo evaluate model=local model.path=DIR data=file data.train=F data.heldout=F reward=math
+  evaluate    held-out accuracy:       gspo evaluate model=local model.path=DIR data=file data.heldout=F reward=math
   plan        what fits, before paying for GPUs:  gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
   export      a run's weights as an HF folder:    gspo export --run RUN_DIR --to FOLDER
   make-model  the quickstart's cold-start model:  gspo make-model [--to FOLDER]
@@ -51,9 +51,8 @@ def _fail(message: str, status: int) -> typing.NoReturn:
 
 
 def conf_dir() -> Path:
-    """The folder of config groups: beside the package in a checkout, inside it when installed."""
-    checkout = Path(__file__).parent.parent / "conf"
-    return checkout if (checkout / "config.yaml").is_file() else Path(__file__).parent / "conf"
+    """The folder of config groups (in a checkout a link to the one at its root)."""
+    return Path(__file__).parent / "conf"
 
 
 def open_schema(cls: type) -> type:
@@ -277,6 +276,7 @@ def _compare(args: list[str]) -> None:
         from gspo_dist.compare.report import write_report
         from gspo_dist.compare.runner import dry_run, run_study
         from gspo_dist.compare.study import load_study
+        from gspo_dist.plan_run import plan_text
 
         study = load_study(
             [a for a in args if a not in flags], conf_dir(), lambda p: OmegaConf.to_container(OmegaConf.load(p))
@@ -296,46 +296,20 @@ def _compare(args: list[str]) -> None:
 
 def _plan(args: list[str]) -> None:
     own = {k: v for k, v in (a.split("=", 1) for a in args if a.startswith("plan.") and "=" in a)}
-    rest = [a for a in args if not a.startswith("plan.")]
+    rest = [a for a in args if a.split("=", 1)[0] not in own]
     unknown = set(own) - {"plan.gpu", "plan.nodes", "plan.gpus_per_node", "plan.model"}
     if unknown:
         _fail(f"gspo plan knows plan.gpu, plan.nodes, plan.gpus_per_node, plan.model: got {min(unknown)}", 2)
+    empty = sorted(key for key, value in own.items() if not value)
+    if empty:
+        _fail(f"{empty[0]} needs a value: got none; leave it out for the run's own", 2)
 
     def task(config: Any) -> None:
+        from gspo_dist.plan_run import plan_text
+
         print(_guarded(lambda: plan_text(config, **{k.removeprefix("plan."): v for k, v in own.items()})))
 
     _with_hydra("gspo plan", rest, task)
-
-
-def plan_text(
-    config: Any, gpu: str | None = None, nodes: str | None = None, gpus_per_node: str | None = None, model: str | None = None
-) -> str:
-    """What a run needs and whether it fits, from its configuration alone; values from conf/'s cluster.plan_* fill gaps."""
-    import json
-
-    from gspo_dist.mapping import to_mapping
-    from gspo_dist.planner import find_gpu, find_model, format_plan, model_from_config, plan, read_run
-    from gspo_dist.planner.placement import where
-
-    described = model or config.cluster.plan_model
-    folder = Path(config.model.path).expanduser() if config.model.path else None
-    if folder is not None and (folder / "config.json").is_file() and model is None:
-        shape = model_from_config(json.loads((folder / "config.json").read_text()), folder.name)
-    elif described:
-        shape = find_model(described)
-    elif folder is None:
-        from gspo_dist.coldstart.model import model_config
-        from gspo_dist.coldstart.recipes import recipe_named
-
-        shape = model_from_config(model_config(recipe_named(config.model.recipe).shape).to_dict(), config.model.recipe)
-    else:
-        raise ValueError(f"gspo plan needs the model's shape: {folder} has no config.json; give plan.model=Qwen3-30B-A3B")
-    name = gpu or config.cluster.plan_gpu
-    learner, engine, work = read_run(to_mapping(config))
-    hardware = find_gpu(name) if name else None
-    count, size = int(nodes or config.cluster.plan_nodes), int(gpus_per_node or config.cluster.plan_gpus_per_node)
-    text = format_plan(plan(learner, engine, work, shape, hardware, count, size))
-    return "\n".join([*where(learner, engine, count, size), text]) if hardware else text
 
 
 def _make_model(args: list[str]) -> None:

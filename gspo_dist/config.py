@@ -441,7 +441,8 @@ class ClusterConfig:
     plan_gpu: str | None = None
     """`gspo plan`: the kind of GPU (H100, H200, ...); null plans a CPU host."""
     plan_nodes: int = 1
-    plan_gpus_per_node: int = 8
+    plan_gpus_per_node: int | None = None
+    """`gspo plan`: null takes the GPU's own (8; 4 for GB200)."""
     plan_model: str | None = None
     """`gspo plan`: a known model's name, where model.path is not on this host."""
 
@@ -449,7 +450,8 @@ class ClusterConfig:
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
         above("cluster.placement_timeout_s", self.placement_timeout_s, 0)
         at_least("cluster.plan_nodes", self.plan_nodes, 1)
-        at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)
+        if self.plan_gpus_per_node is not None:
+            at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)
 
 
 @dataclass(frozen=True)

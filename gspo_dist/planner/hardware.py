@@ -12,15 +12,13 @@ class Gpu:
     """One GPU and its share of a node.
 
     memory_gib: usable (what the driver reports), not what the name says. tflops: dense bf16, without sparsity.
-    hbm_gb_s: memory bandwidth, 1e9 bytes a second. nvlink_gb_s: to the other GPUs of its node, both directions
-    summed, as published. network_gb_s: its share of the node's network cards, one direction.
+    hbm_gb_s: memory bandwidth, 1e9 bytes a second. network_gb_s: its share of the node's network cards, one direction.
     """
 
     name: str
     memory_gib: float
     tflops: float
     hbm_gb_s: float
-    nvlink_gb_s: float
     network_gb_s: float = 50.0  # one 400-Gbit/s card a GPU
     gpus_per_node: int = 8
 
@@ -34,15 +32,15 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100-40GB", 39.4, 312.0, 1555.0, 600.0, 25.0),
-        Gpu("A100-80GB", 79.2, 312.0, 2039.0, 600.0, 25.0),
-        Gpu("H100-80GB", 79.2, 989.0, 3350.0, 900.0),
-        Gpu("H200-141GB", 139.8, 989.0, 4800.0, 900.0),
-        Gpu("H20-96GB", 95.1, 148.0, 4000.0, 900.0),
-        Gpu("B200-180GB", 178.0, 2250.0, 7700.0, 1800.0),
-        Gpu("B300-288GB", 268.0, 2250.0, 8000.0, 1800.0, 100.0),
-        Gpu("GB200-186GB", 184.0, 2500.0, 8000.0, 1800.0, gpus_per_node=4),
-        Gpu("L40S-48GB", 44.5, 362.0, 864.0, 0.0, 12.5),
+        Gpu("A100-40GB", 39.4, 312.0, 1555.0, 25.0),
+        Gpu("A100-80GB", 79.2, 312.0, 2039.0, 25.0),
+        Gpu("H100-80GB", 79.2, 989.0, 3350.0),
+        Gpu("H200-141GB", 139.8, 989.0, 4800.0),
+        Gpu("H20-96GB", 95.1, 148.0, 4000.0),
+        Gpu("B200-180GB", 178.0, 2250.0, 7700.0),
+        Gpu("B300-288GB", 268.0, 2250.0, 8000.0, 100.0),
+        Gpu("GB200-186GB", 184.0, 2500.0, 8000.0, gpus_per_node=4),
+        Gpu("L40S-48GB", 44.5, 362.0, 864.0, 12.5),
     )
 }
 

@@ -59,7 +59,7 @@ class LearnerLayout:
         return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
 
     def problems(self, model: ModelShape) -> list[str]:
-        """Rules of divisibility that the layout breaks, in words."""
+        """Rules that the layout breaks, in words: what must divide what, and what ZeRO 0 cannot do."""
         rules = [
             ("tensor x pipeline x context parallel", self.tensor * self.pipeline * self.context, "world_size",
              self.world_size),
@@ -75,6 +75,9 @@ class LearnerLayout:
         broken = [f"{a} must divide {b}: got {x} and {y}; try {_divisors(y)}" for a, x, b, y in rules if y % x]
         if self.expert > 1 and not model.num_experts:
             broken.append(f"expert_parallel needs a mixture of experts: got {self.expert} for {model.name}")
+        if self.backend == "deepspeed" and self.zero_stage == 0:
+            needy = (("expert_parallel", self.expert > 1), ("offload_optimizer", self.offload_optimizer))
+            broken += [f"deepspeed.{knob} needs zero_stage 1 to 3: got 0; raise zero_stage" for knob, on in needy if on]
         return broken
 
 
@@ -98,10 +101,37 @@ class EngineLayout:
     enforce_eager: bool = False
     colocated: bool = False
     """Share the learner's GPUs and sleep during the update."""
+    expert_parallel: bool = False
+    """Whole experts on each GPU, not slices of all."""
 
     @property
     def width(self) -> int:
         return BYTES[self.precision]
+
+    def problems(self, model: ModelShape) -> list[str]:
+        """Why vLLM would not start an engine of `tensor_parallel` GPUs, in words.
+
+        Heads: vllm/config/model.py and the attention of each model, which copies heads of keys and values where there
+        are more GPUs than heads. Feed-forward sizes: the parallel linear layers and the fused experts, which assert.
+        """
+        size = self.tensor_parallel
+        sizes = {"num_attention_heads": model.heads}
+        if model.moe_layers < model.layers:
+            sizes["intermediate_size"] = model.ffn
+        if model.moe_layers and not self.expert_parallel:
+            sizes["moe_intermediate_size"] = model.expert_ffn
+        if model.shared_ffn:
+            sizes["shared_expert_intermediate_size"] = model.shared_ffn
+        broken = [
+            f"rollout.tensor_parallel must divide {what}: got {size} and {total}; try {_divisors(total)}"
+            for what, total in sizes.items() if total % size
+        ]
+        if model.kv_heads % size and size % model.kv_heads:
+            broken.append(
+                "rollout.tensor_parallel must divide num_key_value_heads or be a multiple of it: got "
+                f"{size} and {model.kv_heads}; try {_divisors(model.kv_heads)}"
+            )
+        return broken
 
 
 @dataclass(frozen=True)
@@ -118,11 +148,18 @@ class Workload:
     recompute_old_logprobs: bool = False
     keep_reference: bool = False
     routing_replay: str = "none"
+    measures_flips: bool = False
+    """The live flip metric is on: on the steps that it measures, engines return the routes of every rollout."""
     bucket_mib: int = 256
 
     @property
     def rollouts(self) -> int:
         return self.prompts_per_step * self.group_size
+
+    @property
+    def trace_sets(self) -> int:
+        """Routing traces that the host holds of a whole batch at once: the engines' (R3, flips) and R2's own."""
+        return int(self.routing_replay == "r3" or self.measures_flips) + int(self.routing_replay == "r2")
 
     @property
     def max_length(self) -> int:
@@ -137,10 +174,6 @@ class Workload:
         """Expected tokens of a step, prompts included."""
         return self.rollouts * self.mean_length
 
-    @property
-    def completion_tokens(self) -> float:
-        return self.rollouts * self.mean_fill * self.max_completion_tokens
-
 
 def read_run(run: Mapping[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workload]:
     """The three records of a run, from `gspo_dist.mapping.to_mapping(run_config)`."""
@@ -150,6 +183,7 @@ def read_run(run: Mapping[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workl
         tensor_parallel=rollout["tensor_parallel"], precision=rollout["precision"],
         gpu_memory_utilization=rollout["gpu_memory_utilization"], kv_cache_gib=rollout["kv_cache_gib"],
         max_num_seqs=rollout["max_num_seqs"], enforce_eager=rollout["enforce_eager"], colocated=cluster["colocated"],
+        expert_parallel=rollout["expert_parallel"],
     )
     reference = objective["kl_coef"] > 0
     # R2 records while it recomputes, so it always makes the extra pass.
@@ -159,7 +193,7 @@ def read_run(run: Mapping[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workl
         mini_batches=run["mini_batches"], max_prompt_tokens=rollout["max_prompt_tokens"],
         max_completion_tokens=rollout["max_completion_tokens"], recompute_old_logprobs=recompute,
         keep_reference=reference, routing_replay=objective["routing_replay"],
-        bucket_mib=rollout["weight_sync"]["bucket_mib"],
+        measures_flips=run["flips"]["every"] > 0, bucket_mib=rollout["weight_sync"]["bucket_mib"],
     )
     return _read_learner(run["learner"], reference), engine, work
 

@@ -117,8 +117,8 @@ class _Bytes:
 def _per_parameter(layout: LearnerLayout) -> _Bytes:
     half = layout.precision == "bf16"
     if layout.backend == "megatron":
-        if layout.low_precision_moments and half:
-            return _Bytes(2, 4, 6)  # the master's lower 16 bits (its upper half is the weight), two bf16 moments
+        if layout.low_precision_moments and half and not layout.offload_optimizer:
+            return _Bytes(2, 4, 8)  # whole float32 master weights, two bf16 moments (learners/megatron/optimizer.py)
         return _Bytes(layout.width, 4, 12 if half else 8)
     if layout.backend == "eager":
         return _Bytes(layout.width, 4, 12)
@@ -229,6 +229,18 @@ def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
     return round(engine.width * ((model.total - whole + copies) / tp + whole))
 
 
+def sleeping_engines(model: ModelShape, engine: EngineLayout) -> tuple[Item, ...]:
+    """Weights that colocated engines move to host memory while the learner works (vLLM's sleep, level 1).
+
+    They share one host. The memory is pinned, and torch keeps it when they wake, so it is there during a sync as well.
+    Not counted: torch rounds each pinned block up to a power of two (2.13; a third more for Qwen3-30B-A3B).
+    """
+    if not engine.colocated:
+        return ()
+    held = engine_weights(model, engine) * engine.engines
+    return (Item("sleeping engines", held, f"weights of {engine.engines} engines"),)
+
+
 @dataclass(frozen=True)
 class EngineMemory:
     """One GPU of an engine, and what its KV cache holds."""
@@ -274,18 +286,20 @@ def engine_memory(
 
 def host_memory(
     model: ModelShape, work: Workload, width: int, offloaded: list[Item], ranks: int, capacity: int,
-    residents: tuple[Item, ...] = (),
+    residents: tuple[Item, ...] = (), asleep: tuple[Item, ...] = (),
 ) -> MemoryTable:
     """The fullest host: two weight-sync buckets, the step's routing traces, offloaded states of its `ranks` ranks.
 
     width: bytes of a weight that travels. residents: processes that live in host memory whole (a CPU host).
+    asleep: what engines that sleep keep here (`sleeping_engines`).
     """
     # A tensor larger than a bucket travels alone; experts travel one by one, so the largest is the embedding.
     bucket = max(work.bucket_mib << 20, width * model.embedding)
     items = [Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
              Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets")]
-    if work.routing_replay != "none":
-        traces = round(work.rollouts * work.max_length * model.trace_bytes_per_token)
-        items.append(Item("routing", traces, f"{model.trace_bytes_per_token} bytes a token, at the longest"))
+    row = model.trace_bytes_per_token
+    if work.trace_sets and row:
+        note = f"{row} bytes a token, at the longest" + ("; the engines' and R2's" if work.trace_sets > 1 else "")
+        items.append(Item("routing", work.trace_sets * work.rollouts * work.max_length * row, note))
     items += [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
-    return MemoryTable("host", (*items, *residents), capacity)
+    return MemoryTable("host", (*items, *asleep, *residents), capacity)

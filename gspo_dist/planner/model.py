@@ -8,8 +8,9 @@ Letters: h hidden, q = heads x head_dim, kv = kv_heads x head_dim, I feed-forwar
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,19 @@ class ModelShape:
 
     @property
     def trace_bytes_per_token(self) -> int:
-        """One routing-trace row: L x k expert ids in the smallest unsigned type."""
-        return self.moe_layers * self.top_k * (1 if self.num_experts <= 256 else 2)
+        """One routing-trace row: L x k expert ids in the smallest unsigned type, and one byte that marks it known."""
+        if not self.moe_layers:
+            return 0
+        return self.moe_layers * self.top_k * (1 if self.num_experts <= 256 else 2) + 1
 
     def forward_flops(self, tokens: float, mean_length: float) -> float:
         """2N a token for the matrices, and 4 L q x (length / 2) for causal attention."""
         return tokens * (2.0 * self.active_without_embedding + 2.0 * self.layers * self.q * mean_length)
 
 
-_QWEN3_MOE = {"model_type": "qwen3_moe", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 4,
-              "num_experts": 128, "num_experts_per_tok": 8, "intermediate_size": 6144, "tie_word_embeddings": False}
+_QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936,
+              "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+              "intermediate_size": 6144, "tie_word_embeddings": False}
 
 # Published configurations of the models that plans most often ask about.
 BUILT_IN: dict[str, dict[str, Any]] = {
@@ -136,67 +140,99 @@ BUILT_IN: dict[str, dict[str, Any]] = {
                       "moe_intermediate_size": 768},
     "Qwen3-235B-A22B": {**_QWEN3_MOE, "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64,
                         "moe_intermediate_size": 1536, "intermediate_size": 12288},
-    "OLMoE-1B-7B": {"model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 16,
-                    "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
-                    "num_experts_per_tok": 8, "intermediate_size": 1024},
-    "Mixtral-8x7B": {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
-                     "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-                     "num_experts_per_tok": 2, "intermediate_size": 14336},
+    "OLMoE-1B-7B": {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 50304,
+                    "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
+                    "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+                    "intermediate_size": 1024},
+    "Mixtral-8x7B": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32000,
+                     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+                     "intermediate_size": 14336},
 }
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "olmoe")
 
 
 def find_model(name: str) -> ModelShape:
-    """A built-in model by name (case and vendor prefix do not matter), or the HF folder or config.json at a path."""
+    """The shape of the model that `find_config` finds."""
+    return model_from_config(*find_config(name))
+
+
+def find_config(name: str) -> tuple[Mapping[str, Any], str]:
+    """A model's config and its name: a built-in model (case and vendor prefix do not matter), or the HF folder or
+    config.json at a path."""
     for known, config in BUILT_IN.items():
         if name.lower().rsplit("/", 1)[-1] == known.lower():
-            return model_from_config(config, known)
+            return config, known
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        return model_from_config(json.loads(path.read_text()), path.parent.name)
-    raise ValueError(f"model must be a folder with a config.json or one of {', '.join(BUILT_IN)}: got {name!r}")
+        return read_config(path), path.resolve().parent.name
+    raise ValueError(f"plan.model must be a folder with a config.json or one of {', '.join(BUILT_IN)}: got {name!r}")
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """An HF config.json; ValueError names a file that is none."""
+    way_out = "give plan.model or model.path the folder of an HF model"
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must be an HF config.json: it is not JSON ({error}); {way_out}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be an HF config.json: it holds a {type(config).__name__}; {way_out}")  # noqa: TRY004
+    return config
 
 
 def model_from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
-    """The shape that HF builds from this `config.json`; ValueError for a family that is not known."""
+    """The shape that HF builds from this `config.json`; ValueError for a family that is not known, a size left out."""
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(f"model_type must be one of {', '.join(_FAMILIES)}: got {family!r}")
     if config.get("mlp_bias"):
         raise ValueError(f"mlp_bias is not counted: got true for {family}; plan with the same model without it")
-    hidden, layers, heads = (int(config[k]) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    # Qwen3's own default when config.json is silent; every other family splits the hidden size.
-    head_dim = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    size = partial(_size, config, name or family)
+    hidden, layers, heads = (size(k) for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     bias = bool(config.get("attention_bias", False)) and family in ("llama", "qwen3", "qwen3_moe", "olmoe")
     qwen2_bias = family == "qwen2" or (family == "qwen2_moe" and bool(config.get("qkv_bias", True)))
     return ModelShape(
         name=name or str(config.get("_name_or_path") or family),
-        vocab=int(config["vocab_size"]),
+        vocab=size("vocab_size"),
         hidden=hidden,
         layers=layers,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(head_dim),
-        ffn=int(config["intermediate_size"]),
+        kv_heads=size("num_key_value_heads", heads),
+        # Qwen3's own default when config.json is silent; every other family splits the hidden size.
+        head_dim=size("head_dim", 128 if family == "qwen3" else hidden // heads),
+        ffn=size("intermediate_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=bias or qwen2_bias,
         out_bias=bias,
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),
-        **_experts(config, family, layers),
+        **_experts(config, family, layers, size),
     )
 
 
-def _experts(config: Mapping[str, Any], family: str, layers: int) -> dict[str, int]:
-    if family not in ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe"):
+def _size(config: Mapping[str, Any], name: str, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if not value and default is not None:
+        value = default
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"the config.json of {name} must give {key}, a whole number above 0: got {value!r}; take the model's own file"
+        )
+    return value
+
+
+def _experts(config: Mapping[str, Any], family: str, layers: int, size: Callable[..., int]) -> dict[str, int]:
+    counted = "num_experts" if config.get("num_experts") else "num_local_experts"
+    if family not in ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe") or not config.get(counted):
         return {}
-    experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
-    dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step") or 1)
+    dense, step = config.get("mlp_only_layers") or (), size("decoder_sparse_step", 1)
+    shared = family == "qwen2_moe" and config.get("shared_expert_intermediate_size")
     return {
-        "num_experts": experts,
-        "top_k": int(config["num_experts_per_tok"]),
-        "expert_ffn": int(config["moe_intermediate_size" if family.startswith("qwen") else "intermediate_size"]),
-        "shared_ffn": int(config.get("shared_expert_intermediate_size") or 0) if family == "qwen2_moe" else 0,
-        "moe_layers": sum(experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers)),
+        "num_experts": size(counted),
+        "top_k": size("num_experts_per_tok"),
+        "expert_ffn": size("moe_intermediate_size" if family.startswith("qwen") else "intermediate_size"),
+        "shared_ffn": size("shared_expert_intermediate_size") if shared else 0,
+        "moe_layers": sum(i not in dense and (i + 1) % step == 0 for i in range(layers)),
     }

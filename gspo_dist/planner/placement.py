@@ -5,6 +5,13 @@ from __future__ import annotations
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout
 
 
+def engine_nodes(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[int]:
+    """The node of each engine that finds room beside the learner's ranks; nodes count from 1."""
+    rooms = [gpus_per_node * (n + 1) - max(learner.world_size, gpus_per_node * n) for n in range(nodes)]
+    homes = [n + 1 for n, room in enumerate(rooms) for _ in range(max(0, room) // engine.tensor_parallel)]
+    return homes[: engine.engines]
+
+
 def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[str]:
     """One line for each kind of process, and one for the GPUs that stay free; nodes count from 1.
 
@@ -18,8 +25,7 @@ def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_nod
     if engine.engines and engine.colocated:
         lines.append(f"engines: {_count(engine.engines, 'engine')} on the GPUs of the first {engine.engines} ranks")
     elif engine.engines:
-        rooms = [gpus_per_node * (n + 1) - max(learner.world_size, gpus_per_node * n) for n in range(nodes)]
-        homes = [n + 1 for n, room in enumerate(rooms) for _ in range(max(0, room) // size)][: engine.engines]
+        homes = engine_nodes(learner, engine, nodes, gpus_per_node)
         lines.append(f"engines: {_count(engine.engines, 'engine')} of {_count(size, 'GPU')}, "
                      + (f"on {_nodes(homes[0], homes[-1])}" if homes else "on no node"))
         if len(homes) < engine.engines:

@@ -17,11 +17,15 @@ from gspo_dist.planner.memory import (
     host_memory,
     learner_memory,
     learner_states,
+    sleeping_engines,
 )
 from gspo_dist.planner.model import ModelShape
+from gspo_dist.planner.placement import engine_nodes
 from gspo_dist.planner.throughput import ASSUMPTIONS, Assumptions, StepTime, step_time
 
 T = TypeVar("T")
+Refusals = Callable[[LearnerLayout], list[str]]
+"""What a run would refuse of a learner's layout, in its own words."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,22 @@ class Plan:
 
 def plan(
     learner: LearnerLayout, engine: EngineLayout, work: Workload, model: ModelShape, hardware: Gpu | None,
-    nodes: int = 1, gpus_per_node: int = 8, host_gib: float | None = None, assume: Assumptions = ASSUMPTIONS,
+    nodes: int = 1, gpus_per_node: int | None = None, host_gib: float | None = None,
+    assume: Assumptions = ASSUMPTIONS, refusals: Refusals | None = None,
 ) -> Plan:
     """Works out memory and time of a run.
 
     hardware: None plans a CPU host, where every process lives in host memory and no time is estimated.
-    host_gib: memory of one host; None takes 1.5 TiB for a GPU host and 16 GiB for a CPU host.
+    gpus_per_node: None takes the GPU's own. host_gib: memory of one host; None takes 1.5 TiB for a GPU host and 16 GiB
+    for a CPU host. refusals: the run's own check of the learner's layout; None: `LearnerLayout.problems`.
     """
     gpu = hardware is not None
+    if gpus_per_node is None:
+        gpus_per_node = hardware.gpus_per_node if hardware else learner.world_size
     host_bytes = int((host_gib if host_gib is not None else (1536 if gpu else 16)) * GIB)
     capacity = hardware.memory if hardware else host_bytes
-    problems = [f"learner: {p}" for p in learner.problems(model)]
+    refused = refusals or (lambda layout: [f"learner: {p}" for p in layout.problems(model)])
+    problems = refused(learner) + (engine.problems(model) if engine.engines else [])
     if problems:  # sizes that do not divide have no memory table worth showing
         learner_table = MemoryTable("learner rank", (), capacity)
         return Plan(model, hardware, nodes, gpus_per_node, learner_table, None,
@@ -69,14 +78,16 @@ def plan(
     advice: list[str] = []
     if gpu:
         problems += _check_gpus(learner, engine, nodes, gpus_per_node)
-        found, suggestions = _check_learner(model, learner, engine, work, table, gpus_per_node)
+        found, suggestions = _check_learner(model, learner, engine, work, table, gpus_per_node, refused)
         problems, advice = problems + found, advice + suggestions
         if sampled is not None:
             found, suggestions = _check_engine(model, engine, work, sampled, capacity, gpus_per_node)
             problems, advice = problems + found, advice + suggestions
+    else:
+        problems += _check_cpu(engine)
     if not host.fits:
         problems.append(f"host: needs {_gib(host.total)} and has {_gib(host.capacity)}")
-        advice.append(_host_advice(offloaded, gpu))
+        advice.append(_host_advice(offloaded, engine, gpu=gpu))
     if learner.token_budget < work.max_length:
         problems.append(f"learner: token_budget {learner.token_budget} does not hold a sequence of {work.max_length}")
         advice.append(f"learner.token_budget={work.max_length}")
@@ -93,14 +104,17 @@ def _host(
 ) -> MemoryTable:
     if gpu:
         ranks = min(learner.world_size, gpus_per_node)
-        return host_memory(model, work, learner.width, offloaded, ranks, capacity)
+        asleep = sleeping_engines(model, engine)
+        return host_memory(model, work, learner.width, offloaded, ranks, capacity, asleep=asleep)
     residents = [Item("learner ranks", table.total * learner.world_size, f"{learner.world_size} processes")]
     if sampled is not None:
         residents.append(Item("engines", sampled.table.total * engine.engines, f"{engine.engines} processes"))
     return host_memory(model, work, learner.width, offloaded, learner.world_size, capacity, tuple(residents))
 
 
-def _host_advice(offloaded: list[Item], gpu: bool) -> str:
+def _host_advice(offloaded: list[Item], engine: EngineLayout, *, gpu: bool) -> str:
+    if gpu and engine.colocated:  # one host: nothing can be spread
+        return f"lower rollout.engines{', turn optimiser offload off' if offloaded else ''}, or take a host with more memory"
     if offloaded:
         return "spread the learner's ranks over more hosts, or turn optimiser offload off"
     if gpu:
@@ -109,27 +123,58 @@ def _host_advice(offloaded: list[Item], gpu: bool) -> str:
 
 
 def _check_gpus(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[str]:
-    engines = engine.engines * engine.tensor_parallel
-    needed = max(learner.world_size, engines) if engine.colocated else learner.world_size + engines
+    if engine.colocated:
+        return _check_colocation(learner, engine, gpus_per_node)
+    needed = learner.world_size + engine.engines * engine.tensor_parallel
+    unplaced = engine.engines - len(engine_nodes(learner, engine, nodes, gpus_per_node))
     problems = []
     if needed > nodes * gpus_per_node:
         problems.append(
             f"GPUs: learner.world_size {learner.world_size} and {engine.engines} engines of "
             f"{engine.tensor_parallel} need {needed}, and {nodes} x {gpus_per_node} are there"
         )
-    if engine.colocated and (engine.tensor_parallel > 1 or engine.engines > learner.world_size):
+    if engine.tensor_parallel > gpus_per_node:
+        problems.append(f"GPUs: an engine of {engine.tensor_parallel} does not fit a node of {gpus_per_node}")
+    if unplaced and not problems:  # enough GPUs, but not on one node
+        problems.append(
+            f"GPUs: {unplaced} of {engine.engines} engines find no node with {engine.tensor_parallel} free GPUs beside "
+            f"learner.world_size {learner.world_size} on {nodes} x {gpus_per_node}; add a node, or choose sizes that "
+            "fill whole nodes"
+        )
+    return problems
+
+
+def _check_colocation(learner: LearnerLayout, engine: EngineLayout, gpus_per_node: int) -> list[str]:
+    problems = []
+    if learner.world_size > gpus_per_node:
+        problems.append(
+            "GPUs: cluster.colocated shares the GPUs of one host: got learner.world_size "
+            f"{learner.world_size} and {gpus_per_node} GPUs a node; lower it, or set cluster.colocated=false"
+        )
+    if engine.tensor_parallel > 1 or engine.engines > learner.world_size:
         problems.append(
             "GPUs: colocated engines take one GPU each, at most one a learner rank: got "
             f"{engine.engines} engines of {engine.tensor_parallel} and {learner.world_size} ranks"
         )
-    if engine.tensor_parallel > gpus_per_node:
-        problems.append(f"GPUs: an engine of {engine.tensor_parallel} does not fit a node of {gpus_per_node}")
+    return problems
+
+
+def _check_cpu(engine: EngineLayout) -> list[str]:
+    problems = []
+    if engine.engines and engine.tensor_parallel > 1:
+        problems.append(
+            f"rollout.tensor_parallel must be 1 on a CPU host: got {engine.tensor_parallel}; raise rollout.engines, or "
+            "give plan.gpu to plan a GPU host"
+        )
+    if engine.colocated:
+        problems.append("cluster.colocated needs GPUs (engines sleep to free their memory): got a CPU host; unset it, "
+                        "or give plan.gpu to plan a GPU host")
     return problems
 
 
 def _check_learner(
     model: ModelShape, learner: LearnerLayout, engine: EngineLayout, work: Workload, table: MemoryTable,
-    gpus_per_node: int,
+    gpus_per_node: int, refused: Refusals,
 ) -> tuple[list[str], list[str]]:
     capacity = table.capacity
 
@@ -149,7 +194,7 @@ def _check_learner(
                f"the largest part is {largest.name}, {_gib(largest.bytes)})")
     changes = nearest_change(
         learner, lambda layout: list(_learner_steps(layout, work, gpus_per_node)), room,
-        lambda layout: not layout.problems(model),
+        lambda layout: not refused(layout),
     )
     advice = f"learner: {changes}" if changes else "learner: more ranks (learner.world_size), or a smaller model"
     return [problem], [advice]
@@ -176,7 +221,7 @@ def _check_engine(
             out.append((f"rollout.tensor_parallel={tp}", replace(layout, tensor_parallel=tp)))
         return out
 
-    changes = nearest_change(engine, steps, room, lambda layout: model.heads % layout.tensor_parallel == 0)
+    changes = nearest_change(engine, steps, room, lambda layout: not layout.problems(model))
     fallback = "shorten rollout.max_completion_tokens, or take GPUs with more memory"
     return [problem], [f"engine: {changes or fallback}"]
 
@@ -229,10 +274,13 @@ def _learner_steps(
     cp, pp = layout.context * 2, layout.pipeline * 2
     yield f"{knob}context_parallel={cp}", replace(layout, context=cp)
     yield f"{knob}pipeline_parallel={pp}", replace(layout, pipeline=pp)
+    # The last two need the distributed optimiser: the run refuses them without it.
+    needed = "" if layout.distributed_optimizer else f"{knob}distributed_optimizer=true "
+    shared = replace(layout, distributed_optimizer=True)
     if not layout.low_precision_moments:
-        yield f"{knob}precision_aware_optimizer=true", replace(layout, low_precision_moments=True)
+        yield f"{needed}{knob}precision_aware_optimizer=true", replace(shared, low_precision_moments=True)
     if not layout.offload_optimizer:
-        yield f"{knob}optimizer_cpu_offload=true", replace(layout, offload_optimizer=True)
+        yield f"{needed}{knob}optimizer_cpu_offload=true", replace(shared, offload_optimizer=True)
 
 
 def _deepspeed_steps(layout: LearnerLayout) -> Iterator[tuple[str, LearnerLayout]]:

@@ -55,7 +55,6 @@ class StepTime:
     sync_s: float
     tokens: float
     """Prompt and completion tokens of the step."""
-    completion_tokens: float
     gpus: int
 
     @property
@@ -65,12 +64,6 @@ class StepTime:
     @property
     def tokens_per_s_per_gpu(self) -> float:
         return self.tokens / self.total_s / self.gpus
-
-    @property
-    def largest(self) -> str:
-        """The part that takes longest."""
-        parts = {"collect": self.collect_s, "log-probs": self.logprobs_s, "train": self.train_s, "sync": self.sync_s}
-        return max(parts, key=lambda name: parts[name])
 
 
 def experts_touched(model: ModelShape, tokens: float) -> float:
@@ -130,6 +123,5 @@ def step_time(
         train_s=passes * forward / rate,
         sync_s=learner.width * model.total / (gpu.network_gb_s * 1e9 * assume.sync_bandwidth),
         tokens=work.tokens,
-        completion_tokens=work.completion_tokens,
         gpus=gpus,
     )

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "gspo_dist"
 # The longest name that a module starts with decides; a module without any is a failure.
 FLOORS = {
     "cli": 5,
-    "trainer": 4, "evaluation": 4, "coldstart": 4, "compare": 4, "doctor": 4,
+    "trainer": 4, "evaluation": 4, "coldstart": 4, "compare": 4, "doctor": 4, "plan_run": 4,
     "actors": 3,
     "rollout": 2, "learners": 2, "weights": 2, "rewards": 2, "data": 2, "checkpoint": 2,
     "metrics": 2, "metrics.__init__": 1, "metrics.metric": 1,

@@ -74,10 +74,11 @@ def test_the_worked_example_of_16_gpus_and_8_way_experts() -> None:
     assert states["optimizer"] == pytest.approx(12 * (dense / 16 + experts / 2), abs=1)
 
 
-def test_low_precision_moments_take_half_the_optimizer_bytes() -> None:
-    full = device(DENSE, LearnerLayout(world_size=4))
-    low = device(DENSE, LearnerLayout(world_size=4, low_precision_moments=True))
-    assert low["optimizer"] * 2 == full["optimizer"]
+def test_low_precision_moments_leave_float32_master_weights_and_two_bytes_a_moment() -> None:
+    low = LearnerLayout(world_size=4, low_precision_moments=True)
+    assert device(DENSE, low)["optimizer"] == (4 + 2 + 2) * DENSE.total // 4
+    # offloaded moments are float32 whatever is asked
+    assert host(DENSE, replace(low, offload_optimizer=True))["optimizer"] == (4 + 4 + 4) * DENSE.total // 4
 
 
 def test_offloading_moves_optimizer_states_and_a_gradient_copy_to_the_host() -> None:
@@ -179,11 +180,33 @@ def test_host_holds_two_buckets_the_traces_and_what_is_offloaded() -> None:
     offloaded = learner_states(QWEN, LearnerLayout(world_size=8, offload_optimizer=True))[1]
     table = host_memory(QWEN, work, 2, offloaded, 8, 10**13)
     assert table.bytes_of("weight_sync") == 2 * (1 << 30)
-    assert table.bytes_of("routing") == 6 * 40 * 384
+    assert table.bytes_of("routing") == 6 * 40 * (48 * 8 + 1)
     assert table.bytes_of("offloaded optimizer") == pytest.approx(12 * QWEN.total, abs=8)
     # a bucket smaller than the largest tensor grows to it
     small = host_memory(QWEN, replace(work, bucket_mib=1), 2, [], 8, 10**13)
     assert small.bytes_of("weight_sync") == 2 * 2 * 151_936 * 2048
+
+
+@pytest.mark.parametrize(
+    ("replay", "flips", "sets"),
+    [("none", False, 0), ("r2", False, 1), ("r3", False, 1), ("none", True, 1), ("r3", True, 1), ("r2", True, 2)],
+)
+def test_host_holds_the_routes_that_engines_return_and_those_that_r2_records(replay: str, flips: bool, sets: int) -> None:
+    """A step that measures flips has the engines' routes of every rollout; R2's own come on top of them."""
+    work = Workload(prompts_per_step=2, group_size=3, max_prompt_tokens=10, max_completion_tokens=30,
+                    routing_replay=replay, measures_flips=flips)
+    assert host_memory(QWEN, work, 2, [], 8, 10**13).bytes_of("routing") == sets * 6 * 40 * 385
+    assert host_memory(DENSE, work, 2, [], 8, 10**13).bytes_of("routing") == 0
+
+
+def test_colocated_engines_asleep_keep_their_weights_in_host_memory() -> None:
+    """Three engines of 30,532,122,624 parameters of two bytes each; engines with GPUs of their own never sleep."""
+    engine = EngineLayout(engines=3, colocated=True)
+    held = memory.sleeping_engines(QWEN, engine)
+    assert [item.bytes for item in held] == [3 * 61_064_245_248]
+    assert memory.sleeping_engines(QWEN, replace(engine, colocated=False)) == ()
+    awake, asleep = (host_memory(QWEN, Workload(), 2, [], 8, 10**13, asleep=a).total for a in ((), held))
+    assert asleep - awake == 183_192_735_744
 
 
 def test_the_head_is_planned_with_the_budgets_that_it_works_with():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from gspo_dist.planner import find_model, model_from_config
+from gspo_dist.routing.trace import RoutingTrace
 
 SIZES = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6,
          "num_key_value_heads": 2, "intermediate_size": 40}
@@ -61,7 +63,15 @@ def test_qwen3_30b_a3b_has_its_published_counts() -> None:
     assert shape.experts_total == 48 * 128 * 4_718_592
     assert shape.attention == 18_874_368  # 2048 x (4096 + 2 x 512) + 4096 x 2048
     assert shape.kv_bytes_per_token() == 98_304
-    assert shape.trace_bytes_per_token == 384
+
+
+def test_a_trace_row_takes_the_bytes_that_a_trace_of_one_token_holds() -> None:
+    for name, layers, top_k, experts in (("Qwen3-30B-A3B", 48, 8, 128), ("Mixtral-8x7B", 32, 2, 8)):
+        trace = RoutingTrace(np.zeros((1, layers, top_k), np.uint8), np.ones(1, np.bool_), experts)
+        assert find_model(name).trace_bytes_per_token == trace.nbytes == layers * top_k + 1
+    assert model_from_config(CONFIGS["qwen3"].to_dict()).trace_bytes_per_token == 0
+    many = {**CONFIGS["qwen3_moe"].to_dict(), "num_experts": 257}  # ids of two bytes
+    assert model_from_config(many).trace_bytes_per_token == 3 * 2 * 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -92,3 +102,27 @@ def test_unknown_models_are_refused_with_the_known_ones() -> None:
         model_from_config({"model_type": "deepseek_v3"})
     with pytest.raises(ValueError, match="mlp_bias"):
         model_from_config({"model_type": "llama", "mlp_bias": True})
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size",
+            "num_experts_per_tok", "moe_intermediate_size"],
+)
+@pytest.mark.parametrize("value", [None, 0, "many"])
+def test_a_config_without_a_size_is_refused_with_its_model_and_the_key(tmp_path, key, value) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(json.dumps({**CONFIGS["qwen3_moe"].to_dict(), key: value}))
+    with pytest.raises(ValueError, match=f"config.json of half must give {key}, a whole number above 0: got {value!r}"):
+        find_model(str(tmp_path / "half"))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"# a page", "it is not JSON"), (b"", "it is not JSON"), (b"\xff\xfe\x00", "it is not JSON"),
+     (b"[1, 2]", "it holds a list")],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, content, reason) -> None:
+    path = tmp_path / "notes.md"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"notes.md must be an HF config.json: {reason}"):
+        find_model(str(path))

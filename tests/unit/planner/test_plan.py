@@ -53,6 +53,15 @@ def test_several_changes_are_named_together_where_one_is_not_enough() -> None:
     assert result.advice == ("learner: learner.activation_checkpointing=true learner.deepspeed.zero_stage=3",)
 
 
+def test_offload_is_advised_with_the_distributed_optimizer_that_it_needs() -> None:
+    """33 GiB with the optimiser in host memory, and nothing less frees enough of 39."""
+    layout = replace(LEARNER, world_size=8, distributed_optimizer=False)
+    result = plan(layout, replace(ENGINE, engines=4), WORK, QWEN, find_gpu("A100-40GB"), nodes=2)
+    assert result.advice == (
+        "learner: learner.megatron.distributed_optimizer=true learner.megatron.optimizer_cpu_offload=true",
+    )
+
+
 def test_nothing_is_advised_that_cannot_help() -> None:
     result = plan(LearnerLayout("eager", token_budget=10240), ENGINE, WORK, QWEN, H100, nodes=4)
     assert result.advice == ("learner: more ranks (learner.world_size), or a smaller model",)
@@ -75,14 +84,105 @@ def test_too_few_gpus_and_sizes_that_do_not_divide_are_refused() -> None:
 
 
 def test_colocated_engines_count_no_gpus_of_their_own_but_leave_room_for_the_states() -> None:
-    engine = EngineLayout(engines=16, colocated=True, gpu_memory_utilization=0.6)
-    crowded = plan(LEARNER, engine, WORK, QWEN, H100, nodes=2)  # 46 GiB of states beside 48 GiB of engine
+    learner, engine = replace(LEARNER, world_size=8), EngineLayout(engines=8, colocated=True, gpu_memory_utilization=0.6)
+    crowded = plan(learner, engine, WORK, QWEN, H100)  # 67 GiB of states beside 48 GiB of engine
     assert "beside a colocated engine" in crowded.problems[0]
-    states = replace(LEARNER, offload_optimizer=True)
+    states = replace(learner, offload_optimizer=True)
     roomy = find_gpu("H200")
-    assert plan(states, engine, WORK, QWEN, roomy, nodes=2).problems == ()
-    greedy = plan(states, replace(engine, gpu_memory_utilization=0.9), WORK, QWEN, roomy, nodes=2)
+    assert plan(states, engine, WORK, QWEN, roomy).problems == ()
+    greedy = plan(states, replace(engine, gpu_memory_utilization=0.9), WORK, QWEN, roomy)
     assert "beside a colocated engine" in greedy.problems[0]
+
+
+def test_a_host_without_memory_for_sleeping_engines_does_not_fit() -> None:
+    """Eight engines asleep hold 16 bytes a parameter of the host, as much as the offloaded states of eight ranks."""
+    layout = replace(LEARNER, world_size=8, offload_optimizer=True)
+    engine = EngineLayout(engines=8, colocated=True, gpu_memory_utilization=0.6)
+    result = plan(layout, engine, WORK, QWEN, find_gpu("H200"), host_gib=900)
+    assert result.host.bytes_of("sleeping engines") == 16 * QWEN.total
+    assert len(result.problems) == 1 and result.problems[0].startswith("host: needs")
+    assert result.advice[0].startswith("lower rollout.engines")
+    assert plan(layout, replace(engine, engines=7), WORK, QWEN, find_gpu("H200"), host_gib=900).fits
+
+
+def test_colocation_is_one_host() -> None:
+    engine = EngineLayout(engines=16, colocated=True, gpu_memory_utilization=0.6)
+    [problem] = plan(replace(LEARNER, offload_optimizer=True), engine, WORK, QWEN, find_gpu("H200"), nodes=2).problems
+    assert problem == (
+        "GPUs: cluster.colocated shares the GPUs of one host: got learner.world_size 16 and 8 GPUs a node; lower it, or set "
+        "cluster.colocated=false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "broken"),
+    [
+        ({}, 3, ["must divide num_attention_heads: got 3 and 32; try 1, 2, 4, 8, 16, 32",
+                 "must divide num_key_value_heads or be a multiple of it: got 3 and 4; try 1, 2, 4"]),
+        ({}, 16, []),  # vLLM copies each of the 4 heads of keys and values to 4 GPUs
+        ({"heads": 24}, 6, ["must divide num_key_value_heads or be a multiple of it: got 6 and 4; try 1, 2, 4"]),
+        ({"expert_ffn": 36}, 8, ["must divide moe_intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
+        ({"moe_layers": 0, "ffn": 36}, 8, ["must divide intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
+        ({"ffn": 36}, 8, []),  # no layer is dense
+        ({"shared_ffn": 36}, 8, ["must divide shared_expert_intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
+    ],
+)
+def test_engines_that_vllm_would_not_start_do_not_fit(change: dict, size: int, broken: list[str]) -> None:
+    result = plan(LEARNER, EngineLayout(1, size), WORK, replace(QWEN, **change), H100, 4, 16)
+    assert [p for p in result.problems if p.startswith("rollout")] == [f"rollout.tensor_parallel {b}" for b in broken]
+
+
+def test_whole_experts_on_each_gpu_need_not_be_cut() -> None:
+    engine = EngineLayout(1, 8, expert_parallel=True)
+    assert engine.problems(replace(QWEN, expert_ffn=36)) == []
+    assert replace(engine, expert_parallel=False).problems(replace(QWEN, expert_ffn=36)) != []
+
+
+def test_a_run_without_engines_has_none_to_refuse() -> None:
+    assert plan(LEARNER, EngineLayout(engines=0, tensor_parallel=3), WORK, QWEN, H100, nodes=2).fits
+
+
+def test_a_cpu_host_cuts_no_engine_and_puts_none_to_sleep() -> None:
+    tiny = replace(QWEN, vocab=512, hidden=128, layers=2, ffn=64, expert_ffn=64, moe_layers=2)
+    work, learner = Workload(max_prompt_tokens=64, max_completion_tokens=128), LearnerLayout("eager", token_budget=2048)
+    assert plan(learner, EngineLayout(), work, tiny, None).fits
+    [cut] = plan(learner, EngineLayout(tensor_parallel=2), work, tiny, None).problems
+    assert cut.startswith("rollout.tensor_parallel must be 1 on a CPU host: got 2")
+    [asleep] = plan(learner, EngineLayout(colocated=True), work, tiny, None).problems
+    assert asleep.startswith("cluster.colocated needs GPUs")
+
+
+def test_what_the_run_refuses_is_reported_in_its_words_and_never_advised() -> None:
+    """The change that a plan advises of itself is passed over where the run would refuse it."""
+    tight = replace(LEARNER, recompute="none", token_budget=10240)
+    free = plan(tight, ENGINE, WORK, QWEN, H100, nodes=4)
+    assert free.advice == ("learner: learner.megatron.recompute=full",)
+
+    def refusals(layout: LearnerLayout) -> list[str]:
+        return ["no full recomputation here: drop it"] if layout.recompute == "full" else []
+
+    held = plan(tight, ENGINE, WORK, QWEN, H100, nodes=4, refusals=refusals)
+    assert held.advice and "recompute=full" not in held.advice[0]
+    refused = plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4, refusals=refusals)
+    assert refused.problems == ("no full recomputation here: drop it",)
+
+
+def test_zero_0_serves_neither_expert_parallelism_nor_offload() -> None:
+    layout = LearnerLayout("deepspeed", world_size=4, zero_stage=0, expert=2, offload_optimizer=True)
+    assert layout.problems(QWEN) == [
+        "deepspeed.expert_parallel needs zero_stage 1 to 3: got 0; raise zero_stage",
+        "deepspeed.offload_optimizer needs zero_stage 1 to 3: got 0; raise zero_stage",
+    ]
+    assert replace(layout, zero_stage=1).problems(QWEN) == []
+
+
+def test_a_node_has_the_gpus_of_its_kind_unless_told() -> None:
+    assert plan(LEARNER, ENGINE, WORK, QWEN, find_gpu("GB200"), nodes=4).gpus_per_node == 4
+    assert plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4).gpus_per_node == 8
+    few = plan(LEARNER, ENGINE, WORK, QWEN, find_gpu("GB200"), nodes=4)
+    assert few.problems == ("GPUs: learner.world_size 16 and 8 engines of 2 need 32, and 4 x 4 are there",)
+    assert plan(LEARNER, ENGINE, WORK, QWEN, find_gpu("GB200"), nodes=8).fits
+    assert plan(LEARNER, ENGINE, WORK, QWEN, find_gpu("GB200"), nodes=4, gpus_per_node=8).fits
 
 
 def test_a_host_without_memory_for_offloaded_states_does_not_fit() -> None:
@@ -111,7 +211,8 @@ def test_every_knob_of_a_run_is_read() -> None:
                 tensor_parallel=2, pipeline_parallel=2, virtual_stages=2, expert_parallel=4, context_parallel=2,
                 recompute="full", recompute_num_layers=3, optimizer_cpu_offload=True, precision_aware_optimizer=True),
         ),
-        rollout=config.RolloutConfig(engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7),
+        rollout=config.RolloutConfig(
+            engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7, expert_parallel=True),
         objective=config.ObjectiveConfig(name="gspo", kl_coef=0.1, routing_replay="r3"),
     )
     learner, engine, work = read_run(to_mapping(run))
@@ -119,8 +220,10 @@ def test_every_knob_of_a_run_is_read() -> None:
         "megatron", 16, "bf16", 20480, "full", 3, True, tensor=2, pipeline=2, virtual_stages=2, expert=4, context=2,
         offload_optimizer=True, low_precision_moments=True)
     assert learner.data == run.learner.data_parallel
-    assert engine == EngineLayout(engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7)
+    assert engine == EngineLayout(
+        engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7, expert_parallel=True)
     assert work.keep_reference and not work.recompute_old_logprobs and work.routing_replay == "r3"
+    assert work.measures_flips and not read_run(to_mapping(replace(run, flips=config.FlipsConfig(every=0))))[2].measures_flips
     assert work.max_length == run.rollout.max_model_len and work.rollouts == run.rollout.rollouts_per_step
 
 
