@@ -7,10 +7,9 @@
 Each run is a `gspo train` of its own; the first steps warm up (lazy compilation) and are not counted. The table
 has means over the other steps, the line below it medians. "other" is every second that is neither generation (collect) nor learning (old log-probs, update).
 
---peer: TRL 1.16 (GSPO, HF generate, CPU, fp32, one thread) was measured at 4,600-5,740 completion tokens/s end to end
-on a random half-million-parameter Qwen3-MoE with 8 prompts x 8 completions x 32 tokens, 4,370 at 8 x 8 x 128, 7,640 at
-16 x 16 x 32; two threads 6,340 at the first size. Those numbers were taken on another day on the same kind of machine
-and are quoted, not rerun; ours are the same sizes, one optimiser step a batch, everything in one process.
+--peer: the model and sizes of baselines/trl_step.py, which runs TRL (GSPO, HF generate): run both in turn on a quiet
+machine. One optimiser step a batch, fp32, everything in one process; vLLM compiles its model (rollout.enforce_eager=false,
+about 20 s once), as a long run would.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def peer_overrides(prompts: int, group: int, tokens: int, threads: int) -> list[
         "experiment=study", "model=peer", "learner.precision=fp32", "rollout.precision=fp32", "mini_batches=1",
         f"rollout.prompts_per_step={prompts}", f"rollout.group_size={group}", f"rollout.max_completion_tokens={tokens}",
         "rollout.max_prompt_tokens=16", f"learner.threads={threads}", f"rollout.threads={threads}", "flips.every=0",
-        "learner.token_budget=65536", "rollout.weight_sync.probe_every=0",
+        "learner.token_budget=65536", "rollout.weight_sync.probe_every=0", "rollout.enforce_eager=false",
     ]
 
 

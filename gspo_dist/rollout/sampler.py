@@ -48,6 +48,7 @@ class KeyedSampler(Sampler):
         self.logprobs = torch.zeros(slots + 1, max_tokens, device=device)
         self.tokens = torch.zeros(slots + 1, max_tokens, dtype=torch.int32, device=device)
         self.rows = []
+        self.places: dict[str, tuple[int, int]] = {}
 
     def take(self) -> tuple[np.ndarray, np.ndarray]:
         """Sampled token ids and their log-probs, [slots, max_tokens] each; frees the buffers."""
@@ -125,15 +126,19 @@ class KeyedSampler(Sampler):
         if req_ids == self.rows:
             return
         self.rows = list(req_ids)
-        self.keys = np.zeros(len(self.rows), dtype=np.uint64)
-        slots = np.full(len(self.rows), len(self.tokens) - 1, dtype=np.int64)
-        for row, req_id in enumerate(self.rows):
-            extra = (self.runner.requests[req_id].sampling_params.extra_args or {}).get(EXTRA)
-            if extra is None:
-                continue
-            key, slot, samples = extra
-            # vLLM names the children of a request with n > 1 "<index>_<parent>" (parallel_sampling.py).
-            index = int(req_id.partition("_")[0]) if samples > 1 else 0
-            self.keys[row] = sample_keys(key, np.array([index]))[0]
-            slots[row] = slot + index
-        self.slots = torch.from_numpy(slots).to(self.tokens.device)
+        for req_id in self.rows:
+            if req_id not in self.places:
+                self.places[req_id] = self._place(req_id)
+        places = [self.places[req_id] for req_id in self.rows]
+        self.keys = np.array([key for key, _ in places], dtype=np.uint64)
+        self.slots = torch.tensor([slot for _, slot in places], dtype=torch.long, device=self.tokens.device)
+
+    def _place(self, req_id: str) -> tuple[int, int]:
+        """Key and slot of a request, for the length of its batch."""
+        extra = (self.runner.requests[req_id].sampling_params.extra_args or {}).get(EXTRA)
+        if extra is None:
+            return 0, len(self.tokens) - 1
+        key, slot, samples = extra
+        # vLLM names the children of a request with n > 1 "<index>_<parent>" (parallel_sampling.py).
+        index = int(req_id.partition("_")[0]) if samples > 1 else 0
+        return int(sample_keys(key, np.array([index]))[0]), slot + index

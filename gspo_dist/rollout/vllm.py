@@ -21,6 +21,10 @@ from gspo_dist.weights.vllm_plugin import BACKENDS, register
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
+CPU_BLOCK = 32
+"""Tokens of a KV block on a CPU; vLLM's own (128) is longer than most prompts."""
+GPU_BLOCK = 16
+"""vLLM's own."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -83,6 +87,11 @@ class VllmEngine:
             raise ValueError(f"engine transport must be one of {sorted(BACKENDS)}: got {transport!r}")
         self.config, self.name, self.device = config, name, device
         self.record_routing, self.sleep_mode, self.transport = record_routing, sleep_mode, transport
+        # Prompts of a group share their prefix, in whole blocks and all but the last token: where no prompt is longer than
+        # a block there is nothing to share, and vLLM's bookkeeping of it is a tenth of a short step. Routes survive it:
+        # vLLM keeps them by physical KV slot, so a cached block brings its rows along (checked in
+        # tests/integration/test_vllm_engine.py).
+        self.prefix_caching = config.max_prompt_tokens > (CPU_BLOCK if device == "cpu" else GPU_BLOCK)
         self.policy_version = 0
         self._updating = False
         self._broken: str | None = None
@@ -122,9 +131,7 @@ class VllmEngine:
             "tensor_parallel_size": config.tensor_parallel,
             "enable_expert_parallel": config.expert_parallel,
             "enforce_eager": config.enforce_eager,
-            # Prompts of a group share their prefix. Routes survive it: vLLM keeps them by physical KV slot,
-            # so a cached block brings its rows along (checked in tests/integration/test_vllm_engine.py).
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": self.prefix_caching,
             "enable_return_routed_experts": self.record_routing,
             "weight_transfer_config": WeightTransferConfig(backend=BACKENDS[self.transport][0]),
             "worker_extension_cls": "gspo_dist.rollout.worker.WorkerExtension",
@@ -137,8 +144,7 @@ class VllmEngine:
             # is not free; with an explicit KV cache the share is not used for anything else.
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
             arguments["gpu_memory_utilization"] = 0.05
-            # The default block (128 tokens) is longer than most prompts, and only whole blocks are shared.
-            arguments["block_size"] = 32
+            arguments["block_size"] = CPU_BLOCK
         else:
             arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
             arguments["enable_sleep_mode"] = self.sleep_mode
@@ -329,7 +335,7 @@ class VllmEngine:
             self.llm.finish_weight_update(weight_version=str(policy_version))
             reports = self.llm.collective_rpc("gspo_sync_report")
             # Cached keys and values are the old policy's.
-            if not self.llm.reset_prefix_cache():
+            if self.prefix_caching and not self.llm.reset_prefix_cache():
                 raise WeightSyncError(
                     f"{self.name} could not drop its prefix cache: requests are still running"
                 )
