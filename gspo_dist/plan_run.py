@@ -9,7 +9,7 @@ from typing import Any
 
 from gspo_dist.config import RunConfig
 from gspo_dist.learners.megatron.architecture import from_hf
-from gspo_dist.learners.megatron.layout import check_layout
+from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.mapping import to_mapping
 from gspo_dist.planner import find_gpu, format_plan, model_from_config, plan, read_run
 from gspo_dist.planner.layout import LearnerLayout
@@ -29,7 +29,7 @@ def plan_text(
     size = _whole("plan.gpus_per_node", gpus_per_node) or cluster.plan_gpus_per_node
     learner, engine, work = read_run(to_mapping(config))
     result = plan(learner, engine, work, model_from_config(hf, name), hardware, count, size,
-                  refusals=_layout_refusals(config, hf))
+                  refusals=_refusals(config, hf, gpu=hardware is not None))
     text = format_plan(result)
     return "\n".join([*where(learner, engine, count, result.gpus_per_node), text]) if hardware else text
 
@@ -51,10 +51,13 @@ def _planned_model(config: RunConfig, model: str | None) -> tuple[Mapping[str, A
     return {**model_config(shape).to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}, config.model.recipe
 
 
-def _layout_refusals(config: RunConfig, hf: Mapping[str, Any]) -> Callable[[LearnerLayout], list[str]] | None:
-    """What a Megatron run would refuse of a planned layout: the check that the run itself makes, in its words."""
+def _refusals(
+    config: RunConfig, hf: Mapping[str, Any], *, gpu: bool
+) -> Callable[[LearnerLayout], list[str]] | None:
+    """What a Megatron run would refuse of a planned layout: the checks that the run itself makes, in their words."""
     if config.learner.backend != "megatron":
         return None
+
     def refusals(layout: LearnerLayout) -> list[str]:
         try:
             knobs = dataclasses.replace(
@@ -62,6 +65,7 @@ def _layout_refusals(config: RunConfig, hf: Mapping[str, Any]) -> Callable[[Lear
                 virtual_stages=layout.virtual_stages, expert_parallel=layout.expert,
                 expert_tensor_parallel=layout.expert_tensor, context_parallel=layout.context,
             )
+            check_knobs(dataclasses.replace(config.learner, megatron=knobs), gpu=gpu)
             check_layout(knobs, from_hf(hf), layout.world_size)
         except ValueError as error:
             return [str(error)]

@@ -107,10 +107,12 @@ def build(config: RunConfig) -> Run:
     limit = config.rollout.max_prompt_tokens
     train, heldout = load_splits(config.data, tokenizer, max_prompt_tokens=limit, seed=config.seed)
     device = resolve_device(config.cluster)
-    if config.learner.backend == "megatron" and device == "cuda":
-        from gspo_dist.learners.megatron.layout import check_gpu
+    if config.learner.backend == "megatron":
+        from gspo_dist.learners.megatron.layout import check_knobs, check_transformer_engine
 
-        check_gpu(config.learner)
+        check_knobs(config.learner, gpu=device == "cuda")
+        if device == "cuda":
+            check_transformer_engine()
     run_dir.mkdir(parents=True, exist_ok=True)
     stack = contextlib.ExitStack()
     try:

@@ -11,7 +11,7 @@ import pytest
 
 from gspo_dist import cli
 from gspo_dist.learners.megatron.architecture import from_hf
-from gspo_dist.learners.megatron.layout import check_layout
+from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.plan_run import plan_text
 from gspo_dist.planner.model import BUILT_IN
 
@@ -91,6 +91,8 @@ def verdict(text: str) -> list[str]:
         ["learner.megatron.token_dispatcher=allgather", "learner.megatron.pipeline_parallel=2",
          "learner.megatron.expert_parallel=2"],
         ["learner.megatron.expert_parallel=6"],
+        ["learner.precision=fp32", "learner.megatron.optimizer_cpu_offload=false"],
+        ["learner.megatron.overlap_param_gather=true", "learner.megatron.overlap_grad_reduce=false"],
         ["learner.megatron.expert_bias=true", "learner.megatron.aux_loss_coef=0.01"],
         ["learner.megatron.tensor_parallel=8", "learner.megatron.pipeline_parallel=5", "learner.world_size=40"],
     ],
@@ -98,6 +100,7 @@ def verdict(text: str) -> list[str]:
 def test_plan_and_run_refuse_a_layout_with_the_same_words(overrides):
     config = cli.run_config([*LARGE, *overrides])
     with pytest.raises(ValueError) as refused:
+        check_knobs(config.learner, gpu=True)
         check_layout(config.learner.megatron, from_hf(BUILT_IN["Qwen3-30B-A3B"]), config.learner.world_size)
     assert verdict(plan_text(config)) == ["does not fit", f"  {refused.value}"]
     assert verdict(plan_text(cli.run_config(LARGE))) == ["fits"]

@@ -1,4 +1,5 @@
-"""Checks a parallel layout against the model and the number of ranks, before anything starts. Pure arithmetic.
+"""Checks a parallel layout against the model and the number of ranks, and knobs against each other and the machine,
+before anything starts. Pure arithmetic, so that `gspo plan` makes the same checks.
 
 Ranks are ordered as megatron-core orders them, fastest first: tensor, context, (expert,) data, pipeline. The experts
 have their own factorisation of the same ranks: expert_tensor x expert x expert_data x pipeline.
@@ -117,18 +118,37 @@ def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def check_gpu(config: LearnerConfig) -> None:
-    """Raises ValueError for what the learner's GPU form needs and this environment or config lacks."""
+def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
+    """ValueError for knobs that contradict each other or the machine, before anything starts."""
+    megatron = config.megatron
+    if gpu and config.precision == "fp32":
+        raise ValueError(
+            "learner=megatron needs learner.precision=bf16 on GPUs: got fp32, for which Transformer Engine (2.9, 2.10) has "
+            "no attention over packed sequences; use bf16, or learner=deepspeed"
+        )
+    if megatron.token_dispatcher == "flex" and not gpu:
+        raise ValueError("learner.megatron.token_dispatcher flex (DeepEP) needs a GPU: use alltoall")
+    for knob in ("precision_aware_optimizer", "optimizer_cpu_offload"):
+        if getattr(megatron, knob) and not gpu:
+            raise ValueError(f"learner.megatron.{knob} needs a GPU: this learner runs on a CPU; turn it off")
+    for knob in ("precision_aware_optimizer", "optimizer_cpu_offload", "overlap_param_gather"):
+        if getattr(megatron, knob) and not megatron.distributed_optimizer:
+            raise ValueError(
+                f"learner.megatron.{knob} needs distributed_optimizer: got false; set distributed_optimizer=true"
+            )
+    if megatron.overlap_param_gather and not megatron.overlap_grad_reduce:
+        raise ValueError(
+            "learner.megatron.overlap_param_gather needs overlap_grad_reduce: got false; set it too"
+        )
+
+
+def check_transformer_engine() -> None:
+    """Raises ValueError where the learner's GPU form lacks it."""
     if not have_transformer_engine():
         raise ValueError(
             "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it (it is compiled "
             "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or `pip install "
             "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
-        )
-    if config.precision == "fp32":
-        raise ValueError(
-            "learner=megatron needs learner.precision=bf16 on GPUs: got fp32, for which Transformer Engine (2.9, 2.10) has "
-            "no attention over packed sequences; use bf16, or learner=deepspeed"
         )
 
 

@@ -31,7 +31,7 @@ from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron import optimizer as optim
 from gspo_dist.learners.megatron.architecture import read_architecture
 from gspo_dist.learners.megatron.convert import SafetensorsFolder
-from gspo_dist.learners.megatron.layout import check_gpu, check_layout
+from gspo_dist.learners.megatron.layout import check_knobs, check_layout, check_transformer_engine
 from gspo_dist.learners.megatron.rows import Rows, lay_out
 from gspo_dist.learners.megatron.shards import export_weights, load_weights
 from gspo_dist.learners.schedule import lr_factor
@@ -79,9 +79,9 @@ class MegatronLearner:
         self.architecture = read_architecture(model_path)
         self.layout = check_layout(config.megatron, self.architecture, config.world_size)
         self.gpu = torch.device(device).type == "cuda"
+        check_knobs(config, gpu=self.gpu)
         if self.gpu:
-            check_gpu(config)
-        optim.check_optimizer(config, gpu=self.gpu)
+            check_transformer_engine()
         source = SafetensorsFolder(model_path)
         self.device = torch.device(device)
         cpu.install()

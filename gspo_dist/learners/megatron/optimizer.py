@@ -31,28 +31,6 @@ def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[Dis
     ]
 
 
-def check_optimizer(config: LearnerConfig, *, gpu: bool) -> None:
-    """ValueError for optimiser knobs that contradict each other or the machine, before anything starts."""
-    megatron = config.megatron
-    for knob in ("precision_aware_optimizer", "optimizer_cpu_offload"):
-        if getattr(megatron, knob) and not gpu:
-            raise ValueError(f"learner.megatron.{knob} needs a GPU: this learner runs on a CPU; turn it off")
-    for knob in ("precision_aware_optimizer", "optimizer_cpu_offload", "overlap_param_gather"):
-        if getattr(megatron, knob) and not megatron.distributed_optimizer:
-            raise ValueError(
-                f"learner.megatron.{knob} needs distributed_optimizer: got false; set distributed_optimizer=true"
-            )
-    if megatron.optimizer_cpu_offload and config.precision == "fp32":
-        raise ValueError(
-            "learner.megatron.optimizer_cpu_offload needs learner.precision=bf16: got fp32, whose parameters are their own "
-            "master weights; use bf16 or turn it off"
-        )
-    if megatron.overlap_param_gather and not megatron.overlap_grad_reduce:
-        raise ValueError(
-            "learner.megatron.overlap_param_gather needs overlap_grad_reduce: got false; set it too"
-        )
-
-
 def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
     """AdamW as the other learners run it: one weight decay for all parameters, fp32 master weights and moments."""
     knobs, megatron = config.optimizer, config.megatron

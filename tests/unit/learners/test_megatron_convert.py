@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -19,10 +18,10 @@ from gspo_dist.config import LearnerConfig, MegatronConfig
 from gspo_dist.learners.megatron import checkpoint, cpu
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.convert import QKV, GateUp, SafetensorsFolder, Split, Whole, rule_for
-from gspo_dist.learners.megatron.layout import Layout, check_gpu, check_layout
+from gspo_dist.learners.megatron.layout import Layout, check_knobs, check_layout, check_transformer_engine
 from gspo_dist.learners.megatron.model import transformer_config
 from gspo_dist.learners.megatron.modules import RMSNorm, chunk_positions, local_rows, natural_order
-from gspo_dist.learners.megatron.optimizer import check_optimizer, optimizer_config
+from gspo_dist.learners.megatron.optimizer import optimizer_config
 from gspo_dist.learners.megatron.rows import lay_out
 from gspo_dist.types import PackedBatch
 
@@ -178,7 +177,7 @@ def test_norm_is_the_formula() -> None:
 def test_gpu_settings_of_qwen3_30b_are_valid_without_a_gpu(knobs: dict) -> None:
     config = MegatronConfig(**{"tensor_parallel": 2, "expert_parallel": 8, "context_parallel": 2} | knobs)
     layout = check_layout(config, MODEL, 64)
-    check_optimizer(LearnerConfig(backend="megatron", world_size=64, megatron=config), gpu=True)
+    check_knobs(LearnerConfig(backend="megatron", world_size=64, megatron=config), gpu=True)
     built = transformer_config(MODEL, layout, config, "bf16", gpu=True)
     assert built.moe_router_dtype == knobs.get("router_dtype", "fp32")
     assert built.moe_grouped_gemm == knobs.get("grouped_gemm", True)
@@ -195,27 +194,24 @@ def test_knobs_that_contradict_are_refused() -> None:
         return LearnerConfig(backend="megatron", megatron=MegatronConfig(**knobs))
 
     with pytest.raises(ValueError, match=r"optimizer_cpu_offload needs a GPU"):
-        check_optimizer(learner(optimizer_cpu_offload=True), gpu=False)
+        check_knobs(learner(optimizer_cpu_offload=True), gpu=False)
     with pytest.raises(ValueError, match=r"precision_aware_optimizer needs distributed_optimizer"):
-        check_optimizer(learner(precision_aware_optimizer=True, distributed_optimizer=False), gpu=True)
+        check_knobs(learner(precision_aware_optimizer=True, distributed_optimizer=False), gpu=True)
     with pytest.raises(ValueError, match=r"overlap_param_gather needs overlap_grad_reduce"):
-        check_optimizer(learner(overlap_param_gather=True), gpu=True)
-    with pytest.raises(ValueError, match=r"optimizer_cpu_offload needs learner\.precision=bf16: got fp32"):
-        check_optimizer(
-            LearnerConfig(backend="megatron", precision="fp32", megatron=MegatronConfig(optimizer_cpu_offload=True)), gpu=True)
-    config = MegatronConfig(token_dispatcher="flex", expert_parallel=2)
+        check_knobs(learner(overlap_param_gather=True), gpu=True)
     with pytest.raises(ValueError, match=r"DeepEP\) needs a GPU: use alltoall"):
-        transformer_config(MODEL, check_layout(config, MODEL, 2), config, "fp32", gpu=False)
+        check_knobs(learner(token_dispatcher="flex", expert_parallel=2), gpu=False)
 
 
 def test_the_gpu_form_asks_for_transformer_engine_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LearnerConfig(backend="megatron", precision="bf16")
     with pytest.raises(ValueError, match=r"needs Transformer Engine on GPUs: .*learner=deepspeed"):
-        check_gpu(config)
+        check_transformer_engine()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    check_gpu(config)
+    check_transformer_engine()
+    config = LearnerConfig(backend="megatron", precision="fp32")
+    check_knobs(config, gpu=False)
     with pytest.raises(ValueError, match=r"needs learner\.precision=bf16 on GPUs: got fp32"):
-        check_gpu(dataclasses.replace(config, precision="fp32"))
+        check_knobs(config, gpu=True)
 
 
 def test_offloaded_and_precision_aware_optimisers_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
