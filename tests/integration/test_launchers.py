@@ -38,7 +38,7 @@ esac
 
 def inherited() -> dict[str, str]:
     """This process's environment without what a launcher exported to it (the tests themselves run under one)."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_"))}
+    return {k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_", "CUDA_VISIBLE"))}
 
 
 def run(script: Path | str, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None):
