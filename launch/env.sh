@@ -3,7 +3,7 @@
 #   GSPO_VENV         where it is (default: .venv at the root of the repository; .venv-cpu for the CPU lock on a GPU host)
 #   GSPO_PYTHON       interpreter to make it with (default: the first Python >= 3.11 found; the GPU lock: 3.11 or 3.12)
 #   GSPO_ACCELERATOR  cpu | gpu: which lock to install (default: gpu where `nvidia-smi -L` lists a GPU)
-#   GSPO_INSTALL      0: take the environment as it is, installed or not
+#   GSPO_INSTALL      0: install and activate nothing (a script that only submits a job)
 #   GSPO_DRY_RUN      1: install nothing, and print the commands that a launcher would run
 #
 # Packages come from wherever your pip is set up to look. On a CPU host, a torch without CUDA libraries is taken where
@@ -151,6 +151,7 @@ gspo_env() {
         gspo_say "Linux is needed: got $(uname -s); docker/Dockerfile.cpu runs elsewhere"
         return 1
     fi
+    gspo_unhide
     kind=$(gspo_choose_accelerator) || return 1
     if [[ -z ${GSPO_VENV:-} ]]; then
         GSPO_VENV=$GSPO_ROOT/.venv
@@ -159,14 +160,24 @@ gspo_env() {
     [[ $GSPO_VENV == /* ]] || GSPO_VENV=$PWD/$GSPO_VENV
     lock=$GSPO_ROOT/docker/requirements-$kind.lock
     stamp=$GSPO_VENV/.gspo-stamp
-    if [[ $GSPO_DRY_RUN != 1 && $GSPO_INSTALL != 0 ]] && ! gspo_is_current "$lock" "$stamp"; then
+    if [[ $GSPO_DRY_RUN != 1 ]] && ! gspo_is_current "$lock" "$stamp"; then
         # Not `(...) || return`: bash would then ignore errexit inside.
         (gspo_install_once "$kind" "$lock" "$stamp")
         if ! gspo_is_current "$lock" "$stamp"; then return 1; fi
     fi
     export GSPO_ROOT GSPO_VENV VIRTUAL_ENV=$GSPO_VENV PATH=$GSPO_VENV/bin:$PATH
     # DeepSpeed guesses the accelerator from what is installed, and torch may be the CUDA build; the CPU lock says so.
-    if [[ $kind == cpu ]]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=""; fi
+    if [[ $kind == cpu ]]; then
+        export GSPO_HIDDEN=${CUDA_VISIBLE_DEVICES-all} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=""
+    fi
+}
+
+# Takes back what a CPU environment that was entered before hid: in this shell, or in the one that submitted this job.
+gspo_unhide() {
+    if [[ -z ${GSPO_HIDDEN:-} ]]; then return; fi
+    if [[ $GSPO_HIDDEN == all ]]; then unset CUDA_VISIBLE_DEVICES; else export CUDA_VISIBLE_DEVICES=$GSPO_HIDDEN; fi
+    unset GSPO_HIDDEN DS_ACCELERATOR
+    if [[ ${GSPO_VENV:-} == "$GSPO_ROOT/.venv" || ${GSPO_VENV:-} == "$GSPO_ROOT/.venv-cpu" ]]; then unset GSPO_VENV; fi
 }
 
 # A launcher's --help is the comment that it starts with, and needs no environment.
@@ -174,4 +185,4 @@ if [[ ${1:-} == -h || ${1:-} == --help ]] && [[ $0 != "${BASH_SOURCE[0]}" && -f 
     awk 'NR == 1 || /^#SBATCH/ { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$0"
     exit 0
 fi
-gspo_env
+if [[ $GSPO_INSTALL != 0 ]]; then gspo_env; fi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +73,15 @@ class LearnerRank(ActorProcess):
             name: handle.init_weight_sync.remote(transport.init_info(i))
             for i, (name, handle) in enumerate(engines.handles.items())
         }
-        # In a thread: the rendezvous waits for all, and an engine that cannot come must be heard before it times out.
-        # It also keeps to that thread the CUDA stream that vLLM 0.30 makes current while it connects.
-        meeting = ThreadPoolExecutor(1, thread_name_prefix="weight-rendezvous")
-        connected = meeting.submit(transport.connect)
+        # In threads: each side of the rendezvous waits for the other, and whoever cannot come must be heard at once, not
+        # after the other's timeout. It also keeps to its thread the CUDA stream that vLLM 0.30 makes current to connect.
+        meeting = ThreadPoolExecutor(2, thread_name_prefix="weight-rendezvous")
+        sides = [meeting.submit(transport.connect), meeting.submit(engines.gather, refs, plan.timeout_s)]
         meeting.shutdown(wait=False)
-        try:
-            engines.gather(refs, plan.timeout_s)
-        except BaseException:
-            if connected.done():
-                connected.result()  # the first cause, where this side failed
-            raise
-        connected.result(plan.timeout_s)
+        ended = wait(sides, return_when=FIRST_EXCEPTION).done
+        for side in sides:
+            if side in ended:
+                side.result()
         return transport
 
     def export(self, source: str, target: str) -> int | None:

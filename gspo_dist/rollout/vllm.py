@@ -88,8 +88,8 @@ class VllmEngine:
         self.config, self.name, self.device = config, name, device
         self.record_routing, self.sleep_mode, self.transport = record_routing, sleep_mode, transport
         # Prompts of a group share their prefix, in whole blocks and all but the last token: where no prompt is longer than
-        # a block there is nothing to share, and vLLM's bookkeeping of it is a tenth of a short step. Routes survive it:
-        # vLLM keeps them by physical KV slot, so a cached block brings its rows along (checked in
+        # a block there is nothing to share, and vLLM would keep its books of it for every token. Routes survive it: vLLM
+        # keeps them by physical KV slot, so a cached block brings its rows along (checked in
         # tests/integration/test_vllm_engine.py).
         self.prefix_caching = config.max_prompt_tokens > (CPU_BLOCK if device == "cpu" else GPU_BLOCK)
         self.policy_version = 0

@@ -177,13 +177,30 @@ def test_tests_on_a_gpu_host_have_an_environment_of_their_own(host: dict[str, st
 
 
 def test_a_study_is_submitted_without_an_environment_of_the_login_node(tmp_path: Path) -> None:
-    executable(tmp_path / "bin/sbatch", '#!/usr/bin/env bash\necho "submitted $*"\n')
-    env = {"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing",
+    executable(tmp_path / "bin/sbatch", '#!/usr/bin/env bash\necho "submitted $*"\nenv >"$FAKE_LOG"\n')
+    env = {"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing", "FAKE_LOG": str(tmp_path / "env"),
            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     given = ["model.path=/m", "data.train=/t", "data.heldout=/h"]
     done = run(LAUNCH / "compare_qwen3_30b_a3b.sh", "--nodes", "2", "--slurm", *given, env=env)
     assert done.returncode == 0 and done.stdout.startswith("submitted --nodes=2"), done.stderr
     assert not (tmp_path / "none").exists()
+    # sbatch hands its environment to the job, whose nodes have the GPUs that this one lacks
+    assert "CUDA_VISIBLE_DEVICES=" not in (tmp_path / "env").read_text()
+
+
+def test_a_shell_that_leaves_the_cpu_lock_sees_its_gpus_again(host: dict[str, str], tmp_path: Path) -> None:
+    executable(tmp_path / "bin/nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: a GPU'\n")
+    executable(tmp_path / "bin/df", "#!/usr/bin/env bash\necho head\necho 'd 1 1 99999999 1% /'\n")
+    script = tmp_path / "both.sh"
+    script.write_text(
+        f"source {tmp_path}/clone/launch/env.sh\necho \"[$CUDA_VISIBLE_DEVICES] $DS_ACCELERATOR $GSPO_VENV\"\n"
+        f"export GSPO_ACCELERATOR=gpu\nsource {tmp_path}/clone/launch/env.sh\n"
+        'echo "[${CUDA_VISIBLE_DEVICES-unset}] ${DS_ACCELERATOR-unset} $GSPO_VENV"\n')
+    done = run(script, env=host)
+    clone = tmp_path / "clone"
+    assert done.stdout.splitlines() == [f"[] cpu {clone}/.venv-cpu", f"[unset] unset {clone}/.venv"], done.stderr
+    chosen = run(script, env={**host, "CUDA_VISIBLE_DEVICES": "0", "GSPO_VENV": str(tmp_path / "mine")})
+    assert chosen.stdout.splitlines()[1] == f"[0] unset {tmp_path}/mine", chosen.stderr
 
 
 def test_an_interrupted_installation_is_done_again(host: dict[str, str], tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ PLAN = SyncPlan("shm", True, 1 << 20, 60.0, 1)
 class Engines:
     """Stands for `Actors`: what came of the engines' side of the meeting."""
 
-    def __init__(self, failure: Exception | None) -> None:
-        self.failure = failure
+    def __init__(self, failure: Exception | None, after: float = 0.05) -> None:
+        self.failure, self.after, self.over = failure, after, threading.Event()
         self.handles = {"engine-0": SimpleNamespace(init_weight_sync=SimpleNamespace(remote=lambda info: info))}
 
     def gather(self, refs, timeout):
         if self.failure is not None:
-            time.sleep(0.05)
+            self.over.wait(self.after)
             raise self.failure
 
 
@@ -54,6 +54,12 @@ def test_where_this_side_failed_first_its_error_is_the_one_raised(monkeypatch) -
         connect(monkeypatch, Engines(TimeoutError("no answer from engine-0")), broken)
     with pytest.raises(ValueError, match="no route to the engines"):
         connect(monkeypatch, Engines(None), broken)
+    waiting = Engines(TimeoutError("no answer from engine-0"), after=30)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="no route to the engines"):
+        connect(monkeypatch, waiting, broken)
+    assert time.perf_counter() - start < 10  # the engines still wait for this side
+    waiting.over.set()
 
 
 def test_both_met(monkeypatch) -> None:
