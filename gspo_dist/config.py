@@ -450,8 +450,7 @@ class ClusterConfig:
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
         above("cluster.placement_timeout_s", self.placement_timeout_s, 0)
         at_least("cluster.plan_nodes", self.plan_nodes, 1)
-        if self.plan_gpus_per_node is not None:
-            at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)
+        at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ quarter of the steps warms up.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -41,18 +42,17 @@ def run(prompts: int, group: int, tokens: int, steps: int, threads: int) -> dict
     folder = str(ensure_model(ModelConfig(recipe="peer")))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train, _ = load_splits(DataConfig(heldout=None), tokenizer, max_prompt_tokens=16, seed=0)
-    texts = [tokenizer.decode(p.token_ids) for _, p in zip(range(prompts * steps), train, strict=False)]
+    texts = [tokenizer.decode(p.token_ids) for p in itertools.islice(train, prompts * steps)]
     sampled: list[int] = []
+    ends: list[float] = []
 
     def judge(completion_ids: list[list[int]], **_: object) -> list[float]:
         sampled.append(sum(map(len, completion_ids)))
         return [float(i % 2) for i in range(len(completion_ids))]
 
     class Clock(TrainerCallback):
-        ends = [time.perf_counter()]  # noqa: RUF012
-
         def on_step_end(self, *args: object, **_: object) -> None:
-            self.ends.append(time.perf_counter())
+            ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as out:
         trainer = GRPOTrainer(
@@ -66,11 +66,11 @@ def run(prompts: int, group: int, tokens: int, steps: int, threads: int) -> dict
                 gradient_checkpointing=False, optim="adamw_torch",
             ),
         )
-        Clock.ends[0] = time.perf_counter()
+        ends.append(time.perf_counter())
         trainer.train()
-    seconds = [b - a for a, b in zip(Clock.ends, Clock.ends[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(ends)]
     first = max(2, steps // 4)
-    rates = [n / s for n, s in zip(sampled[first:], seconds[first:], strict=False)]
+    rates = [n / s for n, s in zip(sampled[first:], seconds[first:], strict=True)]
     return {"tokens_per_s": statistics.median(rates), "step_s": statistics.median(seconds[first:]),
             "tokens": statistics.median(sampled[first:])}
 
