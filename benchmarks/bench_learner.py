@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gspo_dist.cli import run_config
+from gspo_dist.cli.main import run_config
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import ModelConfig, RunConfig
-from gspo_dist.learners.step import LossSpec
-from gspo_dist.objectives.registry import get_objective
+from gspo_dist.learners.loss import LossSpec
+from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.planner import Gpu, find_gpu, model_from_config
-from gspo_dist.trainer.build import Processes, resolve_device
+from gspo_dist.trainer.setup.build import Processes, resolve_device
 from gspo_dist.types import Completion, Prompt, Rollout
 
 CPU_LAYOUTS = {
@@ -34,9 +34,16 @@ CPU_LAYOUTS = {
     "deepspeed ZeRO-2": ["learner=deepspeed", "learner.world_size=1"],
     "megatron": ["learner=megatron", "learner.world_size=1"],
     "deepspeed ZeRO-2, 2 ranks": ["learner=deepspeed", "learner.world_size=2"],
-    "deepspeed ZeRO-2, AutoEP 2": ["learner=deepspeed", "learner.world_size=2", "learner.deepspeed.expert_parallel=2"],
+    "deepspeed ZeRO-2, AutoEP 2": [
+        "learner=deepspeed",
+        "learner.world_size=2",
+        "learner.deepspeed.expert_parallel=2",
+    ],
     "deepspeed ZeRO-3, AutoEP 2": [
-        "learner=deepspeed", "learner.world_size=2", "learner.deepspeed.expert_parallel=2", "learner.deepspeed.zero_stage=3",
+        "learner=deepspeed",
+        "learner.world_size=2",
+        "learner.deepspeed.expert_parallel=2",
+        "learner.deepspeed.zero_stage=3",
     ],
     "megatron dp2": ["learner=megatron", "learner.world_size=2"],
     "megatron ep2": ["learner=megatron", "learner.world_size=2", "learner.megatron.expert_parallel=2"],
@@ -53,11 +60,22 @@ def sequences(count: int, mean: int, longest: int, vocabulary: int) -> list[Roll
     out = []
     for i in range(count):
         n = int(np.clip(rng.lognormal(np.log(mean), 0.6), 4, longest - 8))
-        out.append(Rollout(
-            i, i // 8, Prompt("p", tuple(rng.integers(3, vocabulary, 8).tolist()), ""),
-            Completion(rng.integers(3, vocabulary, n), np.ones(n, bool), np.full(n, -1.0, np.float32), np.zeros(n, np.int32), "stop", ""),
-            float(i % 2),
-        ))
+        out.append(
+            Rollout(
+                i,
+                i // 8,
+                Prompt("p", tuple(rng.integers(3, vocabulary, 8).tolist()), ""),
+                Completion(
+                    rng.integers(3, vocabulary, n),
+                    np.ones(n, bool),
+                    np.full(n, -1.0, np.float32),
+                    np.zeros(n, np.int32),
+                    "stop",
+                    "",
+                ),
+                float(i % 2),
+            )
+        )
     return out
 
 
@@ -69,11 +87,24 @@ def real_shapes(folder: Path, layers: int) -> str:
     from gspo_dist.coldstart.tokenizer import build_tokenizer
 
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
-        norm_topk_prob=True, max_position_embeddings=40960, tie_word_embeddings=False, decoder_sparse_step=1,
-    ))
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=True,
+            max_position_embeddings=40960,
+            tie_word_embeddings=False,
+            decoder_sparse_step=1,
+        )
+    )
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
@@ -83,8 +114,13 @@ def real_shapes(folder: Path, layers: int) -> str:
 def batches(config: RunConfig, rollouts: list[Rollout]) -> MiniBatch:
     rewards = [1.0 if r.reward else -1.0 for r in rollouts]
     return pack(
-        rollouts, rewards, ranks=config.learner.data_parallel, token_budget=config.learner.token_budget, mini_batches=1,
-        max_completion_length=config.rollout.max_completion_tokens, seed=(0,),
+        rollouts,
+        rewards,
+        ranks=config.learner.data_parallel,
+        token_budget=config.learner.token_budget,
+        mini_batches=1,
+        max_completion_length=config.rollout.max_completion_tokens,
+        seed=(0,),
     )[0]
 
 
@@ -118,12 +154,16 @@ def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--mean", type=int, default=48, help="mean completion length")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=0, help="this many layers at Qwen3-30B-A3B's shapes instead (GPU)")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="this many layers at Qwen3-30B-A3B's shapes instead (GPU)"
+    )
     parser.add_argument("--gpu", help="GPU kind for MFU, e.g. H100")
     parser.add_argument("--only", nargs="+", help="names of layouts")
     parser.add_argument("--json", type=Path)
@@ -131,33 +171,49 @@ def main() -> None:
     layouts = GPU_LAYOUTS if options.layers else CPU_LAYOUTS
     unknown = set(options.only or layouts) - set(layouts)
     if unknown:
-        parser.error(f"--only must name layouts of {', '.join(map(repr, layouts))}: got {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--only must name layouts of {', '.join(map(repr, layouts))}: got {', '.join(sorted(unknown))}"
+        )
     try:
         gpu = find_gpu(options.gpu) if options.gpu else None
     except ValueError as error:
         parser.error(f"--gpu: {error}")
     with tempfile.TemporaryDirectory() as folder:
-        model = real_shapes(Path(folder), options.layers) if options.layers else str(ensure_model(ModelConfig()))
+        model = (
+            real_shapes(Path(folder), options.layers) if options.layers else str(ensure_model(ModelConfig()))
+        )
         longest = 8192 if options.layers else 256
         mean = 2048 if options.layers else options.mean
         vocabulary = json.loads(Path(model, "config.json").read_text())["vocab_size"]
         rollouts = sequences(options.sequences, mean, longest, vocabulary)
         results = {}
-        print("| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | unused budget |" + (" MFU |" if gpu else ""))
+        print(
+            "| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | unused budget |"
+            + (" MFU |" if gpu else "")
+        )
         print("|---|---|---|---|---|" + ("---|" if gpu else ""))
         for name, overrides in layouts.items():
             if options.only and name not in options.only:
                 continue
             budget = 16384 if options.layers else 2048
-            config = run_config([
-                *overrides, f"learner.precision={'bf16' if options.layers else options.precision}",
-                f"learner.token_budget={budget}", "rollout.prompts_per_step=16", "rollout.group_size=8",
-                "rollout.max_prompt_tokens=8", f"rollout.max_completion_tokens={longest - 8}", "rollout.engines=1",
-            ])
+            config = run_config(
+                [
+                    *overrides,
+                    f"learner.precision={'bf16' if options.layers else options.precision}",
+                    f"learner.token_budget={budget}",
+                    "rollout.prompts_per_step=16",
+                    "rollout.group_size=8",
+                    "rollout.max_prompt_tokens=8",
+                    f"rollout.max_completion_tokens={longest - 8}",
+                    "rollout.engines=1",
+                ]
+            )
             row = measure(config, model, rollouts, options.repeats)
             results[name] = row
-            line = (f"| {name} | {row['update_tokens_per_s']:,.0f} | {row['logprobs_tokens_per_s']:,.0f} | "
-                    f"{row['peak_bytes_a_rank'] / 2**20:,.0f} | {row['padding']:.1%} |")
+            line = (
+                f"| {name} | {row['update_tokens_per_s']:,.0f} | {row['logprobs_tokens_per_s']:,.0f} | "
+                f"{row['peak_bytes_a_rank'] / 2**20:,.0f} | {row['padding']:.1%} |"
+            )
             if gpu:
                 line += f" {mfu(model, row, rollouts, gpu, config.learner.world_size):.1%} |"
             print(line, flush=True)

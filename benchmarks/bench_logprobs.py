@@ -37,8 +37,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gspo_dist.learners import logprobs as head
-from gspo_dist.learners.logprobs import taken_logprobs
+from gspo_dist.learners.head import logprobs as head
+from gspo_dist.learners.head.logprobs import taken_logprobs
 from gspo_dist.planner.hardware import Gpu, find_gpu
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, token ids -> logprobs

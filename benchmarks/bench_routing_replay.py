@@ -44,13 +44,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gspo_dist.config import LearnerConfig
-from gspo_dist.learners.step import LossSpec
+from gspo_dist.learners.loss import LossSpec
 from gspo_dist.objectives.aggregate import Denominators
-from gspo_dist.objectives.registry import get_objective
+from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import pack_sequences
 from gspo_dist.routing.replay import RouteFeeder, RouteRecorder, RouterShape, check_trace
 from gspo_dist.routing.trace import RoutingTrace, replay_bytes, trace_bytes
-from gspo_dist.trainer.build import make_learner
+from gspo_dist.trainer.setup.build import make_learner
 from gspo_dist.types import Completion, PackedBatch, Prompt, Rollout
 
 QWEN = {"moe_layers": 48, "top_k": 8, "num_experts": 128}  # Qwen3-30B-A3B's config.json
@@ -67,7 +67,9 @@ def arithmetic(ranks: int) -> dict[str, object]:
     for length in (8192, 32768):
         size = trace_bytes(ROLLOUTS * length, **QWEN)
         for label, mode, recompute in (
-            ("none", "none", True), ("r2", "r2", True), ("r3, old log-probs recomputed", "r3", True),
+            ("none", "none", True),
+            ("r2", "r2", True),
+            ("r3, old log-probs recomputed", "r3", True),
             ("r3, engine's log-probs", "r3", False),
         ):
             cost = replay_bytes(mode, size, recompute_old_logprobs=recompute)
@@ -79,15 +81,23 @@ def arithmetic(ranks: int) -> dict[str, object]:
 def print_arithmetic(table: dict[str, object]) -> None:
     """Decimal gigabytes."""
     token = table["bytes_a_token"]
-    print(f"Qwen3-30B-A3B: {QWEN['moe_layers']} layers x top-{QWEN['top_k']} = {token} bytes a token "
-          f"(int32: {4 * token:,}; torch.topk's int64: {8 * token:,}); {ROLLOUTS:,} rollouts, GB:")
+    print(
+        f"Qwen3-30B-A3B: {QWEN['moe_layers']} layers x top-{QWEN['top_k']} = {token} bytes a token "
+        f"(int32: {4 * token:,}; torch.topk's int64: {8 * token:,}); {ROLLOUTS:,} rollouts, GB:"
+    )
     print(f"{'tokens':>7} {'mode':30} {'recorded':>9} {'held':>7} {'wire':>7} {'PCIe':>7} {'PCIe/rank':>10}")
     for r in table["rows"]:
-        numbers = [r[k] / 1e9 for k in ("recorded", "host_held", "wire", "device_copies", "device_copies_a_rank")]
-        print(f"{r['length']:>7,} {r['mode']:30} {numbers[0]:>9.2f} {numbers[1]:>7.2f} {numbers[2]:>7.2f} "
-              f"{numbers[3]:>7.2f} {numbers[4]:>10.3f}")
-    print(f"PCIe/rank: over {table['ranks']} data-parallel ranks. Tensor, context and pipeline parallel twins "
-          "each receive their replica's trace over the wire.\n")
+        numbers = [
+            r[k] / 1e9 for k in ("recorded", "host_held", "wire", "device_copies", "device_copies_a_rank")
+        ]
+        print(
+            f"{r['length']:>7,} {r['mode']:30} {numbers[0]:>9.2f} {numbers[1]:>7.2f} {numbers[2]:>7.2f} "
+            f"{numbers[3]:>7.2f} {numbers[4]:>10.3f}"
+        )
+    print(
+        f"PCIe/rank: over {table['ranks']} data-parallel ranks. Tensor, context and pipeline parallel twins "
+        "each receive their replica's trace over the wire.\n"
+    )
 
 
 # ---- timing ----
@@ -135,8 +145,10 @@ def host_work(tokens: int, rounds: int, device: torch.device) -> dict[str, objec
         recorder.trace()
 
     work = {
-        "concat": lambda: RoutingTrace.concat(parts), "check": lambda: check_trace(trace, shape),
-        "check_and_feed_all_layers": feed, "record_all_layers": record,
+        "concat": lambda: RoutingTrace.concat(parts),
+        "check": lambda: check_trace(trace, shape),
+        "check_and_feed_all_layers": feed,
+        "record_all_layers": record,
     }
     results = {}
     for name, call in work.items():
@@ -153,13 +165,23 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     heads = max(2, args.hidden // 64)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=2 * args.hidden,
-        moe_intermediate_size=args.moe_intermediate, num_hidden_layers=args.layers, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4), head_dim=args.hidden // heads, num_experts=args.experts,
-        num_experts_per_tok=args.top_k, norm_topk_prob=True, tie_word_embeddings=False,
-        max_position_embeddings=args.length,
-    ))
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=args.vocabulary,
+            hidden_size=args.hidden,
+            intermediate_size=2 * args.hidden,
+            moe_intermediate_size=args.moe_intermediate,
+            num_hidden_layers=args.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 4),
+            head_dim=args.hidden // heads,
+            num_experts=args.experts,
+            num_experts_per_tok=args.top_k,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+            max_position_embeddings=args.length,
+        )
+    )
     model.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}")
 
@@ -170,10 +192,20 @@ def make_batch(args: argparse.Namespace, rank: int) -> PackedBatch:
     prompt = args.length // 4
     new = args.length - prompt
     rollouts = [
-        Rollout(i, i, Prompt(str(i), tuple(rng.integers(0, args.vocabulary, prompt).tolist()), ""), Completion(
-            rng.integers(0, args.vocabulary, new), np.ones(new, np.bool_), np.full(new, -2.0, np.float32),
-            np.zeros(new, np.int32), "length", "",
-        ), 0.0)
+        Rollout(
+            i,
+            i,
+            Prompt(str(i), tuple(rng.integers(0, args.vocabulary, prompt).tolist()), ""),
+            Completion(
+                rng.integers(0, args.vocabulary, new),
+                np.ones(new, np.bool_),
+                np.full(new, -2.0, np.float32),
+                np.zeros(new, np.int32),
+                "length",
+                "",
+            ),
+            0.0,
+        )
         for i in range(args.sequences)
     ]
     return pack_sequences(rollouts, rng.choice([-1.0, 1.0], args.sequences).tolist(), range(args.sequences))
@@ -186,9 +218,12 @@ class Step:
         rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.device = torch.device(args.device)
         config = LearnerConfig(
-            backend=args.backend, world_size=self.world, precision=args.precision,
+            backend=args.backend,
+            world_size=self.world,
+            precision=args.precision,
             activation_checkpointing=args.checkpointing and args.backend != "megatron",
-            token_budget=args.sequences * args.length, threads=args.threads,
+            token_budget=args.sequences * args.length,
+            threads=args.threads,
         )
         if args.backend == "megatron" and args.checkpointing:
             config = replace(config, megatron=replace(config.megatron, recompute="full"))
@@ -196,8 +231,15 @@ class Step:
             part = replace(getattr(config, args.backend), expert_parallel=args.expert_parallel)
             config = replace(config, **{args.backend: part})
         self.learner = make_learner(
-            config, str(folder), total_steps=1, temperature=1.0, keep_reference=False, device=args.device, rank=rank,
-            world_size=self.world, master_addr=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            config,
+            str(folder),
+            total_steps=1,
+            temperature=1.0,
+            keep_reference=False,
+            device=args.device,
+            rank=rank,
+            world_size=self.world,
+            master_addr=os.environ.get("MASTER_ADDR", "127.0.0.1"),
             master_port=int(os.environ.get("MASTER_PORT", "29511")),
         )
         self.batch = make_batch(args, self.learner.data_parallel_rank)
@@ -220,14 +262,20 @@ class Step:
 
     def measure(self, rounds: int) -> dict[str, dict[str, object]]:
         """Interleaved rounds, so that a slow spell of the machine falls on all modes alike."""
-        seconds: dict[str, dict[str, list[float]]] = {m: {"old_logprobs": [], "update": [], "step": []} for m in MODES}
+        seconds: dict[str, dict[str, list[float]]] = {
+            m: {"old_logprobs": [], "update": [], "step": []} for m in MODES
+        }
         for round_ in range(rounds + 1):
             for mode in MODES if round_ % 2 else MODES[::-1]:
                 box: list[PackedBatch] = []
                 first = timed(lambda m=mode, b=box: b.append(self.old_logprobs(m)), self.device)
                 second = timed(lambda b=box: self.update(b[0]), self.device)
                 if round_:  # the first round warms up
-                    for name, value in (("old_logprobs", first), ("update", second), ("step", first + second)):
+                    for name, value in (
+                        ("old_logprobs", first),
+                        ("update", second),
+                        ("step", first + second),
+                    ):
                         seconds[mode][name].append(value)
         return {mode: {name: quartiles(v) for name, v in parts.items()} for mode, parts in seconds.items()}
 
@@ -235,14 +283,19 @@ class Step:
         """Largest change of a log-prob by replaying the learner's own routes."""
         plain = self.old_logprobs("none").old_logprobs
         own = self.learner.logprobs([self.batch.with_(routing=self.recorded)])[0].logprobs
-        return max(float((own - plain).abs().max()), float((self.old_logprobs("r3").old_logprobs - plain).abs().max()))
+        return max(
+            float((own - plain).abs().max()),
+            float((self.old_logprobs("r3").old_logprobs - plain).abs().max()),
+        )
 
 
 def print_step(results: dict[str, dict[str, object]], step: Step, args: argparse.Namespace) -> None:
     trace = step.recorded
-    print(f"{args.backend}, {args.device}, {args.precision}: {trace.num_layers} MoE layers, top-{trace.top_k} of "
-          f"{trace.num_experts}, hidden {args.hidden}, {args.sequences} x {args.length} tokens, "
-          f"{'with' if args.checkpointing else 'without'} activation checkpointing, {step.world} rank(s)")
+    print(
+        f"{args.backend}, {args.device}, {args.precision}: {trace.num_layers} MoE layers, top-{trace.top_k} of "
+        f"{trace.num_experts}, hidden {args.hidden}, {args.sequences} x {args.length} tokens, "
+        f"{'with' if args.checkpointing else 'without'} activation checkpointing, {step.world} rank(s)"
+    )
     print(f"trace {trace.nbytes:,} bytes ({trace.expert_ids.nbytes // len(trace)} a token + 1 mark)")
     print(f"{'mode':5} {'old log-probs s':>22} {'forward+backward s':>22} {'step s':>22} {'over none':>10}")
     base = results["none"]["step"]["median_s"]
@@ -266,21 +319,35 @@ def quickstart(args: argparse.Namespace) -> dict[str, object]:
     for round_ in range(args.rounds):
         for mode in MODES[:: 1 if round_ % 2 else -1]:
             print(f"round {round_ + 1}: {mode}", file=sys.stderr, flush=True)
-            rows[mode].append(measure([
-                "experiment=quickstart", "objective=grpo", f"objective.routing_replay={mode}", "flips.every=0",
-                "learner.optimizer.lr=1e-12", "rollout.weight_sync.probe_every=0", *args.overrides,
-            ], args.steps, None))
+            rows[mode].append(
+                measure(
+                    [
+                        "experiment=quickstart",
+                        "objective=grpo",
+                        f"objective.routing_replay={mode}",
+                        "flips.every=0",
+                        "learner.optimizer.lr=1e-12",
+                        "rollout.weight_sync.probe_every=0",
+                        *args.overrides,
+                    ],
+                    args.steps,
+                    None,
+                )
+            )
     out: dict[str, object] = {}
     for mode, rounds in rows.items():
         steps = [row for round_ in rounds for row in round_]
         ratios = [
-            statistics.median(r["time/step_s"] for r in mine) / statistics.median(r["time/step_s"] for r in none)
+            statistics.median(r["time/step_s"] for r in mine)
+            / statistics.median(r["time/step_s"] for r in none)
             for mine, none in zip(rounds, rows["none"], strict=True)
         ]
         out[mode] = {
             "seconds": {span: quartiles([r[f"time/{span}_s"] for r in steps]) for span in SPANS},
             "ratios_to_none": ratios,
-            "bytes": {k: statistics.median(r[k] for r in steps) for k in steps[0] if k.startswith("routing/replay")},
+            "bytes": {
+                k: statistics.median(r[k] for r in steps) for k in steps[0] if k.startswith("routing/replay")
+            },
             "completion_tokens": [int(r["rollout/completion_tokens_total"]) for r in rounds[0]],
         }
     return out
@@ -288,7 +355,9 @@ def quickstart(args: argparse.Namespace) -> dict[str, object]:
 
 def print_quickstart(results: dict[str, dict], overrides: Sequence[str]) -> None:
     print(f"quickstart, GRPO, old log-probs recomputed {' '.join(overrides)}")
-    print(f"| mode | {' | '.join(f'{s}, s' for s in SPANS)} | step, lower quartile | over none | medians, each round |")
+    print(
+        f"| mode | {' | '.join(f'{s}, s' for s in SPANS)} | step, lower quartile | over none | medians, each round |"
+    )
     print("|---|" + "---:|" * (len(SPANS) + 3))
     base = results["none"]["seconds"]["step"]["q1_s"]
     for mode, r in results.items():
@@ -298,13 +367,22 @@ def print_quickstart(results: dict[str, dict], overrides: Sequence[str]) -> None
         print(f"| {mode} | {' | '.join(cells)} | {low:.4f} | {100 * (low / base - 1):+.1f}% | {each} |")
     for mode, r in results.items():
         if r["bytes"]:
-            print(f"{mode}: " + ", ".join(f"{k.removeprefix('routing/')} {v:,.4g}" for k, v in r["bytes"].items()))
+            print(
+                f"{mode}: "
+                + ", ".join(f"{k.removeprefix('routing/')} {v:,.4g}" for k, v in r["bytes"].items())
+            )
     same = len({tuple(r["completion_tokens"]) for r in results.values()}) == 1
-    print("the same number of tokens was sampled in every mode" if same else "NOT the same work: token counts differ")
+    print(
+        "the same number of tokens was sampled in every mode"
+        if same
+        else "NOT the same work: token counts differ"
+    )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arithmetic-only", action="store_true")
     parser.add_argument("--backend", choices=("eager", "deepspeed", "megatron"), default="eager")
     parser.add_argument("--device", default="cpu")
@@ -313,14 +391,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-parallel", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     for name, value in (
-        ("layers", 6), ("hidden", 128), ("experts", 32), ("top-k", 4), ("moe-intermediate", 64), ("vocabulary", 2048),
-        ("sequences", 4), ("length", 512), ("rounds", 9), ("host-tokens", 16384), ("ranks", 8),
+        ("layers", 6),
+        ("hidden", 128),
+        ("experts", 32),
+        ("top-k", 4),
+        ("moe-intermediate", 64),
+        ("vocabulary", 2048),
+        ("sequences", 4),
+        ("length", 512),
+        ("rounds", 9),
+        ("host-tokens", 16384),
+        ("ranks", 8),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--quickstart", action="store_true", help="time whole steps of the main job instead")
     parser.add_argument("--steps", type=int, default=12, help="of each run (--quickstart)")
     parser.add_argument("--overrides", nargs="*", default=[], help="hydra overrides (--quickstart)")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="of log-probs under the own routes, nats")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-5, help="of log-probs under the own routes, nats"
+    )
     parser.add_argument("--out", type=Path, help="writes every number as JSON")
     return parser.parse_args()
 
@@ -342,22 +431,31 @@ def main() -> int:
         device = torch.device(args.device)
         if speaks:
             report["host"] = host_work(args.host_tokens, args.rounds, device)
-            work = [f"{k} {1e3 * q['median_s']:.1f}" for k, q in report["host"].items() if isinstance(q, dict)]
-            print(f"bookkeeping of {args.host_tokens:,} tokens at Qwen3-30B-A3B's size, ms: {', '.join(work)}\n")
+            work = [
+                f"{k} {1e3 * q['median_s']:.1f}" for k, q in report["host"].items() if isinstance(q, dict)
+            ]
+            print(
+                f"bookkeeping of {args.host_tokens:,} tokens at Qwen3-30B-A3B's size, ms: {', '.join(work)}\n"
+            )
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), args)
             step = Step(Path(folder), args)
             worst = step.deviation()
             status = int(worst > args.tolerance)
             report["step"] = {
-                "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-                "args": {k: str(v) for k, v in vars(args).items()}, "max_logprob_change": worst,
-                "trace_bytes": step.recorded.nbytes, "modes": step.measure(args.rounds),
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "args": {k: str(v) for k, v in vars(args).items()},
+                "max_logprob_change": worst,
+                "trace_bytes": step.recorded.nbytes,
+                "modes": step.measure(args.rounds),
             }
             if speaks:
                 print_step(report["step"]["modes"], step, args)
-                print(f"largest change of a log-prob by replaying the own routes: {worst:.1e} nats"
-                      + (f" (above --tolerance {args.tolerance:.0e})" if status else ""))
+                print(
+                    f"largest change of a log-prob by replaying the own routes: {worst:.1e} nats"
+                    + (f" (above --tolerance {args.tolerance:.0e})" if status else "")
+                )
             step.learner.close()
     if speaks and args.out:
         args.out.write_text(json.dumps(report, indent=1))

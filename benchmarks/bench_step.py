@@ -35,8 +35,17 @@ def measure(overrides: list[str], steps: int, threads: int | None) -> list[dict]
         if threads:
             env["OMP_NUM_THREADS"] = str(threads)
         command = [
-            sys.executable, "-m", "gspo_dist.cli", "train", *overrides, f"steps={steps}", f"run_dir={folder}/run",
-            "logger=quiet", "data.heldout=null", "checkpoint.save_last=false", "checkpoint.every=0",
+            sys.executable,
+            "-m",
+            "gspo_dist.cli.main",
+            "train",
+            *overrides,
+            f"steps={steps}",
+            f"run_dir={folder}/run",
+            "logger=quiet",
+            "data.heldout=null",
+            "checkpoint.save_last=false",
+            "checkpoint.every=0",
         ]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -62,23 +71,41 @@ def print_split(title: str, rows: list[dict]) -> None:
         print(f"| {part} | {means[part]:.4f} | {means[part] / whole:.1%} |")
     rest = 1.0 - sum(means[p] for p in LEARNING) / whole
     print(f"| **neither generation nor learning** | {rest * whole:.4f} | {rest:.1%} |")
-    print(f"\nstep {step:.3f} s (median of {len(rows)}), {median(rows, 'perf/tokens_per_s'):,.0f} completion tokens/s "
-          f"end to end, {median(rows, 'perf/collect_tokens_per_s'):,.0f} while collecting; check's share of the sync "
-          f"{median(rows, 'sync/check_fraction'):.1%}")
-    print("peak resident memory: " + ", ".join(f"{name} {m['host'] / 2**20:,.0f} MiB" for name, m in rows[0]["memory"].items()))
+    print(
+        f"\nstep {step:.3f} s (median of {len(rows)}), {median(rows, 'perf/tokens_per_s'):,.0f} completion tokens/s "
+        f"end to end, {median(rows, 'perf/collect_tokens_per_s'):,.0f} while collecting; check's share of the sync "
+        f"{median(rows, 'sync/check_fraction'):.1%}"
+    )
+    print(
+        "peak resident memory: "
+        + ", ".join(f"{name} {m['host'] / 2**20:,.0f} MiB" for name, m in rows[0]["memory"].items())
+    )
 
 
 def peer_overrides(prompts: int, group: int, tokens: int, threads: int) -> list[str]:
     return [
-        "experiment=study", "model=peer", "learner.precision=fp32", "rollout.precision=fp32", "mini_batches=1",
-        f"rollout.prompts_per_step={prompts}", f"rollout.group_size={group}", f"rollout.max_completion_tokens={tokens}",
-        "rollout.max_prompt_tokens=16", f"learner.threads={threads}", f"rollout.threads={threads}", "flips.every=0",
-        "learner.token_budget=65536", "rollout.weight_sync.probe_every=0", "rollout.enforce_eager=false",
+        "experiment=study",
+        "model=peer",
+        "learner.precision=fp32",
+        "rollout.precision=fp32",
+        "mini_batches=1",
+        f"rollout.prompts_per_step={prompts}",
+        f"rollout.group_size={group}",
+        f"rollout.max_completion_tokens={tokens}",
+        "rollout.max_prompt_tokens=16",
+        f"learner.threads={threads}",
+        f"rollout.threads={threads}",
+        "flips.every=0",
+        "learner.token_budget=65536",
+        "rollout.weight_sync.probe_every=0",
+        "rollout.enforce_eager=false",
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", action="store_true", help="the sizes of the peer's measurement")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (--peer)")
@@ -87,14 +114,20 @@ def main() -> None:
     options = parser.parse_args()
     results = {}
     if options.peer:
-        print("| prompts x group x tokens | threads | completion tokens/s | step s | collect | update | sync |\n|---|---|---|---|---|---|---|")
+        print(
+            "| prompts x group x tokens | threads | completion tokens/s | step s | collect | update | sync |\n|---|---|---|---|---|---|---|"
+        )
         for size in SIZES:
             for threads in options.threads:
                 rows = measure([*peer_overrides(*size, threads), *options.overrides], options.steps, threads)
                 name = " x ".join(map(str, size))
                 results[f"{name}, {threads}"] = median(rows, "perf/tokens_per_s")
-                print(f"| {name} | {threads} | {median(rows, 'perf/tokens_per_s'):,.0f} | {median(rows, 'time/step_s'):.3f} | "
-                      + " | ".join(f"{median(rows, f'time/{p}_s'):.3f}" for p in ("collect", "update", "sync")) + " |", flush=True)
+                print(
+                    f"| {name} | {threads} | {median(rows, 'perf/tokens_per_s'):,.0f} | {median(rows, 'time/step_s'):.3f} | "
+                    + " | ".join(f"{median(rows, f'time/{p}_s'):.3f}" for p in ("collect", "update", "sync"))
+                    + " |",
+                    flush=True,
+                )
     else:
         overrides = options.overrides or ["experiment=quickstart"]
         rows = measure(overrides, options.steps, None)

@@ -47,12 +47,16 @@ def hold(run_dir: Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip()
         lock.close()
-        raise ValueError(f"run_dir {run_dir} is in use by {holder}: wait for it, or choose another run_dir") from None
+        raise ValueError(
+            f"run_dir {run_dir} is in use by {holder}: wait for it, or choose another run_dir"
+        ) from None
     except OSError as error:  # NFS without its lock daemon, Lustre mounted without -o flock
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             lock.close()
             raise
-        log.warning("run_dir %s lies on a file system without locks: nothing keeps a second run out of it", run_dir)
+        log.warning(
+            "run_dir %s lies on a file system without locks: nothing keeps a second run out of it", run_dir
+        )
         return lock
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

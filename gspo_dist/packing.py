@@ -25,28 +25,39 @@ class MiniBatch:
     micro_batches: tuple[tuple[PackedBatch, ...], ...]
     denominators: Denominators
 
-    def with_outputs(self, outputs: Sequence[Sequence[LogprobOutput]], *, keep_routing: bool = False) -> MiniBatch:
+    def with_outputs(
+        self, outputs: Sequence[Sequence[LogprobOutput]], *, keep_routing: bool = False
+    ) -> MiniBatch:
         """Attaches old log-probs (and, for R2, the recorded routes), output[rank][i] to micro_batches[rank][i]."""
-        return replace(self, micro_batches=tuple(
-            tuple(
-                b.with_(old_logprobs=o.logprobs, routing=o.routing if keep_routing else b.routing)
-                for b, o in zip(rank, outs, strict=True)
-            )
-            for rank, outs in zip(self.micro_batches, outputs, strict=True)
-        ))
+        return replace(
+            self,
+            micro_batches=tuple(
+                tuple(
+                    b.with_(old_logprobs=o.logprobs, routing=o.routing if keep_routing else b.routing)
+                    for b, o in zip(rank, outs, strict=True)
+                )
+                for rank, outs in zip(self.micro_batches, outputs, strict=True)
+            ),
+        )
 
     def with_traces(self, rollouts: Sequence[Rollout]) -> MiniBatch:
         """Attaches the routing traces of the rollout batch that it was packed from (`attach_traces`)."""
         return replace(
-            self, micro_batches=tuple(tuple(attach_traces(b, rollouts) for b in rank) for rank in self.micro_batches)
+            self,
+            micro_batches=tuple(
+                tuple(attach_traces(b, rollouts) for b in rank) for rank in self.micro_batches
+            ),
         )
 
     def with_reference(self, outputs: Sequence[Sequence[LogprobOutput]]) -> MiniBatch:
         """Attaches reference log-probs."""
-        return replace(self, micro_batches=tuple(
-            tuple(b.with_(ref_logprobs=o.logprobs) for b, o in zip(rank, outs, strict=True))
-            for rank, outs in zip(self.micro_batches, outputs, strict=True)
-        ))
+        return replace(
+            self,
+            micro_batches=tuple(
+                tuple(b.with_(ref_logprobs=o.logprobs) for b, o in zip(rank, outs, strict=True))
+                for rank, outs in zip(self.micro_batches, outputs, strict=True)
+            ),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +93,9 @@ def balanced_bins(lengths: Sequence[int], ranks: int, budget: int) -> list[list[
     must run as many micro-batches.
     """
     if len(lengths) < ranks:
-        raise ValueError(f"a mini-batch must hold a rollout for every rank: got {len(lengths)} for {ranks} ranks")
+        raise ValueError(
+            f"a mini-batch must hold a rollout for every rank: got {len(lengths)} for {ranks} ranks"
+        )
     longest = max(lengths)
     if longest > budget:
         raise ValueError(
@@ -116,7 +129,9 @@ def _lpt(lengths: Sequence[int], bins: int, budget: int) -> list[list[int]] | No
     return members
 
 
-def pack_sequences(rollouts: Sequence[Rollout], advantages: Sequence[float], index: Sequence[int]) -> PackedBatch:
+def pack_sequences(
+    rollouts: Sequence[Rollout], advantages: Sequence[float], index: Sequence[int]
+) -> PackedBatch:
     """Lays `rollouts[i] for i in index` end to end, with each one's advantage on its tokens; no routing traces."""
     chosen = [rollouts[i] for i in index]
     prompts = [len(r.prompt.token_ids) for r in chosen]
@@ -153,7 +168,9 @@ def attach_traces(batch: PackedBatch, rollouts: Sequence[Rollout]) -> PackedBatc
     for rollout in chosen:
         trace = rollout.completion.routing
         if trace is None:
-            raise ValueError(f"rollout {rollout.rollout_id} has no routing trace: its engine did not record one")
+            raise ValueError(
+                f"rollout {rollout.rollout_id} has no routing trace: its engine did not record one"
+            )
         if len(trace) != rollout.num_tokens:
             raise ValueError(
                 f"routing trace of rollout {rollout.rollout_id} is truncated: {len(trace)} rows for "
@@ -164,7 +181,9 @@ def attach_traces(batch: PackedBatch, rollouts: Sequence[Rollout]) -> PackedBatc
 
 def _masked(batch: PackedBatch) -> PackedBatch:
     """A filler: runs like any micro-batch and trains nothing."""
-    return batch.with_(loss_mask=torch.zeros_like(batch.loss_mask), advantages=torch.zeros_like(batch.advantages))
+    return batch.with_(
+        loss_mask=torch.zeros_like(batch.loss_mask), advantages=torch.zeros_like(batch.advantages)
+    )
 
 
 def pack(
@@ -183,10 +202,14 @@ def pack(
     Raises ValueError for a rollout without a trained token (named), a sequence over the budget, too few rollouts.
     """
     if len(rollouts) != len(advantages):
-        raise ValueError(f"advantages must have one entry a rollout: got {len(advantages)} for {len(rollouts)}")
+        raise ValueError(
+            f"advantages must have one entry a rollout: got {len(advantages)} for {len(rollouts)}"
+        )
     for rollout in rollouts:
         if not rollout.completion.loss_mask.any():
-            raise ValueError(f"rollout {rollout.rollout_id} has no trained token (empty or fully masked completion)")
+            raise ValueError(
+                f"rollout {rollout.rollout_id} has no trained token (empty or fully masked completion)"
+            )
     out = []
     for members in split_mini_batches([r.group_id for r in rollouts], mini_batches, seed):
         lengths = [rollouts[i].num_tokens for i in members]
@@ -195,7 +218,8 @@ def pack(
         batches = tuple(
             tuple(
                 pack_sequences(rollouts, advantages, [int(members[i]) for i in b])
-                if b else _masked(pack_sequences(rollouts, advantages, [shortest]))
+                if b
+                else _masked(pack_sequences(rollouts, advantages, [shortest]))
                 for b in rank
             )
             for rank in bins
@@ -255,8 +279,16 @@ def _join(parts: Sequence[PackedBatch]) -> PackedBatch:
         return None if values[0] is None else torch.cat(values)
 
     lengths = torch.cat([p.cu_seqlens.diff() for p in parts])
-    fields = ("token_ids", "position_ids", "loss_mask", "advantages", "rollout_logprobs", "rollout_index",
-              "old_logprobs", "ref_logprobs")
+    fields = (
+        "token_ids",
+        "position_ids",
+        "loss_mask",
+        "advantages",
+        "rollout_logprobs",
+        "rollout_index",
+        "old_logprobs",
+        "ref_logprobs",
+    )
     return PackedBatch(
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]),
         routing=None if parts[0].routing is None else RoutingTrace.concat([p.routing for p in parts]),
@@ -272,11 +304,18 @@ def from_sequences(sequences: Sequence[tuple[np.ndarray, int]], ranks: int) -> M
         n = len(tokens)
         mask = torch.arange(n) >= max(1, start)
         zeros = torch.zeros(n)
-        picks.append((PackedBatch(
-            token_ids=torch.as_tensor(np.asarray(tokens, np.int64)),
-            position_ids=torch.arange(n),
-            cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
-            loss_mask=mask, advantages=zeros, rollout_logprobs=zeros,
-            rollout_index=torch.tensor([i]),
-        ), 0))
+        picks.append(
+            (
+                PackedBatch(
+                    token_ids=torch.as_tensor(np.asarray(tokens, np.int64)),
+                    position_ids=torch.arange(n),
+                    cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
+                    loss_mask=mask,
+                    advantages=zeros,
+                    rollout_logprobs=zeros,
+                    rollout_index=torch.tensor([i]),
+                ),
+                0,
+            )
+        )
     return take_sequences(picks, ranks=ranks)

@@ -56,14 +56,33 @@ def run(prompts: int, group: int, tokens: int, steps: int, threads: int) -> dict
 
     with tempfile.TemporaryDirectory() as out:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_funcs=judge,
-            processing_class=tokenizer, train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Clock()],
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            reward_funcs=judge,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            callbacks=[Clock()],
             args=GRPOConfig(
-                output_dir=out, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=10_000,
-                disable_tqdm=True, max_steps=steps, per_device_train_batch_size=prompts * group, num_generations=group,
-                max_completion_length=tokens, steps_per_generation=1, learning_rate=1e-4, temperature=1.0,
-                importance_sampling_level="sequence", loss_type="grpo", beta=0.0, epsilon=3e-4, epsilon_high=4e-4,
-                gradient_checkpointing=False, optim="adamw_torch",
+                output_dir=out,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=10_000,
+                disable_tqdm=True,
+                max_steps=steps,
+                per_device_train_batch_size=prompts * group,
+                num_generations=group,
+                max_completion_length=tokens,
+                steps_per_generation=1,
+                learning_rate=1e-4,
+                temperature=1.0,
+                importance_sampling_level="sequence",
+                loss_type="grpo",
+                beta=0.0,
+                epsilon=3e-4,
+                epsilon_high=4e-4,
+                gradient_checkpointing=False,
+                optim="adamw_torch",
             ),
         )
         ends.append(time.perf_counter())
@@ -71,12 +90,17 @@ def run(prompts: int, group: int, tokens: int, steps: int, threads: int) -> dict
     seconds = [b - a for a, b in itertools.pairwise(ends)]
     first = max(2, steps // 4)
     rates = [n / s for n, s in zip(sampled[first:], seconds[first:], strict=True)]
-    return {"tokens_per_s": statistics.median(rates), "step_s": statistics.median(seconds[first:]),
-            "tokens": statistics.median(sampled[first:])}
+    return {
+        "tokens_per_s": statistics.median(rates),
+        "step_s": statistics.median(seconds[first:]),
+        "tokens": statistics.median(sampled[first:]),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--one", type=int, nargs=4, help=argparse.SUPPRESS)
@@ -84,16 +108,28 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(*options.one[:3], options.steps, options.one[3])))
         return
-    print("| prompts x group x tokens | threads | completion tokens/s | step s | tokens a step |\n|---|---|---|---|---|")
+    print(
+        "| prompts x group x tokens | threads | completion tokens/s | step s | tokens a step |\n|---|---|---|---|---|"
+    )
     for size in SIZES:
         for threads in options.threads:
-            command = [sys.executable, __file__, "--steps", str(options.steps), "--one", *map(str, (*size, threads))]
+            command = [
+                sys.executable,
+                __file__,
+                "--steps",
+                str(options.steps),
+                "--one",
+                *map(str, (*size, threads)),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{done.stdout}\n{done.stderr}")
             row = json.loads(done.stdout.splitlines()[-1])
-            print(f"| {' x '.join(map(str, size))} | {threads} | {row['tokens_per_s']:,.0f} | {row['step_s']:.3f} | "
-                  f"{row['tokens']:,.0f} |", flush=True)
+            print(
+                f"| {' x '.join(map(str, size))} | {threads} | {row['tokens_per_s']:,.0f} | {row['step_s']:.3f} | "
+                f"{row['tokens']:,.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

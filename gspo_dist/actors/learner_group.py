@@ -14,13 +14,13 @@ from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
-from gspo_dist.learners.step import LossSpec
-from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.learners.loss import LossSpec
+from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.plan import SyncPlan
-from gspo_dist.weights.publish import SentReport, Transport, make_transport, send_weights
+from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 
 START_TIMEOUT_S = 600.0
 
@@ -58,7 +58,9 @@ class LearnerRank(ActorProcess):
         if not hasattr(self, "transport"):
             self.transport = self._connect(plan, actors)
         return send_weights(
-            stream, self.transport, lambda info: actors.call_all("update_weights", info, timeout=plan.timeout_s)
+            stream,
+            self.transport,
+            lambda info: actors.call_all("update_weights", info, timeout=plan.timeout_s),
         )
 
     def _connect(self, plan: SyncPlan, engines: Actors) -> Transport:
@@ -66,8 +68,12 @@ class LearnerRank(ActorProcess):
         where: dict[str, Any] = {}
         if plan.transport == "nccl":
             address, port = self.host()
-            where = {"master_address": address, "master_port": port, "engines": len(engines.handles),
-                     "engine_workers": plan.engine_workers}
+            where = {
+                "master_address": address,
+                "master_port": port,
+                "engines": len(engines.handles),
+                "engine_workers": plan.engine_workers,
+            }
         transport = make_transport(plan.transport, check=plan.check, **where)
         refs = {
             name: handle.init_weight_sync.remote(transport.init_info(i))
@@ -133,7 +139,9 @@ class RayLearnerGroup:
     def start(self) -> None:
         """Builds every rank's learner (collective). Called apart from the constructor, so that engines start too."""
         handles = self.actors.handles
-        address = self.actors.gather({"learner-0": handles["learner-0"].host.remote()}, START_TIMEOUT_S)["learner-0"]
+        address = self.actors.gather({"learner-0": handles["learner-0"].host.remote()}, START_TIMEOUT_S)[
+            "learner-0"
+        ]
         refs = {
             name: handle.start.remote(self.make, rank, self.config.world_size, address)
             for rank, (name, handle) in enumerate(handles.items())

@@ -42,7 +42,9 @@ def lay_out(cluster: ClusterConfig, learner: LearnerConfig, rollout: RolloutConf
     gpu = device == "cuda"
     if cluster.colocated:
         if not gpu:
-            raise ValueError("cluster.colocated needs GPUs (engines sleep to free their memory): got cpu; unset it")
+            raise ValueError(
+                "cluster.colocated needs GPUs (engines sleep to free their memory): got cpu; unset it"
+            )
         if rollout.tensor_parallel != 1 or rollout.engines > learner.world_size:
             raise ValueError(
                 "cluster.colocated places one engine on a learner's GPU: got rollout.tensor_parallel "

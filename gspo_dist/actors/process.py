@@ -81,7 +81,9 @@ class Actors:
             done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
                 late = [names[ref] for ref in pending]
-                raise ProcessTimeout(f"no answer within {timeout:.0f} s from {', '.join(late)}\n{self.tail(late[0])}")
+                raise ProcessTimeout(
+                    f"no answer within {timeout:.0f} s from {', '.join(late)}\n{self.tail(late[0])}"
+                )
             for ref in done:
                 out[names[ref]] = self._result(names[ref], ref)
         return {name: out[name] for name in refs}
@@ -101,7 +103,9 @@ class Actors:
         """The last lines of an actor's log, indented."""
         path = self.log_dir / f"{name}.log"
         if not path.is_file():
-            return f"  (no log at {path} on this host: it lies on the node of {name} unless run_dir is shared)"
+            return (
+                f"  (no log at {path} on this host: it lies on the node of {name} unless run_dir is shared)"
+            )
         lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join(["  last lines of its log:", *(f"    {line}" for line in lines)])
 

@@ -84,7 +84,9 @@ class RewardPool:
         size = max(1, -(-len(items) // len(names)))
         judged = [(i, prompt, replace(completion, routing=None)) for i, prompt, completion in items]
         chunks = [judged[i : i + size] for i in range(0, len(items), size)]
-        refs = {name: self.actors.handles[name].score.remote(c) for name, c in zip(names, chunks, strict=False)}
+        refs = {
+            name: self.actors.handles[name].score.remote(c) for name, c in zip(names, chunks, strict=False)
+        }
         answers = self.actors.gather(refs, self.config.timeout_s * size + GRACE_S)
         return [score for chunk in answers.values() for score in chunk]
 

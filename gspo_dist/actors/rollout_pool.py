@@ -66,14 +66,19 @@ class RayRolloutPool:
         self.config = config
         remote = ray.remote(EngineProcess)
         self.actors = Actors(
-            {f"engine-{i}": remote.options(**options[i]).remote(f"engine-{i}", str(log_dir)) for i in range(config.engines)},
+            {
+                f"engine-{i}": remote.options(**options[i]).remote(f"engine-{i}", str(log_dir))
+                for i in range(config.engines)
+            },
             log_dir,
         )
         self.starting = {name: handle.start.remote(make) for name, handle in self.actors.handles.items()}
 
     def start(self) -> EngineInfo:
         """Waits until every engine is up (they start when the pool is made, beside the learner)."""
-        return next(iter(self.actors.gather(self.starting, max(START_TIMEOUT_S, self.config.timeout_s)).values()))
+        return next(
+            iter(self.actors.gather(self.starting, max(START_TIMEOUT_S, self.config.timeout_s)).values())
+        )
 
     @property
     def engines(self) -> dict[str, Any]:
@@ -85,7 +90,9 @@ class RayRolloutPool:
         """`spec.n` completions a prompt, in order. The assignment depends on the prompts alone, so a run repeats."""
         names = list(self.actors.handles)
         refs, places = {}, {}
-        for name, rows in zip(names, balance([len(p.token_ids) for p in prompts], len(names), spec), strict=True):
+        for name, rows in zip(
+            names, balance([len(p.token_ids) for p in prompts], len(names), spec), strict=True
+        ):
             if rows:
                 places[name] = rows
                 refs[name] = self.actors.handles[name].generate.remote(

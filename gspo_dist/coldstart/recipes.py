@@ -6,9 +6,9 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 
+from gspo_dist.checks import nearest
 from gspo_dist.coldstart.tokenizer import VOCABULARY
 from gspo_dist.data.arithmetic import Habits
-from gspo_dist.objectives.names import nearest
 
 REVISION = 1
 """Raised whenever code outside these numbers changes what a recipe makes (corpus, training loop, tokenizer)."""

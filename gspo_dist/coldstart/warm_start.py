@@ -29,7 +29,7 @@ def batches(plan: WarmStart, seed: int) -> Iterator[tuple[torch.Tensor, torch.Te
         rows = []
         for question in islice(questions, plan.batch):
             prompt = encode(question.text)
-            solution = encode(arithmetic.worked_solution(question, rng, plan.habits)) + [EOS_ID]
+            solution = [*encode(arithmetic.worked_solution(question, rng, plan.habits)), EOS_ID]
             rows.append((prompt + solution[:-1], [IGNORE] * (len(prompt) - 1) + solution))
         width = max(len(tokens) for tokens, _ in rows)
         inputs = torch.full((plan.batch, width), PAD_ID)

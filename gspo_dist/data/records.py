@@ -75,7 +75,7 @@ def _lookup(where: str, row: Mapping[str, Any], key: str, option: str) -> Any:
 
 def _record(where: str, row: Any, prompt_key: str, answer_key: str) -> Record:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: a record must be a JSON object: got {type(row).__name__}")  # noqa: TRY004
+        raise ValueError(f"{where}: a record must be a JSON object: got {type(row).__name__}")
     question = _lookup(where, row, prompt_key, "data.prompt_key")
     answer = _lookup(where, row, answer_key, "data.answer_key")
     if answer is None:

@@ -85,7 +85,9 @@ def _padded(
         pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
     out = out.transpose(1, 2).reshape(rows * packed.longest, q.shape[1], -1)
-    return (out if full else out.index_select(0, packed.slots))[None]  # twice as quick to differentiate as out[slots]
+    return (out if full else out.index_select(0, packed.slots))[
+        None
+    ]  # twice as quick to differentiate as out[slots]
 
 
 AttentionInterface.register(NAME, packed_attention)

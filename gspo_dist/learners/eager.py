@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
-from gspo_dist.learners.policy import PolicyModel, load_policy, model_inputs
+from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor
-from gspo_dist.learners.step import LossSpec, micro_batch_loss, trained_index
-from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.stream import buckets, hf_named_weights
@@ -39,14 +39,23 @@ class EagerLearner:
     is_exporter = True
 
     def __init__(
-        self, config: LearnerConfig, model_path: str | Path, *, total_steps: int, temperature: float = 1.0,
-        keep_reference: bool = False, device: str = "cpu",
+        self,
+        config: LearnerConfig,
+        model_path: str | Path,
+        *,
+        total_steps: int,
+        temperature: float = 1.0,
+        keep_reference: bool = False,
+        device: str = "cpu",
     ) -> None:
         self.config = config
         self.device = torch.device(device)
         self.policy_version = 0
         self.policy = load_policy(
-            model_path, config.precision, temperature=temperature, fp32_head=config.fp32_head,
+            model_path,
+            config.precision,
+            temperature=temperature,
+            fp32_head=config.fp32_head,
             activation_checkpointing=config.activation_checkpointing,
         ).to(self.device)
         self.reference: PolicyModel | None = None
@@ -98,10 +107,14 @@ class EagerLearner:
 
     @torch.no_grad()
     def optim_step(self) -> OptimStep:
-        grads = [torch.zeros_like(m) if g is None else g for m, g in zip(self.masters, self.gradients, strict=True)]
+        grads = [
+            torch.zeros_like(m) if g is None else g for m, g in zip(self.masters, self.gradients, strict=True)
+        ]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm.item()} at policy version {self.policy_version}")
+            raise FloatingPointError(
+                f"gradient norm is {norm.item()} at policy version {self.policy_version}"
+            )
         clip = self.config.optimizer.grad_clip
         scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
         for master, grad in zip(self.masters, grads, strict=True):
@@ -137,7 +150,9 @@ class EagerLearner:
         with torch.no_grad():
             for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
                 if master.shape != saved.shape:
-                    raise ValueError(f"checkpoint {folder} is of another model: {saved.shape} for {master.shape}")
+                    raise ValueError(
+                        f"checkpoint {folder} is of another model: {saved.shape} for {master.shape}"
+                    )
                 master.copy_(saved)
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -152,7 +167,9 @@ class EagerLearner:
         """Nothing to leave: there is no process group."""
 
 
-def replaying(hf: torch.nn.Module, batch: PackedBatch, adapter: ModuleType = routers) -> AbstractContextManager:
+def replaying(
+    hf: torch.nn.Module, batch: PackedBatch, adapter: ModuleType = routers
+) -> AbstractContextManager:
     """The replay block of a batch that carries a trace; no block where it carries none. adapter: of `hf`'s routers."""
     if batch.routing is None:
         return contextlib.nullcontext()
@@ -160,7 +177,11 @@ def replaying(hf: torch.nn.Module, batch: PackedBatch, adapter: ModuleType = rou
 
 
 def hf_logprobs(
-    call: torch.nn.Module, hf: torch.nn.Module, batch: PackedBatch, device: torch.device, record_routing: bool,
+    call: torch.nn.Module,
+    hf: torch.nn.Module,
+    batch: PackedBatch,
+    device: torch.device,
+    record_routing: bool,
     adapter: ModuleType = routers,
 ) -> LogprobOutput:
     """One forward pass of `call` (the policy, or an engine around it), replaying or recording as the batch asks."""

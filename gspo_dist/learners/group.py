@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_dist.learners.learner import Learner, OptimStep
-from gspo_dist.learners.step import LossSpec
-from gspo_dist.objectives.stats import Stat
+from gspo_dist.learners.loss import LossSpec
+from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.plan import SyncPlan
-from gspo_dist.weights.publish import SentReport, make_transport, send_weights
+from gspo_dist.weights.send import SentReport, make_transport, send_weights
 from gspo_dist.weights.stream import NamedTensor
 
 
@@ -99,7 +99,8 @@ class LocalLearnerGroup:
                 engine.init_weight_sync(self.transport.init_info(i))
             self.transport.connect()
         return send_weights(
-            self.learner.weights(plan.bucket_bytes), self.transport,
+            self.learner.weights(plan.bucket_bytes),
+            self.transport,
             lambda info: [e.update_weights(info) for e in engines.values()],
         )
 

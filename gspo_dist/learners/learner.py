@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from gspo_dist.learners.step import LossSpec
-from gspo_dist.objectives.stats import Stat
+from gspo_dist.learners.loss import LossSpec
+from gspo_dist.metrics.stat import Stat
 from gspo_dist.types import LogprobOutput, PackedBatch
 
 WeightBucket = list[tuple[str, torch.Tensor]]

@@ -10,7 +10,8 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("training reward", ("rollout/reward_mean",), False),
     (
         "clip fraction by sign of the advantage",
-        ("objective/clip_fraction_positive", "objective/clip_fraction_negative"), False,
+        ("objective/clip_fraction_positive", "objective/clip_fraction_negative"),
+        False,
     ),
     ("mismatch engine / learner (k3, nats a token)", ("mismatch/k3_kl",), True),
     ("entropy (nats a token)", ("objective/entropy",), False),
@@ -32,7 +33,9 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str = ""
             if points:
                 steps, values = zip(*points, strict=True)
                 marker = "o" if key.startswith("eval/") else None
-                axis.plot(steps, values, label=key.split("/", 1)[1], marker=marker, markersize=4, linewidth=1.3)
+                axis.plot(
+                    steps, values, label=key.split("/", 1)[1], marker=marker, markersize=4, linewidth=1.3
+                )
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 
-def draw_heatmap(path: Path, steps: np.ndarray, rates: np.ndarray, *, title: str, ceiling: float | None = None) -> None:
+def draw_heatmap(
+    path: Path, steps: np.ndarray, rates: np.ndarray, *, title: str, ceiling: float | None = None
+) -> None:
     """Writes a PNG (or what the suffix says) of `rates` [N, L] over `steps` [N].
 
     ceiling: the rate of the brightest colour; give the same one to pictures that are to be compared (default: the
@@ -15,17 +17,27 @@ def draw_heatmap(path: Path, steps: np.ndarray, rates: np.ndarray, *, title: str
     Raises ValueError when there is nothing to draw.
     """
     if rates.ndim != 2 or len(rates) == 0 or len(steps) != len(rates):
-        raise ValueError(f"heat map needs rates [N, L] with N >= 1 and N steps: got {list(rates.shape)}, {len(steps)}")
+        raise ValueError(
+            f"heat map needs rates [N, L] with N >= 1 and N steps: got {list(rates.shape)}, {len(steps)}"
+        )
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global pyplot state
     from matplotlib.figure import Figure
 
     columns, layers = rates.shape
-    figure = Figure(figsize=(min(16.0, 7.5 + 0.08 * columns), min(12.0, 3.0 + 0.12 * layers)), layout="constrained")
+    figure = Figure(
+        figsize=(min(16.0, 7.5 + 0.08 * columns), min(12.0, 3.0 + 0.12 * layers)), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     top = ceiling if ceiling is not None else float(np.nanmax(rates)) if np.isfinite(rates).any() else 1.0
     image = axes.imshow(
-        rates.T, aspect="auto", origin="lower", interpolation="nearest", cmap="inferno", vmin=0.0, vmax=top or 1.0
+        rates.T,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="inferno",
+        vmin=0.0,
+        vmax=top or 1.0,
     )
     ticks = np.unique(np.linspace(0, columns - 1, num=min(columns, 12)).round().astype(int))
     axes.set_xticks(ticks, [str(int(steps[i])) for i in ticks])

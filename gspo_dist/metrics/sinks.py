@@ -84,8 +84,14 @@ class ConsoleSink:
         self.console = Console()
         self.total = total_steps
         self.progress = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
             disable=not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=total_steps, completed=start_step)
@@ -93,11 +99,15 @@ class ConsoleSink:
 
     def log(self, step: int, row: Row) -> None:
         text = "  ".join(
-            f"{label} {form.format(row[key])}" for label, key, form in self.COLUMNS if key in row and row[key] == row[key]
+            f"{label} {form.format(row[key])}"
+            for label, key, form in self.COLUMNS
+            if key in row and row[key] == row[key]
         )
         left = row.get("time/left_s")
         tail = f"  left {left / 60:.1f} min" if left is not None and not self.console.is_terminal else ""
-        self.console.print(f"[dim]{step:>5}/{self.total}[/dim]  {text}{tail}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[dim]{step:>5}/{self.total}[/dim]  {text}{tail}", highlight=False, soft_wrap=True
+        )
         self.progress.update(self.task, completed=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -113,15 +123,25 @@ class ConsoleSink:
 class WandbSink:
     """Weights & Biases: online with a key, offline without, or as asked for."""
 
-    def __init__(self, config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any], resume_id: str) -> None:
+    def __init__(
+        self, config: WandbConfig, run_dir: Path, run_config: Mapping[str, Any], resume_id: str
+    ) -> None:
         import wandb
 
         mode = config.mode
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_wandb() else "offline"
         self.run = wandb.init(
-            project=config.project, entity=config.entity, group=config.group, name=config.name, tags=config.tags,
-            config=dict(run_config), dir=str(run_dir), mode=mode, id=resume_id, resume="allow",
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            name=config.name,
+            tags=config.tags,
+            config=dict(run_config),
+            dir=str(run_dir),
+            mode=mode,
+            id=resume_id,
+            resume="allow",
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run.define_metric("*", step_metric="step")
@@ -137,7 +157,9 @@ class WandbSink:
 
         if rows and step > self.repeated:
             columns = ["step", *rows[0]]
-            data = [[step, *(str(v) if isinstance(v, (dict, list)) else v for v in row.values())] for row in rows]
+            data = [
+                [step, *(str(v) if isinstance(v, (dict, list)) else v for v in row.values())] for row in rows
+            ]
             self.run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
 
     def image(self, name: str, path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gspo_dist.objectives.names import ADVANTAGES, choose
+from gspo_dist.checks import choose
+from gspo_dist.objectives.specs import ADVANTAGES
 
 Array = np.ndarray | torch.Tensor
 

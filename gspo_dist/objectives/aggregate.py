@@ -1,17 +1,96 @@
-"""From a loss per token to this rank's share of the mini-batch loss; denominators are global and passed in.
+"""Token <-> sequence: which of S sequences each of N trained tokens belongs to, and how a loss per token becomes
+this rank's share of the mini-batch loss.
 
-Each function maps loss [N] to a scalar. Summed over micro-batches, data-parallel and context-parallel ranks,
-the scalars give the loss of the mini-batch, and so do the gradients: sum them, do not average them.
+An aggregation maps loss [N] to a scalar; its denominators are global and passed in. Summed over micro-batches,
+data-parallel and context-parallel ranks, the scalars give the loss of the mini-batch, and so do the gradients: sum
+them, do not average them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from gspo_dist.objectives.segments import Segments
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The sequence of every trained token.
+
+    ids: int64 [N], values in [0, count), any order. count: S.
+    all_reduce: under context parallelism each rank holds a part of every sequence; this is the differentiable
+    sum over those ranks, whose backward is a sum over them too (the loss is the sum of the ranks' local
+    losses). It must not change its argument. It is called once here with float64 counts, so all ranks must
+    build their Segments together.
+
+    lengths: int64 [S], trained tokens of each sequence over all ranks; local_lengths: those held here.
+    Example: ids [0, 0, 1] and count 2: lengths [2, 1]; mean([1., 3., 5.]) = [2., 5.]; expand([7., 8.]) = [7.,
+    7., 8.].
+
+    Raises ValueError for wrong shape or type, ids out of range, or a sequence without a trained token
+    (named).
+    """
+
+    ids: Tensor
+    count: int
+    all_reduce: Callable[[Tensor], Tensor] | None = None
+    lengths: Tensor = field(init=False, repr=False)
+    local_lengths: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 1 or self.ids.dtype != torch.int64:
+            raise ValueError(f"segments.ids must be int64 [N]: got {self.ids.dtype} {list(self.ids.shape)}")
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"segments.count must be an int >= 1: got {self.count!r}")
+        if self.ids.numel():
+            low, high = (int(bound) for bound in torch.aminmax(self.ids))
+            if low < 0 or high >= self.count:
+                raise ValueError(f"segments.ids must lie in [0, count={self.count}): got {low} to {high}")
+        local = torch.bincount(self.ids, minlength=self.count)
+        with torch.no_grad():
+            whole = local if self.all_reduce is None else self.all_reduce(local.double()).round().long()
+        empty = (whole == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"segments: every sequence needs a trained token: got none for sequence {empty[0]} of "
+                f"{self.count} ({len(empty)} in all); drop such completions before packing"
+            )
+        object.__setattr__(self, "lengths", whole)
+        object.__setattr__(self, "local_lengths", local)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Segments:
+        """Segments of sequences that lie one after another: [2, 1] gives ids [0, 0, 1]."""
+        counts = torch.as_tensor(list(lengths), dtype=torch.int64, device=device)
+        return cls(torch.repeat_interleave(torch.arange(len(counts), device=device), counts), len(counts))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of x [N] over the tokens of each sequence, over all ranks: [S]; differentiable."""
+        self.check(x, "x")
+        x = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
+        total = x.new_zeros(self.count).index_add(0, self.ids, x)
+        return total if self.all_reduce is None else self.all_reduce(total)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of x [N] over the tokens of each whole sequence: [S]; differentiable."""
+        total = self.sum(x)
+        return total / self.lengths.to(total.dtype)
+
+    def expand(self, v: Tensor) -> Tensor:
+        """v [S] given to each token of its sequence: [N]; differentiable."""
+        if v.shape != (self.count,):
+            raise ValueError(f"segments.expand takes [S={self.count}]: got {list(v.shape)}")
+        # index_select, not v[ids]: its backward is one index_add, where indexing sorts or writes one by one.
+        return v.index_select(0, self.ids)
+
+    def check(self, x: Tensor, name: str) -> None:
+        """ValueError unless x is [N]."""
+        if x.shape != self.ids.shape:
+            raise ValueError(
+                f"{name} must be [N={self.ids.numel()}], one per trained token: got {list(x.shape)}"
+            )
 
 
 @dataclass(frozen=True)

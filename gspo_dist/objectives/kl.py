@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gspo_dist.objectives.clipping import LOG_RATIO_LIMIT
+from gspo_dist.objectives.losses import LOG_RATIO_LIMIT
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

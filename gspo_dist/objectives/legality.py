@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from gspo_dist.objectives.names import (
+from gspo_dist.checks import choose
+from gspo_dist.objectives.specs import (
     ADVANTAGES,
     AGGREGATIONS,
     CORRECTIONS,
@@ -24,7 +25,6 @@ from gspo_dist.objectives.names import (
     ROUTING_REPLAY,
     WIDE_SEQUENCE_CLIP,
     check_params,
-    choose,
     resolve_params,
 )
 

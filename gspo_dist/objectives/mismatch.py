@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gspo_dist.objectives.clip_width import offset_in_clip_widths
-from gspo_dist.objectives.clipping import bounded_exp
-from gspo_dist.objectives.names import check_correction
-from gspo_dist.objectives.segments import Segments
-from gspo_dist.objectives.stats import Stat
+from gspo_dist.metrics.stat import Stat
+from gspo_dist.objectives.aggregate import Segments
+from gspo_dist.objectives.losses import bounded_exp
+from gspo_dist.objectives.offset import offset_in_clip_widths
+from gspo_dist.objectives.specs import check_correction
 
 __all__ = ["Correction", "correction", "mismatch_metrics", "mismatch_stats", "offset_in_clip_widths"]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gspo_dist.planner.model import ModelShape
+from gspo_dist.models.shape import ModelShape
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -61,23 +61,43 @@ class LearnerLayout:
     def problems(self, model: ModelShape) -> list[str]:
         """Rules that the layout breaks, in words: what must divide what, and what ZeRO 0 cannot do."""
         rules = [
-            ("tensor x pipeline x context parallel", self.tensor * self.pipeline * self.context, "world_size",
-             self.world_size),
-            ("expert x expert-tensor x pipeline parallel", self.expert * self.expert_tensor * self.pipeline,
-             "world_size", self.world_size),
+            (
+                "tensor x pipeline x context parallel",
+                self.tensor * self.pipeline * self.context,
+                "world_size",
+                self.world_size,
+            ),
+            (
+                "expert x expert-tensor x pipeline parallel",
+                self.expert * self.expert_tensor * self.pipeline,
+                "world_size",
+                self.world_size,
+            ),
             ("tensor_parallel", self.tensor, "num_attention_heads", model.heads),
-            ("pipeline_parallel x virtual_stages", self.pipeline * self.virtual_stages, "num_hidden_layers",
-             model.layers),
+            (
+                "pipeline_parallel x virtual_stages",
+                self.pipeline * self.virtual_stages,
+                "num_hidden_layers",
+                model.layers,
+            ),
         ]
         if model.num_experts:
             rules.append(("expert_parallel", self.expert, "num_experts", model.num_experts))
-            rules.append(("expert_tensor_parallel", self.expert_tensor, "moe_intermediate_size", model.expert_ffn))
-        broken = [f"{a} must divide {b}: got {x} and {y}; try {_divisors(y)}" for a, x, b, y in rules if y % x]
+            rules.append(
+                ("expert_tensor_parallel", self.expert_tensor, "moe_intermediate_size", model.expert_ffn)
+            )
+        broken = [
+            f"{a} must divide {b}: got {x} and {y}; try {_divisors(y)}" for a, x, b, y in rules if y % x
+        ]
         if self.expert > 1 and not model.num_experts:
             broken.append(f"expert_parallel needs a mixture of experts: got {self.expert} for {model.name}")
         if self.backend == "deepspeed" and self.zero_stage == 0:
             needy = (("expert_parallel", self.expert > 1), ("offload_optimizer", self.offload_optimizer))
-            broken += [f"deepspeed.{knob} needs zero_stage 1 to 3: got 0; raise zero_stage" for knob, on in needy if on]
+            broken += [
+                f"deepspeed.{knob} needs zero_stage 1 to 3: got 0; raise zero_stage"
+                for knob, on in needy
+                if on
+            ]
         return broken
 
 
@@ -124,7 +144,8 @@ class EngineLayout:
             sizes["shared_expert_intermediate_size"] = model.shared_ffn
         broken = [
             f"rollout.tensor_parallel must divide {what}: got {size} and {total}; try {_divisors(total)}"
-            for what, total in sizes.items() if total % size
+            for what, total in sizes.items()
+            if total % size
         ]
         if model.kv_heads % size and size % model.kv_heads:
             broken.append(
@@ -176,47 +197,67 @@ class Workload:
 
 
 def read_run(run: Mapping[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workload]:
-    """The three records of a run, from `gspo_dist.mapping.to_mapping(run_config)`."""
+    """The three records of a run, from `gspo_dist.config.mapping.to_mapping(run_config)`."""
     rollout, objective, cluster = run["rollout"], run["objective"], run["cluster"]
     engine = EngineLayout(
         engines=rollout["engines"] if rollout["engine"] == "vllm" else 0,
-        tensor_parallel=rollout["tensor_parallel"], precision=rollout["precision"],
-        gpu_memory_utilization=rollout["gpu_memory_utilization"], kv_cache_gib=rollout["kv_cache_gib"],
-        max_num_seqs=rollout["max_num_seqs"], enforce_eager=rollout["enforce_eager"], colocated=cluster["colocated"],
+        tensor_parallel=rollout["tensor_parallel"],
+        precision=rollout["precision"],
+        gpu_memory_utilization=rollout["gpu_memory_utilization"],
+        kv_cache_gib=rollout["kv_cache_gib"],
+        max_num_seqs=rollout["max_num_seqs"],
+        enforce_eager=rollout["enforce_eager"],
+        colocated=cluster["colocated"],
         expert_parallel=rollout["expert_parallel"],
     )
     reference = objective["kl_coef"] > 0
     # R2 records while it recomputes, so it always makes the extra pass.
     recompute = objective["old_logprobs"] == "recompute" or objective["routing_replay"] == "r2"
     work = Workload(
-        prompts_per_step=rollout["prompts_per_step"], group_size=rollout["group_size"],
-        mini_batches=run["mini_batches"], max_prompt_tokens=rollout["max_prompt_tokens"],
-        max_completion_tokens=rollout["max_completion_tokens"], recompute_old_logprobs=recompute,
-        keep_reference=reference, routing_replay=objective["routing_replay"],
-        measures_flips=run["flips"]["every"] > 0, bucket_mib=rollout["weight_sync"]["bucket_mib"],
+        prompts_per_step=rollout["prompts_per_step"],
+        group_size=rollout["group_size"],
+        mini_batches=run["mini_batches"],
+        max_prompt_tokens=rollout["max_prompt_tokens"],
+        max_completion_tokens=rollout["max_completion_tokens"],
+        recompute_old_logprobs=recompute,
+        keep_reference=reference,
+        routing_replay=objective["routing_replay"],
+        measures_flips=run["flips"]["every"] > 0,
+        bucket_mib=rollout["weight_sync"]["bucket_mib"],
     )
     return _read_learner(run["learner"], reference), engine, work
 
 
 def _read_learner(learner: Mapping[str, Any], reference: bool) -> LearnerLayout:
     common = {
-        "backend": learner["backend"], "world_size": learner["world_size"], "precision": learner["precision"],
-        "token_budget": learner["token_budget"], "keep_reference": reference,
+        "backend": learner["backend"],
+        "world_size": learner["world_size"],
+        "precision": learner["precision"],
+        "token_budget": learner["token_budget"],
+        "keep_reference": reference,
     }
     if learner["backend"] != "megatron":
         deepspeed = learner["deepspeed"] if learner["backend"] == "deepspeed" else {}
         return LearnerLayout(
-            **common, recompute="full" if learner["activation_checkpointing"] else "none",
-            zero_stage=deepspeed.get("zero_stage", 0), expert=deepspeed.get("expert_parallel", 1),
+            **common,
+            recompute="full" if learner["activation_checkpointing"] else "none",
+            zero_stage=deepspeed.get("zero_stage", 0),
+            expert=deepspeed.get("expert_parallel", 1),
             offload_optimizer=deepspeed.get("offload_optimizer", False),
             offload_params=deepspeed.get("offload_params", False),
         )
     knobs = learner["megatron"]
     return LearnerLayout(
-        **common, recompute=knobs["recompute"], recompute_num_layers=knobs["recompute_num_layers"],
-        tensor=knobs["tensor_parallel"], pipeline=knobs["pipeline_parallel"],
-        virtual_stages=knobs["virtual_stages"], expert=knobs["expert_parallel"],
-        expert_tensor=knobs["expert_tensor_parallel"], context=knobs["context_parallel"],
-        distributed_optimizer=knobs["distributed_optimizer"], offload_optimizer=knobs["optimizer_cpu_offload"],
+        **common,
+        recompute=knobs["recompute"],
+        recompute_num_layers=knobs["recompute_num_layers"],
+        tensor=knobs["tensor_parallel"],
+        pipeline=knobs["pipeline_parallel"],
+        virtual_stages=knobs["virtual_stages"],
+        expert=knobs["expert_parallel"],
+        expert_tensor=knobs["expert_tensor_parallel"],
+        context=knobs["context_parallel"],
+        distributed_optimizer=knobs["distributed_optimizer"],
+        offload_optimizer=knobs["optimizer_cpu_offload"],
         low_precision_moments=knobs["precision_aware_optimizer"],
     )

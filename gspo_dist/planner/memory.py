@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.hardware import GIB
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
-from gspo_dist.planner.model import ModelShape
 
 RUNTIME_GPU = 3 * GIB
 """CUDA context, NCCL buffers and the allocator's fragments of a learner rank."""
@@ -99,7 +99,9 @@ def rank_parameters(model: ModelShape, layout: LearnerLayout) -> RankParameters:
     if layout.pipeline == 1:
         split += model.embedding + model.head
     else:
-        split += model.embedding  # the first stage's table, or the last one's head (a copy of the table when tied)
+        split += (
+            model.embedding
+        )  # the first stage's table, or the last one's head (a copy of the table when tied)
     whole = layers * model.norms + moe * model.router + model.hidden
     experts = moe * model.num_experts * model.expert // (layout.expert * layout.expert_tensor)
     return RankParameters(split // layout.tensor + whole, experts)
@@ -118,7 +120,9 @@ def _per_parameter(layout: LearnerLayout) -> _Bytes:
     half = layout.precision == "bf16"
     if layout.backend == "megatron":
         if layout.low_precision_moments and half and not layout.offload_optimizer:
-            return _Bytes(2, 4, 8)  # whole float32 master weights, two bf16 moments (learners/megatron/optimizer.py)
+            return _Bytes(
+                2, 4, 8
+            )  # whole float32 master weights, two bf16 moments (learners/megatron/optimizer.py)
         return _Bytes(layout.width, 4, 12 if half else 8)
     if layout.backend == "eager":
         return _Bytes(layout.width, 4, 12)
@@ -143,12 +147,16 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
         if zero < 2:
             device.append(Item("gradients", round(per.gradients * gradients)))
     else:
-        device += [Item("gradients", round(per.gradients * gradients)),
-                   Item("optimizer", round(per.optimizer * optimizer), "master weights and moments")]
+        device += [
+            Item("gradients", round(per.gradients * gradients)),
+            Item("optimizer", round(per.optimizer * optimizer), "master weights and moments"),
+        ]
     if layout.keep_reference:
         device.append(Item("reference", round(layout.width * weights), "frozen starting policy, for the KL"))
     if zero:
-        device.append(Item("buckets", 2 * layout.width * min(ZERO_BUCKET, params.all), "DeepSpeed's communication"))
+        device.append(
+            Item("buckets", 2 * layout.width * min(ZERO_BUCKET, params.all), "DeepSpeed's communication")
+        )
     if zero == 3:
         gathered = model.largest_layer - (
             model.num_experts * model.expert * (layout.expert - 1) // layout.expert if model.moe_layers else 0
@@ -207,12 +215,19 @@ def learner_memory(
     tokens = math.ceil(layout.token_budget / layout.context)
     block, most_kept = (HEAD_LOGITS, HEAD_KEPT) if gpu else (HEAD_LOGITS_CPU, HEAD_KEPT_CPU)
     kept = min(most_kept, layout.width * tokens * model.vocab // layout.tensor)
-    head = Item("head", block + kept + 4 * tokens * model.hidden,
-                "a block of logits, those kept for the backward pass, and the hidden states' gradient in float32")
+    head = Item(
+        "head",
+        block + kept + 4 * tokens * model.hidden,
+        "a block of logits, those kept for the backward pass, and the hidden states' gradient in float32",
+    )
     backward = [activations(model, layout), head]
     step: list[Item] = []
     if layout.backend == "deepspeed" and layout.zero_stage == 0 and layout.precision == "bf16":
-        step = [Item("step", 4 * rank_parameters(model, layout).all, "float32 gradients while the optimiser steps")]
+        step = [
+            Item(
+                "step", 4 * rank_parameters(model, layout).all, "float32 gradients while the optimiser steps"
+            )
+        ]
     worst = max(backward, step, key=lambda items: sum(i.bytes for i in items))
     runtime = Item("runtime", RUNTIME_GPU if gpu else RUNTIME_HOST, "context, buffers, fragments")
     return MemoryTable("learner rank", (*device, *worst, runtime), capacity), host
@@ -266,8 +281,11 @@ def engine_memory(
         logits = 3 * 4 * engine.max_num_seqs * model.vocab // engine.tensor_parallel
         inner = model.top_k * (3 * model.expert_ffn + model.hidden) if model.moe_layers else 3 * model.ffn
         scratch = 2 * tokens * (6 * model.hidden + 2 * model.q + inner // engine.tensor_parallel) + logits
-        items = [weights, Item("workspace", scratch, f"prefill of {tokens:,} tokens, logits of a batch"),
-                 Item("runtime", ENGINE_RUNTIME)]
+        items = [
+            weights,
+            Item("workspace", scratch, f"prefill of {tokens:,} tokens, logits of a batch"),
+            Item("runtime", ENGINE_RUNTIME),
+        ]
         if not engine.enforce_eager:
             items.append(Item("cuda_graphs", CUDA_GRAPHS))
         budget = int(capacity * engine.gpu_memory_utilization)
@@ -278,15 +296,22 @@ def engine_memory(
     kv_tokens = max(0, free // per_token)
     items.append(Item("kv_cache", kv_tokens * per_token, f"{kv_tokens:,} tokens of {per_token:,} bytes"))
     return EngineMemory(
-        MemoryTable("engine GPU" if gpu else "engine", tuple(items), budget), kv_tokens,
+        MemoryTable("engine GPU" if gpu else "engine", tuple(items), budget),
+        kv_tokens,
         min(engine.max_num_seqs, kv_tokens // work.max_length),
         min(engine.max_num_seqs, int(kv_tokens // max(work.mean_length, 1))),
     )
 
 
 def host_memory(
-    model: ModelShape, work: Workload, width: int, offloaded: list[Item], ranks: int, capacity: int,
-    residents: tuple[Item, ...] = (), asleep: tuple[Item, ...] = (),
+    model: ModelShape,
+    work: Workload,
+    width: int,
+    offloaded: list[Item],
+    ranks: int,
+    capacity: int,
+    residents: tuple[Item, ...] = (),
+    asleep: tuple[Item, ...] = (),
 ) -> MemoryTable:
     """The fullest host: two weight-sync buckets, the step's routing traces, offloaded states of its `ranks` ranks.
 
@@ -295,11 +320,15 @@ def host_memory(
     """
     # A tensor larger than a bucket travels alone; experts travel one by one, so the largest is the embedding.
     bucket = max(work.bucket_mib << 20, width * model.embedding)
-    items = [Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
-             Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets")]
+    items = [
+        Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
+        Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets"),
+    ]
     row = model.trace_bytes_per_token
     if work.trace_sets and row:
-        note = f"{row} bytes a token, at the longest" + ("; the engines' and R2's" if work.trace_sets > 1 else "")
+        note = f"{row} bytes a token, at the longest" + (
+            "; the engines' and R2's" if work.trace_sets > 1 else ""
+        )
         items.append(Item("routing", work.trace_sets * work.rollouts * work.max_length * row, note))
     items += [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
     return MemoryTable("host", (*items, *asleep, *residents), capacity)

@@ -23,11 +23,15 @@ def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_nod
     free = nodes * gpus_per_node - learner.world_size
     size = engine.tensor_parallel
     if engine.engines and engine.colocated:
-        lines.append(f"engines: {_count(engine.engines, 'engine')} on the GPUs of the first {engine.engines} ranks")
+        lines.append(
+            f"engines: {_count(engine.engines, 'engine')} on the GPUs of the first {engine.engines} ranks"
+        )
     elif engine.engines:
         homes = engine_nodes(learner, engine, nodes, gpus_per_node)
-        lines.append(f"engines: {_count(engine.engines, 'engine')} of {_count(size, 'GPU')}, "
-                     + (f"on {_nodes(homes[0], homes[-1])}" if homes else "on no node"))
+        lines.append(
+            f"engines: {_count(engine.engines, 'engine')} of {_count(size, 'GPU')}, "
+            + (f"on {_nodes(homes[0], homes[-1])}" if homes else "on no node")
+        )
         if len(homes) < engine.engines:
             lines.append(f"not placed: {_count(engine.engines - len(homes), 'engine')}")
         free -= len(homes) * size

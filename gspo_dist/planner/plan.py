@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.hardware import GIB, Gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 from gspo_dist.planner.memory import (
@@ -19,7 +20,6 @@ from gspo_dist.planner.memory import (
     learner_states,
     sleeping_engines,
 )
-from gspo_dist.planner.model import ModelShape
 from gspo_dist.planner.placement import engine_nodes
 from gspo_dist.planner.throughput import ASSUMPTIONS, Assumptions, StepTime, step_time
 
@@ -50,9 +50,16 @@ class Plan:
 
 
 def plan(
-    learner: LearnerLayout, engine: EngineLayout, work: Workload, model: ModelShape, hardware: Gpu | None,
-    nodes: int = 1, gpus_per_node: int | None = None, host_gib: float | None = None,
-    assume: Assumptions = ASSUMPTIONS, refusals: Refusals | None = None,
+    learner: LearnerLayout,
+    engine: EngineLayout,
+    work: Workload,
+    model: ModelShape,
+    hardware: Gpu | None,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    host_gib: float | None = None,
+    assume: Assumptions = ASSUMPTIONS,
+    refusals: Refusals | None = None,
 ) -> Plan:
     """Works out memory and time of a run.
 
@@ -69,12 +76,33 @@ def plan(
     problems = refused(learner) + (engine.problems(model) if engine.engines else [])
     if problems:  # sizes that do not divide have no memory table worth showing
         learner_table = MemoryTable("learner rank", (), capacity)
-        return Plan(model, hardware, nodes, gpus_per_node, learner_table, None,
-                    MemoryTable("host", (), host_bytes), None, tuple(problems), (), ())
+        return Plan(
+            model,
+            hardware,
+            nodes,
+            gpus_per_node,
+            learner_table,
+            None,
+            MemoryTable("host", (), host_bytes),
+            None,
+            tuple(problems),
+            (),
+            (),
+        )
     table, offloaded = learner_memory(model, learner, capacity, gpu=gpu)
     sampled = engine_memory(model, engine, work, capacity, gpu=gpu) if engine.engines else None
-    host = _host(model, learner, engine, work, table, sampled, offloaded, host_bytes,
-                 gpus_per_node=gpus_per_node, gpu=gpu)
+    host = _host(
+        model,
+        learner,
+        engine,
+        work,
+        table,
+        sampled,
+        offloaded,
+        host_bytes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+    )
     advice: list[str] = []
     if gpu:
         problems += _check_gpus(learner, engine, nodes, gpus_per_node)
@@ -89,18 +117,40 @@ def plan(
         problems.append(f"host: needs {_gib(host.total)} and has {_gib(host.capacity)}")
         advice.append(_host_advice(offloaded, engine, gpu=gpu))
     if learner.token_budget < work.max_length:
-        problems.append(f"learner: token_budget {learner.token_budget} does not hold a sequence of {work.max_length}")
+        problems.append(
+            f"learner: token_budget {learner.token_budget} does not hold a sequence of {work.max_length}"
+        )
         advice.append(f"learner.token_budget={work.max_length}")
     step = None
     if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
         step = step_time(model, learner, engine, work, hardware, sampled.concurrency_mean, assume)
-    return Plan(model, hardware, nodes, gpus_per_node, table, sampled, host, step, tuple(problems), tuple(advice),
-                tuple(_notes(model, learner, engine, work, sampled, gpus_per_node)))
+    return Plan(
+        model,
+        hardware,
+        nodes,
+        gpus_per_node,
+        table,
+        sampled,
+        host,
+        step,
+        tuple(problems),
+        tuple(advice),
+        tuple(_notes(model, learner, engine, work, sampled, gpus_per_node)),
+    )
 
 
 def _host(
-    model: ModelShape, learner: LearnerLayout, engine: EngineLayout, work: Workload, table: MemoryTable,
-    sampled: EngineMemory | None, offloaded: list[Item], capacity: int, *, gpus_per_node: int, gpu: bool,
+    model: ModelShape,
+    learner: LearnerLayout,
+    engine: EngineLayout,
+    work: Workload,
+    table: MemoryTable,
+    sampled: EngineMemory | None,
+    offloaded: list[Item],
+    capacity: int,
+    *,
+    gpus_per_node: int,
+    gpu: bool,
 ) -> MemoryTable:
     if gpu:
         ranks = min(learner.world_size, gpus_per_node)
@@ -167,14 +217,21 @@ def _check_cpu(engine: EngineLayout) -> list[str]:
             "give plan.gpu to plan a GPU host"
         )
     if engine.colocated:
-        problems.append("cluster.colocated needs GPUs (engines sleep to free their memory): got a CPU host; unset it, "
-                        "or give plan.gpu to plan a GPU host")
+        problems.append(
+            "cluster.colocated needs GPUs (engines sleep to free their memory): got a CPU host; unset it, "
+            "or give plan.gpu to plan a GPU host"
+        )
     return problems
 
 
 def _check_learner(
-    model: ModelShape, learner: LearnerLayout, engine: EngineLayout, work: Workload, table: MemoryTable,
-    gpus_per_node: int, refused: Refusals,
+    model: ModelShape,
+    learner: LearnerLayout,
+    engine: EngineLayout,
+    work: Workload,
+    table: MemoryTable,
+    gpus_per_node: int,
+    refused: Refusals,
 ) -> tuple[list[str], list[str]]:
     capacity = table.capacity
 
@@ -190,27 +247,40 @@ def _check_learner(
         return [], []
     largest = max(table.items, key=lambda i: i.bytes)
     where = " beside a colocated engine" if engine.colocated else ""
-    problem = (f"learner: a rank lacks {_gib(-room(learner))}{where} ({_gib(table.total)} of {_gib(capacity)}; "
-               f"the largest part is {largest.name}, {_gib(largest.bytes)})")
+    problem = (
+        f"learner: a rank lacks {_gib(-room(learner))}{where} ({_gib(table.total)} of {_gib(capacity)}; "
+        f"the largest part is {largest.name}, {_gib(largest.bytes)})"
+    )
     changes = nearest_change(
-        learner, lambda layout: list(_learner_steps(layout, work, gpus_per_node)), room,
+        learner,
+        lambda layout: list(_learner_steps(layout, work, gpus_per_node)),
+        room,
         lambda layout: not refused(layout),
     )
-    advice = f"learner: {changes}" if changes else "learner: more ranks (learner.world_size), or a smaller model"
+    advice = (
+        f"learner: {changes}" if changes else "learner: more ranks (learner.world_size), or a smaller model"
+    )
     return [problem], [advice]
 
 
 def _check_engine(
-    model: ModelShape, engine: EngineLayout, work: Workload, sampled: EngineMemory, capacity: int, gpus_per_node: int
+    model: ModelShape,
+    engine: EngineLayout,
+    work: Workload,
+    sampled: EngineMemory,
+    capacity: int,
+    gpus_per_node: int,
 ) -> tuple[list[str], list[str]]:
     def room(layout: EngineLayout) -> int:
         return engine_memory(model, layout, work, capacity).kv_tokens - work.max_length
 
     if room(engine) >= 0:
         return [], []
-    problem = (f"engine: its KV cache holds {sampled.kv_tokens:,} tokens and the longest sequence has "
-               f"{work.max_length:,} (weights take {_gib(sampled.table.bytes_of('weights'))} of "
-               f"{_gib(sampled.table.capacity)})")
+    problem = (
+        f"engine: its KV cache holds {sampled.kv_tokens:,} tokens and the longest sequence has "
+        f"{work.max_length:,} (weights take {_gib(sampled.table.bytes_of('weights'))} of "
+        f"{_gib(sampled.table.capacity)})"
+    )
 
     def steps(layout: EngineLayout) -> list[tuple[str, EngineLayout]]:
         out = []
@@ -298,7 +368,11 @@ def _deepspeed_steps(layout: LearnerLayout) -> Iterator[tuple[str, LearnerLayout
 
 
 def _notes(
-    model: ModelShape, learner: LearnerLayout, engine: EngineLayout, work: Workload, sampled: EngineMemory | None,
+    model: ModelShape,
+    learner: LearnerLayout,
+    engine: EngineLayout,
+    work: Workload,
+    sampled: EngineMemory | None,
     gpus_per_node: int,
 ) -> Iterator[str]:
     if learner.tensor > gpus_per_node:
@@ -311,7 +385,9 @@ def _notes(
         each = work.rollouts / engine.engines
         at_once = sampled.concurrency_mean
         if 0 < at_once < each:
-            yield (f"an engine decodes about {at_once} of its {each:.0f} rollouts at once: {each / at_once:.1f} waves")
+            yield (
+                f"an engine decodes about {at_once} of its {each:.0f} rollouts at once: {each / at_once:.1f} waves"
+            )
 
 
 def _gib(count: float) -> str:
@@ -330,13 +406,17 @@ def format_plan(result: Plan) -> str:
         if table is not None and table.items:
             lines += [*_format_table(table), ""]
     if result.engine:
-        lines.append(f"an engine caches {result.engine.kv_tokens:,} tokens: {result.engine.concurrency} sequences of the "
-                     f"longest length, {result.engine.concurrency_mean} of the mean")
+        lines.append(
+            f"an engine caches {result.engine.kv_tokens:,} tokens: {result.engine.concurrency} sequences of the "
+            f"longest length, {result.engine.concurrency_mean} of the mean"
+        )
     if result.step:
         s = result.step
-        lines.append(f"about {s.total_s:.0f} s a step: collect {s.collect_s:.0f}, log-probs {s.logprobs_s:.0f}, train "
-                     f"{s.train_s:.0f}, weight sync {s.sync_s:.0f}; {s.tokens_per_s_per_gpu:,.0f} tokens/s a GPU "
-                     "(rough: see gspo_dist/planner/throughput.py for what is assumed)")
+        lines.append(
+            f"about {s.total_s:.0f} s a step: collect {s.collect_s:.0f}, log-probs {s.logprobs_s:.0f}, train "
+            f"{s.train_s:.0f}, weight sync {s.sync_s:.0f}; {s.tokens_per_s_per_gpu:,.0f} tokens/s a GPU "
+            "(rough: see gspo_dist/planner/throughput.py for what is assumed)"
+        )
     lines += [f"note: {note}" for note in result.notes]
     lines += ["", "fits" if result.fits else "does not fit"]
     lines += [f"  {problem}" for problem in result.problems]

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.hardware import Gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
-from gspo_dist.planner.model import ModelShape
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def decode_step_s(
     read = (weights + cache) / (tp * gpu.hbm_gb_s * 1e9 * assume.decode_bandwidth)
     flops = sequences * (2.0 * model.active_without_embedding + 4.0 * model.layers * model.q * context)
     compute = flops / (tp * gpu.tflops * 1e12 * assume.decode_mfu)
-    return max(read, compute) + assume.decode_overhead_s + (assume.tensor_parallel_overhead_s if tp > 1 else 0.0)
+    return (
+        max(read, compute) + assume.decode_overhead_s + (assume.tensor_parallel_overhead_s if tp > 1 else 0.0)
+    )
 
 
 def collect_s(
@@ -101,13 +103,20 @@ def collect_s(
     tail = (work.max_completion_tokens - completion) * decode_step_s(
         model, engine, gpu, few, work.max_length, assume
     )
-    prompts = each * work.mean_fill * work.max_prompt_tokens / max(1, work.group_size)  # siblings share a prefix
+    prompts = (
+        each * work.mean_fill * work.max_prompt_tokens / max(1, work.group_size)
+    )  # siblings share a prefix
     rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
     return decode + tail + model.forward_flops(prompts, work.mean_fill * work.max_prompt_tokens) / rate
 
 
 def step_time(
-    model: ModelShape, learner: LearnerLayout, engine: EngineLayout, work: Workload, gpu: Gpu, concurrency: int,
+    model: ModelShape,
+    learner: LearnerLayout,
+    engine: EngineLayout,
+    work: Workload,
+    gpu: Gpu,
+    concurrency: int,
     assume: Assumptions = ASSUMPTIONS,
 ) -> StepTime:
     """Estimates one synchronous step (collect, log-probs, mini-batches, weight sync, one after the other)."""
@@ -116,7 +125,11 @@ def step_time(
     rate = learner.world_size * gpu.tflops * 1e12 * mfu
     passes = 4.0 if learner.recompute == "full" else 3.0
     extra = int(work.recompute_old_logprobs) + int(work.keep_reference)
-    gpus = learner.world_size if engine.colocated else learner.world_size + engine.engines * engine.tensor_parallel
+    gpus = (
+        learner.world_size
+        if engine.colocated
+        else learner.world_size + engine.engines * engine.tensor_parallel
+    )
     return StepTime(
         collect_s=collect_s(model, engine, work, gpu, concurrency, assume) if engine.engines else 0.0,
         logprobs_s=extra * forward / (rate * assume.forward_mfu_gain),

@@ -48,7 +48,7 @@ def check_options(pattern: str | None = None, strip: bool = True, ignore_case: b
     """Raises ValueError for values that `exact_match` could not work with."""
     for name, value in (("strip", strip), ("ignore_case", ignore_case)):
         if not isinstance(value, bool):
-            raise ValueError(f"reward.options.{name} must be true or false: got {value!r}")  # noqa: TRY004
+            raise ValueError(f"reward.options.{name} must be true or false: got {value!r}")
     if pattern is None:
         return
     try:

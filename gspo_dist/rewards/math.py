@@ -49,7 +49,7 @@ def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
 def check_options(boxed_only: bool = False) -> None:
     """Raises ValueError when the verifier is not installed or an option has no meaning."""
     if not isinstance(boxed_only, bool):
-        raise ValueError(f"reward.options.boxed_only must be true or false: got {boxed_only!r}")  # noqa: TRY004
+        raise ValueError(f"reward.options.boxed_only must be true or false: got {boxed_only!r}")
     _math_verify()
 
 

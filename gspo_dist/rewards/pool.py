@@ -15,8 +15,13 @@ class LocalRewardPool:
     def __init__(self, config: RewardConfig) -> None:
         self.function = resolve_reward(config)
 
-    def score(self, items: Sequence[tuple[int, Prompt, Completion]]) -> list[tuple[float, Mapping[str, float]]]:
-        return [score_rollout(self.function, prompt, completion, rollout_id) for rollout_id, prompt, completion in items]
+    def score(
+        self, items: Sequence[tuple[int, Prompt, Completion]]
+    ) -> list[tuple[float, Mapping[str, float]]]:
+        return [
+            score_rollout(self.function, prompt, completion, rollout_id)
+            for rollout_id, prompt, completion in items
+        ]
 
     def close(self) -> None:
         """Nothing to end."""

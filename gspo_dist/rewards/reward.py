@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from gspo_dist.checks import nearest
 from gspo_dist.config import RewardConfig
-from gspo_dist.objectives.names import nearest
 from gspo_dist.types import Completion, Prompt
 
 
@@ -131,7 +131,8 @@ def _module_of_file(name: str, place: str) -> Any:
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:

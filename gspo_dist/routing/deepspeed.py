@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gspo_dist.routing.taps import Tap, Taps
+from gspo_dist.routing.hooks import Tap, Taps
 
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: torch.softmax(logits.float(), dim=1),

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gspo_dist.objectives.stats import Stat
+from gspo_dist.metrics.stat import Stat
 from gspo_dist.routing.trace import RoutingTrace
 
 
@@ -38,7 +38,9 @@ class FlipStats:
 
     def __add__(self, other: FlipStats) -> FlipStats:
         return FlipStats(
-            self.rows + other.rows, self.experts + other.experts, self.routers + other.routers,
+            self.rows + other.rows,
+            self.experts + other.experts,
+            self.routers + other.routers,
             self.tokens + other.tokens,
         )
 
@@ -94,7 +96,10 @@ def flip_stats(a: RoutingTrace, b: RoutingTrace, rows: np.ndarray | None = None)
         common += (left == np.roll(right, shift, axis=-1)).sum(-1)
     differs = common < a.top_k
     return FlipStats(
-        int(both.sum()), (1.0 - common / a.top_k).sum(0), differs.sum(0, dtype=np.int64), int(differs.any(1).sum())
+        int(both.sum()),
+        (1.0 - common / a.top_k).sum(0),
+        differs.sum(0, dtype=np.int64),
+        int(differs.any(1).sum()),
     )
 
 
@@ -124,7 +129,9 @@ class FlipHistory:
         if row.shape != (self.num_layers,):
             raise ValueError(f"flips by layer must be [{self.num_layers}]: got {list(row.shape)}")
         if self._steps and step < self._steps[-1]:
-            raise ValueError(f"flip history must be appended in order: got step {step} after {self._steps[-1]}")
+            raise ValueError(
+                f"flip history must be appended in order: got step {step} after {self._steps[-1]}"
+            )
         self._steps.append(step)
         self._rates.append(row)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gspo_dist.routing.taps import Tap, Taps
+from gspo_dist.routing.hooks import Tap, Taps
 
 Gate = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 """(router, logits [T, E], ids [T, K]) -> gate weights [T, K], by the router's own formula at the given experts."""

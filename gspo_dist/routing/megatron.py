@@ -35,7 +35,11 @@ class _Handle:
         self.layer = 0
 
     def get_replay_topk(
-        self, scores: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None,
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """scores [N, E] -> scores and ids of the chosen experts, [N, K] each; the scores are the current ones."""
@@ -58,15 +62,23 @@ class Placed(Protocol):
 class Routers:
     """This rank's routers, with the block in which they replay and the block in which they record."""
 
-    def __init__(self, routers: Sequence[Any], moe_layers: Sequence[bool], top_k: int, num_experts: int,
-                 recompute: bool, sequence_parallel: bool) -> None:
+    def __init__(
+        self,
+        routers: Sequence[Any],
+        moe_layers: Sequence[bool],
+        top_k: int,
+        num_experts: int,
+        recompute: bool,
+        sequence_parallel: bool,
+    ) -> None:
         """moe_layers[i]: layer i of the whole model has experts. recompute: the backward runs the routers again."""
         self.num_layers, self.top_k, self.num_experts = sum(moe_layers), top_k, num_experts
         self.recompute, self.sequence_parallel = recompute, sequence_parallel
         depth = np.cumsum(moe_layers) - 1
         self.columns = [int(depth[router.layer_number - 1]) for router in routers]
-        self.shape = RouterShape(tuple(f"decoder.layers.{r.layer_number - 1}.mlp.router" for r in routers),
-                                 top_k, num_experts)
+        self.shape = RouterShape(
+            tuple(f"decoder.layers.{r.layer_number - 1}.mlp.router" for r in routers), top_k, num_experts
+        )
         self.handles = [_Handle() for _ in routers]
         for layer, (router, handle) in enumerate(zip(routers, self.handles, strict=True)):
             if router.config.moe_router_fusion:
@@ -76,7 +88,9 @@ class Routers:
 
     def _rows(self, source: Tensor) -> np.ndarray:
         if self.sequence_parallel:
-            source = source.chunk(mpu.get_tensor_model_parallel_world_size())[mpu.get_tensor_model_parallel_rank()]
+            source = source.chunk(mpu.get_tensor_model_parallel_world_size())[
+                mpu.get_tensor_model_parallel_rank()
+            ]
         return source.cpu().numpy()
 
     @contextmanager
@@ -89,10 +103,17 @@ class Routers:
             yield
             return
         if not self.num_layers:
-            raise ValueError("routing replay needs a mixture-of-experts model: use routing_replay=none for a dense one")
+            raise ValueError(
+                "routing replay needs a mixture-of-experts model: use routing_replay=none for a dense one"
+            )
         traces = [self._local(item) for item in items]
-        feeder = RouteFeeder(traces, self.shape, torch.cuda.current_device(), columns=self.columns,
-                             recompute=self.recompute and torch.is_grad_enabled())
+        feeder = RouteFeeder(
+            traces,
+            self.shape,
+            torch.cuda.current_device(),
+            columns=self.columns,
+            recompute=self.recompute and torch.is_grad_enabled(),
+        )
         for handle, layer in zip(self.handles, feeder.layers, strict=True):
             handle.replay = layer
         try:
@@ -107,8 +128,9 @@ class Routers:
         trace, rows = item.batch.routing, self._rows(item.source)
         if trace is None:
             shape = (len(rows), self.num_layers, self.top_k)
-            return RoutingTrace(np.zeros(shape, id_dtype(self.num_experts)), np.zeros(len(rows), np.bool_),
-                                self.num_experts)
+            return RoutingTrace(
+                np.zeros(shape, id_dtype(self.num_experts)), np.zeros(len(rows), np.bool_), self.num_experts
+            )
         if len(trace) != item.batch.num_tokens:
             raise ValueError(
                 f"routing trace must have one row a token: got {len(trace)} for {item.batch.num_tokens} tokens; mark "
@@ -145,8 +167,13 @@ class Routers:
                 real = rows >= 0
                 whole[np.ix_(rows[real], self.columns)] = trace.expert_ids[real]
             total = torch.from_numpy(whole).to(torch.cuda.current_device())
-            for group in (mpu.get_tensor_and_context_parallel_group(), mpu.get_pipeline_model_parallel_group()):
+            for group in (
+                mpu.get_tensor_and_context_parallel_group(),
+                mpu.get_pipeline_model_parallel_group(),
+            ):
                 dist.all_reduce(total, group=group)
             known = np.ones(item.batch.num_tokens, np.bool_)
-            out.append(RoutingTrace(total.cpu().numpy().astype(id_dtype(self.num_experts)), known, self.num_experts))
+            out.append(
+                RoutingTrace(total.cpu().numpy().astype(id_dtype(self.num_experts)), known, self.num_experts)
+            )
         return out

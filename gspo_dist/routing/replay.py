@@ -64,8 +64,12 @@ def check_trace(trace: RoutingTrace, shape: RouterShape, *, tokens: int | None =
         )
     known = trace.expert_ids if trace.known.all() else trace.expert_ids[trace.known]
     if known.size and int(known.max()) >= shape.num_experts:
-        _refuse(trace, trace.expert_ids >= shape.num_experts, shape, f"lie below num_experts {shape.num_experts}")
-    columns = np.ascontiguousarray(known.reshape(-1, shape.top_k).T)  # long rows: 20 times faster than runs of K
+        _refuse(
+            trace, trace.expert_ids >= shape.num_experts, shape, f"lie below num_experts {shape.num_experts}"
+        )
+    columns = np.ascontiguousarray(
+        known.reshape(-1, shape.top_k).T
+    )  # long rows: 20 times faster than runs of K
     for i in range(shape.top_k):
         for j in range(i):
             if (columns[i] == columns[j]).any():
@@ -88,7 +92,9 @@ class LayerReplay:
     precedes the backward (and so the recomputation) of m. Ids stay in the trace's small type until they are used.
     """
 
-    def __init__(self, name: str, routes: Sequence[tuple[torch.Tensor, torch.Tensor | None]], recompute: bool) -> None:
+    def __init__(
+        self, name: str, routes: Sequence[tuple[torch.Tensor, torch.Tensor | None]], recompute: bool
+    ) -> None:
         """routes: per micro-batch, ids [T, K] and known [T] bool (None = every row known), on the router's device."""
         self.name = name
         self.recompute = recompute
@@ -132,7 +138,9 @@ class LayerReplay:
 def _narrow(ids: np.ndarray, device: torch.device) -> torch.Tensor:
     """To the device in one or two bytes an id. uint16 travels as int16 bits: torch has few uint16 kernels (2.13)."""
     array = ids.copy()  # arrays from an object store are read-only, which torch refuses
-    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device, non_blocking=True)
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(
+        device, non_blocking=True
+    )
 
 
 def _widen(ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -164,7 +172,9 @@ class RouteFeeder:
         for trace, rows in zip(traces, tokens or [None] * len(traces), strict=True):
             check_trace(trace, shape, tokens=rows)
         if not isinstance(recompute, bool) and len(recompute) != len(shape.names):
-            raise ValueError(f"recompute must have one entry a router: got {len(recompute)} for {len(shape.names)}")
+            raise ValueError(
+                f"recompute must have one entry a router: got {len(recompute)} for {len(shape.names)}"
+            )
         again = [recompute] * len(shape.names) if isinstance(recompute, bool) else list(recompute)
         device = torch.device(device)
         ids = [_narrow(trace.expert_ids, device) for trace in traces]
@@ -243,5 +253,7 @@ class RouteRecorder:
         """The experts of the one forward that was recorded; raises RoutingReplayError for none or several."""
         traces = self.traces()
         if len(traces) != 1:
-            raise RoutingReplayError(f"a recording of one forward was asked for: the routers saw {len(traces)}")
+            raise RoutingReplayError(
+                f"a recording of one forward was asked for: the routers saw {len(traces)}"
+            )
         return traces[0]

@@ -50,7 +50,9 @@ def replay_bytes(mode: str, batch_bytes: int, *, recompute_old_logprobs: bool) -
     if mode == "none":
         return ReplayBytes(0, 0, 0, 0)
     if mode == "r2" and not recompute_old_logprobs:
-        raise ValueError("routing_replay=r2 records in the pass over old log-probs: it needs old_logprobs=recompute")
+        raise ValueError(
+            "routing_replay=r2 records in the pass over old log-probs: it needs old_logprobs=recompute"
+        )
     if mode not in ("r2", "r3"):
         raise ValueError(f"routing_replay must be one of none, r2, r3: got {mode!r}")
     crossings = 3 if mode == "r3" and recompute_old_logprobs else 2

@@ -23,7 +23,10 @@ class RewardPool(Protocol):
 
 
 def judge(
-    rewards: RewardPool, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], first_group_id: int
+    rewards: RewardPool,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Completion]],
+    first_group_id: int,
 ) -> list[Rollout]:
     """Sampled groups as scored rollouts, group after group. Ids count on from `first_group_id`."""
     size = len(groups[0])
@@ -35,7 +38,9 @@ def judge(
     scores = rewards.score(items)
     return [
         Rollout(rollout_id, first_group_id + n // size, prompt, completion, reward, parts)
-        for n, ((rollout_id, prompt, completion), (reward, parts)) in enumerate(zip(items, scores, strict=True))
+        for n, ((rollout_id, prompt, completion), (reward, parts)) in enumerate(
+            zip(items, scores, strict=True)
+        )
     ]
 
 
@@ -51,7 +56,9 @@ def describe(rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version
         "rollout/completion_tokens_mean": float(lengths.mean()),
         "rollout/completion_tokens_max": float(lengths.max()),
         "rollout/truncated_fraction": float(truncated.mean()),
-        "rollout/degenerate_group_fraction": degenerate_group_share(rewards, np.array([r.group_id for r in rollouts])),
+        "rollout/degenerate_group_fraction": degenerate_group_share(
+            rewards, np.array([r.group_id for r in rollouts])
+        ),
         "rollout/staleness": float(policy_version - oldest),
     }
     out |= advantage_statistics(advantages)
@@ -70,7 +77,11 @@ def probe_sequences(sampled: Sequence[tuple[Prompt, Completion]]) -> list[tuple[
 
 def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int) -> list[dict[str, Any]]:
     """A few rollouts as rows for samples.jsonl: evenly spaced over the batch."""
-    places = np.unique(np.linspace(0, len(rollouts) - 1, num=min(count, len(rollouts)), dtype=int)) if count else []
+    places = (
+        np.unique(np.linspace(0, len(rollouts) - 1, num=min(count, len(rollouts)), dtype=int))
+        if count
+        else []
+    )
     return [
         {
             "rollout_id": rollouts[i].rollout_id,
@@ -87,8 +98,10 @@ def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int)
 
 
 def evaluate_with(
-    generate: Callable[[Sequence[Prompt], SamplingSpec], list[list[Completion]]], rewards: RewardPool,
-    prompts: Sequence[Prompt], spec: SamplingSpec,
+    generate: Callable[[Sequence[Prompt], SamplingSpec], list[list[Completion]]],
+    rewards: RewardPool,
+    prompts: Sequence[Prompt],
+    spec: SamplingSpec,
 ) -> dict[str, float]:
     """Held-out metrics (eval/heldout/*) with the run's engines and reward processes."""
     judged: dict[int, float] = {}

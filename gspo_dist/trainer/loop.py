@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from gspo_dist.metrics.stat import merge_stats
 from gspo_dist.objectives.advantages import group_advantages
-from gspo_dist.objectives.stats import merge_stats
 from gspo_dist.packing import pack
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.collect import describe, judge, probe_sequences, sample_rows
-from gspo_dist.trainer.report import mini_batch_metrics, update_metrics
 from gspo_dist.trainer.run import Run
+from gspo_dist.trainer.step_metrics import mini_batch_metrics, update_metrics
 
 
 def train(run: Run) -> dict[str, object]:
     """Trains from the run's first step to its last; returns the summary that is also written to summary.json."""
-    run.sync.publish(run.probe_sequences())  # a resumed learner is ahead of the model folder that the engines loaded
+    run.sync.publish(
+        run.probe_sequences()
+    )  # a resumed learner is ahead of the model folder that the engines loaded
     run.evaluate(run.first_step)
     for step in range(run.first_step, run.config.steps):
         try:
@@ -45,19 +47,26 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     with clock("collect"):
         prompts = run.cursor.next(config.rollout.prompts_per_step)
         first_group = step * config.rollout.prompts_per_step
-        groups = run.pool.generate(prompts, run.sampling_of(step), range(first_group, first_group + len(prompts)))
+        groups = run.pool.generate(
+            prompts, run.sampling_of(step), range(first_group, first_group + len(prompts))
+        )
     with clock("reward"):
         rollouts = judge(run.rewards, prompts, groups, first_group)
 
     with clock("pack"):
         advantages = group_advantages(
-            np.array([r.reward for r in rollouts]), np.array([r.group_id for r in rollouts]),
+            np.array([r.reward for r in rollouts]),
+            np.array([r.group_id for r in rollouts]),
             config.objective.advantage_name,
         )
         mini_batches = pack(
-            rollouts, advantages, ranks=config.learner.data_parallel,
-            token_budget=config.learner.token_budget, mini_batches=config.mini_batches,
-            max_completion_length=config.rollout.max_completion_tokens, seed=(config.seed, step),
+            rollouts,
+            advantages,
+            ranks=config.learner.data_parallel,
+            token_budget=config.learner.token_budget,
+            mini_batches=config.mini_batches,
+            max_completion_length=config.rollout.max_completion_tokens,
+            seed=(config.seed, step),
         )
     with run.learning():
         with clock("old_logprobs"):

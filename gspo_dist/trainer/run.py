@@ -22,9 +22,9 @@ from gspo_dist.packing import MiniBatch
 from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.routing.trace import replay_bytes
 from gspo_dist.trainer.collect import RewardPool, evaluate_with, probe_sequences
-from gspo_dist.trainer.contract import LogprobContract
-from gspo_dist.trainer.flips import FlipMeter
-from gspo_dist.trainer.sync import WeightSync
+from gspo_dist.trainer.flip_meter import FlipMeter
+from gspo_dist.trainer.old_logprobs import LogprobContract
+from gspo_dist.trainer.publisher import WeightSync
 from gspo_dist.types import Prompt, Rollout, SamplingSpec
 
 log = logging.getLogger(__name__)
@@ -104,12 +104,18 @@ class Run:
             return {}
         config = self.config.evaluation
         spec = replace(
-            self.sampling, n=config.samples, temperature=config.temperature, top_p=config.top_p,
-            seed=self.config.seed + 1, record_routing=False,
+            self.sampling,
+            n=config.samples,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=self.config.seed + 1,
+            record_routing=False,
         )
         start = time.perf_counter()
         ids = range(1 << 40, (1 << 40) + len(self.heldout))
-        row = evaluate_with(lambda prompts, s: self.pool.generate(prompts, s, ids), self.rewards, self.heldout, spec)
+        row = evaluate_with(
+            lambda prompts, s: self.pool.generate(prompts, s, ids), self.rewards, self.heldout, spec
+        )
         row["time/evaluation_s"] = time.perf_counter() - start
         self.last_eval = row
         self.first_eval = self.first_eval or row
@@ -119,7 +125,9 @@ class Run:
 
     # -- logging ------------------------------------------------------------------------------------------------
 
-    def batch_metrics(self, rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch]) -> dict[str, float]:
+    def batch_metrics(
+        self, rollouts: Sequence[Rollout], mini_batches: Sequence[MiniBatch]
+    ) -> dict[str, float]:
         """What the packing and the traces cost."""
         launched = sum(len(rank) for m in mini_batches for rank in m.micro_batches)
         held = sum(m.num_tokens for m in mini_batches)
@@ -138,7 +146,9 @@ class Run:
             out["routing/replay_bytes"] = float(total)
             out["routing/replay_bytes_per_token"] = total / tokens
             out["routing/native_row_fraction"] = sum(t.unknown_rows for t in traces) / tokens
-            cost = replay_bytes(objective.routing_replay, total, recompute_old_logprobs=self.contract.recomputed)
+            cost = replay_bytes(
+                objective.routing_replay, total, recompute_old_logprobs=self.contract.recomputed
+            )
             out |= {f"routing/replay_{kind}_bytes": float(n) for kind, n in asdict(cost).items()}
         return out
 
@@ -173,15 +183,19 @@ class Run:
         self.flips.save(self.run_dir)
         partial = self.store.begin(step)
         self.learner.save(partial / "learner")
-        self.saving = (partial, step, {
-            "policy_version": self.learner.policy_version,
-            "cursor": self.cursor.state_dict(),
-            "contract": self.contract.state_dict(),
-            "tokens_seen": self.tokens_seen,
-            "seconds": self.seconds,
-            "published": self.sync.published,
-            "first_eval": self.first_eval,
-        })
+        self.saving = (
+            partial,
+            step,
+            {
+                "policy_version": self.learner.policy_version,
+                "cursor": self.cursor.state_dict(),
+                "contract": self.contract.state_dict(),
+                "tokens_seen": self.tokens_seen,
+                "seconds": self.seconds,
+                "published": self.sync.published,
+                "first_eval": self.first_eval,
+            },
+        )
         if not self.config.learner.saves_asynchronously or step == self.config.steps:
             self.commit_saved()
 
@@ -202,7 +216,9 @@ class Run:
         self.contract.load_state_dict(state["contract"])
         self.tokens_seen = state["tokens_seen"]
         self.seconds_before = state["seconds"]
-        self.sync.published = state["published"] - 1  # the first publication of a resumed run repeats the last one
+        self.sync.published = (
+            state["published"] - 1
+        )  # the first publication of a resumed run repeats the last one
         self.first_eval = dict(state["first_eval"])
         self.flips.restore(self.run_dir, checkpoint.step)
         self.first_step = checkpoint.step
@@ -230,7 +246,9 @@ class Run:
             "policy_version": self.learner.policy_version,
             "completion_tokens": self.tokens_seen,
             "seconds": self.seconds,
-            "tokens_per_s_median": float(np.median([r["perf/tokens_per_s"] for r in rows if "perf/tokens_per_s" in r])),
+            "tokens_per_s_median": float(
+                np.median([r["perf/tokens_per_s"] for r in rows if "perf/tokens_per_s" in r])
+            ),
             "peak_memory_bytes": memory,
             "checkpoint": str(self.last_checkpoint) if self.last_checkpoint else None,
         }
@@ -238,4 +256,3 @@ class Run:
             summary |= {"heldout_before": self.first_eval[key], "heldout_after": self.last_eval[key]}
         self.sinks.close(summary)
         return summary
-

@@ -10,10 +10,16 @@ from typing import Any
 from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
+from gspo_dist.config.mapping import from_mapping
 from gspo_dist.data.prompts import load_prompts
-from gspo_dist.mapping import from_mapping
-from gspo_dist.trainer.build import Processes, check_model, load_tokenizer, resolve_device, sampling_spec
 from gspo_dist.trainer.collect import evaluate_with
+from gspo_dist.trainer.setup.build import (
+    Processes,
+    check_model,
+    load_tokenizer,
+    resolve_device,
+    sampling_spec,
+)
 
 
 def evaluate_model(config: RunConfig) -> dict[str, float]:
@@ -21,7 +27,9 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     if config.data.heldout is None:
         raise ValueError("evaluate needs held-out prompts: set data.heldout to a file or a task")
     config = replace(
-        config, flips=replace(config.flips, every=0), objective=replace(config.objective, routing_replay="none"),
+        config,
+        flips=replace(config.flips, every=0),
+        objective=replace(config.objective, routing_replay="none"),
         cluster=replace(config.cluster, colocated=False),
     )
     run_dir = Path(config.run_dir).expanduser().resolve()
@@ -29,14 +37,20 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
     prompts = load_prompts(
-        config.data, "heldout", tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
+        config.data,
+        "heldout",
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        seed=config.seed,
     )[: config.evaluation.prompts]
     device = resolve_device(config.cluster)
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:
         pool, rewards = processes.pool(), processes.rewards()
         spec = replace(
-            sampling_spec(config, tokenizer, pool.start()), n=config.evaluation.samples,
-            temperature=config.evaluation.temperature, top_p=config.evaluation.top_p,
+            sampling_spec(config, tokenizer, pool.start()),
+            n=config.evaluation.samples,
+            temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
         )
         return evaluate_with(
             lambda chosen, s: pool.generate(chosen, s, range(len(chosen))), rewards, prompts, spec
@@ -61,7 +75,8 @@ def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
         raise ValueError(f"the folder to export to must be new or empty: {target} is not")
     model = str(ensure_model(config.model))
     config = replace(
-        config, rollout=replace(config.rollout, engines=1),
+        config,
+        rollout=replace(config.rollout, engines=1),
         cluster=replace(config.cluster, colocated=False, in_process=False),
     )
     device = resolve_device(config.cluster)

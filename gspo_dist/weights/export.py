@@ -18,7 +18,10 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.ind
 
 
 def write_hf_folder(
-    weights: Iterable[NamedTensor], source: Path, target: Path, dtype: torch.dtype | None = None,
+    weights: Iterable[NamedTensor],
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Writes `target`, one shard in memory at a time; returns the number of tensors. The folder appears whole.

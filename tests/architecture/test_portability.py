@@ -8,11 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-UNTRACKED = {".git", ".venv", "runs", "wandb", "outputs", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache"}
+UNTRACKED = {
+    ".git",
+    ".venv",
+    "runs",
+    "wandb",
+    "outputs",
+    ".cache",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+}
 
 # Written in pieces, so that this file does not name them either.
-HOSTS = ["py" + "pi.org", "python" + "hosted.org", "download." + "pytorch.org", "wheels." + "vllm.ai",
-         "conda." + "anaconda.org", "py" + "pi.nvidia.com", "ghcr" + ".io", "nv" + "cr.io"]
+HOSTS = [
+    "py" + "pi.org",
+    "python" + "hosted.org",
+    "download." + "pytorch.org",
+    "wheels." + "vllm.ai",
+    "conda." + "anaconda.org",
+    "py" + "pi.nvidia.com",
+    "ghcr" + ".io",
+    "nv" + "cr.io",
+]
 PATHS = ["/" + "root/", "/" + "Users/", r"/home/(?!gspo\b)[a-z]"]
 NAMES = re.compile("|".join([re.escape(h) for h in HOSTS] + PATHS))
 
@@ -22,7 +40,9 @@ def files() -> Iterator[Path]:
     if (ROOT / ".git").exists():
         out = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT, capture_output=True, check=True,
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
         ).stdout
         yield from (ROOT / name for name in out.decode().split("\0") if name and (ROOT / name).is_file())
         return

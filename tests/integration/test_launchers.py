@@ -14,8 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-SCRIPTS = ["quickstart.sh", "test.sh", "single_node.sh", "ray_head.sh", "ray_worker.sh", "slurm.sbatch",
-           "compare_qwen3_30b_a3b.sh"]
+SCRIPTS = [
+    "quickstart.sh",
+    "test.sh",
+    "single_node.sh",
+    "ray_head.sh",
+    "ray_worker.sh",
+    "slurm.sbatch",
+    "compare_qwen3_30b_a3b.sh",
+]
 
 # Stands for an interpreter: makes environments that hold itself, and writes down what pip and pytest are asked for.
 PYTHON = """#!/usr/bin/env bash
@@ -38,13 +45,20 @@ esac
 
 def inherited() -> dict[str, str]:
     """This process's environment without what a launcher exported to it (the tests themselves run under one)."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_", "CUDA_VISIBLE"))}
+    return {
+        k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_", "CUDA_VISIBLE"))
+    }
 
 
 def run(script: Path | str, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None):
     return subprocess.run(
-        ["bash", str(script), *args], capture_output=True, text=True, cwd=cwd, env={**inherited(), **(env or {})},
-        timeout=60, check=False,
+        ["bash", str(script), *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**inherited(), **(env or {})},
+        timeout=60,
+        check=False,
     )
 
 
@@ -70,8 +84,12 @@ def host(tmp_path: Path) -> dict[str, str]:
     shutil.copy(ROOT / "pyproject.toml", clone)
     python = executable(tmp_path / "bin/python3.11", PYTHON)
     (tmp_path / "log").touch()
-    return {"GSPO_PYTHON": str(python), "GSPO_ACCELERATOR": "cpu", "FAKE_LOG": str(tmp_path / "log"),
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    return {
+        "GSPO_PYTHON": str(python),
+        "GSPO_ACCELERATOR": "cpu",
+        "FAKE_LOG": str(tmp_path / "log"),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
 
 
 def log(host: dict[str, str]) -> list[str]:
@@ -87,20 +105,27 @@ def test_shell_syntax(script: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
     done = run(LAUNCH / script, "--help", env={"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing"})
-    assert done.returncode == 0 and done.stdout.startswith("Usage: ") and "#" not in done.stdout
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ")
+    assert "#" not in done.stdout
     assert not (tmp_path / "none").exists()
 
 
 def test_launchers_run_gspo_with_the_users_overrides() -> None:
     assert dry("quickstart.sh", "steps=2", "data.options={size: 3}") == (
-        "gspo train experiment=quickstart steps=2 data.options=\\{size:\\ 3\\} \n")
+        "gspo train experiment=quickstart steps=2 data.options=\\{size:\\ 3\\} \n"
+    )
     assert dry("single_node.sh", "seed=1") == "gspo train cluster.address=null seed=1 \n"
     assert dry("test.sh") == "python -m pytest -q \n"
     assert dry("test.sh", "-x", "tests/unit") == "python -m pytest -x tests/unit \n"
     assert dry("../.ci/run", "-x") == "python -m pytest -x \n"
-    assert dry("ray_head.sh", GSPO_RAY_PORT="7000") == "ray start --head --port 7000 --disable-usage-stats --block \n"
+    assert (
+        dry("ray_head.sh", GSPO_RAY_PORT="7000")
+        == "ray start --head --port 7000 --disable-usage-stats --block \n"
+    )
     assert dry("ray_worker.sh", "head:7000", "--num-gpus=4") == (
-        "ray start --address head:7000 --disable-usage-stats --block --num-gpus=4 \n")
+        "ray start --address head:7000 --disable-usage-stats --block --num-gpus=4 \n"
+    )
 
 
 def test_bad_arguments_are_refused_before_anything_is_installed(tmp_path: Path) -> None:
@@ -113,15 +138,19 @@ def test_bad_arguments_are_refused_before_anything_is_installed(tmp_path: Path) 
         ("compare_qwen3_30b_a3b.sh", ["--nods", "2"], "unknown option --nods"),
     ):
         done = run(LAUNCH / script, *args, env=env)
-        assert done.returncode == 2 and message in done.stderr
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_first_call_installs_and_the_second_does_nothing(host: dict[str, str], tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     first = run(clone / "launch/test.sh", env=host, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    torch = next(line.removeprefix("torch==") for line in (ROOT / "docker/requirements.in").read_text().splitlines()
-                 if line.startswith("torch=="))
+    torch = next(
+        line.removeprefix("torch==")
+        for line in (ROOT / "docker/requirements.in").read_text().splitlines()
+        if line.startswith("torch==")
+    )
     assert log(host) == [
         "venv",
         f"install -qq --no-deps -r {clone}/docker/requirements-cpu.lock",
@@ -130,7 +159,9 @@ def test_first_call_installs_and_the_second_does_nothing(host: dict[str, str], t
         "check",
     ]
     again = run(clone / "launch/test.sh", env=host, cwd=Path("/"))
-    assert again.stdout == "1 passed in 0.01s\n" and again.stderr == "" and len(log(host)) == 5
+    assert again.stdout == "1 passed in 0.01s\n"
+    assert again.stderr == ""
+    assert len(log(host)) == 5
 
 
 def test_a_changed_lock_is_installed(host: dict[str, str], tmp_path: Path) -> None:
@@ -139,7 +170,8 @@ def test_a_changed_lock_is_installed(host: dict[str, str], tmp_path: Path) -> No
     with (clone / "docker/requirements-cpu.lock").open("a") as lock:
         lock.write("more==1\n")
     run(clone / "launch/test.sh", env=host)
-    assert len(log(host)) == 5 + 4 and log(host).count("venv") == 1
+    assert len(log(host)) == 5 + 4
+    assert log(host).count("venv") == 1
 
 
 def test_another_accelerator_has_the_environment_made_anew(host: dict[str, str], tmp_path: Path) -> None:
@@ -149,17 +181,32 @@ def test_another_accelerator_has_the_environment_made_anew(host: dict[str, str],
     executable(tmp_path / "bin/df", "#!/usr/bin/env bash\nprintf 'head\\n/ 0 0 99999999 0%% /\\n'\n")
     done = run(script, env={**host, "GSPO_ACCELERATOR": "gpu"})
     assert done.returncode == 0, done.stderr
-    assert log(host)[5:7] == ["venv", f"install -qq --no-deps -r {tmp_path}/clone/docker/requirements-gpu.lock"]
+    assert log(host)[5:7] == [
+        "venv",
+        f"install -qq --no-deps -r {tmp_path}/clone/docker/requirements-gpu.lock",
+    ]
 
 
-@pytest.mark.parametrize("gpus, expected", [
-    (0, ""), (1, "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 cluster.colocated=true "),
-    (2, "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 "), (4, "")])
+@pytest.mark.parametrize(
+    "gpus, expected",
+    [
+        (0, ""),
+        (
+            1,
+            "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 cluster.colocated=true ",
+        ),
+        (2, "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 "),
+        (4, ""),
+    ],
+)
 def test_the_quickstart_takes_the_gpus_there_are(gpus: int, expected: str, tmp_path: Path) -> None:
     lines = "".join(f"GPU {i}: a GPU\n" for i in range(4))
     executable(tmp_path / "bin/nvidia-smi", f"#!/usr/bin/env bash\nprintf '{lines}'\n")
-    env = {"GSPO_DRY_RUN": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-           "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    env = {
+        "GSPO_DRY_RUN": "1",
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
+    }
     done = run(LAUNCH / "quickstart.sh", "seed=1", env=env)
     assert (done.returncode, done.stdout) == (0, f"gspo train experiment=quickstart {expected}seed=1 \n")
     forced = run(LAUNCH / "quickstart.sh", "cluster.device=cpu", env=env)
@@ -173,13 +220,18 @@ def test_tests_on_a_gpu_host_have_an_environment_of_their_own(host: dict[str, st
         done = run(tmp_path / "clone/launch/test.sh", env=env)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "clone/.venv-cpu/.gspo-kind").read_text() == "cpu\n"
-    assert not (tmp_path / "gpu-venv").exists() and log(host).count("venv") == 1
+    assert not (tmp_path / "gpu-venv").exists()
+    assert log(host).count("venv") == 1
 
 
 def test_a_study_is_submitted_without_an_environment_of_the_login_node(tmp_path: Path) -> None:
     executable(tmp_path / "bin/sbatch", '#!/usr/bin/env bash\necho "submitted $*"\nenv >"$FAKE_LOG"\n')
-    env = {"GSPO_VENV": str(tmp_path / "none"), "GSPO_PYTHON": "nothing", "FAKE_LOG": str(tmp_path / "env"),
-           "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    env = {
+        "GSPO_VENV": str(tmp_path / "none"),
+        "GSPO_PYTHON": "nothing",
+        "FAKE_LOG": str(tmp_path / "env"),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
     given = ["model.path=/m", "data.train=/t", "data.heldout=/h"]
     done = run(LAUNCH / "compare_qwen3_30b_a3b.sh", "--nodes", "2", "--slurm", *given, env=env)
     assert done.returncode == 0 and done.stdout.startswith("submitted --nodes=2"), done.stderr
@@ -193,12 +245,15 @@ def test_a_shell_that_leaves_the_cpu_lock_sees_its_gpus_again(host: dict[str, st
     executable(tmp_path / "bin/df", "#!/usr/bin/env bash\necho head\necho 'd 1 1 99999999 1% /'\n")
     script = tmp_path / "both.sh"
     script.write_text(
-        f"source {tmp_path}/clone/launch/env.sh\necho \"[$CUDA_VISIBLE_DEVICES] $DS_ACCELERATOR $GSPO_VENV\"\n"
+        f'source {tmp_path}/clone/launch/env.sh\necho "[$CUDA_VISIBLE_DEVICES] $DS_ACCELERATOR $GSPO_VENV"\n'
         f"export GSPO_ACCELERATOR=gpu\nsource {tmp_path}/clone/launch/env.sh\n"
-        'echo "[${CUDA_VISIBLE_DEVICES-unset}] ${DS_ACCELERATOR-unset} $GSPO_VENV"\n')
+        'echo "[${CUDA_VISIBLE_DEVICES-unset}] ${DS_ACCELERATOR-unset} $GSPO_VENV"\n'
+    )
     done = run(script, env=host)
     clone = tmp_path / "clone"
-    assert done.stdout.splitlines() == [f"[] cpu {clone}/.venv-cpu", f"[unset] unset {clone}/.venv"], done.stderr
+    assert done.stdout.splitlines() == [f"[] cpu {clone}/.venv-cpu", f"[unset] unset {clone}/.venv"], (
+        done.stderr
+    )
     chosen = run(script, env={**host, "CUDA_VISIBLE_DEVICES": "0", "GSPO_VENV": str(tmp_path / "mine")})
     assert chosen.stdout.splitlines()[1] == f"[0] unset {tmp_path}/mine", chosen.stderr
 
@@ -206,17 +261,22 @@ def test_a_shell_that_leaves_the_cpu_lock_sees_its_gpus_again(host: dict[str, st
 def test_an_interrupted_installation_is_done_again(host: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "clone/launch/test.sh"
     failed = run(script, env={**host, "FAKE_FAIL": "--no-build-isolation"})
-    assert failed.returncode != 0 and "passed" not in failed.stdout
+    assert failed.returncode != 0
+    assert "passed" not in failed.stdout
     before = len(log(host))
     assert run(script, env=host).returncode == 0
     assert any("requirements-cpu.lock" in line for line in log(host)[before:])
 
 
-def test_without_a_cpu_build_of_torch_the_cuda_build_is_taken_with_its_libraries(host, tmp_path: Path) -> None:
+def test_without_a_cpu_build_of_torch_the_cuda_build_is_taken_with_its_libraries(
+    host, tmp_path: Path
+) -> None:
     done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_FAIL": "+cpu"})
     assert done.returncode == 0, done.stderr
     taken = [line for line in log(host) if "torch==" in line][-1]
-    assert "+cpu" not in taken and "--no-deps" not in taken and taken.startswith("install -qq torch==")
+    assert "+cpu" not in taken
+    assert "--no-deps" not in taken
+    assert taken.startswith("install -qq torch==")
 
 
 def test_a_gpu_host_takes_the_gpu_lock(host: dict[str, str], tmp_path: Path) -> None:
@@ -225,22 +285,28 @@ def test_a_gpu_host_takes_the_gpu_lock(host: dict[str, str], tmp_path: Path) -> 
     env = {k: v for k, v in host.items() if k != "GSPO_ACCELERATOR"}
     done = run(tmp_path / "clone/launch/env.sh", env=env)
     assert done.returncode == 0, done.stderr
-    assert log(host)[1].endswith("requirements-gpu.lock") and not any("torch==" in line for line in log(host))
+    assert log(host)[1].endswith("requirements-gpu.lock")
+    assert not any("torch==" in line for line in log(host))
 
 
 def test_an_old_python_and_a_full_disk_are_named(host: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "clone/launch/test.sh"
     old = run(script, env={**host, "FAKE_OLD": "1"})
-    assert old.returncode == 1 and "Python 3.11 or later is needed: found" in old.stderr and "3.9.1" in old.stderr
+    assert old.returncode == 1
+    assert "Python 3.11 or later is needed: found" in old.stderr
+    assert "3.9.1" in old.stderr
     executable(tmp_path / "bin/df", "#!/usr/bin/env bash\necho head\necho 'd 1 1 3145728 1% /'\n")
     full = run(script, env=host)
-    assert full.returncode == 1 and "8 GiB of free disk" in full.stderr and "has 3 GiB" in full.stderr
+    assert full.returncode == 1
+    assert "8 GiB of free disk" in full.stderr
+    assert "has 3 GiB" in full.stderr
     assert log(host) == []
 
 
 def test_tests_end_with_pytests_own_status(host: dict[str, str], tmp_path: Path) -> None:
     done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_PYTEST": "5"})
-    assert done.returncode == 5 and done.stdout.endswith("1 passed in 0.01s\n")
+    assert done.returncode == 5
+    assert done.stdout.endswith("1 passed in 0.01s\n")
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 8])
@@ -250,27 +316,35 @@ def test_the_size_of_the_comparison_names_its_layout(nodes: int) -> None:
 
 def test_the_comparison_is_run_submitted_or_only_shown() -> None:
     here = dry("compare_qwen3_30b_a3b.sh", "--nodes=4", "seed=3")
-    assert here.startswith("gspo compare cluster.address=auto study=qwen3_30b_a3b ") and here.endswith("seed=3 \n")
+    assert here.startswith("gspo compare cluster.address=auto study=qwen3_30b_a3b ")
+    assert here.endswith("seed=3 \n")
     shown = dry("compare_qwen3_30b_a3b.sh", "--nodes", "4", "--dry-run")
-    assert shown.startswith("gspo compare study=qwen3_30b_a3b ") and shown.endswith("--dry-run \n")
+    assert shown.startswith("gspo compare study=qwen3_30b_a3b ")
+    assert shown.endswith("--dry-run \n")
     both = dry("compare_qwen3_30b_a3b.sh", "--nodes", "8", "--slurm", "--dry-run").splitlines()
-    assert both[0].startswith("sbatch --nodes=8 ") and "slurm.sbatch compare study=" in both[0]
+    assert both[0].startswith("sbatch --nodes=8 ")
+    assert "slurm.sbatch compare study=" in both[0]
     assert both[1].startswith("gspo compare ")
     submitted = dry("compare_qwen3_30b_a3b.sh", "--nodes", "8", "--slurm").splitlines()
-    assert len(submitted) == 1 and submitted[0].startswith("sbatch ")
+    assert len(submitted) == 1
+    assert submitted[0].startswith("sbatch ")
 
 
 def test_slurm_starts_a_head_then_workers_then_the_run() -> None:
     env = {"SLURM_JOB_NUM_NODES": "3", "SLURMD_NODENAME": "n1", "SLURM_SUBMIT_DIR": str(ROOT)}
     lines = dry("slurm.sbatch", "compare", "study=x", **env).splitlines()
     assert [line.split()[0] for line in lines] == ["srun", "srun", "gspo"]
-    assert "--nodelist=n1" in lines[0] and lines[0].strip().endswith("launch/ray_head.sh")
-    assert "--nodes=2 --ntasks=2 --exclude=n1" in lines[1] and lines[1].strip().endswith("ray_worker.sh n1:6379")
+    assert "--nodelist=n1" in lines[0]
+    assert lines[0].strip().endswith("launch/ray_head.sh")
+    assert "--nodes=2 --ntasks=2 --exclude=n1" in lines[1]
+    assert lines[1].strip().endswith("ray_worker.sh n1:6379")
     assert lines[2].strip() == "gspo compare cluster.address=auto study=x"
     alone = dry("slurm.sbatch", "steps=1", SLURMD_NODENAME="n1").splitlines()
-    assert len(alone) == 2 and alone[1].strip() == "gspo train cluster.address=auto steps=1"
+    assert len(alone) == 2
+    assert alone[1].strip() == "gspo train cluster.address=auto steps=1"
     lost = run(LAUNCH / "slurm.sbatch", env={"SLURM_SUBMIT_DIR": "/"})
-    assert lost.returncode == 2 and "submit from the root of the repository" in lost.stderr
+    assert lost.returncode == 2
+    assert "submit from the root of the repository" in lost.stderr
 
 
 @pytest.fixture
@@ -282,26 +356,37 @@ def slurm(host: dict[str, str], tmp_path: Path) -> dict[str, str]:
     executable(venv / "bin/ray", '#!/usr/bin/env bash\n[[ $(wc -l <"$PIDS") == 2 ]]\n')
     executable(venv / "bin/gspo", '#!/usr/bin/env bash\necho "$*"\n${RUN_WAITS:+exec sleep 600}\nexit 3\n')
     (tmp_path / "pids").touch()
-    return {**host, "PIDS": str(tmp_path / "pids"), "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1",
-            "SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
+    return {
+        **host,
+        "PIDS": str(tmp_path / "pids"),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURMD_NODENAME": "n1",
+        "SLURM_SUBMIT_DIR": str(tmp_path / "clone"),
+    }
 
 
 def alive(pids: Path) -> list[int]:
     return [int(p) for p in pids.read_text().split() if Path(f"/proc/{p}").exists()]
 
 
-def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
     done = run(tmp_path / "clone/launch/slurm.sbatch", "steps=1", env=slurm)
     assert done.returncode == 3 and done.stdout == "train cluster.address=auto steps=1\n", done.stderr
-    assert len((tmp_path / "pids").read_text().split()) == 2 and alive(tmp_path / "pids") == []
+    assert len((tmp_path / "pids").read_text().split()) == 2
+    assert alive(tmp_path / "pids") == []
 
 
 def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: Path) -> None:
     job = subprocess.Popen(
-        ["bash", str(tmp_path / "clone/launch/slurm.sbatch")], env={**inherited(), **slurm, "RUN_WAITS": "1"},
-        stdout=subprocess.PIPE, text=True,
+        ["bash", str(tmp_path / "clone/launch/slurm.sbatch")],
+        env={**inherited(), **slurm, "RUN_WAITS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert job.stdout is not None and job.stdout.readline() == "train cluster.address=auto\n"
+    assert job.stdout is not None
+    assert job.stdout.readline() == "train cluster.address=auto\n"
     assert len(alive(tmp_path / "pids")) == 2
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 143
@@ -316,26 +401,34 @@ def test_locks_pin_every_package_to_one_version() -> None:
         lines = (ROOT / f"docker/requirements-{kind}.lock").read_text().splitlines()
         assert lines[0] == f"# Written by: docker/lock.sh {kind}"
         pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-        assert pins[vllm] == "0.30.0" and len(pins) > 150
-        assert pins["deepspeed"] == "0.19.8" and pins["megatron-core"] == "0.16.1"
-        assert ("torch" in pins) == (kind == "gpu") and ("torchvision" in pins) == (kind == "gpu")
-    assert pins["torch"] == "2.13.0" and "nvidia-nccl-cu13" in pins
+        assert pins[vllm] == "0.30.0"
+        assert len(pins) > 150
+        assert pins["deepspeed"] == "0.19.8"
+        assert pins["megatron-core"] == "0.16.1"
+        assert ("torch" in pins) == (kind == "gpu")
+        assert ("torchvision" in pins) == (kind == "gpu")
+    assert pins["torch"] == "2.13.0"
+    assert "nvidia-nccl-cu13" in pins
 
 
 def test_a_gpu_lock_is_not_written_from_a_cpu_torch(tmp_path: Path) -> None:
     """pip's report is stood in for; the script's own check is what runs."""
     shutil.copytree(ROOT / "docker", tmp_path / "docker")
     report = '{"install": [{"metadata": {"name": "torch", "version": "2.13.0+cpu"}}]}'
-    python = executable(tmp_path / "python", f"""#!/usr/bin/env bash
+    python = executable(
+        tmp_path / "python",
+        f"""#!/usr/bin/env bash
 if [[ $1 == -m ]]; then
     while [[ $1 != --report ]]; do shift; done
     echo '{report}' >"$2"
 else
     exec {sys.executable} "$@"
 fi
-""")
+""",
+    )
     before = (tmp_path / "docker/requirements-gpu.lock").read_text()
     done = run(tmp_path / "docker/lock.sh", "gpu", env={"GSPO_PYTHON": str(python)})
-    assert done.returncode == 1 and "must pin torch's CUDA build: pip found 2.13.0+cpu" in done.stderr
+    assert done.returncode == 1
+    assert "must pin torch's CUDA build: pip found 2.13.0+cpu" in done.stderr
     assert (tmp_path / "docker/requirements-gpu.lock").read_text() == before
     assert run(tmp_path / "docker/lock.sh", "tpu", env={"GSPO_PYTHON": str(python)}).returncode == 2

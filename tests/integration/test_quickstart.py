@@ -19,17 +19,33 @@ from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.metrics.sinks import read_jsonl
 
 TINY = [
-    "experiment=quickstart", "model=local", "learner.token_budget=128", "rollout.prompts_per_step=4",
-    "rollout.group_size=4", "rollout.max_prompt_tokens=16", "rollout.max_completion_tokens=8", "mini_batches=2",
-    "evaluation.prompts=4", "evaluation.every=0", "learner.threads=1", "rollout.threads=1", "logger.console=false",
-    "rollout.weight_sync.timeout_s=60", "learner.timeout_s=60", "flips.every=1", "rollout.kv_cache_gib=0.05",
+    "experiment=quickstart",
+    "model=local",
+    "learner.token_budget=128",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "rollout.max_prompt_tokens=16",
+    "rollout.max_completion_tokens=8",
+    "mini_batches=2",
+    "evaluation.prompts=4",
+    "evaluation.every=0",
+    "learner.threads=1",
+    "rollout.threads=1",
+    "logger.console=false",
+    "rollout.weight_sync.timeout_s=60",
+    "learner.timeout_s=60",
+    "flips.every=1",
+    "rollout.kv_cache_gib=0.05",
 ]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    save_model(build_model(Shape(layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, expert_hidden=32), seed=0), folder)
+    save_model(
+        build_model(Shape(layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, expert_hidden=32), seed=0),
+        folder,
+    )
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -37,14 +53,24 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def reward_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("reward") / "mine.py"
-    path.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / max(1, len(completion))\n")
+    path.write_text(
+        "def sevens(prompt, completion):\n    return completion.text.count('7') / max(1, len(completion))\n"
+    )
     return path
 
 
 def start(model: Path, reward: Path, run_dir: Path, *extra: str) -> subprocess.Popen:
     command = [
-        sys.executable, "-m", "gspo_dist.cli", "train", *TINY, f"model.path={model}", "reward=function",
-        f"reward.function='{reward}:sevens'", f"run_dir={run_dir}", *extra,
+        sys.executable,
+        "-m",
+        "gspo_dist.cli.main",
+        "train",
+        *TINY,
+        f"model.path={model}",
+        "reward=function",
+        f"reward.function='{reward}:sevens'",
+        f"run_dir={run_dir}",
+        *extra,
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     return subprocess.Popen(
@@ -82,7 +108,10 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int, timeout: 
 
 def values(run_dir: Path) -> list[dict]:
     timed = ("time/", "perf/", "sync/check_fraction", "sync/gib_per_s")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_jsonl(run_dir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed)}
+        for row in read_jsonl(run_dir / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +167,11 @@ def test_a_process_that_dies_is_named_with_its_last_lines(model, reward_file, tm
         wait_for_step(process, run_dir, 1)
         kind = "EngineProcess" if victim.startswith("engine") else "LearnerRank"
         found = sorted(
-            (p for p in psutil.Process(process.pid).children(recursive=True) if f"ray::{kind}" in " ".join(p.cmdline())),
+            (
+                p
+                for p in psutil.Process(process.pid).children(recursive=True)
+                if f"ray::{kind}" in " ".join(p.cmdline())
+            ),
             key=lambda p: p.create_time(),
         )
         assert len(found) == 2

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.types import Prompt, SamplingSpec
-from gspo_dist.weights.publish import make_transport, send_weights
+from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.stream import buckets, hf_named_weights
 from gspo_dist.weights.verify import WeightSyncError, check_probe, verify_receipt
 
@@ -49,7 +49,7 @@ def make_model(folder, *, seed=0, tie=False, dense=(), layers=2):
 
 
 def make_engine(folder, *, record_routing=False, **changes):
-    from gspo_dist.rollout.vllm import VllmEngine
+    from gspo_dist.rollout.vllm.engine import VllmEngine
 
     settings = {
         "precision": "fp32",

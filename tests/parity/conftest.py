@@ -27,8 +27,11 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
 
 
 COLUMNS = {
-    "logits": "logits, nats (1e-4)", "logprobs": "log-probs, nats (1e-5)", "loss": "loss (1e-5)",
-    "grad_norm": "gradient norm, relative (1e-5)", "weights": "weights after the steps, relative (1e-5)",
+    "logits": "logits, nats (1e-4)",
+    "logprobs": "log-probs, nats (1e-5)",
+    "loss": "loss (1e-5)",
+    "grad_norm": "gradient norm, relative (1e-5)",
+    "weights": "weights after the steps, relative (1e-5)",
 }
 TABLE: dict[tuple[str, str], dict[str, float]] = {}
 
@@ -47,7 +50,10 @@ def pytest_sessionfinish() -> None:
     path = os.environ.get("GSPO_PARITY_TABLE")
     if not path or not TABLE:
         return
-    lines = ["| learner | layout | " + " | ".join(COLUMNS.values()) + " |", "|---|---|" + "---:|" * len(COLUMNS)]
+    lines = [
+        "| learner | layout | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|---|" + "---:|" * len(COLUMNS),
+    ]
     for (backend, layout), errors in TABLE.items():
         cells = [f"{errors[c]:.1e}" if c in errors else "" for c in COLUMNS]
         lines.append(f"| {backend} | {layout} | {' | '.join(cells)} |")

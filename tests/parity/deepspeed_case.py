@@ -12,8 +12,8 @@ import torch
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
-from gspo_dist.learners.step import LossSpec
-from gspo_dist.objectives.registry import get_objective
+from gspo_dist.learners.loss import LossSpec
+from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Rollout
 

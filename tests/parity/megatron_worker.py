@@ -38,10 +38,14 @@ def train(learner: MegatronLearner, batches: list, steps: int, spec: case.LossSp
     for _ in range(steps):
         stats = learner.forward_backward(batches, spec)
         step = learner.optim_step()
-        seen.append({
-            "stats": stats,
-            "grad_norm": step.grad_norm, "lr": step.lr, "policy_version": step.policy_version,
-        })
+        seen.append(
+            {
+                "stats": stats,
+                "grad_norm": step.grad_norm,
+                "lr": step.lr,
+                "policy_version": step.policy_version,
+            }
+        )
     return seen
 
 
@@ -49,7 +53,10 @@ def main(job: dict, rank: int) -> dict:
     torch.set_num_threads(1)
     config = case.make_config(job["world_size"], job.get("precision", "fp32"), **job["layout"])
     learner = MegatronLearner(
-        config, job["model"], total_steps=10, temperature=job.get("temperature", 1.0),
+        config,
+        job["model"],
+        total_steps=10,
+        temperature=job.get("temperature", 1.0),
         keep_reference=job.get("keep_reference", False),
     )
     data = torch.load(job["batches"], weights_only=False)
@@ -71,7 +78,11 @@ def main(job: dict, rank: int) -> dict:
             mine = [b.with_(routing=o.routing) for b, o in zip(mine, outputs)]
         elif name == "foreign_routes":
             routes = torch.load(argument, weights_only=False)
-            mine = [b.with_(routing=routes[i]) for i, b in enumerate(data) if i % every == learner.data_parallel_rank]
+            mine = [
+                b.with_(routing=routes[i])
+                for i, b in enumerate(data)
+                if i % every == learner.data_parallel_rank
+            ]
         elif name == "train":
             out.setdefault("steps", []).extend(train(learner, mine, argument or case.STEPS, spec))
         elif name == "weights":
@@ -90,8 +101,10 @@ def main(job: dict, rank: int) -> dict:
             except ValueError as error:
                 out.setdefault("errors", []).append(str(error))
         elif name == "bias":
-            out["bias"] = {r.layer_number - 1: (r.expert_bias.clone(), r.load.clone())
-                           for r in builder.routers(learner.chunks)}
+            out["bias"] = {
+                r.layer_number - 1: (r.expert_bias.clone(), r.load.clone())
+                for r in builder.routers(learner.chunks)
+            }
     learner.close()
     return out
 
@@ -99,8 +112,12 @@ def main(job: dict, rank: int) -> dict:
 def serve(path: Path, rank: int) -> None:
     """One job; its result appears whole, by renaming."""
     job = json.loads(path.read_text())
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(job["world_size"]), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(job["port"])}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(job["world_size"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(job["port"]),
+    }
     part = Path(job["out"]) / f"rank{rank}.part"
     torch.save(main(job, rank), part)
     part.rename(part.with_suffix(".pt"))

@@ -84,7 +84,9 @@ class Crew:
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "job.json"
-        path.write_text(json.dumps({**job, "world_size": world_size, "port": free_port(), "out": str(folder)}))
+        path.write_text(
+            json.dumps({**job, "world_size": world_size, "port": free_port(), "out": str(folder)})
+        )
         self._start(world_size)
         ranks = self.members[:world_size]
         results = [folder / f"rank{rank}.pt" for rank in range(world_size)]
@@ -99,7 +101,9 @@ class Crew:
             if ended or time.monotonic() > deadline:
                 late = [rank for rank, result in enumerate(results) if not result.exists()]
                 self._kill()
-                text = "\n".join(f"--- rank {r}\n{self._log(r).read_text()[-3000:]}" for r in (ended or late)[:2])
+                text = "\n".join(
+                    f"--- rank {r}\n{self._log(r).read_text()[-3000:]}" for r in (ended or late)[:2]
+                )
                 raise AssertionError(f"{self.script.name} {'failed' if ended else 'is late'}:\n{text}")
             time.sleep(0.02)
         return [torch.load(result, weights_only=False) for result in results]
@@ -134,7 +138,13 @@ class Crew:
         env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
         for rank in range(len(self.members), world_size):
             with self._log(rank).open("w") as log:
-                self.members.append(subprocess.Popen(
-                    [sys.executable, "-W", "ignore", str(self.script)],
-                    env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
-                ))
+                self.members.append(
+                    subprocess.Popen(
+                        [sys.executable, "-W", "ignore", str(self.script)],
+                        env=env,
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=log,
+                        text=True,
+                    )
+                )

@@ -15,7 +15,7 @@ import deepspeed_case as case
 from ranks import run_ranks
 
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.objectives.stats import merge_stats, results
+from gspo_dist.metrics.stat import merge_stats, results
 
 pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
@@ -128,7 +128,10 @@ def test_loss_and_statistics_equal_eager(runs: dict, name: str, measured) -> Non
     ranks, want = runs[name]
     worst = 0.0
     for i, step in enumerate(want["steps"]):
-        got, expected = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks])), results(step["stats"])
+        got, expected = (
+            results(merge_stats([rank["steps"][i]["stats"] for rank in ranks])),
+            results(step["stats"]),
+        )
         assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert got["objective/loss"] == pytest.approx(expected["objective/loss"], rel=1e-5, abs=1e-6)
         worst = max(worst, abs(got["objective/loss"] - expected["objective/loss"]))
@@ -142,7 +145,8 @@ def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str, meas
     for rank in ranks:
         for got, step in zip(rank["steps"], want["steps"], strict=True):
             assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
-            assert got["lr"] == step["lr"] and got["version"] == step["version"]
+            assert got["lr"] == step["lr"]
+            assert got["version"] == step["version"]
             worst = max(worst, abs(got["grad_norm"] / step["grad_norm"] - 1.0))
     measured("deepspeed", name, grad_norm=worst)
 

@@ -16,7 +16,7 @@ import megatron_case as case
 from ranks import Crew
 
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.objectives.stats import merge_stats, results
+from gspo_dist.metrics.stat import merge_stats, results
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -151,11 +151,19 @@ def assert_weights(got: dict, want: dict, tolerance: float, start: dict | None =
 def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, crew: Crew, measured) -> None:
     """Logits, log-probs, three clipped steps and the exported weights do not depend on how the model is cut."""
     world_size, layout = LAYOUTS[name]
-    ranks = launch(crew, tmp_path, reference.model, reference.batches, world_size, layout,
-                   ["weights", "logits", "logprobs", "train", "weights"])
+    ranks = launch(
+        crew,
+        tmp_path,
+        reference.model,
+        reference.batches,
+        world_size,
+        layout,
+        ["weights", "logits", "logprobs", "train", "weights"],
+    )
     logits, logprobs = assert_logits(ranks, reference, layout.get("tensor_parallel", 1)), 0.0
-    for want, outputs in zip(reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp",
-                                                          len(reference.data))):
+    for want, outputs in zip(
+        reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp", len(reference.data))
+    ):
         for got in outputs:
             torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
@@ -169,16 +177,29 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
     measured("megatron", name, logits=logits, logprobs=logprobs, weights=weights, **training)
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    ("qwen3", "pp2"), ("qwen3", "tp2_no_sequence_parallel"), ("qwen2", "tp2"), ("llama", "cp2"),
-    ("qwen3_moe_plain", "ep2"),
-])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("qwen3", "pp2"),
+        ("qwen3", "tp2_no_sequence_parallel"),
+        ("qwen2", "tp2"),
+        ("llama", "cp2"),
+        ("qwen3_moe_plain", "ep2"),
+    ],
+)
 def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, crew: Crew, measured) -> None:
     """Tied embeddings over two stages, biases, experts without renormalisation: the same laws."""
     reference = eager_reference(tmp_path / "eager", kind)
     world_size, layout = LAYOUTS.get(name) or (2, {"tensor_parallel": 2, "sequence_parallel": False})
-    ranks = launch(crew, tmp_path, reference.model, reference.batches, world_size, layout,
-                   ["weights", "logits", "train", "weights"])
+    ranks = launch(
+        crew,
+        tmp_path,
+        reference.model,
+        reference.batches,
+        world_size,
+        layout,
+        ["weights", "logits", "train", "weights"],
+    )
     logits = assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
     training = assert_training(ranks, reference)
     before, after = ranks[0]["weights"]

@@ -17,7 +17,7 @@ from ranks import Crew
 from test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
 
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.objectives.stats import merge_stats, results
+from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.routing.trace import RoutingTrace
 
 EP2 = {"expert_parallel": 2}
@@ -43,16 +43,28 @@ def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path,
     """Saved in the background at step 2 under ep2: resumed under ep2 the third step is the one not interrupted, bit
     for bit; resumed under tp2 it is the eager learner's."""
     saved = str(tmp_path / "checkpoint")
-    first = run(crew, tmp_path / "a", reference, 2, EP2,
-                [["train", 2], ["save", saved], ["train", 1], "weights", "wait"])
+    first = run(
+        crew,
+        tmp_path / "a",
+        reference,
+        2,
+        EP2,
+        [["train", 2], ["save", saved], ["train", 1], "weights", "wait"],
+    )
     crew.close()  # what goes on is another process
     again = run(crew, tmp_path / "b", reference, 2, EP2, [["load", saved], ["train", 1], "weights"])
     assert [r["version"] for r in again] == [2, 2]
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert again[0]["steps"][0]["lr"] == first[0]["steps"][2]["lr"]
     assert again[0]["steps"][0]["policy_version"] == 3
-    other = run(crew, tmp_path / "c", reference, 2, {"tensor_parallel": 2, "distributed_optimizer": True},
-                [["load", saved], ["train", 1], "weights"])
+    other = run(
+        crew,
+        tmp_path / "c",
+        reference,
+        2,
+        {"tensor_parallel": 2, "distributed_optimizer": True},
+        [["load", saved], ["train", 1], "weights"],
+    )
     assert_weights(other[0]["weights"][0], reference.end, 1e-5)
 
 
@@ -60,14 +72,25 @@ def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_pa
     """fp32 master weights and moments come back whole; weights loaded under another layout are the saved ones."""
     saved = str(tmp_path / "checkpoint")
     job = {"precision": "bf16"}
-    first = run(crew, tmp_path / "a", reference, 2, EP2,
-                [["train", 2], "weights", ["save", saved], ["train", 1], "weights", "wait"], **job)
+    first = run(
+        crew,
+        tmp_path / "a",
+        reference,
+        2,
+        EP2,
+        [["train", 2], "weights", ["save", saved], ["train", 1], "weights", "wait"],
+        **job,
+    )
     assert {t.dtype for t in first[0]["weights"][0].values()} == {torch.bfloat16}
     crew.close()
-    again = run(crew, tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job)
+    again = run(
+        crew, tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job
+    )
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert_identical(again[0]["weights"][1], first[0]["weights"][1])
-    other = run(crew, tmp_path / "c", reference, 2, {"pipeline_parallel": 2}, [["load", saved], "weights"], **job)
+    other = run(
+        crew, tmp_path / "c", reference, 2, {"pipeline_parallel": 2}, [["load", saved], "weights"], **job
+    )
     assert_identical(other[0]["weights"][0], first[0]["weights"][0])
 
 
@@ -76,8 +99,14 @@ def test_plain_optimizer_saves_synchronously(reference: Reference, tmp_path: Pat
     layout = {"distributed_optimizer": False, "async_save": False}
     run(crew, tmp_path / "a", reference, 1, layout, [["train", 2], ["save", saved]])
     crew.close()
-    again = run(crew, tmp_path / "b", reference, 2, layout | {"pipeline_parallel": 2},
-                [["load", saved], ["train", 1], "weights"])
+    again = run(
+        crew,
+        tmp_path / "b",
+        reference,
+        2,
+        layout | {"pipeline_parallel": 2},
+        [["load", saved], ["train", 1], "weights"],
+    )
     assert_weights(again[0]["weights"][0], reference.end, 1e-5)
 
 
@@ -90,7 +119,9 @@ def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: P
     shard.unlink()
     shutil.copytree(saved, unfinished)
     (unfinished / "metadata.json").unlink()
-    same = run(crew, tmp_path / "b", reference, 1, {}, [["load_error", str(torn)], ["load_error", str(unfinished)]])
+    same = run(
+        crew, tmp_path / "b", reference, 1, {}, [["load_error", str(torn)], ["load_error", str(unfinished)]]
+    )
     assert f"lacks 1 of its 2 shards: {shard.name}" in same[0]["errors"][0]
     assert "is not a finished megatron checkpoint" in same[0]["errors"][1]
     plain = case.make_model("qwen3_moe_plain", tmp_path / "plain")
@@ -108,11 +139,14 @@ def foreign_routes(reference: Reference) -> list[RoutingTrace]:
     return routes
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [
-    (4, {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2, "recompute": "full"}),
-    (2, {"pipeline_parallel": 2, "virtual_stages": 2, "recompute": "full"}),
-    (2, {"pipeline_parallel": 2}),
-])
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (4, {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2, "recompute": "full"}),
+        (2, {"pipeline_parallel": 2, "virtual_stages": 2, "recompute": "full"}),
+        (2, {"pipeline_parallel": 2}),
+    ],
+)
 def test_routes_are_recorded_and_replayed_under_any_layout(
     world_size: int, layout: dict, reference: Reference, tmp_path: Path, crew: Crew
 ) -> None:
@@ -126,17 +160,32 @@ def test_routes_are_recorded_and_replayed_under_any_layout(
     assert max(float((w.logprobs - n.logprobs).abs().max()) for w, n in zip(want, native)) > 0.1
     eager.forward_backward(data, case.make_spec(data))
     norm = eager.optim_step().grad_norm
-    ranks = run(crew, tmp_path, reference, world_size, layout,
-                ["record", "logprobs", ["foreign_routes", str(tmp_path / "routes.pt")], "logprobs", ["train", 1],
-                 "reference"], keep_reference=True)
+    ranks = run(
+        crew,
+        tmp_path,
+        reference,
+        world_size,
+        layout,
+        [
+            "record",
+            "logprobs",
+            ["foreign_routes", str(tmp_path / "routes.pt")],
+            "logprobs",
+            ["train", 1],
+            "reference",
+        ],
+        keep_reference=True,
+    )
     recorded = by_batch(ranks, "recorded", len(data))
     for expected, outputs in zip(native, recorded):
         for got in outputs:
             assert got.routing.known.all()
             assert np.array_equal(np.sort(got.routing.expert_ids), np.sort(expected.routing.expert_ids))
     for i, expectations in enumerate((native, want)):
-        for expected, outputs in zip(expectations, by_batch([{"data_rank": r["data_rank"], "lp": r["logprobs"][i]}
-                                                             for r in ranks], "lp", len(data))):
+        for expected, outputs in zip(
+            expectations,
+            by_batch([{"data_rank": r["data_rank"], "lp": r["logprobs"][i]} for r in ranks], "lp", len(data)),
+        ):
             for got in outputs:
                 torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
     for rank in ranks:
@@ -169,7 +218,9 @@ def switch_loss(reference: Reference) -> tuple[float, np.ndarray]:
             counts = torch.bincount(probs.topk(2).indices.flatten(), minlength=8).numpy()
             loads[layer] += counts
             fraction = counts / counts.sum()
-            losses[layer] += 8 * float((torch.from_numpy(fraction) * probs.double().mean(0)).sum()) * batch.num_tokens
+            losses[layer] += (
+                8 * float((torch.from_numpy(fraction) * probs.double().mean(0)).sum()) * batch.num_tokens
+            )
     return float(losses.mean() / total), loads
 
 
@@ -178,8 +229,14 @@ def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path
     loss, loads = switch_loss(reference)
     knobs = {"aux_loss_coef": 0.5}
     alone = run(crew, tmp_path / "a", reference, 1, knobs, [["train", 1]])
-    cut = run(crew, tmp_path / "b", reference, 4,
-              knobs | {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}, [["train", 1]])
+    cut = run(
+        crew,
+        tmp_path / "b",
+        reference,
+        4,
+        knobs | {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2},
+        [["train", 1]],
+    )
     for ranks in (alone, cut):
         stats = merged(ranks, 0)
         violation = loads.max(1) / loads.mean(1) - 1
@@ -189,7 +246,8 @@ def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path
         for moe, layer in enumerate((0, 2, 3)):
             assert stats[f"routing/layer_{layer}/max_violation"] == pytest.approx(violation[moe], rel=1e-6)
             assert stats[f"routing/layer_{layer}/max_load_fraction"] == pytest.approx(
-                loads[moe].max() / loads[moe].sum(), rel=1e-6)
+                loads[moe].max() / loads[moe].sum(), rel=1e-6
+            )
         assert stats["routing/aux_loss"] == pytest.approx(loss, rel=1e-5)
     assert alone[0]["steps"][0]["grad_norm"] == pytest.approx(cut[0]["steps"][0]["grad_norm"], rel=1e-5)
     without = reference.steps[0][1].grad_norm
@@ -198,10 +256,14 @@ def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path
 
 def test_expert_bias_moves_towards_the_idle(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """Zero at first (log-probs are unchanged); a step moves it by 0.001 up for experts below the mean load."""
-    ranks = run(crew, tmp_path, reference, 2, {"expert_bias": True, **EP2}, ["logprobs", ["train", 1], "bias"])
+    ranks = run(
+        crew, tmp_path, reference, 2, {"expert_bias": True, **EP2}, ["logprobs", ["train", 1], "bias"]
+    )
     _, loads = switch_loss(reference)
     for i, want in enumerate(reference.logprobs):
-        torch.testing.assert_close(ranks[i % 2]["logprobs"][0][i // 2].logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ranks[i % 2]["logprobs"][0][i // 2].logprobs, want.logprobs, rtol=1e-5, atol=1e-5
+        )
     for rank in ranks:
         for moe, (_, (bias, _)) in enumerate(sorted(rank["bias"].items())):
             want = 1e-3 * np.sign(loads[moe].mean() - loads[moe])

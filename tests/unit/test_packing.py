@@ -13,13 +13,22 @@ from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, Rollout
 
 
-def rollout(i: int, prompt: int, completion: int, group: int = 0, mask: list[bool] | None = None, routing=None) -> Rollout:
+def rollout(
+    i: int, prompt: int, completion: int, group: int = 0, mask: list[bool] | None = None, routing=None
+) -> Rollout:
     tokens = np.arange(completion) + 100 * (i + 1)
     return Rollout(
-        i, group, Prompt(f"p{group}", tuple(range(1, prompt + 1)), "?"),
+        i,
+        group,
+        Prompt(f"p{group}", tuple(range(1, prompt + 1)), "?"),
         Completion(
-            tokens, np.array(mask if mask is not None else [True] * completion), -np.arange(1, completion + 1) / 10,
-            np.zeros(completion, np.int32), "stop", "", routing,
+            tokens,
+            np.array(mask if mask is not None else [True] * completion),
+            -np.arange(1, completion + 1) / 10,
+            np.zeros(completion, np.int32),
+            "stop",
+            "",
+            routing,
         ),
         1.0,
     )
@@ -27,8 +36,13 @@ def rollout(i: int, prompt: int, completion: int, group: int = 0, mask: list[boo
 
 def test_worked_example_of_the_alignment():
     (mini,) = pack(
-        [rollout(0, 2, 2), rollout(1, 1, 3, mask=[True, False, True])], [0.5, -1.0],
-        ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,),
+        [rollout(0, 2, 2), rollout(1, 1, 3, mask=[True, False, True])],
+        [0.5, -1.0],
+        ranks=1,
+        token_budget=16,
+        mini_batches=1,
+        max_completion_length=8,
+        seed=(0,),
     )
     ((batch,),) = mini.micro_batches
     assert batch.token_ids.tolist() == [1, 2, 100, 101, 1, 200, 201, 202]
@@ -38,12 +52,18 @@ def test_worked_example_of_the_alignment():
     assert batch.advantages.tolist() == [0.5] * 4 + [-1.0] * 4
     np.testing.assert_allclose(batch.rollout_logprobs, [0, 0, -0.1, -0.2, 0, -0.1, 0, -0.3], rtol=1e-6)
     assert batch.sequence_ids().tolist() == [0] * 4 + [1] * 4
-    assert (mini.denominators.sequences, mini.denominators.tokens, mini.denominators.max_completion_length) == (2, 4, 8)
+    assert (
+        mini.denominators.sequences,
+        mini.denominators.tokens,
+        mini.denominators.max_completion_length,
+    ) == (2, 4, 8)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=4, max_size=40), ranks=st.integers(1, 4), extra=st.integers(0, 60)
+    lengths=st.lists(st.integers(1, 40), min_size=4, max_size=40),
+    ranks=st.integers(1, 4),
+    extra=st.integers(0, 60),
 )
 def test_every_sequence_is_in_one_bin_within_the_budget_and_ranks_run_equal_counts(lengths, ranks, extra):
     budget = max(lengths) + extra
@@ -95,8 +115,14 @@ def test_taken_sequences_keep_their_tokens_and_traces():
         RoutingTrace(np.full((n, 2, 2), i, np.uint8) + np.arange(2, dtype=np.uint8), np.ones(n, bool), 8)
         for i, n in ((0, 5), (1, 7), (2, 4))
     ]
-    rollouts = [rollout(0, 2, 3, routing=traces[0]), rollout(1, 3, 4, routing=traces[1]), rollout(2, 1, 3, routing=traces[2])]
-    (mini,) = pack(rollouts, [1, 2, 3], ranks=1, token_budget=64, mini_batches=1, max_completion_length=8, seed=(0,))
+    rollouts = [
+        rollout(0, 2, 3, routing=traces[0]),
+        rollout(1, 3, 4, routing=traces[1]),
+        rollout(2, 1, 3, routing=traces[2]),
+    ]
+    (mini,) = pack(
+        rollouts, [1, 2, 3], ranks=1, token_budget=64, mini_batches=1, max_completion_length=8, seed=(0,)
+    )
     assert mini.micro_batches[0][0].routing is None  # held once, by the rollouts, until they are asked for
     ((batch,),) = mini.with_traces(rollouts).micro_batches
     taken = take_sequences([(batch, 2), (batch, 0)], ranks=1)
@@ -135,35 +161,51 @@ def test_bad_layouts_are_refused(change, message):
 def test_a_rollout_without_a_trained_token_is_named():
     with pytest.raises(ValueError, match="rollout 1 has no trained token"):
         pack(
-            [rollout(0, 2, 2), rollout(1, 2, 2, mask=[False, False])], [1.0, 1.0],
-            ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,),
+            [rollout(0, 2, 2), rollout(1, 2, 2, mask=[False, False])],
+            [1.0, 1.0],
+            ranks=1,
+            token_budget=16,
+            mini_batches=1,
+            max_completion_length=8,
+            seed=(0,),
         )
 
 
 @pytest.mark.parametrize(
     ("routing", "message"),
     [
-        (RoutingTrace(np.zeros((3, 1, 1), np.uint8), np.ones(3, bool), 4),
-         "routing trace of rollout 0 is truncated: 3 rows for 4 tokens"),
+        (
+            RoutingTrace(np.zeros((3, 1, 1), np.uint8), np.ones(3, bool), 4),
+            "routing trace of rollout 0 is truncated: 3 rows for 4 tokens",
+        ),
         (None, "rollout 0 has no routing trace"),
     ],
 )
 def test_a_truncated_or_missing_trace_is_named(routing, message):
     rollouts = [rollout(0, 2, 2, routing=routing)]
-    (mini,) = pack(rollouts, [1.0], ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,))
+    (mini,) = pack(
+        rollouts, [1.0], ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,)
+    )
     with pytest.raises(ValueError, match=message):
         mini.with_traces(rollouts)
 
 
 def test_non_finite_engine_logprobs_name_the_token():
     with pytest.raises(ValueError, match=r"completion.logprobs must be finite: got nan at token 1 \(id 8\)"):
-        Completion(np.array([7, 8]), np.ones(2, bool), np.array([-1.0, np.nan]), np.zeros(2, np.int32), "stop", "")
+        Completion(
+            np.array([7, 8]), np.ones(2, bool), np.array([-1.0, np.nan]), np.zeros(2, np.int32), "stop", ""
+        )
 
 
 def test_sequence_ids_follow_the_boundaries():
     (mini,) = pack(
-        [rollout(0, 1, 1), rollout(1, 2, 3)], [1, 1], ranks=1, token_budget=9, mini_batches=1,
-        max_completion_length=8, seed=(0,),
+        [rollout(0, 1, 1), rollout(1, 2, 3)],
+        [1, 1],
+        ranks=1,
+        token_budget=9,
+        mini_batches=1,
+        max_completion_length=8,
+        seed=(0,),
     )
     ((batch,),) = mini.micro_batches
     assert torch.equal(batch.sequence_ids(), torch.tensor([0, 0, 1, 1, 1, 1, 1]))

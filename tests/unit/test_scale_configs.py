@@ -15,24 +15,39 @@ import sys
 
 import pytest
 
-from gspo_dist import cli
-from gspo_dist.compare.study import load_study
+from gspo_dist.cli import main as cli
+from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_layout
-from gspo_dist.mapping import to_mapping
 from gspo_dist.planner import find_gpu, find_model, plan, read_run
 from gspo_dist.planner.placement import where
+from gspo_dist.studies.study import load_study
 
 ARMS = ["gspo", "grpo", "grpo_r2", "grpo_r3"]
 STUDY_ARMS = ["gspo", "gspo_recompute", "gspo_r3", "grpo", "grpo_r2", "grpo_r3"]
 NODES = [2, 4, 8]
 PATHS = ["model.path=/shared/model", "data.train=/shared/train.jsonl", "data.heldout=/shared/heldout.jsonl"]
 CONFIG_JSON = {  # the published config.json, what decides shapes
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
-    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "hidden_act": "silu",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
     "attention_bias": False,
 }
 EXPERTS_A_RANK = 3_623_878_656
@@ -45,7 +60,11 @@ def arm(name: str, nodes: int):
 
 def planned(config, nodes: int):
     learner, engine, work = read_run(to_mapping(config))
-    return learner, engine, plan(learner, engine, work, find_model("Qwen3-30B-A3B"), find_gpu("H100"), nodes, 8)
+    return (
+        learner,
+        engine,
+        plan(learner, engine, work, find_model("Qwen3-30B-A3B"), find_gpu("H100"), nodes, 8),
+    )
 
 
 @pytest.mark.parametrize("nodes", NODES)
@@ -86,7 +105,9 @@ def test_learner_states_are_those_worked_out_by_hand(nodes, dense, optimizer):
     if nodes == 2:
         assert result.learner.bytes_of("optimizer") == 0
         assert result.host.bytes_of("offloaded optimizer") == 8 * optimizer
-        assert result.host.bytes_of("offloaded gradients") == 8 * optimizer // 3  # 4 bytes where states take 12
+        assert (
+            result.host.bytes_of("offloaded gradients") == 8 * optimizer // 3
+        )  # 4 bytes where states take 12
     else:
         assert result.learner.bytes_of("optimizer") == optimizer
 
@@ -107,8 +128,14 @@ def test_an_engine_gpu_is_filled_as_worked_out_by_hand(nodes):
 
 @pytest.mark.parametrize("nodes", NODES)
 def test_a_layout_changes_where_a_run_runs_and_nothing_else(nodes):
-    placed = {"learner.world_size", "learner.token_budget", "learner.megatron.tensor_parallel",
-              "learner.megatron.optimizer_cpu_offload", "rollout.engines", "cluster.plan_nodes"}
+    placed = {
+        "learner.world_size",
+        "learner.token_budget",
+        "learner.megatron.tensor_parallel",
+        "learner.megatron.optimizer_cpu_offload",
+        "rollout.engines",
+        "cluster.plan_nodes",
+    }
 
     def flat(node, prefix=""):
         for key, value in node.items():
@@ -123,15 +150,23 @@ def test_the_arms_are_the_papers():
     for config in configs.values():
         assert config.mini_batches == 4
         assert (config.learner.precision, config.rollout.precision) == ("bf16", "bf16")
-        assert config.learner.megatron.router_dtype == "fp32" and config.learner.fp32_head
+        assert config.learner.megatron.router_dtype == "fp32"
+        assert config.learner.fp32_head
         assert (config.evaluation.samples, config.evaluation.temperature) == (32, 1.0)
         assert (config.data.train, config.data.heldout) == ("/shared/train.jsonl", "/shared/heldout.jsonl")
-        assert config.objective.kl_coef == 0.0 and config.reward.function == "math"
+        assert config.objective.kl_coef == 0.0
+        assert config.reward.function == "math"
     assert configs["gspo"].objective.params == {"clip_low": 3e-4, "clip_high": 4e-4}
-    assert (configs["gspo"].objective.old_logprobs, configs["gspo"].objective.routing_replay) == ("rollout", "none")
+    assert (configs["gspo"].objective.old_logprobs, configs["gspo"].objective.routing_replay) == (
+        "rollout",
+        "none",
+    )
     for name, replay in (("grpo", "none"), ("grpo_r2", "r2"), ("grpo_r3", "r3")):
         assert configs[name].objective.params == {"clip_low": 0.2, "clip_high": 0.27}
-        assert (configs[name].objective.old_logprobs, configs[name].objective.routing_replay) == ("recompute", replay)
+        assert (configs[name].objective.old_logprobs, configs[name].objective.routing_replay) == (
+            "recompute",
+            replay,
+        )
 
 
 def read_yaml(path):
@@ -142,7 +177,9 @@ def read_yaml(path):
 
 def test_a_study_runs_the_arms_that_the_experiments_name():
     study = load_study(["study=qwen3_30b_a3b", "layout=qwen3_30b_a3b_8x8", *PATHS], cli.conf_dir(), read_yaml)
-    assert list(study.arms) == STUDY_ARMS and study.parallel == 1 and study.reference == "grpo"
+    assert list(study.arms) == STUDY_ARMS
+    assert study.parallel == 1
+    assert study.reference == "grpo"
     for name in STUDY_ARMS:
         of_study = to_mapping(cli.run_config(study.run_overrides(name, 0)))
         assert of_study["logger"]["wandb"]["project"] == "gspo_dist"
@@ -151,12 +188,14 @@ def test_a_study_runs_the_arms_that_the_experiments_name():
         if name in ARMS:
             alone = to_mapping(arm(name, 8))
             own = ("run_dir", "logger")
-            assert {k: v for k, v in of_study.items() if k not in own} == {k: v for k, v in alone.items() if k not in own}
+            assert {k: v for k, v in of_study.items() if k not in own} == {
+                k: v for k, v in alone.items() if k not in own
+            }
 
 
 def test_a_run_without_its_paths_stops_before_anything_starts():
     from gspo_dist.data.records import read_file
-    from gspo_dist.learners.policy import check_model_folder
+    from gspo_dist.learners.hf_model import check_model_folder
 
     config = cli.run_config(["experiment=qwen3_30b_a3b/gspo"])
     with pytest.raises(ValueError, match="give-model.path"):
@@ -168,16 +207,20 @@ def test_a_run_without_its_paths_stops_before_anything_starts():
 
 def test_a_dry_run_shows_every_arm_without_a_gpu_and_without_torch(tmp_path):
     program = (
-        "import sys; from gspo_dist import cli\n"
+        "import sys; from gspo_dist.cli import main as cli\n"
         "cli.main(['compare', 'study=qwen3_30b_a3b', 'layout=qwen3_30b_a3b_2x8', '--dry-run'])\n"
         "print('heavy:', sorted({'torch', 'ray', 'vllm'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     shown = done.stdout.split("\n== ")
     assert [part.split("\n")[0] for part in shown[1:]] == STUDY_ARMS
     for part in shown[1:]:
-        assert "on 2 x 8 H100-80GB" in part and "\nfits\n" in part
-        assert "offloaded optimizer" in part and "kv_cache" in part
+        assert "on 2 x 8 H100-80GB" in part
+        assert "\nfits\n" in part
+        assert "offloaded optimizer" in part
+        assert "kv_cache" in part
     assert done.stdout.endswith("heavy: []\n")
     assert list(tmp_path.iterdir()) == []

@@ -19,11 +19,11 @@ from gspo_dist.learners.deepspeed.config import check, engine_config, import_dee
 from gspo_dist.learners.deepspeed.export import full_weights
 from gspo_dist.learners.deepspeed.load import load_partitioned
 from gspo_dist.learners.eager import hf_logprobs, replaying
+from gspo_dist.learners.hf_model import PolicyModel, check_model_folder, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
-from gspo_dist.learners.policy import PolicyModel, check_model_folder, load_policy, model_inputs
+from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor
-from gspo_dist.learners.step import LossSpec, micro_batch_loss, trained_index
-from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import deepspeed as autoep_routers
 from gspo_dist.routing import huggingface as hf_routers
 from gspo_dist.types import LogprobOutput, PackedBatch

@@ -73,10 +73,14 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
             f"the megatron learner supports rope_type 'default' only: got {kind!r} for {name}; use learner=deepspeed"
         )
     if config.get("use_sliding_window"):
-        raise ValueError(f"the megatron learner has no sliding window: {name} asks for one; use learner=deepspeed")
+        raise ValueError(
+            f"the megatron learner has no sliding window: {name} asks for one; use learner=deepspeed"
+        )
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"the megatron learner supports hidden_act 'silu' only: got {config['hidden_act']!r}")
-    if config.get("attention_bias") and name != "Qwen2ForCausalLM" or config.get("mlp_bias"):
+        raise ValueError(
+            f"the megatron learner supports hidden_act 'silu' only: got {config['hidden_act']!r}"
+        )
+    if (config.get("attention_bias") and name != "Qwen2ForCausalLM") or config.get("mlp_bias"):
         raise ValueError(f"the megatron learner supports no attention_bias or mlp_bias for {name}: unset it")
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     moe = _experts(config, layers) if name == "Qwen3MoeForCausalLM" else {"moe_layers": (False,) * layers}

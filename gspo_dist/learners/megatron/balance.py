@@ -16,7 +16,7 @@ from megatron.core import parallel_state as mpu
 from gspo_dist.config import MegatronConfig
 from gspo_dist.learners.megatron.architecture import Architecture
 from gspo_dist.learners.megatron.model import routers
-from gspo_dist.objectives.stats import Stat
+from gspo_dist.metrics.stat import Stat
 from gspo_dist.types import PackedBatch
 
 

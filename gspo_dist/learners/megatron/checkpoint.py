@@ -64,7 +64,8 @@ class Saves:
         dist.barrier()
         state = sharded_state(trained, loading=False)
         state[COMMON] = {
-            "policy_version": policy_version, "architecture": dataclasses.asdict(trained.architecture),
+            "policy_version": policy_version,
+            "architecture": dataclasses.asdict(trained.architecture),
         }
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=self.queue is not None)
         if self.queue is not None and request is not None:
@@ -83,7 +84,9 @@ class Saves:
 def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     """Weights and optimiser state with their global places; all else is marked as this rank's own."""
     metadata = dict(METADATA)  # 0.16.1 writes the data-parallel group of the moment into it
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(trained.chunks)}
+    models = {
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(trained.chunks)
+    }
     state = trained.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     # 0.16.1's plain optimisers mark some of it themselves; loading undoes one mark.
     kept = (ShardedBase, LocalNonpersistentObject)
@@ -120,7 +123,9 @@ def check(state: dict[str, Any], folder: Path) -> None:
     Names the missing file, or the first tensor whose name or shape differs.
     """
     if not (folder / "metadata.json").is_file():
-        raise ValueError(f"{folder} is not a finished megatron checkpoint: it has no metadata.json; resume from another")
+        raise ValueError(
+            f"{folder} is not a finished megatron checkpoint: it has no metadata.json; resume from another"
+        )
     metadata = FileSystemReader(str(folder)).read_metadata()
     files = sorted({place.relative_path for place in (metadata.storage_data or {}).values()})
     missing = [name for name in files if not (folder / name).is_file()]
@@ -160,7 +165,9 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
     fresh one has none, and would correct the moments' bias as at the first step.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part, own in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
+    for part, own in zip(
+        parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True
+    ):
         inner = part.optimizer
         moments = own.pop("param_state", None)
         adamw = isinstance(inner, torch.optim.AdamW)

@@ -58,7 +58,7 @@ class SafetensorsFolder:
             self.files = {}
             for shard in shards:
                 with safe_open(shard, "pt") as f:
-                    self.files |= {name: shard.name for name in list(f.keys())}
+                    self.files |= dict.fromkeys(list(f.keys()), shard.name)
 
     def _locate(self, name: str) -> tuple[str, int | None, int]:
         """(stored name, expert or None, which half of a fused gate_up)."""
@@ -92,7 +92,7 @@ class SafetensorsFolder:
                 size = self.shape(name)[0]
                 start, stop, _ = rows.indices(size)
                 offset = half * size if stored.endswith("gate_up_proj") else 0
-                return part[expert, start + offset:stop + offset, columns]
+                return part[expert, start + offset : stop + offset, columns]
             return part[rows] if len(shape) == 1 else part[rows, columns]
 
 
@@ -194,7 +194,9 @@ def rule_for(name: str, model: Architecture) -> Rule:
     """
     outer = {
         "embedding.word_embeddings.weight": Split("model.embed_tokens.weight", 0),
-        "output_layer.weight": Split("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight", 0),
+        "output_layer.weight": Split(
+            "model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight", 0
+        ),
         "decoder.final_layernorm.weight": Whole("model.norm.weight"),
     }
     if name in outer:
@@ -212,8 +214,9 @@ def _layer_rule(hf: str, name: str, model: Architecture) -> Rule | None:
     if qkv:
         q, k, v = (f"{attention}.{p}_proj.{qkv[1]}" for p in "qkv")
         return QKV(q, k, v, model.num_kv_heads, model.num_heads, model.head_dim)
-    expert = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))",
-                          name)
+    expert = re.fullmatch(
+        r"mlp\.experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))", name
+    )
     if expert:
         number, which = expert[1] or expert[4], expert[2] or expert[3]
         mlp, name = f"{mlp}.experts.{number}", f"mlp.linear_fc{which}.weight"

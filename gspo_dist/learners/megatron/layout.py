@@ -66,10 +66,20 @@ def check_layout(config: MegatronConfig, model: Architecture, world_size: int) -
     stages = pp * config.virtual_stages
     _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.num_layers)
     if tp * pp * cp == 0 or world_size % (tp * pp * cp):
-        _refuse("tensor_parallel x pipeline_parallel x context_parallel", tp * pp * cp, "world_size", world_size)
+        _refuse(
+            "tensor_parallel x pipeline_parallel x context_parallel", tp * pp * cp, "world_size", world_size
+        )
     _check_experts(config, model, world_size, sequence)
-    return Layout(world_size, tp, pp, config.virtual_stages, config.expert_parallel,
-                  config.expert_tensor_parallel, cp, sequence)
+    return Layout(
+        world_size,
+        tp,
+        pp,
+        config.virtual_stages,
+        config.expert_parallel,
+        config.expert_tensor_parallel,
+        cp,
+        sequence,
+    )
 
 
 def _check_experts(config: MegatronConfig, model: Architecture, world_size: int, sequence: bool) -> None:
@@ -85,7 +95,9 @@ def _check_experts(config: MegatronConfig, model: Architecture, world_size: int,
     _divides("expert_tensor_parallel", etp, "moe_intermediate_size", model.expert_ffn_size)
     shared = ep * etp * config.pipeline_parallel
     if world_size % shared:
-        _refuse("expert_tensor_parallel x expert_parallel x pipeline_parallel", shared, "world_size", world_size)
+        _refuse(
+            "expert_tensor_parallel x expert_parallel x pipeline_parallel", shared, "world_size", world_size
+        )
     if config.tensor_parallel > 1 and not sequence:
         raise ValueError(
             "learner.megatron.sequence_parallel must be on for a mixture of experts with tensor_parallel > 1: got "

@@ -24,8 +24,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
-from gspo_dist.learners.logprobs import VocabParallel, taken_logprobs
+from gspo_dist.learners.loss import LossSpec, micro_batch_loss
 from gspo_dist.learners.megatron import balance, checkpoint, cpu
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron import optimizer as optim
@@ -35,8 +36,7 @@ from gspo_dist.learners.megatron.layout import check_knobs, check_layout, check_
 from gspo_dist.learners.megatron.rows import Rows, lay_out
 from gspo_dist.learners.megatron.shards import export_weights, load_weights
 from gspo_dist.learners.schedule import lr_factor
-from gspo_dist.learners.step import LossSpec, micro_batch_loss
-from gspo_dist.objectives.stats import Stat, merge_stats
+from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing.megatron import Routers
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.stream import buckets
@@ -72,8 +72,15 @@ class MegatronLearner:
     """Implements `Learner`. The default process group is initialised from the environment unless it is already."""
 
     def __init__(
-        self, config: LearnerConfig, model_path: str | Path, *, total_steps: int, temperature: float = 1.0,
-        keep_reference: bool = False, device: str = "cpu", seed: int = 0,
+        self,
+        config: LearnerConfig,
+        model_path: str | Path,
+        *,
+        total_steps: int,
+        temperature: float = 1.0,
+        keep_reference: bool = False,
+        device: str = "cpu",
+        seed: int = 0,
     ) -> None:
         self.config, self.temperature = config, temperature
         self.architecture = read_architecture(model_path)
@@ -97,8 +104,11 @@ class MegatronLearner:
         self.optimizer = optim.build_optimizer(self.ddp, config)
         self._let_schedules_sync()
         self.routers = Routers(
-            builder.routers(self.chunks), self.architecture.moe_layers, self.architecture.top_k,
-            self.architecture.num_experts, recompute=builder.recomputes_routers(self.transformer),
+            builder.routers(self.chunks),
+            self.architecture.moe_layers,
+            self.architecture.top_k,
+            self.architecture.num_experts,
+            recompute=builder.recomputes_routers(self.transformer),
             sequence_parallel=self.layout.sequence_parallel,
         )
         self.lr_factor = lr_factor(config.optimizer, total_steps)
@@ -144,17 +154,27 @@ class MegatronLearner:
         return [_Item(batch, lay_out(batch, self.layout, rank, self.device)) for batch in batches]
 
     def _schedule(
-        self, chunks: list[Any], items: list[_Item], finish: Callable[[_Item, Any, Tensor], Any], *, forward_only: bool,
+        self,
+        chunks: list[Any],
+        items: list[_Item],
+        finish: Callable[[_Item, Any, Tensor], Any],
+        *,
+        forward_only: bool,
     ) -> list[Any]:
         """Runs the items through this rank's chunks; `finish(item, chunk, hidden)` on the last stage, in order."""
 
         def forward_step(iterator: Iterator[_Item], wrapped: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             item = next(iterator)
             chunk = getattr(wrapped, "module", wrapped)
-            mask = item.rows.padding_mask(self.layout, mpu.get_tensor_model_parallel_rank(), chunk.pre_process)
+            mask = item.rows.padding_mask(
+                self.layout, mpu.get_tensor_model_parallel_rank(), chunk.pre_process
+            )
             out = wrapped(
-                input_ids=item.rows.token_ids, position_ids=item.rows.position_ids, attention_mask=None,
-                packed_seq_params=item.rows.packed, padding_mask=mask,
+                input_ids=item.rows.token_ids,
+                position_ids=item.rows.position_ids,
+                attention_mask=None,
+                packed_seq_params=item.rows.packed,
+                padding_mask=mask,
             )
             return out, partial(finish, item, chunk)
 
@@ -184,12 +204,17 @@ class MegatronLearner:
         if self.layout.tensor > 1:
             shard = self.architecture.vocab_size // self.layout.tensor
             parallel = VocabParallel(
-                mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_rank() * shard,
+                mpu.get_tensor_model_parallel_group(),
+                mpu.get_tensor_model_parallel_rank() * shard,
                 reduce_hidden_grad=not self.layout.sequence_parallel,
             )
         out = taken_logprobs(
-            rows, builder.head_weight(chunk), labels, temperature=self.temperature,
-            fp32_head=self.config.fp32_head, vocab_parallel=parallel,
+            rows,
+            builder.head_weight(chunk),
+            labels,
+            temperature=self.temperature,
+            fp32_head=self.config.fp32_head,
+            vocab_parallel=parallel,
         )
         return out.logprobs[:count], out.entropy[:count]
 
@@ -230,8 +255,11 @@ class MegatronLearner:
         if self.layout.context > 1:
             dist.all_reduce(flat, group=mpu.get_context_parallel_group())
         if self.layout.pipeline > 1:
-            dist.broadcast(flat, src=mpu.get_pipeline_model_parallel_last_rank(),
-                           group=mpu.get_pipeline_model_parallel_group())
+            dist.broadcast(
+                flat,
+                src=mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
         return list(flat.cpu().split(sizes, dim=1))
 
     # ---- training -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gspo_dist.config import MegatronConfig
-from gspo_dist.learners.megatron import cpu
+from gspo_dist.learners.megatron import cpu_shim
 from gspo_dist.learners.megatron.architecture import Architecture
 from gspo_dist.learners.megatron.layout import Layout, have_transformer_engine
 from gspo_dist.learners.megatron.modules import CountingRouter, PackedAttention, RMSNorm
@@ -45,12 +45,21 @@ def start_groups(layout: Layout, timeout_s: float, seed: int = 0) -> None:
 
 
 def transformer_config(
-    model: Architecture, layout: Layout, config: MegatronConfig, precision: str, *, gpu: bool,
+    model: Architecture,
+    layout: Layout,
+    config: MegatronConfig,
+    precision: str,
+    *,
+    gpu: bool,
 ) -> TransformerConfig:
     """megatron-core's config; `gpu` picks kernels, so that GPU settings are validated on any machine."""
     dtype = DTYPES[precision]
     # Named for dense models too: 0.16.1's default dispatcher refuses variable lengths even where nothing is dispatched.
-    moe = _moe_settings(model, config, gpu) if model.num_moe_layers else {"moe_token_dispatcher_type": "alltoall"}
+    moe = (
+        _moe_settings(model, config, gpu)
+        if model.num_moe_layers
+        else {"moe_token_dispatcher_type": "alltoall"}
+    )
     built = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -127,8 +136,11 @@ def _recompute_settings(model: Architecture, config: MegatronConfig, gpu: bool) 
     if config.recompute == "none":
         return {}
     if config.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform",
-                "recompute_num_layers": config.recompute_num_layers}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": config.recompute_num_layers,
+        }
     # Flash attention keeps no scores; on a GPU the large activations are the experts' (or the MLP's).
     modules = ["core_attn"] if not gpu else ["moe_act", "layernorm"] if model.num_moe_layers else ["mlp"]
     if "moe_act" in modules and not config.grouped_gemm:
@@ -157,7 +169,9 @@ def layer_spec(config: TransformerConfig, *, gpu: bool, vp_stage: int | None = N
     return block
 
 
-def build_chunks(model: Architecture, layout: Layout, config: TransformerConfig, *, gpu: bool) -> list[GPTModel]:
+def build_chunks(
+    model: Architecture, layout: Layout, config: TransformerConfig, *, gpu: bool
+) -> list[GPTModel]:
     """This rank's part of the model, weights not loaded: one GPTModel a virtual stage, on the learner's device."""
     chunks = []
     for stage in range(layout.virtual_stages):
@@ -183,7 +197,7 @@ def build_chunks(model: Architecture, layout: Layout, config: TransformerConfig,
             chunk.output_layer.forward = lambda hidden, **unused: (gather_rows(hidden, config), None)
         _mark(chunk)
         chunks.append(chunk.cuda() if gpu else chunk)
-    if not cpu.on_cpu() and not gpu:
+    if not cpu_shim.on_cpu() and not gpu:
         raise ValueError("the CPU layers were asked for where CUDA is present: build with gpu=True")
     return chunks
 
@@ -195,12 +209,19 @@ def _mark(chunk: GPTModel) -> None:
     norm leaves out all shards but the first. Experts get allreduce=False under expert_parallel > 1 only: with
     tensor_parallel 2 and one expert rank their gradients would leave out the other tensor rank's tokens.
     """
-    cuts = ((tensor_parallel.ColumnParallelLinear, 0), (tensor_parallel.VocabParallelEmbedding, 0),
-            (tensor_parallel.RowParallelLinear, 1))
+    cuts = (
+        (tensor_parallel.ColumnParallelLinear, 0),
+        (tensor_parallel.VocabParallelEmbedding, 0),
+        (tensor_parallel.RowParallelLinear, 1),
+    )
     for module in chunk.modules():
         for kind, dim in cuts:
             weight = getattr(module, "weight", None)
-            if isinstance(module, kind) and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            if (
+                isinstance(module, kind)
+                and weight is not None
+                and not hasattr(weight, "tensor_model_parallel")
+            ):
                 tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
@@ -232,4 +253,6 @@ def routers(chunks: list[GPTModel]) -> list[CountingRouter]:
 def recomputes_routers(config: TransformerConfig) -> bool:
     """Whether the backward pass runs the routers' forward again."""
     modules = config.recompute_modules or ()
-    return config.recompute_granularity == "full" or (config.recompute_granularity == "selective" and "moe" in modules)
+    return config.recompute_granularity == "full" or (
+        config.recompute_granularity == "selective" and "moe" in modules
+    )

@@ -50,19 +50,32 @@ class PackedAttention(nn.Module):
     so each rank's queries see all that came before them; the backward pass reduce-scatters.
     """
 
-    def __init__(self, config: Any, pg_collection: Any, softmax_scale: float | None = None, **unused: Any) -> None:
+    def __init__(
+        self, config: Any, pg_collection: Any, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
         self.cp = config.context_parallel_size
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, /, *,
-                packed_seq_params: Any, **unused: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        packed_seq_params: Any,
+        **unused: Any,
+    ) -> Tensor:
         """query [t, np, d], key and value [t, ng, d] -> [t, np * d]; lengths come from packed_seq_params."""
         bounds = tuple(packed_seq_params.cu_seqlens_q_padded.tolist())
         if self.cp > 1:
             order = natural_order(bounds, self.cp)
-            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group)[order] for x in (key, value))
+            key, value = (
+                gather_from_sequence_parallel_region(x, group=self.cp_group)[order] for x in (key, value)
+            )
         out = []
         for start, end in pairwise(bounds):
             mine = slice(start // self.cp, end // self.cp)
@@ -71,9 +84,17 @@ class PackedAttention(nn.Module):
                 at = chunk_positions(end - start, self.cp, self.cp_group.rank())
                 mask = torch.arange(end - start) <= at[:, None]
             q, k, v = (x.transpose(0, 1)[None] for x in (query[mine], key[start:end], value[start:end]))
-            out.append(F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,
-            )[0].transpose(0, 1))
+            out.append(
+                F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=self.scale,
+                    enable_gqa=True,
+                )[0].transpose(0, 1)
+            )
         return torch.cat(out).flatten(1)
 
 
@@ -138,11 +159,18 @@ class CountingRouter(TopKRouter):
         if not coefficient:
             return probs
         per_expert, _, total = get_tokens_per_expert_and_token_count(
-            routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=with_padding_mask
+            routing_map=routing_map,
+            reduce_group=self.tp_cp_group,
+            topk=self.topk,
+            with_padding_mask=with_padding_mask,
         )
         loss = switch_load_balancing_loss_func(
-            probs=scores_for_aux_loss, tokens_per_expert=per_expert, total_num_tokens=total, topk=self.topk,
-            num_experts=self.config.num_moe_experts, moe_aux_loss_coeff=coefficient,
+            probs=scores_for_aux_loss,
+            tokens_per_expert=per_expert,
+            total_num_tokens=total,
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,
+            moe_aux_loss_coeff=coefficient,
         ) * (total * self.aux_share)
         self.aux_loss += loss.detach() / coefficient
         return MoEAuxLossAutoScaler.apply(probs, loss)
@@ -159,7 +187,8 @@ class CountingRouter(TopKRouter):
             ids = torch.topk(scores, self.topk, dim=1).indices
         else:
             ids = self.router_replay.get_replay_topk(
-                scores, self.topk, None, None, lambda s, k, *a, **kw: torch.topk(s, k, dim=1))[1]
+                scores, self.topk, None, None, lambda s, k, *a, **kw: torch.topk(s, k, dim=1)
+            )[1]
         if self.config.moe_router_pre_softmax:
             gate = logits.softmax(-1, dtype=torch.float32).gather(1, ids)
         else:

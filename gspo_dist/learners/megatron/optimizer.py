@@ -27,7 +27,8 @@ def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[Dis
     )
     # Only the first chunk's reductions can hide behind a backward pass that still runs.
     return [
-        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
     ]
 
 
@@ -96,7 +97,9 @@ def clipped_step(optimizer: Any, lr: float, policy_version: int) -> float:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=norm,
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()

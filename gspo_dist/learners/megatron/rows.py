@@ -15,9 +15,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from gspo_dist.learners.loss import trained_index
 from gspo_dist.learners.megatron.layout import Layout
 from gspo_dist.learners.megatron.modules import local_rows
-from gspo_dist.learners.step import trained_index
 from gspo_dist.types import PackedBatch
 
 
@@ -77,8 +77,13 @@ def lay_out(batch: PackedBatch, layout: Layout, context_rank: int, device: Any) 
         token_ids=torch.where(source >= 0, batch.token_ids[source.clamp(min=0)], 0)[None].to(device),
         position_ids=within[rows][None].to(device),
         packed=PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, cu_seqlens_q_padded=cu, cu_seqlens_kv_padded=cu,
-            max_seqlen_q=longest, max_seqlen_kv=longest,
+            qkv_format="thd",
+            cu_seqlens_q=cu,
+            cu_seqlens_kv=cu,
+            cu_seqlens_q_padded=cu,
+            cu_seqlens_kv_padded=cu,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
         ),
         index=index[here],
         hidden_rows=hidden_rows[here].to(device),

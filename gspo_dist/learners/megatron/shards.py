@@ -40,7 +40,8 @@ def named_parameters(chunks: Sequence[nn.Module], model: Architecture) -> Iterat
     first_expert = 0
     if model.num_moe_layers:
         first_expert = mpu.get_expert_model_parallel_rank() * (
-            model.num_experts // mpu.get_expert_model_parallel_world_size())
+            model.num_experts // mpu.get_expert_model_parallel_world_size()
+        )
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             layer, expert = -1, None
@@ -51,7 +52,7 @@ def named_parameters(chunks: Sequence[nn.Module], model: Architecture) -> Iterat
             found = _EXPERT.search(name) if ".experts." in name else None
             if found:
                 expert = first_expert + int(found[2])
-                name = name[:found.start(2)] + str(expert) + name[found.end(2):]
+                name = name[: found.start(2)] + str(expert) + name[found.end(2) :]
             split = isinstance(rule_for(name, model), (QKV, GateUp, Split))
             yield Entry(name, layer, expert, split, tuple(parameter.shape), parameter.dtype), parameter
 
@@ -107,7 +108,9 @@ def export_weights(
             if dist.get_rank() == exporter:
                 for name, tensor in _to_hf(group_of, gathered, model):
                     if name in exported:
-                        raise RuntimeError(f"weight {name} was exported twice: two megatron parameters map to it")
+                        raise RuntimeError(
+                            f"weight {name} was exported twice: two megatron parameters map to it"
+                        )
                     exported.add(name)
                     yield name, tensor
 
@@ -129,7 +132,7 @@ def _steps(entries: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
         nbytes = torch.Size(one.shape).numel() * one.dtype.itemsize * width
         most = max(1, bucket_bytes // nbytes)
         for start in range(0, len(members), most):
-            yield members[start:start + most]
+            yield members[start : start + most]
 
 
 def _group(entry: Entry) -> Any:
@@ -146,7 +149,8 @@ def _gather(entries: list[Entry], local: dict[str, Tensor], head: int) -> Tensor
     group = _group(entries[0])
     gathers = entries[0].expert is not None or entries[0].split
     if head not in (dist.get_process_group_ranks(group) if gathers else [head]) or (
-            not gathers and dist.get_rank() != head):
+        not gathers and dist.get_rank() != head
+    ):
         return None
     stack = torch.stack([local[entry.name].detach() for entry in entries])
     if not gathers or group.size() == 1:
@@ -160,7 +164,9 @@ def _send_down(gathered: Tensor | None, entries: list[Entry], source: int, pipel
     if gathered is None:
         one = entries[0]
         width = _group(one).size() if one.expert is not None or one.split else 1
-        gathered = torch.empty(width, len(entries), *one.shape, dtype=one.dtype, device=torch.cuda.current_device())
+        gathered = torch.empty(
+            width, len(entries), *one.shape, dtype=one.dtype, device=torch.cuda.current_device()
+        )
     dist.broadcast(gathered, src=source, group=pipeline)
     return gathered
 
@@ -178,4 +184,4 @@ def _to_hf(entries: list[Entry], gathered: Tensor, model: Architecture) -> Itera
         for i, entry in enumerate(entries):
             expert = rank * each + entry.expert % each
             name = _EXPERT.sub(rf"\g<1>{expert}", entry.name)
-            yield from rule_for(name, model).export(list(gathered[rank * parts:(rank + 1) * parts, i]))
+            yield from rule_for(name, model).export(list(gathered[rank * parts : (rank + 1) * parts, i]))

@@ -22,7 +22,9 @@ class Engines:
 
     def __init__(self, failure: Exception | None, after: float = 0.05) -> None:
         self.failure, self.after, self.over = failure, after, threading.Event()
-        self.handles = {"engine-0": SimpleNamespace(init_weight_sync=SimpleNamespace(remote=lambda info: info))}
+        self.handles = {
+            "engine-0": SimpleNamespace(init_weight_sync=SimpleNamespace(remote=lambda info: info))
+        }
 
     def gather(self, refs, timeout):
         if self.failure is not None:

@@ -12,10 +12,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_dist.config import LearnerConfig, OptimizerConfig
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.learners.step import LossSpec
+from gspo_dist.learners.loss import LossSpec
+from gspo_dist.metrics.stat import results
 from gspo_dist.objectives.aggregate import Denominators
-from gspo_dist.objectives.registry import get_objective
-from gspo_dist.objectives.stats import results
+from gspo_dist.objectives.objective import get_objective
 from gspo_dist.types import PackedBatch
 
 VOCAB = 53
@@ -157,7 +157,9 @@ def test_bf16_gradients_accumulate_in_fp32(model: Path) -> None:
         want = torch.zeros_like(learner.masters[i])
         for part in parts:
             want += part
-        assert got is not None and got.dtype == torch.float32 and torch.equal(got, want)
+        assert got is not None
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want)
         rounded |= not torch.equal(want, want.bfloat16().float())
     assert rounded, "the sums would fit in bf16: the test shows nothing"
 
@@ -188,7 +190,8 @@ def test_resuming_equals_not_stopping_bit_for_bit(model: Path, tmp_path: Path, p
     on = first.optim_step()
     second = make(model, precision, warmup_steps=3, grad_clip=0.1)
     second.load(tmp_path)
-    assert second.policy_version == 2 and torch.equal(torch.rand(2), noise)
+    assert second.policy_version == 2
+    assert torch.equal(torch.rand(2), noise)
     second.forward_backward(data, spec())
     assert second.optim_step() == on
     for field in ("masters", "parameters"):
@@ -215,7 +218,8 @@ def test_a_gradient_that_is_not_finite_stops_the_step(model: Path) -> None:
     learner.gradients[0][0] = float("inf")
     with pytest.raises(FloatingPointError, match="gradient norm is .* at policy version 0"):
         learner.optim_step()
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters)) and learner.policy_version == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters))
+    assert learner.policy_version == 0
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 5000, 1 << 30])

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gspo_dist.learners.logprobs import _block_columns, taken_logprobs
-from gspo_dist.learners.logprobs_passes import IMPLEMENTATIONS
+from gspo_dist.learners.head.logprobs import _block_columns, taken_logprobs
+from gspo_dist.learners.head.passes import IMPLEMENTATIONS
 
 N, H, V = 7, 5, 23
 
@@ -52,7 +52,9 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 5, N, 100, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kept_bytes", [0, 8 * N * V // 2, 1 << 30], ids=["kept-none", "kept-half", "kept-all"])
+@pytest.mark.parametrize(
+    "kept_bytes", [0, 8 * N * V // 2, 1 << 30], ids=["kept-none", "kept-half", "kept-all"]
+)
 def test_equals_log_softmax_and_gather_in_value_and_gradient(chunk_tokens, temperature, bias, kept_bytes):
     hidden, weight, b, ids, upstream = make(bias=bias)
     out = taken_logprobs(
@@ -151,7 +153,9 @@ def test_no_tokens():
     out = taken_logprobs(hidden, weight, ids, bias=bias)
     assert out.logprobs.shape == out.entropy.shape == (0,)
     grads = gradients(out.logprobs, upstream, hidden, weight, bias)
-    assert grads[0].shape == (0, H) and not grads[1].any() and not grads[2].any()
+    assert grads[0].shape == (0, H)
+    assert not grads[1].any()
+    assert not grads[2].any()
 
 
 class _LogitCensus(TorchDispatchMode):
@@ -193,7 +197,9 @@ def test_never_more_than_one_chunk_of_logits_alive(dtype, fp32_head, chunk_token
     n, h, v = 64, 2, 4096
     hidden, weight, _, ids, upstream = make(n, h, v, dtype=dtype, bias=False)
     with _LogitCensus(n, h) as census:
-        out = taken_logprobs(hidden, weight, ids, chunk_tokens=chunk_tokens, kept_bytes=0, fp32_head=fp32_head)
+        out = taken_logprobs(
+            hidden, weight, ids, chunk_tokens=chunk_tokens, kept_bytes=0, fp32_head=fp32_head
+        )
         forward = census.peak
         gradients(out.logprobs, upstream.to(out.logprobs.dtype), hidden, weight)
     assert 0.3 * chunk_tokens * v < forward <= census.peak <= chunk_tokens * v
@@ -290,8 +296,8 @@ def test_compiled_equals_chunked():
 
 _TRITON_CHECK = """
 import torch
-from gspo_dist.learners import logprobs_triton
-from gspo_dist.learners.logprobs import taken_logprobs
+from gspo_dist.learners.head import kernels as logprobs_triton
+from gspo_dist.learners.head.logprobs import taken_logprobs
 logprobs_triton.TILE = 16  # several tiles a row at these sizes
 g = torch.Generator().manual_seed(0)
 for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):  # the interpreter truncates bfloat16
@@ -337,7 +343,7 @@ def test_triton_kernels_equal_the_chunked_passes():
 _PARALLEL_CHECK = """
 import sys
 import torch, torch.distributed as dist
-from gspo_dist.learners.logprobs import VocabParallel, taken_logprobs
+from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 g = torch.Generator().manual_seed(1)

@@ -12,11 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gspo_dist.learners import logprobs_triton as kernels
+from gspo_dist.learners.head import kernels
 
 THREADS = 32 * kernels.WARPS
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
-ALIGNED = [["tt.divisibility", 16]]  # of pointers torch allocates and of blocks of 128 columns, as the launcher finds
+ALIGNED = [
+    ["tt.divisibility", 16]
+]  # of pointers torch allocates and of blocks of 128 columns, as the launcher finds
 
 
 def compiled(kernel, capability, logits, out, bias, entropy=None, aligned=True):
@@ -27,7 +29,9 @@ def compiled(kernel, capability, logits, out, bias, entropy=None, aligned=True):
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
     even = {(i,): ALIGNED for i, n in enumerate(names) if signature[n].startswith("*") or n == "width"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=even if aligned else {})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS}
+    )
 
 
 def moved(ptx, direction):
@@ -67,16 +71,19 @@ def test_each_logit_is_moved_once_and_wide(capability, logits, out, bias, tmp_pa
         assert narrow == 5 + bias
         assert moved(merge.asm["ptx"], "st") == (0, 4)
         used = resources(merge, tmp_path)
-        assert used["STACK"] == used["LOCAL"] == 0 and used["REG"] <= 64
+        assert used["STACK"] == used["LOCAL"] == 0
+        assert used["REG"] <= 64
     gradient = compiled(kernels._gradient_kernel, capability, logits, out, bias)
     assert moved(gradient.asm["ptx"], "ld") == (read, 3)
     assert moved(gradient.asm["ptx"], "st") == (tile * WIDTH[out], 0)
     used = resources(gradient, tmp_path)
-    assert used["STACK"] == used["LOCAL"] == 0 and used["REG"] <= 64
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 64
 
 
 def test_the_count_sees_a_kernel_that_moves_narrowly():
     """A width that is no multiple of sixteen cannot be cut into loads of sixteen bytes."""
     program = compiled(kernels._gradient_kernel, 90, "bf16", "bf16", bias=False, aligned=False)
     wide, narrow = moved(program.asm["ptx"], "ld")
-    assert wide == 0 and narrow > 3
+    assert wide == 0
+    assert narrow > 3

@@ -15,11 +15,25 @@ from gspo_dist.learners.megatron.architecture import Architecture, from_hf, read
 from gspo_dist.learners.megatron.layout import check_layout
 
 QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
-    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960, "tie_word_embeddings": False,
-    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
 }
 
 
@@ -40,34 +54,67 @@ def test_moe_layers_follow_step_and_exceptions() -> None:
     assert from_hf(config).moe_layers == (False, True, False, False, False, True)
 
 
-@pytest.mark.parametrize(("ranks", "sizes"), [
-    (16, {"tensor_parallel": 4, "expert_parallel": 4}),
-    (16, {"tensor_parallel": 2, "expert_parallel": 8}),
-    (64, {"tensor_parallel": 4, "pipeline_parallel": 2, "context_parallel": 2, "expert_parallel": 8}),
-    (8, {"tensor_parallel": 8, "expert_parallel": 8}),
-    (32, {"pipeline_parallel": 4, "virtual_stages": 3, "expert_parallel": 8}),
-])
+@pytest.mark.parametrize(
+    ("ranks", "sizes"),
+    [
+        (16, {"tensor_parallel": 4, "expert_parallel": 4}),
+        (16, {"tensor_parallel": 2, "expert_parallel": 8}),
+        (64, {"tensor_parallel": 4, "pipeline_parallel": 2, "context_parallel": 2, "expert_parallel": 8}),
+        (8, {"tensor_parallel": 8, "expert_parallel": 8}),
+        (32, {"pipeline_parallel": 4, "virtual_stages": 3, "expert_parallel": 8}),
+    ],
+)
 def test_published_layouts_pass_and_factor_the_ranks(model: Architecture, ranks: int, sizes: dict) -> None:
     layout = check_layout(MegatronConfig(**sizes), model, ranks)
     assert layout.data * layout.tensor * layout.context * layout.pipeline == ranks
     assert layout.expert_data * layout.expert * layout.expert_tensor * layout.pipeline == ranks
 
 
-@pytest.mark.parametrize(("ranks", "sizes", "message"), [
-    (8, {"expert_parallel": 4, "tensor_parallel": 2, "token_dispatcher": "allgather"},
-     r"allgather cannot serve experts shared by data replicas.*expert_parallel 4 x .* above tensor_parallel 2 x"),
-    (8, {"token_dispatcher": "flex"}, r"flex \(DeepEP\) sends tokens between expert ranks: got expert_parallel 1"),
-    (6, {"expert_parallel": 6}, r"expert_parallel must divide num_experts: got 6 and 128; try 1, 2, 4, 8"),
-    (3, {"tensor_parallel": 3}, r"tensor_parallel must divide num_attention_heads: got 3 and 32; try 1, 2, 4"),
-    (5, {"pipeline_parallel": 5}, r"pipeline_parallel x virtual_stages must divide num_hidden_layers: got 5 and 48"),
-    (8, {"pipeline_parallel": 4, "virtual_stages": 5}, r"got 20 and 48; try 1, 2, 3, 4, 6"),
-    (6, {"tensor_parallel": 4}, r"context_parallel must divide world_size: got 4 and 6; try 1, 2, 3, 6"),
-    (4, {"expert_parallel": 8}, r"expert_parallel x pipeline_parallel must divide world_size: got 8 and 4; try 1, 2, 4"),
-    (5, {"expert_tensor_parallel": 5}, r"expert_tensor_parallel must divide moe_intermediate_size: got 5 and 768"),
-    (2, {"tensor_parallel": 2, "sequence_parallel": False}, r"sequence_parallel must be on"),
-    (2, {"expert_bias": True, "aux_loss_coef": 0.01}, r"two ways to balance"),
-    (2, {"pipeline_parallel": 2, "token_dispatcher": "allgather"}, r"use alltoall"),
-])
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "message"),
+    [
+        (
+            8,
+            {"expert_parallel": 4, "tensor_parallel": 2, "token_dispatcher": "allgather"},
+            r"allgather cannot serve experts shared by data replicas.*expert_parallel 4 x .* above tensor_parallel 2 x",
+        ),
+        (
+            8,
+            {"token_dispatcher": "flex"},
+            r"flex \(DeepEP\) sends tokens between expert ranks: got expert_parallel 1",
+        ),
+        (
+            6,
+            {"expert_parallel": 6},
+            r"expert_parallel must divide num_experts: got 6 and 128; try 1, 2, 4, 8",
+        ),
+        (
+            3,
+            {"tensor_parallel": 3},
+            r"tensor_parallel must divide num_attention_heads: got 3 and 32; try 1, 2, 4",
+        ),
+        (
+            5,
+            {"pipeline_parallel": 5},
+            r"pipeline_parallel x virtual_stages must divide num_hidden_layers: got 5 and 48",
+        ),
+        (8, {"pipeline_parallel": 4, "virtual_stages": 5}, r"got 20 and 48; try 1, 2, 3, 4, 6"),
+        (6, {"tensor_parallel": 4}, r"context_parallel must divide world_size: got 4 and 6; try 1, 2, 3, 6"),
+        (
+            4,
+            {"expert_parallel": 8},
+            r"expert_parallel x pipeline_parallel must divide world_size: got 8 and 4; try 1, 2, 4",
+        ),
+        (
+            5,
+            {"expert_tensor_parallel": 5},
+            r"expert_tensor_parallel must divide moe_intermediate_size: got 5 and 768",
+        ),
+        (2, {"tensor_parallel": 2, "sequence_parallel": False}, r"sequence_parallel must be on"),
+        (2, {"expert_bias": True, "aux_loss_coef": 0.01}, r"two ways to balance"),
+        (2, {"pipeline_parallel": 2, "token_dispatcher": "allgather"}, r"use alltoall"),
+    ],
+)
 def test_refusals_name_the_numbers(model: Architecture, ranks: int, sizes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(MegatronConfig(**sizes), model, ranks)
@@ -87,12 +134,18 @@ def test_experts_are_refused_to_a_dense_model() -> None:
         check_layout(MegatronConfig(expert_parallel=2), dense, 2)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"architectures": ["GPT2LMHeadModel"]}, r"'GPT2LMHeadModel': it builds Qwen3MoeForCausalLM, Qwen3ForCausalLM"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_type 'default' only: got 'yarn'"),
-    ({"attention_bias": True}, r"no attention_bias"),
-    ({"use_sliding_window": True}, r"no sliding window"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"'GPT2LMHeadModel': it builds Qwen3MoeForCausalLM, Qwen3ForCausalLM",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_type 'default' only: got 'yarn'"),
+        ({"attention_bias": True}, r"no attention_bias"),
+        ({"use_sliding_window": True}, r"no sliding window"),
+    ],
+)
 def test_unsupported_models_are_refused_by_name(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_hf(QWEN3_30B | change)

@@ -11,7 +11,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from gspo_dist.objectives import Denominators, Segments, all_reduce_stats, get_objective, results
+from gspo_dist.metrics.stat import all_reduce_stats, results
+from gspo_dist.objectives import Denominators, Segments, get_objective
 
 
 class SumOverRanks(torch.autograd.Function):

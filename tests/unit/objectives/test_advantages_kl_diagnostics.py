@@ -75,7 +75,8 @@ def test_leave_one_out_is_the_mean_of_the_others():
 def test_tensors_come_back_as_tensors_of_the_same_dtype():
     r, g = torch.tensor([1.0, 0.0], dtype=torch.float32), torch.tensor([5, 5])
     a = group_advantages(r, g, "group_mean")
-    assert a.dtype == torch.float32 and a.tolist() == [0.5, -0.5]
+    assert a.dtype == torch.float32
+    assert a.tolist() == [0.5, -0.5]
     assert group_advantages(torch.tensor([1, 0]), g, "group_mean").tolist() == [0.5, -0.5]
 
 
@@ -130,7 +131,8 @@ def test_k3_is_exact_near_zero_and_finite_far_away():
 
 def test_diagnostics_on_numbers_done_by_hand():
     stats = advantage_statistics(np.array([1.0, -1.0, 0.0, 2.0]))
-    assert stats["advantage/mean"] == 0.5 and stats["advantage/std"] == pytest.approx(math.sqrt(1.25))
+    assert stats["advantage/mean"] == 0.5
+    assert stats["advantage/std"] == pytest.approx(math.sqrt(1.25))
     assert (stats["advantage/positive_fraction"], stats["advantage/negative_fraction"]) == (0.5, 0.25)
     assert (stats["advantage/zero_fraction"], stats["advantage/min"], stats["advantage/max"]) == (
         0.25,
@@ -140,7 +142,8 @@ def test_diagnostics_on_numbers_done_by_hand():
     q = ratio_quantiles(np.arange(101.0), (0.0, 0.1, 0.5, 1.0))
     assert q == {"ratio/q0": 0.0, "ratio/q10": 10.0, "ratio/q50": 50.0, "ratio/q100": 100.0}
     lengths = length_by_outcome(np.array([10, 20, 60]), np.array([True, True, False]))
-    assert lengths["rollout/length_correct_tokens"] == 15 and lengths["rollout/length_wrong_tokens"] == 60
+    assert lengths["rollout/length_correct_tokens"] == 15
+    assert lengths["rollout/length_wrong_tokens"] == 60
     assert lengths["rollout/correct_fraction"] == pytest.approx(2 / 3)
     assert math.isnan(length_by_outcome(np.array([3]), np.array([True]))["rollout/length_wrong_tokens"])
     assert degenerate_group_share(np.array([1, 1, 0, 1, 0.0]), np.array([0, 0, 1, 1, 2])) == pytest.approx(

@@ -16,17 +16,15 @@ import torch
 
 import gspo_dist.objectives as package
 from gspo_dist.config import ObjectiveConfig
+from gspo_dist.metrics.stat import Stat, merge_stats, results
 from gspo_dist.objectives import (
     Denominators,
     Objective,
     Segments,
-    Stat,
     get_objective,
     legality,
-    merge_stats,
-    results,
 )
-from gspo_dist.objectives.clipping import Surrogate
+from gspo_dist.objectives.losses import Surrogate
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_importing_the_package_and_its_tables_loads_no_torch_nor_numpy():
     code = (
         "import sys, gspo_dist.objectives\n"
-        "from gspo_dist.objectives import MismatchGuard, OBJECTIVE_SPECS, clip_width, legality\n"
+        "from gspo_dist.objectives import MismatchGuard, OBJECTIVE_SPECS, expected_clip_shares, legality\n"
         "legality.check('gspo', old_logprobs='rollout'); legality.format_table()\n"
         "print(sorted({'torch', 'numpy', 'ray', 'vllm'} & set(sys.modules)))"
     )
@@ -184,7 +182,8 @@ def test_bad_objectives_are_refused_by_name(name, params, message):
 
 def test_wide_clip_by_insistence_and_bound_parameters():
     objective = get_objective("gspo", clip_low=0.2, clip_high=0.27, allow_wide_clip=True)
-    assert objective.resolved == {"clip_low": 0.2, "clip_high": 0.27} and objective.sequence_level
+    assert objective.resolved == {"clip_low": 0.2, "clip_high": 0.27}
+    assert objective.sequence_level
     assert get_objective("gspo").resolved == {"clip_low": 3e-4, "clip_high": 4e-4}
     assert pickle.loads(pickle.dumps(objective)) == objective
 
@@ -295,9 +294,9 @@ def test_a_sequence_that_is_empty_on_all_ranks_is_refused_and_one_empty_here_is_
 def test_segments_by_hand_and_in_any_order():
     s = Segments(torch.tensor([1, 0, 1]), 2)
     x = torch.tensor([1.0, 5.0, 3.0])
-    assert (
-        s.lengths.tolist() == [1, 2] and s.sum(x).tolist() == [5.0, 4.0] and s.mean(x).tolist() == [5.0, 2.0]
-    )
+    assert s.lengths.tolist() == [1, 2]
+    assert s.sum(x).tolist() == [5.0, 4.0]
+    assert s.mean(x).tolist() == [5.0, 2.0]
     assert s.expand(torch.tensor([7.0, 8.0])).tolist() == [8.0, 7.0, 8.0]
     assert s.sum(x.bfloat16()).dtype == torch.float32
     with pytest.raises(ValueError, match=r"expand takes \[S=2\]"):
@@ -336,7 +335,8 @@ def test_merged_statistics_equal_those_of_the_union():
 
 def test_statistics_over_nothing_and_mixed_reductions():
     empty = torch.zeros(0)
-    assert math.isnan(Stat.mean(empty).result()) and math.isnan(Stat.max(empty).result())
+    assert math.isnan(Stat.mean(empty).result())
+    assert math.isnan(Stat.max(empty).result())
     assert Stat.sum(empty).result() == 0.0
     with pytest.raises(ValueError, match="stat loss must have one reduction: got sum and mean"):
         merge_stats([{"loss": Stat.sum(torch.ones(1))}, {"loss": Stat.mean(torch.ones(1))}])
@@ -383,7 +383,8 @@ def test_concat_keeps_the_items_and_quantiles_of_them_do_not_depend_on_the_split
     whole = torch.arange(7, dtype=F64)
     parts = [{"v": Stat.concat(whole[:3])}, {"v": Stat.concat(whole[3:])}]
     merged = merge_stats(parts)["v"]
-    assert merged.value.tolist() == whole.tolist() and float(merged.weight) == 7
+    assert merged.value.tolist() == whole.tolist()
+    assert float(merged.weight) == 7
     assert results({"v": merged}) == {}
     with pytest.raises(ValueError, match="holds 7"):
         merged.result()

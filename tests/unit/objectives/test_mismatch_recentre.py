@@ -10,19 +10,21 @@ import pytest
 import torch
 
 from gspo_dist.objectives import Denominators, Segments, get_objective
-from gspo_dist.objectives.clip_width import expected_clip_shares, gaussian_log_ratio, offset_in_clip_widths
 from gspo_dist.objectives.mismatch import correction, mismatch_metrics, mismatch_stats
-from gspo_dist.objectives.recentre import (
+from gspo_dist.objectives.objective import sequence_log_ratio_std
+from gspo_dist.objectives.offset import (
     EmaOffset,
     GuardSettings,
     MismatchGuard,
     OffsetEstimate,
     batch_offset,
     choose_subset,
+    expected_clip_shares,
+    gaussian_log_ratio,
     offset_from_moments,
+    offset_in_clip_widths,
     subset_offset,
 )
-from gspo_dist.objectives.registry import sequence_log_ratio_std
 
 F64 = torch.float64
 
@@ -72,7 +74,8 @@ def test_opsm_needs_a_negative_advantage_and_reads_the_current_policy():
 def test_no_mismatch_no_correction(name):
     _, rollout, adv, segments = three_sequences()
     got = correction(name, rollout, rollout, adv, segments)
-    assert got.weights.tolist() == [1.0] * 6 and got.keep.all()
+    assert got.weights.tolist() == [1.0] * 6
+    assert got.keep.all()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,8 @@ def test_offset_from_moments_is_the_batch_estimate():
     x = [-1.2e-3, -2.0e-3, 0.4e-3, -1.1e-3]
     a = batch_offset(x)
     b = offset_from_moments(float(np.mean(x)), float(np.mean(np.square(x))), 4)
-    assert a.offset == pytest.approx(b.offset, rel=1e-14) and a.spread == pytest.approx(b.spread, rel=1e-10)
+    assert a.offset == pytest.approx(b.offset, rel=1e-14)
+    assert a.spread == pytest.approx(b.spread, rel=1e-10)
     assert a.spread == pytest.approx(np.std(x, ddof=1), rel=1e-12)
     assert a.standard_error == pytest.approx(np.std(x, ddof=1) / 2, rel=1e-12)
     assert batch_offset([0.1]).standard_error == math.inf
@@ -237,7 +241,8 @@ def test_subset_offset_is_unbiased_and_its_standard_error_is_honest():
     assert abs(np.mean(offsets) - truth) < 4 * np.std(offsets) / math.sqrt(1500)
     assert np.mean(np.square(errors)) == pytest.approx(np.var(offsets), rel=0.12)
     everything = subset_offset(learner, rollout, segments, population=64)
-    assert everything.offset == pytest.approx(truth, rel=1e-12) and everything.standard_error == 0.0
+    assert everything.offset == pytest.approx(truth, rel=1e-12)
+    assert everything.standard_error == 0.0
     assert choose_subset(64, 0.125, 3) == choose_subset(64, 0.125, 3) != choose_subset(64, 0.125, 4)
 
 
@@ -270,7 +275,9 @@ def test_guard_recentres_with_hysteresis_on_both_sides():
     on = g.observe(estimate(-1.5e-3))
     assert (on.action, on.offset, on.changed) == ("recentre", -1.5e-3, True)
     assert on.clip_widths == pytest.approx(-5.0, rel=1e-3)
-    assert "clip widths" in on.reason and "84%" in on.reason and "40%" in on.reason
+    assert "clip widths" in on.reason
+    assert "84%" in on.reason
+    assert "40%" in on.reason
     held = g.observe(estimate(-2.0e-4))  # below the threshold, above the release
     assert (held.action, held.offset, held.changed) == ("recentre", -2.0e-4, False)
     off = g.observe(estimate(-1.0e-4))
@@ -289,7 +296,8 @@ def test_guard_actions_that_subtract_nothing(action, expected):
 def test_guard_does_not_act_on_noise():
     g = guard(action="recompute")
     decision = g.observe(estimate(-1.5e-3, error=1e-3))
-    assert decision.action == "none" and "within 2 errors of 0" in decision.reason
+    assert decision.action == "none"
+    assert "within 2 errors of 0" in decision.reason
     assert g.observe(batch_offset([-1.5e-3])).action == "none"  # one sequence: no standard error
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_dist.objectives import OBJECTIVES, Denominators, Segments, get_objective
-from gspo_dist.objectives.names import OBJECTIVE_SPECS
+from gspo_dist.objectives.specs import OBJECTIVE_SPECS
 
 F64 = torch.float64
 LIMIT = 40
@@ -222,12 +222,14 @@ def test_zero_advantage_gives_zero_gradient_and_a_broken_token_stays_finite(name
         lp, old, torch.zeros(3), Segments.from_lengths([1, 2]), Denominators(2, 3, 4)
     )
     result.loss.backward()
-    assert result.loss.item() == 0.0 and lp.grad.abs().max().item() == 0.0
+    assert result.loss.item() == 0.0
+    assert lp.grad.abs().max().item() == 0.0
     lp = lp.detach().requires_grad_()
     adv = torch.tensor([1.0, -1.0, -1.0])
     result = get_objective(name).loss(lp, old, adv, Segments.from_lengths([1, 2]), Denominators(2, 3, 4))
     result.loss.backward()
-    assert math.isfinite(result.loss.item()) and bool(torch.isfinite(lp.grad).all())
+    assert math.isfinite(result.loss.item())
+    assert bool(torch.isfinite(lp.grad).all())
 
 
 @pytest.mark.parametrize("name", ["gspo", "gspo_token", "grpo", "gmpo", "minirl"])
@@ -307,7 +309,9 @@ def test_only_logprobs_gets_a_gradient(ragged):
     t.advantages = t.advantages.clone().requires_grad_()
     for name in NAMES:
         run(get_objective(name), t, 9).loss.backward()
-    assert t.old.grad is None and t.advantages.grad is None and t.logprobs.grad is not None
+    assert t.old.grad is None
+    assert t.advantages.grad is None
+    assert t.logprobs.grad is not None
 
 
 def test_gspo_agrees_with_liger_and_so_does_grpo():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from gspo_dist.models.shape import ModelShape, find_model
 from gspo_dist.planner import memory
 from gspo_dist.planner.hardware import GIB
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
@@ -19,7 +20,6 @@ from gspo_dist.planner.memory import (
     learner_states,
     rank_parameters,
 )
-from gspo_dist.planner.model import ModelShape, find_model
 
 QWEN = find_model("Qwen3-30B-A3B")
 DENSE = ModelShape("dense", vocab=100, hidden=8, layers=4, heads=2, kv_heads=2, head_dim=4, ffn=16)
@@ -88,9 +88,12 @@ def test_offloading_moves_optimizer_states_and_a_gradient_copy_to_the_host() -> 
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"), [(0, 2, 2, 12), (1, 2, 4, 3), (2, 2, 1, 3), (3, 0.5, 1, 3)]
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 2, 2, 12), (1, 2, 4, 3), (2, 2, 1, 3), (3, 0.5, 1, 3)],
 )
-def test_zero_stages_divide_one_more_part_each(stage: int, weights: float, gradients: float, optimizer: float) -> None:
+def test_zero_stages_divide_one_more_part_each(
+    stage: int, weights: float, gradients: float, optimizer: float
+) -> None:
     """Four ranks. Gradients accumulate in float32 from stage 1 on."""
     states = device(DENSE, LearnerLayout("deepspeed", world_size=4, zero_stage=stage))
     assert states["weights"] == weights * DENSE.total
@@ -111,7 +114,9 @@ def test_eager_takes_18_bytes_a_parameter_and_a_reference_two_more() -> None:
 
 
 def test_stage_0_counts_the_float32_gradients_of_its_step() -> None:
-    table, _ = learner_memory(QWEN, LearnerLayout("deepspeed", zero_stage=0, token_budget=1024, recompute="full"), GIB)
+    table, _ = learner_memory(
+        QWEN, LearnerLayout("deepspeed", zero_stage=0, token_budget=1024, recompute="full"), GIB
+    )
     assert table.bytes_of("step") == 4 * QWEN.total
     assert table.bytes_of("activations") == 0
 
@@ -153,7 +158,9 @@ def test_engine_weights_are_split_and_its_cache_takes_the_rest() -> None:
     assert engine_weights(QWEN, EngineLayout(tensor_parallel=4)) == 2 * ((QWEN.total - whole) // 4 + whole)
     # 8 GPUs for 4 heads: each head's key and value matrices are on two GPUs, 4 x 48 x 2 x 2048 x 128 more to split
     copies = 4 * 48 * 2 * 2048 * 128
-    assert engine_weights(QWEN, EngineLayout(tensor_parallel=8)) == 2 * ((QWEN.total - whole + copies) // 8 + whole)
+    assert engine_weights(QWEN, EngineLayout(tensor_parallel=8)) == 2 * (
+        (QWEN.total - whole + copies) // 8 + whole
+    )
 
 
 def test_kv_tokens_fill_what_the_engine_may_take() -> None:
@@ -175,8 +182,14 @@ def test_twenty_gigabytes_hold_200_thousand_tokens() -> None:
 
 
 def test_host_holds_two_buckets_the_traces_and_what_is_offloaded() -> None:
-    work = Workload(prompts_per_step=2, group_size=3, max_prompt_tokens=10, max_completion_tokens=30,
-                    routing_replay="r3", bucket_mib=1024)
+    work = Workload(
+        prompts_per_step=2,
+        group_size=3,
+        max_prompt_tokens=10,
+        max_completion_tokens=30,
+        routing_replay="r3",
+        bucket_mib=1024,
+    )
     offloaded = learner_states(QWEN, LearnerLayout(world_size=8, offload_optimizer=True))[1]
     table = host_memory(QWEN, work, 2, offloaded, 8, 10**13)
     assert table.bytes_of("weight_sync") == 2 * (1 << 30)
@@ -189,12 +202,27 @@ def test_host_holds_two_buckets_the_traces_and_what_is_offloaded() -> None:
 
 @pytest.mark.parametrize(
     ("replay", "flips", "sets"),
-    [("none", False, 0), ("r2", False, 1), ("r3", False, 1), ("none", True, 1), ("r3", True, 1), ("r2", True, 2)],
+    [
+        ("none", False, 0),
+        ("r2", False, 1),
+        ("r3", False, 1),
+        ("none", True, 1),
+        ("r3", True, 1),
+        ("r2", True, 2),
+    ],
 )
-def test_host_holds_the_routes_that_engines_return_and_those_that_r2_records(replay: str, flips: bool, sets: int) -> None:
+def test_host_holds_the_routes_that_engines_return_and_those_that_r2_records(
+    replay: str, flips: bool, sets: int
+) -> None:
     """A step that measures flips has the engines' routes of every rollout; R2's own come on top of them."""
-    work = Workload(prompts_per_step=2, group_size=3, max_prompt_tokens=10, max_completion_tokens=30,
-                    routing_replay=replay, measures_flips=flips)
+    work = Workload(
+        prompts_per_step=2,
+        group_size=3,
+        max_prompt_tokens=10,
+        max_completion_tokens=30,
+        routing_replay=replay,
+        measures_flips=flips,
+    )
     assert host_memory(QWEN, work, 2, [], 8, 10**13).bytes_of("routing") == sets * 6 * 40 * 385
     assert host_memory(DENSE, work, 2, [], 8, 10**13).bytes_of("routing") == 0
 
@@ -210,7 +238,7 @@ def test_colocated_engines_asleep_keep_their_weights_in_host_memory() -> None:
 
 
 def test_the_head_is_planned_with_the_budgets_that_it_works_with():
-    from gspo_dist.learners import logprobs
+    from gspo_dist.learners.head import logprobs
 
     assert memory.HEAD_LOGITS == logprobs.GPU_BUDGET_BYTES
     assert memory.HEAD_KEPT == logprobs.GPU_KEPT_BYTES

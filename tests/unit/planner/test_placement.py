@@ -14,12 +14,44 @@ from gspo_dist.planner.placement import engine_nodes, where
 @pytest.mark.parametrize(
     ("ranks", "engines", "size", "nodes", "expected"),
     [
-        (16, 4, 4, 4, ["learner: 16 ranks of 1 GPU on nodes 1-2", "engines: 4 engines of 4 GPUs, on nodes 3-4", "free: 0 GPUs"]),
-        (6, 1, 2, 1, ["learner: 6 ranks of 1 GPU on node 1", "engines: 1 engine of 2 GPUs, on node 1", "free: 0 GPUs"]),
+        (
+            16,
+            4,
+            4,
+            4,
+            [
+                "learner: 16 ranks of 1 GPU on nodes 1-2",
+                "engines: 4 engines of 4 GPUs, on nodes 3-4",
+                "free: 0 GPUs",
+            ],
+        ),
+        (
+            6,
+            1,
+            2,
+            1,
+            ["learner: 6 ranks of 1 GPU on node 1", "engines: 1 engine of 2 GPUs, on node 1", "free: 0 GPUs"],
+        ),
         # 7 ranks leave one GPU of node 1, too few for an engine of 4; node 2 holds two
-        (7, 2, 4, 2, ["learner: 7 ranks of 1 GPU on node 1", "engines: 2 engines of 4 GPUs, on node 2", "free: 1 GPU"]),
-        (8, 3, 4, 2, ["learner: 8 ranks of 1 GPU on node 1", "engines: 3 engines of 4 GPUs, on node 2",
-                      "not placed: 1 engine", "free: 0 GPUs"]),
+        (
+            7,
+            2,
+            4,
+            2,
+            ["learner: 7 ranks of 1 GPU on node 1", "engines: 2 engines of 4 GPUs, on node 2", "free: 1 GPU"],
+        ),
+        (
+            8,
+            3,
+            4,
+            2,
+            [
+                "learner: 8 ranks of 1 GPU on node 1",
+                "engines: 3 engines of 4 GPUs, on node 2",
+                "not placed: 1 engine",
+                "free: 0 GPUs",
+            ],
+        ),
     ],
 )
 def test_engines_follow_the_learner_and_stay_within_a_node(ranks, engines, size, nodes, expected):

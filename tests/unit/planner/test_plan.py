@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist import config
-from gspo_dist.mapping import to_mapping
+from gspo_dist.config.mapping import to_mapping
 from gspo_dist.planner import (
     EngineLayout,
     LearnerLayout,
@@ -30,7 +30,8 @@ ENGINE = EngineLayout(engines=8, tensor_parallel=2)
 
 def test_a_layout_that_the_field_runs_fits() -> None:
     result = plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4)
-    assert result.fits and not result.advice
+    assert result.fits
+    assert not result.advice
     assert result.learner.total < 0.8 * H100.memory
 
 
@@ -38,11 +39,16 @@ def test_the_advice_for_a_learner_that_does_not_fit_makes_it_fit() -> None:
     tight = replace(LEARNER, recompute="none")
     result = plan(tight, ENGINE, WORK, QWEN, H100, nodes=4)
     assert not result.fits
-    assert "learner: a rank lacks" in result.problems[0] and "activations" in result.problems[0]
+    assert "learner: a rank lacks" in result.problems[0]
+    assert "activations" in result.problems[0]
     # one halving of the token budget is the cheapest change, and not enough; the first that is enough is named
     named = dict(change.split("=") for change in result.advice[0].removeprefix("learner: ").split())
-    fields = {"learner.megatron.recompute": "recompute", "learner.megatron.expert_parallel": "expert",
-              "learner.megatron.tensor_parallel": "tensor", "learner.token_budget": "token_budget"}
+    fields = {
+        "learner.megatron.recompute": "recompute",
+        "learner.megatron.expert_parallel": "expert",
+        "learner.megatron.tensor_parallel": "tensor",
+        "learner.token_budget": "token_budget",
+    }
     changed = {fields[k]: v if k.endswith("recompute") else int(v) for k, v in named.items()}
     assert learner_memory(QWEN, replace(tight, **changed), H100.memory)[0].fits
 
@@ -69,8 +75,14 @@ def test_nothing_is_advised_that_cannot_help() -> None:
 
 def test_an_engine_without_room_for_one_sequence_is_told_to_split() -> None:
     work = replace(WORK, max_completion_tokens=120_000)
-    result = plan(replace(LEARNER, token_budget=131072, context=2, tensor=4), replace(ENGINE, tensor_parallel=1), work,
-                  QWEN, H100, nodes=4)
+    result = plan(
+        replace(LEARNER, token_budget=131072, context=2, tensor=4),
+        replace(ENGINE, tensor_parallel=1),
+        work,
+        QWEN,
+        H100,
+        nodes=4,
+    )
     assert any("engine: its KV cache holds" in p and "122,048" in p for p in result.problems)
     assert "engine: rollout.tensor_parallel=2" in result.advice
 
@@ -79,12 +91,18 @@ def test_too_few_gpus_and_sizes_that_do_not_divide_are_refused() -> None:
     few = plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=2)
     assert few.problems == ("GPUs: learner.world_size 16 and 8 engines of 2 need 32, and 2 x 8 are there",)
     odd = plan(replace(LEARNER, expert=6), ENGINE, WORK, QWEN, H100, nodes=4)
-    assert "learner: expert_parallel must divide num_experts: got 6 and 128; try 1, 2, 4, 8, 16, 32" in odd.problems
+    assert (
+        "learner: expert_parallel must divide num_experts: got 6 and 128; try 1, 2, 4, 8, 16, 32"
+        in odd.problems
+    )
     assert "does not fit" in format_plan(odd)
 
 
 def test_colocated_engines_count_no_gpus_of_their_own_but_leave_room_for_the_states() -> None:
-    learner, engine = replace(LEARNER, world_size=8), EngineLayout(engines=8, colocated=True, gpu_memory_utilization=0.6)
+    learner, engine = (
+        replace(LEARNER, world_size=8),
+        EngineLayout(engines=8, colocated=True, gpu_memory_utilization=0.6),
+    )
     crowded = plan(learner, engine, WORK, QWEN, H100)  # 67 GiB of states beside 48 GiB of engine
     assert "beside a colocated engine" in crowded.problems[0]
     states = replace(learner, offload_optimizer=True)
@@ -100,14 +118,17 @@ def test_a_host_without_memory_for_sleeping_engines_does_not_fit() -> None:
     engine = EngineLayout(engines=8, colocated=True, gpu_memory_utilization=0.6)
     result = plan(layout, engine, WORK, QWEN, find_gpu("H200"), host_gib=900)
     assert result.host.bytes_of("sleeping engines") == 16 * QWEN.total
-    assert len(result.problems) == 1 and result.problems[0].startswith("host: needs")
+    assert len(result.problems) == 1
+    assert result.problems[0].startswith("host: needs")
     assert result.advice[0].startswith("lower rollout.engines")
     assert plan(layout, replace(engine, engines=7), WORK, QWEN, find_gpu("H200"), host_gib=900).fits
 
 
 def test_colocation_is_one_host() -> None:
     engine = EngineLayout(engines=16, colocated=True, gpu_memory_utilization=0.6)
-    [problem] = plan(replace(LEARNER, offload_optimizer=True), engine, WORK, QWEN, find_gpu("H200"), nodes=2).problems
+    [problem] = plan(
+        replace(LEARNER, offload_optimizer=True), engine, WORK, QWEN, find_gpu("H200"), nodes=2
+    ).problems
     assert problem == (
         "GPUs: cluster.colocated shares the GPUs of one host: got learner.world_size 16 and 8 GPUs a node; lower it, or set "
         "cluster.colocated=false"
@@ -117,19 +138,39 @@ def test_colocation_is_one_host() -> None:
 @pytest.mark.parametrize(
     ("change", "size", "broken"),
     [
-        ({}, 3, ["must divide num_attention_heads: got 3 and 32; try 1, 2, 4, 8, 16, 32",
-                 "must divide num_key_value_heads or be a multiple of it: got 3 and 4; try 1, 2, 4"]),
+        (
+            {},
+            3,
+            [
+                "must divide num_attention_heads: got 3 and 32; try 1, 2, 4, 8, 16, 32",
+                "must divide num_key_value_heads or be a multiple of it: got 3 and 4; try 1, 2, 4",
+            ],
+        ),
         ({}, 16, []),  # vLLM copies each of the 4 heads of keys and values to 4 GPUs
-        ({"heads": 24}, 6, ["must divide num_key_value_heads or be a multiple of it: got 6 and 4; try 1, 2, 4"]),
+        (
+            {"heads": 24},
+            6,
+            ["must divide num_key_value_heads or be a multiple of it: got 6 and 4; try 1, 2, 4"],
+        ),
         ({"expert_ffn": 36}, 8, ["must divide moe_intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
-        ({"moe_layers": 0, "ffn": 36}, 8, ["must divide intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
+        (
+            {"moe_layers": 0, "ffn": 36},
+            8,
+            ["must divide intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"],
+        ),
         ({"ffn": 36}, 8, []),  # no layer is dense
-        ({"shared_ffn": 36}, 8, ["must divide shared_expert_intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
+        (
+            {"shared_ffn": 36},
+            8,
+            ["must divide shared_expert_intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"],
+        ),
     ],
 )
 def test_engines_that_vllm_would_not_start_do_not_fit(change: dict, size: int, broken: list[str]) -> None:
     result = plan(LEARNER, EngineLayout(1, size), WORK, replace(QWEN, **change), H100, 4, 16)
-    assert [p for p in result.problems if p.startswith("rollout")] == [f"rollout.tensor_parallel {b}" for b in broken]
+    assert [p for p in result.problems if p.startswith("rollout")] == [
+        f"rollout.tensor_parallel {b}" for b in broken
+    ]
 
 
 def test_whole_experts_on_each_gpu_need_not_be_cut() -> None:
@@ -144,7 +185,10 @@ def test_a_run_without_engines_has_none_to_refuse() -> None:
 
 def test_a_cpu_host_cuts_no_engine_and_puts_none_to_sleep() -> None:
     tiny = replace(QWEN, vocab=512, hidden=128, layers=2, ffn=64, expert_ffn=64, moe_layers=2)
-    work, learner = Workload(max_prompt_tokens=64, max_completion_tokens=128), LearnerLayout("eager", token_budget=2048)
+    work, learner = (
+        Workload(max_prompt_tokens=64, max_completion_tokens=128),
+        LearnerLayout("eager", token_budget=2048),
+    )
     assert plan(learner, EngineLayout(), work, tiny, None).fits
     [cut] = plan(learner, EngineLayout(tensor_parallel=2), work, tiny, None).problems
     assert cut.startswith("rollout.tensor_parallel must be 1 on a CPU host: got 2")
@@ -162,7 +206,8 @@ def test_what_the_run_refuses_is_reported_in_its_words_and_never_advised() -> No
         return ["no full recomputation here: drop it"] if layout.recompute == "full" else []
 
     held = plan(tight, ENGINE, WORK, QWEN, H100, nodes=4, refusals=refusals)
-    assert held.advice and "recompute=full" not in held.advice[0]
+    assert held.advice
+    assert "recompute=full" not in held.advice[0]
     refused = plan(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4, refusals=refusals)
     assert refused.problems == ("no full recomputation here: drop it",)
 
@@ -188,60 +233,122 @@ def test_a_node_has_the_gpus_of_its_kind_unless_told() -> None:
 def test_a_host_without_memory_for_offloaded_states_does_not_fit() -> None:
     layout = replace(LEARNER, world_size=8, offload_optimizer=True)
     result = plan(layout, replace(ENGINE, engines=4), WORK, QWEN, H100, nodes=2, host_gib=256)
-    assert any(p.startswith("host: needs") for p in result.problems)  # 16 bytes x 30.5 B parameters on one host
+    assert any(
+        p.startswith("host: needs") for p in result.problems
+    )  # 16 bytes x 30.5 B parameters on one host
     assert plan(layout, replace(ENGINE, engines=4), WORK, QWEN, H100, nodes=2, host_gib=1024).fits
 
 
 def test_a_cpu_host_adds_up_its_processes() -> None:
-    tiny = replace(QWEN, vocab=512, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, num_experts=8, top_k=2,
-                   expert_ffn=64, moe_layers=2)
-    result = plan(LearnerLayout("deepspeed", world_size=2, token_budget=2048), EngineLayout(engines=1),
-                  Workload(max_prompt_tokens=64, max_completion_tokens=128), tiny, None, host_gib=16)
-    assert result.fits and result.step is None and result.engine is not None
+    tiny = replace(
+        QWEN,
+        vocab=512,
+        hidden=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        num_experts=8,
+        top_k=2,
+        expert_ffn=64,
+        moe_layers=2,
+    )
+    result = plan(
+        LearnerLayout("deepspeed", world_size=2, token_budget=2048),
+        EngineLayout(engines=1),
+        Workload(max_prompt_tokens=64, max_completion_tokens=128),
+        tiny,
+        None,
+        host_gib=16,
+    )
+    assert result.fits
+    assert result.step is None
+    assert result.engine is not None
     assert result.host.bytes_of("learner ranks") == 2 * result.learner.total
     assert result.host.bytes_of("engines") == result.engine.table.total
-    assert not plan(LearnerLayout(world_size=1, token_budget=10240), ENGINE, WORK, QWEN, None, host_gib=16).fits
+    assert not plan(
+        LearnerLayout(world_size=1, token_budget=10240), ENGINE, WORK, QWEN, None, host_gib=16
+    ).fits
 
 
 def test_every_knob_of_a_run_is_read() -> None:
     run = config.RunConfig(
         learner=config.LearnerConfig(
-            backend="megatron", world_size=16, token_budget=20480,
+            backend="megatron",
+            world_size=16,
+            token_budget=20480,
             megatron=config.MegatronConfig(
-                tensor_parallel=2, pipeline_parallel=2, virtual_stages=2, expert_parallel=4, context_parallel=2,
-                recompute="full", recompute_num_layers=3, optimizer_cpu_offload=True, precision_aware_optimizer=True),
+                tensor_parallel=2,
+                pipeline_parallel=2,
+                virtual_stages=2,
+                expert_parallel=4,
+                context_parallel=2,
+                recompute="full",
+                recompute_num_layers=3,
+                optimizer_cpu_offload=True,
+                precision_aware_optimizer=True,
+            ),
         ),
         rollout=config.RolloutConfig(
-            engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7, expert_parallel=True),
+            engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7, expert_parallel=True
+        ),
         objective=config.ObjectiveConfig(name="gspo", kl_coef=0.1, routing_replay="r3"),
     )
     learner, engine, work = read_run(to_mapping(run))
     assert learner == LearnerLayout(
-        "megatron", 16, "bf16", 20480, "full", 3, True, tensor=2, pipeline=2, virtual_stages=2, expert=4, context=2,
-        offload_optimizer=True, low_precision_moments=True)
+        "megatron",
+        16,
+        "bf16",
+        20480,
+        "full",
+        3,
+        True,
+        tensor=2,
+        pipeline=2,
+        virtual_stages=2,
+        expert=4,
+        context=2,
+        offload_optimizer=True,
+        low_precision_moments=True,
+    )
     assert learner.data == run.learner.data_parallel
     assert engine == EngineLayout(
-        engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7, expert_parallel=True)
-    assert work.keep_reference and not work.recompute_old_logprobs and work.routing_replay == "r3"
-    assert work.measures_flips and not read_run(to_mapping(replace(run, flips=config.FlipsConfig(every=0))))[2].measures_flips
-    assert work.max_length == run.rollout.max_model_len and work.rollouts == run.rollout.rollouts_per_step
+        engines=4, tensor_parallel=2, max_num_seqs=99, gpu_memory_utilization=0.7, expert_parallel=True
+    )
+    assert work.keep_reference
+    assert not work.recompute_old_logprobs
+    assert work.routing_replay == "r3"
+    assert work.measures_flips
+    assert not read_run(to_mapping(replace(run, flips=config.FlipsConfig(every=0))))[2].measures_flips
+    assert work.max_length == run.rollout.max_model_len
+    assert work.rollouts == run.rollout.rollouts_per_step
 
 
 def test_deepspeed_and_dry_runs_are_read() -> None:
     run = config.RunConfig(
         learner=config.LearnerConfig(
-            backend="deepspeed", world_size=4, token_budget=9216, activation_checkpointing=True,
-            deepspeed=config.DeepSpeedConfig(zero_stage=3, expert_parallel=2, offload_optimizer=True)),
+            backend="deepspeed",
+            world_size=4,
+            token_budget=9216,
+            activation_checkpointing=True,
+            deepspeed=config.DeepSpeedConfig(zero_stage=3, expert_parallel=2, offload_optimizer=True),
+        ),
         rollout=config.RolloutConfig(engine="fake"),
     )
     learner, engine, _ = read_run(to_mapping(run))
-    assert (learner.zero_stage, learner.expert, learner.offload_optimizer, learner.recompute) == (3, 2, True, "full")
+    assert (learner.zero_stage, learner.expert, learner.offload_optimizer, learner.recompute) == (
+        3,
+        2,
+        True,
+        "full",
+    )
     assert engine.engines == 0
 
 
 def test_gpus_are_found_by_family_by_name_and_by_what_the_driver_says() -> None:
     assert find_gpu("h100") is find_gpu("NVIDIA H100 80GB HBM3") is find_gpu("H100-80GB")
-    assert find_gpu("H20").name == "H20-96GB" and find_gpu("h200").name == "H200-141GB"
+    assert find_gpu("H20").name == "H20-96GB"
+    assert find_gpu("h200").name == "H200-141GB"
     assert find_gpu("NVIDIA A100-SXM4-40GB").name == "A100-40GB"
     with pytest.raises(ValueError, match="A100-40GB, A100-80GB"):
         find_gpu("a100")
@@ -277,13 +384,21 @@ def test_training_time_follows_flops_over_rate() -> None:
     ("published_s", "gpu", "learner", "engine", "work"),
     [
         # NeMo-RL 0.6: 32 H100, GRPO, 2048 rollouts of 3.2k tokens, on-policy
-        (192.0, "H100", LearnerLayout(world_size=32, token_budget=4096, expert=8),
-         EngineLayout(engines=16, tensor_parallel=2, colocated=True, gpu_memory_utilization=0.6),
-         Workload(128, 16, 1, 1024, 3072, 0.8, True, True)),
+        (
+            192.0,
+            "H100",
+            LearnerLayout(world_size=32, token_budget=4096, expert=8),
+            EngineLayout(engines=16, tensor_parallel=2, colocated=True, gpu_memory_utilization=0.6),
+            Workload(128, 16, 1, 1024, 3072, 0.8, True, True),
+        ),
         # verl: 128 H20, GRPO, 512 x 16 rollouts of at most 8k tokens, colocated
-        (497.9, "H20", LearnerLayout(world_size=128, token_budget=10240, expert=8, recompute="full"),
-         EngineLayout(engines=32, tensor_parallel=4, colocated=True, gpu_memory_utilization=0.6),
-         Workload(512, 16, 8, 2048, 8192, 0.5, True, True)),
+        (
+            497.9,
+            "H20",
+            LearnerLayout(world_size=128, token_budget=10240, expert=8, recompute="full"),
+            EngineLayout(engines=32, tensor_parallel=4, colocated=True, gpu_memory_utilization=0.6),
+            Workload(512, 16, 8, 2048, 8192, 0.5, True, True),
+        ),
     ],
 )
 def test_the_rough_clock_is_within_a_factor_of_two_of_published_steps(
@@ -296,16 +411,36 @@ def test_the_rough_clock_is_within_a_factor_of_two_of_published_steps(
 
 def test_the_text_names_sizes_verdict_and_advice() -> None:
     text = format_plan(plan(replace(LEARNER, recompute="none"), ENGINE, WORK, QWEN, H100, nodes=4))
-    for part in ("30.532 B parameters, 3.353 B active", "98,304 bytes a token", "4 x 8 H100-80GB", "does not fit",
-                 "try learner: ", "kv_cache"):
+    for part in (
+        "30.532 B parameters, 3.353 B active",
+        "98,304 bytes a token",
+        "4 x 8 H100-80GB",
+        "does not fit",
+        "try learner: ",
+        "kv_cache",
+    ):
         assert part in text
 
 
 def test_small_models_are_written_in_small_units() -> None:
-    tiny = replace(QWEN, vocab=512, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, num_experts=8, top_k=2,
-                   expert_ffn=64, moe_layers=2)
-    text = format_plan(plan(LearnerLayout("eager", token_budget=2048), EngineLayout(), Workload(8, 8, 4, 64, 128),
-                            tiny, None))
+    tiny = replace(
+        QWEN,
+        vocab=512,
+        hidden=128,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        num_experts=8,
+        top_k=2,
+        expert_ffn=64,
+        moe_layers=2,
+    )
+    text = format_plan(
+        plan(
+            LearnerLayout("eager", token_budget=2048), EngineLayout(), Workload(8, 8, 4, 64, 128), tiny, None
+        )
+    )
     # 2 tables of 65,536; 2 layers of 49,152 attention, 320 norms, 1,024 router, 8 experts of 24,576; 128
     assert tiny.total == 131_072 + 2 * (49_152 + 320 + 1_024 + 196_608) + 128
     assert tiny.active == tiny.total - 2 * 6 * 24_576

@@ -39,7 +39,8 @@ def test_uniforms_are_uniform_along_every_axis():
         [uniforms(sample_keys(request_key(7, r), np.array([0])), np.array([0]))[0] for r in range(5_000)]
     )
     for draws in (along_positions, along_samples, along_requests):
-        assert draws.min() >= 0.0 and draws.max() < 1.0
+        assert draws.min() >= 0.0
+        assert draws.max() < 1.0
         assert stats.kstest(draws, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(along_positions[:-1], along_positions[1:])[0, 1]) < 0.01
     assert abs(np.corrcoef(along_positions, along_samples)[0, 1]) < 0.01

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout import sampler
-from gspo_dist.rollout.sampler import KeyedSampler
-from gspo_dist.rollout.vllm import VllmEngine
+from gspo_dist.rollout.vllm import sampler
+from gspo_dist.rollout.vllm.engine import VllmEngine
+from gspo_dist.rollout.vllm.sampler import KeyedSampler
 
 
 def test_the_sampler_can_sample_for_a_score_before_any_generation() -> None:
@@ -27,10 +27,13 @@ def test_prompt_logprobs_in_blocks_are_the_tempered_log_softmax(rows, monkeypatc
     logits = torch.randn(rows, 17, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
     wanted = (logits.double() / 0.7).log_softmax(-1)
     got = keyed.compute_logprobs(logits)
-    assert got.dtype == torch.float32 and got.shape == logits.shape
+    assert got.dtype == torch.float32
+    assert got.shape == logits.shape
     assert (got.double() - wanted).abs().max() < 1e-5
 
 
 def test_a_device_that_vllm_was_not_built_for_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"cluster\.device=cuda needs vLLM built for it: .* runs on cpu; .*GSPO_ACC.*gpu"):
+    with pytest.raises(
+        ValueError, match=r"cluster\.device=cuda needs vLLM built for it: .* runs on cpu; .*GSPO_ACC.*gpu"
+    ):
         VllmEngine(RolloutConfig(), tmp_path, device="cuda")

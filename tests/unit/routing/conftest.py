@@ -14,10 +14,20 @@ VOCABULARY = 61
 def tiny_model(seed, **changes):
     """4 decoder layers of which layer 1 is dense: 3 routers of top-2 out of 8 experts, unless changed."""
     defaults = {
-        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 12,
-        "num_hidden_layers": 4, "mlp_only_layers": [1], "num_experts": 8, "num_experts_per_tok": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "norm_topk_prob": True,
-        "max_position_embeddings": 64, "tie_word_embeddings": False,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 12,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
     }
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(defaults | changes)))
@@ -53,8 +63,11 @@ def random_trace():
 @pytest.fixture
 def clean():
     """Asserts that a model's routers carry no hook and no replaced forward."""
+
     def check(model):
         for router in find_routers(model).values():
-            assert not router._forward_hooks and not router._forward_pre_hooks and "forward" not in vars(router)
+            assert not router._forward_hooks
+            assert not router._forward_pre_hooks
+            assert "forward" not in vars(router)
 
     return check

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gspo_dist.metrics.heatmap import draw_heatmap
-from gspo_dist.objectives.stats import merge_stats, results
+from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.flips import FlipHistory, flip_stats, sample_sequences
 from gspo_dist.routing.trace import RoutingTrace
@@ -74,7 +74,9 @@ def test_nothing_compared_is_nan_and_merges_as_nothing(random_trace):
     a, b = (random_trace(s, tokens=6) for s in (1, 2))
     empty = flip_stats(a, b, np.zeros(6, np.bool_))
     assert np.isnan(empty.by_layer).all()
-    assert results(merge_stats([empty.stats(), flip_stats(a, b).stats()])) == results(flip_stats(a, b).stats())
+    assert results(merge_stats([empty.stats(), flip_stats(a, b).stats()])) == results(
+        flip_stats(a, b).stats()
+    )
 
 
 def test_traces_of_other_tokens_are_refused(random_trace):
@@ -114,7 +116,9 @@ def test_live_flips_are_measured_while_the_engines_routes_are_replayed(make_mode
 def test_sampled_sequences_depend_on_the_set_the_seed_and_the_step_only():
     ids = list(range(100, 164))
     chosen = sample_sequences(ids, 8, seed=1, step=5)
-    assert len(set(chosen)) == 8 and set(chosen) <= set(ids) and chosen == sorted(chosen)
+    assert len(set(chosen)) == 8
+    assert set(chosen) <= set(ids)
+    assert chosen == sorted(chosen)
     assert chosen == sample_sequences(ids[::-1], 8, seed=1, step=5)
     assert chosen != sample_sequences(ids, 8, seed=1, step=6)
     assert chosen != sample_sequences(ids, 8, seed=2, step=5)
@@ -152,11 +156,14 @@ def test_the_heat_map_draws_layers_upwards_and_steps_rightwards(tmp_path):
     draw_heatmap(tmp_path / "map.png", np.arange(4), rates, title="", ceiling=1.0)
     picture = matplotlib.image.imread(tmp_path / "map.png")[..., :3]
     bright = np.abs(picture - np.array([0.988, 1.0, 0.644])).max(-1) < 0.02  # inferno at 1
-    dark = np.abs(picture - np.array([0.0015, 0.0005, 0.0139])).max(-1) < 0.02  # inferno at 0: the other 11 cells
+    dark = (
+        np.abs(picture - np.array([0.0015, 0.0005, 0.0139])).max(-1) < 0.02
+    )  # inferno at 0: the other 11 cells
     cells = picture.shape[1] * 3 // 4  # left of the colour bar
     y, x = np.nonzero(bright[:, :cells])
     dark_y, dark_x = np.nonzero(dark[:, :cells])
     assert bright[:, :cells].sum() > 100
-    assert x.mean() > dark_x.mean() and y.mean() < dark_y.mean()
+    assert x.mean() > dark_x.mean()
+    assert y.mean() < dark_y.mean()
     with pytest.raises(ValueError, match="heat map needs"):
         draw_heatmap(tmp_path / "none.png", np.zeros(0), np.zeros((0, 3)), title="")

@@ -52,7 +52,9 @@ def test_recording_is_the_top_k_of_an_independent_softmax(make_model, tokens):
     handle.remove()
     logits = inputs[0].reshape(-1, 16).double() @ gate.weight.detach().double().T
     want = np.argsort(-logits.numpy(), axis=-1)[:, :2]
-    assert trace.expert_ids.shape == (23, 3, 2) and trace.expert_ids.dtype == np.uint8 and trace.known.all()
+    assert trace.expert_ids.shape == (23, 3, 2)
+    assert trace.expert_ids.dtype == np.uint8
+    assert trace.known.all()
     np.testing.assert_array_equal(trace.expert_ids[:, 1], want)  # router 1 is layer 2: layer 1 is dense
 
 
@@ -66,12 +68,17 @@ def test_replay_reproduces_the_recorded_networks_choice_exactly(make_model, toke
     clean(ours)
 
 
-def test_order_of_record_and_replay_does_not_matter_and_native_shows_the_routers_own_choice(make_model, tokens, clean):
+def test_order_of_record_and_replay_does_not_matter_and_native_shows_the_routers_own_choice(
+    make_model, tokens, clean
+):
     ours = make_model(0)
     trace = recorded(make_model(1), tokens)
     with (
-        torch.no_grad(), routers.record(ours) as outer, routers.record(ours, native=True) as native,
-        routers.replay(ours, trace), routers.record(ours) as inner,
+        torch.no_grad(),
+        routers.record(ours) as outer,
+        routers.record(ours, native=True) as native,
+        routers.replay(ours, trace),
+        routers.record(ours) as inner,
     ):
         ours(tokens, use_cache=False)
     np.testing.assert_array_equal(outer.trace().expert_ids, trace.expert_ids)
@@ -117,12 +124,19 @@ def test_gate_weights_are_the_softmax_restricted_to_the_replayed_set(make_model,
         want = want + weights[:, e, None] * ((g * torch.sigmoid(g) * u) @ down[e].T)
     (want * up[0].double()).sum().backward()
     torch.testing.assert_close(y[0].double(), want, rtol=1e-5, atol=1e-6)
-    pairs = [(x, z), (block.gate.weight, gate), (block.experts.gate_up_proj, gate_up), (block.experts.down_proj, down)]
+    pairs = [
+        (x, z),
+        (block.gate.weight, gate),
+        (block.experts.gate_up_proj, gate_up),
+        (block.experts.down_proj, down),
+    ]
     for ours, naive in pairs:
         torch.testing.assert_close(ours.grad.double(), naive.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_routers_gradient_under_replay_is_the_slope_of_the_replayed_loss(make_model, tokens, random_trace):
+def test_the_routers_gradient_under_replay_is_the_slope_of_the_replayed_loss(
+    make_model, tokens, random_trace
+):
     model = make_model(0, experts_implementation="eager").double()  # grouped_mm has no float64
     trace = random_trace(5)
     _, grads = trained(model, tokens, trace)
@@ -144,7 +158,9 @@ def test_the_routers_gradient_under_replay_is_the_slope_of_the_replayed_loss(mak
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_are_replayed_in_the_recomputation_too(make_model, tokens, random_trace, reentrant, clean):
+def test_checkpointed_layers_are_replayed_in_the_recomputation_too(
+    make_model, tokens, random_trace, reentrant, clean
+):
     model = make_model(0)
     trace = random_trace(5)
     loss, grads = trained(model, tokens, trace)
@@ -155,16 +171,21 @@ def test_checkpointed_layers_are_replayed_in_the_recomputation_too(make_model, t
     with routers.replay(model, trace) as feeder, routers.record(model) as recorder:
         again = loss_of(model, tokens)
         again.backward()
-    assert torch.equal(loss, again) and same_bits(grads, gradients(model))
+    assert torch.equal(loss, again)
+    assert same_bits(grads, gradients(model))
     assert [(layer.forwards, layer.recomputes) for layer in feeder.layers] == [(1, 1)] * 3
-    np.testing.assert_array_equal(recorder.trace().expert_ids, trace.expert_ids)  # recomputations are not recorded
+    np.testing.assert_array_equal(
+        recorder.trace().expert_ids, trace.expert_ids
+    )  # recomputations are not recorded
 
 
 def test_a_checkpointed_backward_left_outside_the_block_is_refused(make_model, tokens, random_trace, clean):
     model = make_model(0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with (
-        pytest.raises(RoutingReplayError, match=r"layers\.0\.mlp\.gate used 1 of 1 .* 0 of 1 .*2 more routers"),
+        pytest.raises(
+            RoutingReplayError, match=r"layers\.0\.mlp\.gate used 1 of 1 .* 0 of 1 .*2 more routers"
+        ),
         routers.replay(model, random_trace(5)),
     ):
         loss_of(model, tokens)
@@ -209,7 +230,9 @@ def test_a_forward_that_skips_a_router_is_refused(make_model, tokens, random_tra
         recorder.trace()
 
 
-def test_an_exception_inside_passes_through_and_leaves_the_model_clean(make_model, tokens, random_trace, clean):
+def test_an_exception_inside_passes_through_and_leaves_the_model_clean(
+    make_model, tokens, random_trace, clean
+):
     model = make_model(0)
     loss, grads = trained(model, tokens)
     with pytest.raises(ZeroDivisionError), routers.replay(model, random_trace(5)), routers.record(model):
@@ -217,7 +240,8 @@ def test_an_exception_inside_passes_through_and_leaves_the_model_clean(make_mode
         raise ZeroDivisionError
     clean(model)
     again, regrads = trained(model, tokens)
-    assert torch.equal(loss, again) and same_bits(grads, regrads)
+    assert torch.equal(loss, again)
+    assert same_bits(grads, regrads)
 
 
 def test_a_second_replay_is_refused_and_does_not_disturb_the_first(make_model, tokens, random_trace, clean):
@@ -242,13 +266,17 @@ def test_unknown_rows_are_routed_natively_and_counted(make_model, tokens, random
     ids[~known] = 0  # what a trace holds there is no route (both ids equal) and must not be looked at
     partial = RoutingTrace(ids, known, 8)
     with (
-        torch.no_grad(), routers.record(model, native=True) as native, routers.record(model) as used,
+        torch.no_grad(),
+        routers.record(model, native=True) as native,
+        routers.record(model) as used,
         routers.replay(model, partial) as feeder,
     ):
         model(tokens, use_cache=False)
     np.testing.assert_array_equal(used.trace().expert_ids[known], trace.expert_ids[known])
     np.testing.assert_array_equal(used.trace().expert_ids[~known], native.trace().expert_ids[~known])
-    np.testing.assert_array_equal(used.trace().expert_ids[~known, 0], recorded(model, tokens).expert_ids[~known, 0])
+    np.testing.assert_array_equal(
+        used.trace().expert_ids[~known, 0], recorded(model, tokens).expert_ids[~known, 0]
+    )
     assert (feeder.rows, feeder.native_rows) == (23, 3)
 
 
@@ -257,13 +285,15 @@ def test_a_wholly_unknown_trace_is_plain_routing_bit_for_bit(make_model, tokens,
     nothing = RoutingTrace(np.zeros((23, 3, 2), np.uint8), np.zeros(23, np.bool_), 8)
     loss, grads = trained(model, tokens)
     replayed_loss, replayed_grads = trained(model, tokens, nothing)
-    assert torch.equal(loss, replayed_loss) and same_bits(grads, replayed_grads)
+    assert torch.equal(loss, replayed_loss)
+    assert same_bits(grads, replayed_grads)
 
 
 def test_more_than_256_experts_travel_as_uint16(make_model, tokens, random_trace):
     model = make_model(0, num_experts=300, moe_intermediate_size=4, num_experts_per_tok=4)
     own = recorded(model, tokens)
-    assert own.expert_ids.dtype == np.uint16 and own.expert_ids.max() > 255
+    assert own.expert_ids.dtype == np.uint16
+    assert own.expert_ids.max() > 255
     trace = random_trace(5, top_k=4, experts=300)
     with routers.replay(model, trace):
         assert np.array_equal(recorded(model, tokens).expert_ids, trace.expert_ids)
@@ -285,7 +315,9 @@ def test_traces_that_do_not_fit_are_refused_before_the_model_runs(make_model, ra
 def test_a_truncated_trace_is_refused_at_the_first_router(make_model, tokens, random_trace, clean):
     model = make_model(0)
     with (
-        pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate must have one row a token: got 20 rows for 23"),
+        pytest.raises(
+            ValueError, match=r"layers\.0\.mlp\.gate must have one row a token: got 20 rows for 23"
+        ),
         routers.replay(model, random_trace(0, tokens=20)),
     ):
         model(tokens, use_cache=False)
@@ -299,9 +331,14 @@ def test_a_dense_model_is_refused(make_model):
 
 
 ROUTERS = {
-    "Qwen2MoeTopKRouter": "qwen2_moe", "Qwen3MoeTopKRouter": "qwen3_moe", "Qwen3NextTopKRouter": "qwen3_next",
-    "Qwen3_5MoeTopKRouter": "qwen3_5_moe", "OlmoeTopKRouter": "olmoe", "MixtralTopKRouter": "mixtral",
-    "DeepseekV3TopkRouter": "deepseek_v3", "Glm4MoeTopkRouter": "glm4_moe",
+    "Qwen2MoeTopKRouter": "qwen2_moe",
+    "Qwen3MoeTopKRouter": "qwen3_moe",
+    "Qwen3NextTopKRouter": "qwen3_next",
+    "Qwen3_5MoeTopKRouter": "qwen3_5_moe",
+    "OlmoeTopKRouter": "olmoe",
+    "MixtralTopKRouter": "mixtral",
+    "DeepseekV3TopkRouter": "deepseek_v3",
+    "Glm4MoeTopkRouter": "glm4_moe",
 }
 
 
@@ -311,8 +348,15 @@ ROUTERS = {
 def test_every_known_gate_is_its_routers_own_formula_bit_for_bit(name, dtype, norm):
     module = importlib.import_module(f"transformers.models.{ROUTERS[name]}.modeling_{ROUTERS[name]}")
     config = SimpleNamespace(
-        num_experts_per_tok=3, num_experts=12, num_local_experts=12, n_routed_experts=12, hidden_size=16,
-        norm_topk_prob=norm, routed_scaling_factor=2.5, n_group=1, topk_group=1,
+        num_experts_per_tok=3,
+        num_experts=12,
+        num_local_experts=12,
+        n_routed_experts=12,
+        hidden_size=16,
+        norm_topk_prob=norm,
+        routed_scaling_factor=2.5,
+        n_group=1,
+        topk_group=1,
     )
     torch.manual_seed(1)
     router = getattr(module, name)(config)
@@ -328,7 +372,9 @@ def test_every_known_gate_is_its_routers_own_formula_bit_for_bit(name, dtype, no
     with routers.replay(router, trace):
         _, replayed, again = router(x)
         (replayed * upstream).sum().backward()
-    assert torch.equal(ids, again) and torch.equal(weights, replayed) and weights.dtype == replayed.dtype
+    assert torch.equal(ids, again)
+    assert torch.equal(weights, replayed)
+    assert weights.dtype == replayed.dtype
     assert torch.equal(native, router.weight.grad)
 
 

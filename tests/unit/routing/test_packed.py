@@ -6,7 +6,7 @@ import torch
 
 from gspo_dist.learners import attention
 from gspo_dist.learners.eager import hf_logprobs
-from gspo_dist.learners.policy import PolicyModel
+from gspo_dist.learners.hf_model import PolicyModel
 from gspo_dist.packing import attach_traces, pack_sequences
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, Rollout
@@ -20,8 +20,13 @@ def rollouts(random_trace):
 
     def make(i, prompt, new):
         completion = Completion(
-            rng.integers(0, 61, new), np.ones(new, np.bool_), np.zeros(new, np.float32), np.zeros(new, np.int32),
-            "stop", "", random_trace(i, tokens=prompt + new),
+            rng.integers(0, 61, new),
+            np.ones(new, np.bool_),
+            np.zeros(new, np.float32),
+            np.zeros(new, np.int32),
+            "stop",
+            "",
+            random_trace(i, tokens=prompt + new),
         )
         return Rollout(i, i, Prompt(str(i), tuple(rng.integers(0, 61, prompt).tolist()), ""), completion, 0.0)
 
@@ -47,7 +52,9 @@ def test_packed_sequences_are_replayed_as_each_is_alone(rollouts, run):
     together = run(packed, record=True)
     separate = [run(batch, record=True) for batch in alone]
     np.testing.assert_array_equal(together.routing.expert_ids, packed.routing.expert_ids)
-    torch.testing.assert_close(together.logprobs, torch.cat([o.logprobs for o in separate]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        together.logprobs, torch.cat([o.logprobs for o in separate]), rtol=1e-5, atol=1e-5
+    )
     native = run(packed.with_(routing=None), record=True)
     assert (native.logprobs - together.logprobs).abs().max() > 0.01
     whole = RoutingTrace.concat([run(b.with_(routing=None), record=True).routing for b in alone])

@@ -100,7 +100,8 @@ def test_ids_of_all_65536_experts_survive_the_device_and_back():
     for dtype in (torch.int64, torch.int32):
         feeder = RouteFeeder([trace], shape, "cpu")
         chosen = feeder.layers[0].choose(torch.zeros(3, 2, dtype=dtype))
-        assert chosen.dtype == dtype and chosen.tolist() == ids[:, 0].tolist()
+        assert chosen.dtype == dtype
+        assert chosen.tolist() == ids[:, 0].tolist()
     recorder = RouteRecorder(shape)
     recorder.see(0, torch.from_numpy(ids[:, 0].astype(np.int64)))
     np.testing.assert_array_equal(recorder.trace().expert_ids, ids)
@@ -153,7 +154,9 @@ def test_every_pair_of_equal_ids_in_a_row_is_found(random_trace, top_k):
             trace = random_trace(0, tokens=4, layers=2, top_k=top_k)
             check_trace(trace, shape)
             trace.expert_ids[2, 1, i] = trace.expert_ids[2, 1, j]
-            with pytest.raises(ValueError, match=r"must be distinct: got .* router second \(MoE layer 1\), token 2"):
+            with pytest.raises(
+                ValueError, match=r"must be distinct: got .* router second \(MoE layer 1\), token 2"
+            ):
                 check_trace(trace, shape)
             trace.known[2] = False
             check_trace(trace, shape)  # nobody recorded the row: it holds no routes
@@ -162,7 +165,9 @@ def test_every_pair_of_equal_ids_in_a_row_is_found(random_trace, top_k):
 def test_ids_out_of_range_are_found_and_named(random_trace):
     trace = random_trace(0)
     trace.expert_ids[7, 2, 0] = 8
-    with pytest.raises(ValueError, match=r"below num_experts 8: got \[8, \d\] at router third \(MoE layer 2\), token 7"):
+    with pytest.raises(
+        ValueError, match=r"below num_experts 8: got \[8, \d\] at router third \(MoE layer 2\), token 7"
+    ):
         RouteFeeder([trace], SHAPE, "cpu")
 
 

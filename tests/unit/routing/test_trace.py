@@ -29,7 +29,12 @@ def test_concatenating_and_slicing_by_sequence_is_the_identity(lengths, seed):
 def test_packing_carries_the_routes_of_every_token(random_trace):
     def rollout(i, prompt, new):
         completion = Completion(
-            np.arange(new), np.ones(new, np.bool_), np.zeros(new, np.float32), np.zeros(new, np.int32), "stop", "",
+            np.arange(new),
+            np.ones(new, np.bool_),
+            np.zeros(new, np.float32),
+            np.zeros(new, np.int32),
+            "stop",
+            "",
             random_trace(i, tokens=prompt + new),
         )
         return Rollout(i, i, Prompt(str(i), tuple(range(prompt)), "", None), completion, 0.0)
@@ -44,8 +49,10 @@ def test_packing_carries_the_routes_of_every_token(random_trace):
 
 def test_the_engines_missing_tail_is_unknown():
     trace = RoutingTrace.from_engine(np.full((4, 3, 2), 7, np.int32), 5, 8)
-    assert trace.known.tolist() == [True] * 4 + [False] and trace.unknown_rows == 1
-    assert trace.expert_ids.dtype == np.uint8 and trace.expert_ids[4].sum() == 0
+    assert trace.known.tolist() == [True] * 4 + [False]
+    assert trace.unknown_rows == 1
+    assert trace.expert_ids.dtype == np.uint8
+    assert trace.expert_ids[4].sum() == 0
     with pytest.raises(ValueError, match="6 rows for a sequence of 5 tokens"):
         RoutingTrace.from_engine(np.zeros((6, 3, 2), np.uint8), 5, 8)
 

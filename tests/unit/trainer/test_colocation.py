@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gspo_dist.rollout.fake import FakeEngine
-from gspo_dist.trainer.build import _factories, _process_env, _transport, build
+from gspo_dist.rollout.reference import FakeEngine
 from gspo_dist.trainer.loop import train
+from gspo_dist.trainer.setup.build import _factories, _process_env, _transport, build
 from tests.unit.trainer.test_loop import config, model, reward_file  # noqa: F401
 
 
@@ -37,7 +37,9 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
     books = Books()
     engine: FakeEngine = run.pool.engine
     engine.sleep = books.awake.clear
-    engine.wake_up = lambda weights_only=False: books.awake.update({"weights"} if weights_only else {"weights", "cache"})
+    engine.wake_up = lambda weights_only=False: books.awake.update(
+        {"weights"} if weights_only else {"weights", "cache"}
+    )
     watched(engine, books, "generate", "score", "update_weights")
     watched(run.learner, books, "logprobs", "forward_backward", "optim_step", "empty_cache")
     run.config = replace(run.config, cluster=replace(run.config.cluster, colocated=True))

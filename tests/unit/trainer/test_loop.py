@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gspo_dist.cli import run_config
+from gspo_dist.cli.main import run_config
 from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.metrics.sinks import read_jsonl
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.trainer.build import build
 from gspo_dist.trainer.loop import train
+from gspo_dist.trainer.setup.build import build
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    save_model(build_model(Shape(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, expert_hidden=16), seed=0), folder)
+    save_model(
+        build_model(Shape(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, expert_hidden=16), seed=0),
+        folder,
+    )
     build_tokenizer().save_pretrained(folder)
     return folder
 
@@ -45,14 +48,33 @@ def reward_file(tmp_path_factory) -> Path:
 
 
 def config(model: Path, reward: Path, run_dir: Path, *extra: str):
-    return run_config([
-        "cluster=in_process", "learner=eager", "rollout=fake", "model=local", f"model.path={model}",
-        f"run_dir={run_dir}", f"reward.function='{reward}:share_of_sevens'", "reward=function",
-        "logger=quiet", "steps=3", "mini_batches=2", "rollout.prompts_per_step=4", "rollout.group_size=4",
-        "rollout.max_prompt_tokens=16", "rollout.max_completion_tokens=8", "learner.token_budget=128",
-        "learner.precision=fp32", "rollout.precision=fp32", "learner.optimizer.lr=0.01", "evaluation.prompts=8",
-        "rollout.weight_sync.probe_tolerance=1e-4", "rollout.weight_sync.probe_every=1", *extra,
-    ])
+    return run_config(
+        [
+            "cluster=in_process",
+            "learner=eager",
+            "rollout=fake",
+            "model=local",
+            f"model.path={model}",
+            f"run_dir={run_dir}",
+            f"reward.function='{reward}:share_of_sevens'",
+            "reward=function",
+            "logger=quiet",
+            "steps=3",
+            "mini_batches=2",
+            "rollout.prompts_per_step=4",
+            "rollout.group_size=4",
+            "rollout.max_prompt_tokens=16",
+            "rollout.max_completion_tokens=8",
+            "learner.token_budget=128",
+            "learner.precision=fp32",
+            "rollout.precision=fp32",
+            "learner.optimizer.lr=0.01",
+            "evaluation.prompts=8",
+            "rollout.weight_sync.probe_tolerance=1e-4",
+            "rollout.weight_sync.probe_every=1",
+            *extra,
+        ]
+    )
 
 
 def go(c) -> tuple[dict, list[dict]]:
@@ -76,9 +98,19 @@ def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
     assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:2])
     assert summary["policy_version"] == 24
     folder = tmp_path / "run"
-    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "curves.png", "flips_update.png"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "summary.json",
+        "curves.png",
+        "flips_update.png",
+    ):
         assert (folder / name).stat().st_size > 0
-    assert json.loads((folder / "summary.json").read_text())["heldout_after"] == rows[-1]["eval/heldout/accuracy"]
+    assert (
+        json.loads((folder / "summary.json").read_text())["heldout_after"]
+        == rows[-1]["eval/heldout/accuracy"]
+    )
     assert (folder / "checkpoints" / "step-000012" / "manifest.json").is_file()
 
 
@@ -89,10 +121,14 @@ def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_
         assert row["objective/mini_batch_0/clip_fraction"] == 0.0
         assert row["mismatch/abs_log_ratio_max"] < 1e-5
         assert abs(row["contract/offset_clip_widths"]) < 0.05
-    assert any(row["objective/mini_batch_1/clip_fraction"] > 0.0 for row in rows[1:])  # the policy has moved by then
+    assert any(
+        row["objective/mini_batch_1/clip_fraction"] > 0.0 for row in rows[1:]
+    )  # the policy has moved by then
 
 
-@pytest.mark.parametrize("objective", ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo", "sapo", "minirl"])
+@pytest.mark.parametrize(
+    "objective", ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo", "sapo", "minirl"]
+)
 def test_every_path_of_old_logprobs_and_replay_runs(model, reward_file, tmp_path, objective):
     _, rows = go(config(model, reward_file, tmp_path / "run", f"objective={objective}", "steps=2"))
     last = rows[-1]
@@ -138,25 +174,47 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(model, reward_file, tmp_p
 @pytest.mark.parametrize("estimator", ["batch", "ema", "subset"])
 def test_the_guard_recentres_by_each_estimator(model, reward_file, tmp_path, estimator):
     """A threshold of zero makes the guard act on any measurable offset; what it takes out is what was measured."""
-    _, rows = go(config(
-        model, reward_file, tmp_path / "run", "objective.guard.action=recentre", f"objective.guard.estimator={estimator}",
-        "objective.guard.threshold=0", "objective.guard.subset_fraction=0.5",
-    ))
+    _, rows = go(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            "objective.guard.action=recentre",
+            f"objective.guard.estimator={estimator}",
+            "objective.guard.threshold=0",
+            "objective.guard.subset_fraction=0.5",
+        )
+    )
     assert all("contract/offset" in r for r in rows[1:])
 
 
 def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
-    run = build(config(model, reward_file, tmp_path / "run", f"reward.function='{reward_file}:broken'", "data.heldout=null"))
+    run = build(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            f"reward.function='{reward_file}:broken'",
+            "data.heldout=null",
+        )
+    )
     with pytest.raises(Exception, match=r"reward of rollout 0 .*raised KeyError"):
         train(run)
     run.release()
 
 
 def test_a_diverging_run_says_what_is_saved(model, reward_file, tmp_path):
-    run = build(config(
-        model, reward_file, tmp_path / "run", "learner.optimizer.lr=1e30", "learner.optimizer.grad_clip=0",
-        "rollout.weight_sync.probe_every=0", "flips.every=0",
-    ))
+    run = build(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            "learner.optimizer.lr=1e30",
+            "learner.optimizer.grad_clip=0",
+            "rollout.weight_sync.probe_every=0",
+            "flips.every=0",
+        )
+    )
     with pytest.raises((FloatingPointError, ValueError, RuntimeError)) as error:
         train(run)
     run.release()
@@ -173,7 +231,9 @@ def test_a_run_folder_is_resumed_with_its_own_settings_or_not_at_all(model, rewa
     go(config(model, reward_file, tmp_path / "run", "steps=2"))
     with pytest.raises(ValueError, match="made with other settings: seed, objective;"):
         build(config(model, reward_file, tmp_path / "run", "steps=4", "seed=5", "objective=grpo"))
-    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run and checkpoint\.resume is false"):
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints of an earlier run and checkpoint\.resume is false"
+    ):
         build(config(model, reward_file, tmp_path / "run", "steps=4", "checkpoint.resume=false"))
     summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=3"))  # more steps is no other run
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
@@ -184,7 +244,9 @@ def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
     mine = config(model, reward_file, tmp_path / "run", "steps=1")
     first = build(mine)
     try:
-        with pytest.raises(ValueError, match=r"run_dir .* is in use by process \d+ on .*: wait for it, or choose another"):
+        with pytest.raises(
+            ValueError, match=r"run_dir .* is in use by process \d+ on .*: wait for it, or choose another"
+        ):
             build(mine)
     finally:
         first.release()
@@ -195,8 +257,17 @@ def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
 def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_use(
     model, reward_file, tmp_path, objective, monkeypatch
 ):
-    run = build(config(model, reward_file, tmp_path / "run", f"objective={objective}", "steps=2", "mini_batches=4",
-                       "flips.every=0"))
+    run = build(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            f"objective={objective}",
+            "steps=2",
+            "mini_batches=4",
+            "flips.every=0",
+        )
+    )
     seen, others = [], trace_bytes_alive()
 
     def watched(name):
@@ -204,7 +275,12 @@ def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_us
 
         def call(mini, *args, **kwargs):
             if kwargs or args:  # not the probe of the weight sync
-                seen.append((trace_bytes_alive() - others, sum(b.routing.nbytes for r in mini.micro_batches for b in r if b.routing)))
+                seen.append(
+                    (
+                        trace_bytes_alive() - others,
+                        sum(b.routing.nbytes for r in mini.micro_batches for b in r if b.routing),
+                    )
+                )
             return verb(mini, *args, **kwargs)
 
         monkeypatch.setattr(run.learner, name, call)

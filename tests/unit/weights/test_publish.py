@@ -11,7 +11,7 @@ import torch
 
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import host_checksum
-from gspo_dist.weights.publish import make_transport, send_weights
+from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.shm import ShmTransport, create_file, map_bucket
 from gspo_dist.weights.stream import buckets
 from gspo_dist.weights.verify import WeightSyncError
@@ -54,7 +54,8 @@ def test_at_most_two_buckets_are_alive(transport, tmp_path):
             yield bucket
 
     send_weights(slow_source(), transport, deliver)
-    assert max(alive) <= 2 and len(alive) > 10
+    assert max(alive) <= 2
+    assert len(alive) > 10
 
 
 def test_the_next_bucket_is_staged_while_one_is_delivered(transport):
@@ -111,7 +112,8 @@ def test_a_tensor_sent_twice_is_refused(transport, tmp_path):
 
 def test_without_checks_nothing_is_summed(tmp_path):
     report = send_weights([weights(3)], ShmTransport(check=False, folder=tmp_path), lambda info: None)
-    assert report.checksums == {} and report.tensors == 3
+    assert report.checksums == {}
+    assert report.tensors == 3
 
 
 def test_the_source_may_change_while_a_bucket_flies(transport):
@@ -165,8 +167,10 @@ def test_scalars_and_empty_tensors_travel(transport):
     sent = [("scalar", torch.tensor(3.0)), ("empty", torch.zeros(0, 4)), ("last", torch.ones(2))]
     got = {}
     send_weights([sent], transport, lambda info: got.update(map_bucket(info)))
-    assert got["scalar"].shape == () and float(got["scalar"]) == 3.0
-    assert got["empty"].shape == (0, 4) and torch.equal(got["last"], torch.ones(2))
+    assert got["scalar"].shape == ()
+    assert float(got["scalar"]) == 3.0
+    assert got["empty"].shape == (0, 4)
+    assert torch.equal(got["last"], torch.ones(2))
 
 
 def test_nccl_transport_gives_every_worker_its_own_rank():
@@ -210,7 +214,10 @@ def test_the_buckets_of_a_killed_sender_are_swept_and_those_of_a_living_one_are_
         "input()"
     )
     sender = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert sender.stdout.readline() == "staged\n"

@@ -1,0 +1,1 @@
+"""The command `gspo`: composing a configuration, and one function per subcommand."""

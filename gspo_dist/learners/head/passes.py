@@ -1,0 +1,146 @@
+"""The two row passes over a block of logits behind `logprobs`: plain torch, its torch.compile, and the
+choice.
+
+`merge` folds a block into the running softmax of every token; `gradient` turns a block into the gradient of
+its logits. Everything between two matmuls happens here, so this is what an implementation is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "chunked", "compiled", "triton")
+
+
+class SoftmaxState(NamedTuple):
+    """The running log-softmax of every token over the columns seen so far; each [N].
+
+    peak m = max x; total = sum exp(x - m); dot = sum (x - m) exp(x - m) (entropy = log total - dot / total,
+    which cancels nothing of the size of m); taken = x[y], -inf until y's column was seen.
+    """
+
+    peak: Tensor
+    total: Tensor
+    dot: Tensor
+    taken: Tensor
+
+
+class Block(NamedTuple):
+    """Raw logits [N, v] of v columns, with their bias [v]; ids [N] relative to the block: outside [0, v) the token's
+    column is elsewhere. A pass may destroy the logits."""
+
+    logits: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    inverse_temperature: float
+
+
+class Passes(Protocol):
+    """The two passes over a block of logits, as `Chunked` states them."""
+
+    logit_buffers: int  # tensors of the block's shape that a pass holds at once, the logits included
+    merge_destroys: bool  # merge leaves something else where the logits were
+
+    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None: ...
+
+    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+class Chunked:
+    """The passes in plain torch. In place: on a CPU a pass over memory costs as much as its arithmetic."""
+
+    def __init__(self, upcast: bool) -> None:
+        self.logit_buffers = 3 if upcast else 2  # the logits, their float32 copy, the exponentials
+        self.merge_destroys = not upcast
+
+    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
+        """Merges a block into `state`."""
+        peak, total, dot, taken = state
+        x = _scaled(block, peak.dtype)
+        inside, column = _locate(block.ids, x.shape[1])
+        taken.copy_(torch.where(inside, x.gather(1, column[:, None])[:, 0], taken))
+        new = torch.maximum(peak, x.amax(1))
+        shift = peak - new
+        decay = shift.exp()
+        peak.copy_(new)
+        x.sub_(new[:, None])
+        e = x.exp() if with_entropy else x.exp_()
+        if with_entropy:
+            dot.add_(shift * total).mul_(decay)
+        total.mul_(decay).add_(e.sum(1))
+        if with_entropy:
+            dot.add_(e.mul_(x).sum(1))
+
+    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """scale_i (1[column of y_i] - p[i, v]) of a block, in `dtype`."""
+        x = _scaled(block, lse.dtype)
+        inside, column = _locate(block.ids, x.shape[1])
+        x.sub_(lse[:, None]).exp_().mul_(-scale[:, None])
+        x.scatter_add_(1, column[:, None], torch.where(inside, scale, 0.0)[:, None])
+        if x.dtype == dtype:
+            return x
+        return block.logits.copy_(x) if block.logits.dtype == dtype else x.to(dtype)
+
+
+class Compiled:
+    """`Chunked` through torch.compile, which fuses each pass; the clones are fused away with the rest."""
+
+    logit_buffers = 2
+    merge_destroys = False
+
+    def __init__(self) -> None:
+        eager = Chunked(upcast=False)
+
+        def merge(block: Block, *rest: object) -> None:
+            # Without the clone, the in-place updates of the logits would be written back to memory.
+            eager.merge(block._replace(logits=block.logits.clone()), *rest)
+
+        def gradient(block: Block, *rest: object) -> Tensor:
+            result = eager.gradient(block._replace(logits=block.logits.clone()), *rest)
+            return block.logits.copy_(result) if block.logits.dtype == result.dtype else result
+
+        # fullgraph: too many recompilations then raise, where torch would fall back to eager with a warning.
+        self.merge = torch.compile(merge, dynamic=True, fullgraph=True)
+        self.gradient = torch.compile(gradient, dynamic=True, fullgraph=True)
+
+
+def _scaled(block: Block, dtype: torch.dtype) -> Tensor:
+    """(logits + bias) / temperature in `dtype`; over the logits where they have it already."""
+    x = block.logits.to(dtype)
+    if block.bias is not None:
+        x.add_(block.bias)
+    return x if block.inverse_temperature == 1.0 else x.mul_(block.inverse_temperature)
+
+
+def _locate(ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Which tokens' columns are in a block of `width`, and those columns (0 for the others)."""
+    inside = (ids >= 0) & (ids < width)
+    return inside, torch.where(inside, ids, 0)
+
+
+@functools.cache
+def _compiled() -> Compiled:
+    return Compiled()
+
+
+def choose_passes(implementation: str, hidden: Tensor, logits_dtype: torch.dtype) -> Passes:
+    """One of `IMPLEMENTATIONS`; "auto" is triton on a GPU, and chunked elsewhere and for float64."""
+    if implementation == "auto":
+        implementation = "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "chunked"
+    if implementation == "compiled":
+        return _compiled()
+    if implementation == "triton":
+        # Imported here: triton is absent from builds of torch without a GPU.
+        from gspo_dist.learners.head.kernels import TritonPasses
+
+        return TritonPasses(hidden, logits_dtype)
+    return Chunked(upcast=logits_dtype != accumulator(hidden.dtype))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and results for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

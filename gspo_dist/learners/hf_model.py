@@ -1,0 +1,134 @@
+"""An HF causal LM as a policy: packed tokens in, log-probs of the trained tokens out, logits never held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from gspo_dist.learners import attention
+from gspo_dist.learners.head.logprobs import taken_logprobs
+from gspo_dist.types import PackedBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LogprobHead(nn.Linear):
+    """The LM head, computing log-probs of given tokens instead of logits.
+
+    A module of its own (same parameter name as HF's head), so that ZeRO-3 gathers its weight when it is called.
+    """
+
+    temperature: float = 1.0
+    fp32_head: bool = True
+
+    def forward(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [N, H], token_ids [N] -> logprobs [N] float32, entropy [N] float32 (detached)."""
+        out = taken_logprobs(
+            hidden,
+            self.weight,
+            token_ids,
+            bias=self.bias,
+            temperature=self.temperature,
+            fp32_head=self.fp32_head,
+        )
+        return out.logprobs, out.entropy
+
+
+class PolicyModel(nn.Module):
+    """Wraps an HF causal LM (`hf`); `forward` takes a packed batch's tensors so that engines can wrap it in turn."""
+
+    def __init__(self, hf: nn.Module, temperature: float = 1.0, fp32_head: bool = True) -> None:
+        super().__init__()
+        self.hf = hf
+        head = hf.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"model must have a linear LM head: got {type(head).__name__}")
+        head.__class__ = LogprobHead
+        head.temperature, head.fp32_head = temperature, fp32_head
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T], [T], [S + 1], [N] (places of the wanted tokens) -> their log-probs and entropies, [N] float32 each."""
+        layout = attention.PackedLayout.of(cu_seqlens, position_ids)
+        out = self.hf.model(
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=layout
+        )
+        hidden = out.last_hidden_state[0]
+        return self.hf.get_output_embeddings()(hidden[index - 1], token_ids[index])
+
+
+def model_inputs(batch: PackedBatch, index: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """The keyword arguments of `PolicyModel.forward` for a packed batch, on `device`."""
+    tensors = {
+        "token_ids": batch.token_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "index": index,
+    }
+    return {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
+
+
+def check_model_folder(path: str | Path) -> Path:
+    """Refuses a folder that cannot be an HF model, before anything heavy starts."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"model.path must be a folder with an HF model: {folder} does not exist")
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model.path must hold config.json: {folder} has {sorted(p.name for p in folder.iterdir())[:8]}"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        import json
+
+        needed = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(name for name in needed if not (folder / name).is_file())
+        if missing:
+            raise ValueError(
+                f"model.path lacks weight files named by its index: {missing[:4]}; copy the folder again"
+            )
+    elif not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path must hold *.safetensors weights: none in {folder}")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ValueError(f"model.path must hold a tokenizer (tokenizer.json): none in {folder}")
+    return folder
+
+
+def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
+
+
+def load_policy(
+    path: str | Path,
+    precision: str,
+    *,
+    temperature: float = 1.0,
+    fp32_head: bool = True,
+    activation_checkpointing: bool = False,
+    make: Callable[[Path, PretrainedConfig, torch.dtype], nn.Module] | None = None,
+) -> PolicyModel:
+    """Loads an HF folder for training: packed attention, no dropout surprises, weights in `precision`.
+
+    make: builds the HF model with attention `gspo_packed` instead of `from_pretrained` (sharded learners).
+    """
+    folder = check_model_folder(path)
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ValueError(
+            f"model {folder} uses sliding-window attention ({config.sliding_window}), which the packed attention does "
+            "not have; use a model with full attention"
+        )
+    hf = (make or _from_pretrained)(folder, config, DTYPES[precision])
+    if activation_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+    hf.train()
+    return PolicyModel(hf, temperature, fp32_head)

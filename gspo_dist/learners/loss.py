@@ -1,0 +1,121 @@
+"""From a model's log-probs to the loss of one micro-batch: the part that every learner shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from gspo_dist.config import CorrectionConfig
+from gspo_dist.metrics.stat import Stat
+from gspo_dist.objectives import mismatch
+from gspo_dist.objectives.aggregate import Denominators, Segments
+from gspo_dist.objectives.objective import Objective
+from gspo_dist.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What one mini-batch optimises: objective, global denominators, mismatch correction, recentring.
+
+    offset (nats) is taken out of every log ratio before clipping; None: the mean over the micro-batch's own sequences
+    (only meaningful in the first mini-batch, where the policy has not moved yet). measure_mismatch: also return
+    statistics of learner against engine (from old_logprobs where they were recomputed, else from this pass).
+    """
+
+    objective: Objective
+    denominators: Denominators
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    offset: float | None = 0.0
+    measure_mismatch: bool = False
+
+
+def trained_index(batch: PackedBatch) -> torch.Tensor:
+    """[N] int64: places in the packed batch of the trained tokens. The hidden state that predicts t sits at t - 1.
+
+    Raises ValueError when the first token of a sequence is marked: nothing predicts it.
+    """
+    index = batch.loss_mask.nonzero().flatten()
+    starts = batch.cu_seqlens[:-1].long()
+    if batch.loss_mask[starts].any():
+        which = int(batch.loss_mask[starts].nonzero()[0])
+        raise ValueError(
+            f"loss_mask must be False on the first token of a sequence (nothing predicts it): sequence {which} of the "
+            "micro-batch starts with a trained token; give it a prompt"
+        )
+    return index
+
+
+def micro_batch_loss(
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    batch: PackedBatch,
+    spec: LossSpec,
+    *,
+    index: torch.Tensor | None = None,
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, dict[str, Stat]]:
+    """This rank's share of the mini-batch loss, and its stats.
+
+    logprobs [N] float32 with gradient, entropy [N]: of the tokens at `index` (default: all trained tokens). Under
+    context parallelism `index` holds this rank's trained tokens and `all_reduce` sums over the ranks that share the
+    sequences. Sums of losses and merges of stats over micro-batches and ranks give the mini-batch's.
+    Raises FloatingPointError naming the rollout when a log-prob or the loss is not finite.
+    """
+    if index is None:
+        index = trained_index(batch)
+    device = logprobs.device
+    if all_reduce is None and not len(index):  # a filler: its graph must run backward like the other ranks'
+        return logprobs.sum() * 0.0, {}
+    ids = batch.sequence_ids()[index]
+    segments = Segments(ids.to(device), batch.num_sequences, all_reduce)
+    rollout_logprobs = batch.rollout_logprobs[index].to(device)
+    old = rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs[index].to(device)
+    advantages = batch.advantages[index].to(device)
+    ref = None if batch.ref_logprobs is None else batch.ref_logprobs[index].to(device)
+    _refuse_non_finite(logprobs.detach(), ids, batch, "logprobs")
+    weights, keep = mismatch.correction(
+        spec.correction.name,
+        old,
+        rollout_logprobs,
+        advantages,
+        segments,
+        low=spec.correction.low,
+        high=spec.correction.high,
+        logprobs=logprobs.detach(),
+    )
+    offset = spec.offset
+    if offset is None:
+        offset = float(segments.mean(logprobs.detach() - old).mean())
+    corrected = spec.correction.name != "none"
+    result = spec.objective.loss(
+        logprobs,
+        old,
+        advantages,
+        segments,
+        spec.denominators,
+        ref_logprobs=ref,
+        weights=weights if corrected else None,
+        keep=keep if corrected else None,
+        offset=offset,
+    )
+    if not torch.isfinite(result.loss):
+        raise FloatingPointError(
+            f"loss is {result.loss.item()} in a micro-batch of rollouts {batch.rollout_index.tolist()}"
+        )
+    stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)}
+    if spec.measure_mismatch:
+        learner = logprobs.detach() if batch.old_logprobs is None else old
+        stats |= mismatch.mismatch_stats(learner, rollout_logprobs, segments)
+    return result.loss, stats
+
+
+def _refuse_non_finite(values: torch.Tensor, ids: torch.Tensor, batch: PackedBatch, name: str) -> None:
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        rollout = int(batch.rollout_index[ids[at]])
+        raise FloatingPointError(
+            f"{name} of rollout {rollout} are not finite: {values[at].item()} at trained token {at}"
+        )

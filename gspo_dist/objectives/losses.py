@@ -1,0 +1,200 @@
+"""The policy objectives, each as a loss per trained token.
+
+Arguments of all: logprobs [N] (with gradient), old_logprobs [N], advantages [N], segments. r_t is the token
+ratio exp(logprobs - old_logprobs), A_t the advantage, |y| the trained tokens of the sequence, sg the stopped
+gradient. Sequence-level objectives give every token of a sequence the same value, so that `sequence_mean`
+returns exactly the value of the paper and context-parallel ranks can add up their parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_dist.objectives.aggregate import Segments
+
+# exp(20) = 4.9e8: finite in float32 and beyond any ratio that still carries information. Outside, the
+# gradient is 0.
+LOG_RATIO_LIMIT = 20.0
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """An objective before aggregation. N trained tokens.
+
+    loss: [N], to minimise, with gradient; ratio: [N], the ratio that was clipped (constant in a sequence for
+    sequence-level objectives); clipped_low, clipped_high: bool [N], the tokens on which that bound binds.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp of log_ratio held in [-20, 20], so that one broken token cannot make the loss infinite."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def binding(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """Where the clip takes the gradient away: below 1 - clip_low with A < 0, above 1 + clip_high with A >
+    0."""
+    return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Surrogate:
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), written as the ratio with its binding bound put
+    in."""
+    low, high = binding(ratio, advantages, clip_low, clip_high)
+    used = ratio.masked_fill(low, 1.0 - clip_low).masked_fill(high, 1.0 + clip_high)
+    return Surrogate(-used * advantages, ratio.detach(), low, high)
+
+
+def require_constant(advantages: Tensor, segments: Segments, objective: str) -> None:
+    """ValueError unless the advantage is the same on all (local) tokens of each sequence."""
+    some = advantages.new_zeros(segments.count).scatter(0, segments.ids, advantages)
+    differs = advantages != segments.expand(some)
+    if bool(differs.any()):
+        sequence = int(segments.ids[differs][0])
+        raise ValueError(
+            f"advantages must be constant within a sequence for {objective}: got several values in sequence "
+            f"{sequence}; use gspo_token for advantages per token"
+        )
+
+
+def no_clip(ratio: Tensor) -> Tensor:
+    """A clip mask of an objective that has no bound on that side."""
+    return torch.zeros_like(ratio, dtype=torch.bool)
+
+
+def gspo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """GSPO, arXiv 2507.18071 eq 5-7: min(s A, clip(s) A), s = exp(1/|y| sum_t (log pi - log pi_old)).
+
+    Gradient where unclipped (eq 10): s A / |y| sum_t grad log pi(y_t). ValueError if A varies within a
+    sequence.
+    """
+    require_constant(advantages, segments, "gspo")
+    ratio = segments.expand(bounded_exp(segments.mean(logprobs - old_logprobs)))
+    return clipped_surrogate(ratio, advantages, clip_low, clip_high)
+
+
+def gspo_token(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """GSPO-token, arXiv 2507.18071 eq 13-14: min(s_t A_t, clip(s_t) A_t), s_t = sg[s] pi(y_t) / sg[pi(y_t)].
+
+    Equal to GSPO in value and gradient when A_t is constant in the sequence (eq 17); takes A_t per token.
+    """
+    sequence = segments.mean((logprobs - old_logprobs).detach())
+    ratio = segments.expand(bounded_exp(sequence)) * torch.exp(logprobs - logprobs.detach())
+    return clipped_surrogate(ratio, advantages, clip_low, clip_high)
+
+
+def grpo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float, dual_clip: float | None = None,
+) -> Surrogate:  # fmt: skip
+    """GRPO, arXiv 2402.03300 and 2507.18071 eq 2-3: min(r_t A_t, clip(r_t) A_t).
+
+    dual_clip c (arXiv 1912.09729): for A_t < 0 the term is max(that, c A_t), so a ratio above c has no
+    gradient; such tokens count as clipped_high.
+    """
+    ratio = bounded_exp(logprobs - old_logprobs)
+    plain = clipped_surrogate(ratio, advantages, clip_low, clip_high)
+    if dual_clip is None:
+        return plain
+    dual = (ratio > dual_clip) & (advantages < 0)
+    loss = torch.where(dual, -dual_clip * advantages, plain.loss)
+    return Surrogate(loss, plain.ratio, plain.clipped_low, plain.clipped_high | dual)
+
+
+def dapo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """DAPO, arXiv 2503.14476: GRPO's term with the upper bound raised, aggregated by `token_mean`."""
+    return clipped_surrogate(bounded_exp(logprobs - old_logprobs), advantages, clip_low, clip_high)
+
+
+def dr_grpo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """Dr. GRPO, arXiv 2503.20783: GRPO's term with A = R - mean R, aggregated by `constant_length`."""
+    return clipped_surrogate(bounded_exp(logprobs - old_logprobs), advantages, clip_low, clip_high)
+
+
+def cispo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """CISPO, arXiv 2506.13585: sg[clip(r_t, 1 - clip_low, 1 + clip_high)] A_t log pi(y_t).
+
+    The weight is clipped, never the gradient, whatever the sign of A_t; clipped tokens are counted likewise.
+    The paper switches the lower bound off (clip_low = 1) and tunes the upper; the default caps the weight at
+    5.
+    """
+    ratio = bounded_exp((logprobs - old_logprobs).detach())
+    weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return Surrogate(-weight * advantages * logprobs, ratio, ratio < 1.0 - clip_low, ratio > 1.0 + clip_high)
+
+
+def gmpo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """GMPO, arXiv 2507.20673: A exp(1/|y| sum_t l_t), l_t = min(log r_t, clip_high) if A > 0, else
+    max(log r_t, -clip_low): the geometric mean of token ratios that are clipped in log space on the side that
+    binds.
+
+    A clipped token loses its own gradient only. ValueError if A varies within a sequence.
+    """
+    require_constant(advantages, segments, "gmpo")
+    log_ratio = logprobs - old_logprobs
+    low, high = (log_ratio < -clip_low) & (advantages < 0), (log_ratio > clip_high) & (advantages > 0)
+    used = log_ratio.masked_fill(low, -clip_low).masked_fill(high, clip_high)
+    ratio = segments.expand(bounded_exp(segments.mean(used)))
+    return Surrogate(-ratio * advantages, ratio.detach(), low, high)
+
+
+def sapo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    tau_positive: float, tau_negative: float,
+) -> Surrogate:  # fmt: skip
+    """SAPO, arXiv 2511.20347: f(r_t) A_t, f(r) = 4/tau sigmoid(tau (r - 1)), tau by the sign of A_t.
+
+    f'(r) = sech^2(tau (r - 1) / 2): a soft gate, 1 at r = 1, in place of the clip; nothing counts as clipped.
+    """
+    ratio = bounded_exp(logprobs - old_logprobs)
+    tau = torch.full_like(ratio, tau_negative).masked_fill(advantages > 0, tau_positive)
+    gate = 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0))
+    return Surrogate(-gate * advantages, ratio.detach(), no_clip(ratio), no_clip(ratio))
+
+
+def minirl(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
+    clip_low: float, clip_high: float,
+) -> Surrogate:  # fmt: skip
+    """MiniRL, arXiv 2512.01374: M_t sg[r_t] A_t log pi(y_t); M_t = 0 where the clip binds, else 1.
+
+    The truncated weight pi_old / mu of the paper is the correction `token_truncate` (cap 5), passed as
+    weights.
+    """
+    ratio = bounded_exp((logprobs - old_logprobs).detach())
+    low, high = binding(ratio, advantages, clip_low, clip_high)
+    weight = ratio.masked_fill(low | high, 0.0)
+    return Surrogate(-weight * advantages * logprobs, ratio, low, high)
+
+
+def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments) -> Surrogate:
+    """REINFORCE with importance weight: sg[r_t] A_t log pi(y_t); the baseline lives in A (leave_one_out:
+    RLOO)."""
+    ratio = bounded_exp((logprobs - old_logprobs).detach())
+    return Surrogate(-ratio * advantages * logprobs, ratio, no_clip(ratio), no_clip(ratio))

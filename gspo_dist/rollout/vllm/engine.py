@@ -1,0 +1,376 @@
+"""vLLM 0.30 behind the rollout engine's protocol: synchronous, in this process, token ids in and out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gspo_dist.config import RolloutConfig
+from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
+from gspo_dist.rollout.seeds import request_key
+from gspo_dist.rollout.vllm.plugin import BACKENDS, register
+from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.weights.verify import WeightSyncError
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+CPU_BLOCK = 32
+"""Tokens of a KV block on a CPU; vLLM's own (128) is longer than most prompts."""
+GPU_BLOCK = 16
+"""vLLM's own."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def prepare_process(device: str, threads: int, precision: str) -> None:
+    """Environment that vLLM reads on import; call before. A variable that the user has set is kept."""
+    defaults = {
+        # The engine core runs in this process: no second interpreter to start, no tensors through a socket.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # One sampler for CPU and GPU hosts: model runner V2 (Triton only) has another.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        # Default "auto" pins every engine of a host to the same first cores.
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if threads:
+            defaults["OMP_NUM_THREADS"] = str(threads)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if device == "cpu":
+        if threads:
+            torch.set_num_threads(threads)
+        if precision == "bf16" and torch.cpu._is_amx_tile_supported():
+            # vllm-cpu 0.30.0: the process dies (SIGILL) if its attention kernel is the first to use AMX.
+            torch.cpu._init_amx()
+
+
+class VllmEngine:
+    """Implements `RolloutEngine`.
+
+    One `vllm.LLM` in this process; with tensor_parallel > 1 (GPU hosts) its workers are processes of their
+    own. `record_routing` makes vLLM return routed experts. `sleep_mode` (GPU hosts) prepares `sleep`.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_path: str | Path,
+        *,
+        name: str = "engine",
+        device: str = "cpu",
+        seed: int = 0,
+        record_routing: bool = False,
+        threads: int = 0,
+        sleep_mode: bool = False,
+        transport: str = "shm",
+    ) -> None:
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
+        if device == "cpu" and config.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel must be 1 on a CPU host: got {config.tensor_parallel}; "
+                "raise rollout.engines"
+            )
+        if device == "cpu" and sleep_mode:
+            raise ValueError("engines cannot sleep on a CPU host: set cluster.colocated=false")
+        if transport not in BACKENDS:
+            raise ValueError(f"engine transport must be one of {sorted(BACKENDS)}: got {transport!r}")
+        self.config, self.name, self.device = config, name, device
+        self.record_routing, self.sleep_mode, self.transport = record_routing, sleep_mode, transport
+        # Prompts of a group share their prefix, in whole blocks and all but the last token: where no prompt is longer than
+        # a block there is nothing to share, and vLLM would keep its books of it for every token. Routes survive it: vLLM
+        # keeps them by physical KV slot, so a cached block brings its rows along (checked in
+        # tests/integration/test_vllm_engine.py).
+        self.prefix_caching = config.max_prompt_tokens > (CPU_BLOCK if device == "cpu" else GPU_BLOCK)
+        self.policy_version = 0
+        self._updating = False
+        self._broken: str | None = None
+        prepare_process(device, threads, config.precision)
+        self.llm = self._start(Path(model_path).expanduser(), seed)
+        self.tokenizer = self.llm.get_tokenizer()
+        self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
+        self._info = self._describe()
+        if record_routing and not self.moe_layers:
+            raise ValueError(
+                f"model {model_path} has no routed experts to record: set objective.routing_replay=none"
+            )
+
+    def _start(self, model_path: Path, seed: int) -> LLM:
+        """Builds the LLM. `vllm.LLM` on a CPU replaces torch.set_num_threads by a no-op: put back for other
+        users.
+        """
+        config = self.config
+        set_num_threads = torch.set_num_threads
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
+
+        # vLLM's build decides, not what is asked of it: the GPU build would take a GPU and call it cpu.
+        if current_platform.device_type != self.device:
+            raise ValueError(
+                f"cluster.device={self.device} needs vLLM built for it: the one installed runs on "
+                f"{current_platform.device_type}; run the launcher with GSPO_ACCELERATOR="
+                f"{'cpu' if self.device == 'cpu' else 'gpu'}, which makes the environment anew"
+            )
+        register()
+        arguments: dict[str, Any] = {
+            "model": str(model_path),
+            "dtype": DTYPES[config.precision],
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "tensor_parallel_size": config.tensor_parallel,
+            "enable_expert_parallel": config.expert_parallel,
+            "enforce_eager": config.enforce_eager,
+            "enable_prefix_caching": self.prefix_caching,
+            "enable_return_routed_experts": self.record_routing,
+            "weight_transfer_config": WeightTransferConfig(backend=BACKENDS[self.transport][0]),
+            "worker_extension_cls": "gspo_dist.rollout.vllm.worker.WorkerExtension",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "seed": seed,
+        }
+        if self.device == "cpu":
+            # On a CPU vLLM takes "GPU memory utilisation" of the host's memory and refuses to start when that
+            # is not free; with an explicit KV cache the share is not used for anything else.
+            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+            arguments["gpu_memory_utilization"] = 0.05
+            arguments["block_size"] = CPU_BLOCK
+        else:
+            arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+            arguments["enable_sleep_mode"] = self.sleep_mode
+            if config.tensor_parallel > 1:
+                arguments["distributed_executor_backend"] = "mp"
+        try:
+            return LLM(**arguments)
+        finally:
+            torch.set_num_threads = set_num_threads
+
+    def _describe(self) -> EngineInfo:
+        vllm_config = self.llm.llm_engine.vllm_config
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        experts = model.get_num_experts() if self.moe_layers else 0
+        return EngineInfo(
+            name=self.name,
+            device=self.device,
+            max_model_len=model.max_model_len,
+            vocab_size=model.get_vocab_size(),
+            num_experts=experts,
+            moe_layers=len(self.moe_layers),
+            top_k=int(model.get_num_experts_per_tok()) if self.moe_layers else 0,
+            can_record_routing=self.record_routing,
+            kv_cache_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+        )
+
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def _require_usable(self) -> None:
+        if self._broken is not None:
+            raise WeightSyncError(f"{self.name} holds half-loaded weights ({self._broken}): restart it")
+        if self._updating:
+            raise WeightSyncError(
+                f"{self.name} is in the middle of a weight update: call finish_weight_update first"
+            )
+
+    def generate(
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
+    ) -> list[list[Completion]]:
+        self._require_usable()
+        self._check_request(prompts, spec, request_ids)
+        if not prompts:
+            return []
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = [
+            SamplingParams(
+                n=spec.n,
+                max_tokens=spec.max_tokens,
+                temperature=spec.temperature,
+                top_p=spec.top_p,
+                stop_token_ids=list(spec.stop_token_ids) or None,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"gspo": (request_key(spec.seed, request_id), i * spec.n, spec.n)},
+            )
+            for i, request_id in enumerate(request_ids)
+        ]
+        self.llm.collective_rpc("gspo_begin", args=(len(prompts) * spec.n, spec.max_tokens))
+        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        tokens, logprobs = self.llm.collective_rpc("gspo_take")[0]
+        completions = [
+            self._completions(prompt, output, tokens[i * spec.n :], logprobs[i * spec.n :], spec)
+            for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+        return completions
+
+    def _check_request(
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
+    ) -> None:
+        if len(request_ids) != len(prompts):
+            raise ValueError(
+                f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}"
+            )
+        if spec.record_routing and not self.record_routing:
+            raise ValueError(
+                f"{self.name} was not started to record routing, but the sampling spec asks for it: "
+                "set objective.routing_replay=r3 before the engines start"
+            )
+        limit = self._info.max_model_len
+        for prompt in prompts:
+            if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > limit:
+                raise ValueError(
+                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
+                    f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
+                    f"{limit}; raise rollout.max_prompt_tokens or leave the prompt out"
+                )
+
+    def _completions(
+        self,
+        prompt: Prompt,
+        output: RequestOutput,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        spec: SamplingSpec,
+    ) -> list[Completion]:
+        """One prompt's completions; `tokens`, `logprobs` [n.., max_tokens] are the sampler's rows of this
+        prompt.
+        """
+        texts = self.tokenizer.batch_decode([o.token_ids for o in output.outputs], skip_special_tokens=True)
+        completions = []
+        for i, (sample, text) in enumerate(zip(output.outputs, texts, strict=True)):
+            ids = np.asarray(sample.token_ids, dtype=np.int64)
+            n = len(ids)
+            if not np.array_equal(tokens[i, :n], ids):
+                raise RuntimeError(
+                    f"{self.name}: sampler and scheduler disagree on the tokens of {prompt.prompt_id!r}"
+                )
+            completions.append(
+                Completion(
+                    token_ids=ids,
+                    loss_mask=np.ones(n, dtype=np.bool_),
+                    logprobs=logprobs[i, :n].copy(),
+                    policy_versions=np.full(n, self.policy_version, dtype=np.int32),
+                    finish_reason=str(sample.finish_reason),
+                    text=text,
+                    routing=self._trace(prompt, sample.routed_experts, n) if spec.record_routing else None,
+                )
+            )
+        return completions
+
+    def _trace(self, prompt: Prompt, rows: np.ndarray | None, completion: int) -> RoutingTrace:
+        """vLLM's [P + N - 1, all layers, top_k] ids as a trace over the MoE layers; the last token has no
+        row.
+        """
+        total = len(prompt.token_ids) + completion
+        if rows is None or len(rows) != total - 1:
+            raise RuntimeError(
+                f"{self.name} returned routes for {0 if rows is None else len(rows)} of the "
+                f"{total - 1} tokens it ran of prompt {prompt.prompt_id!r}"
+            )
+        return RoutingTrace.from_engine(rows[:, self.moe_layers], total, self._info.num_experts)
+
+    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The last position is not scored by one more token than the context holds: sequences may fill it but
+        one.
+        """
+        self._require_usable()
+        if not sequences:
+            return []
+        from vllm import SamplingParams
+
+        for i, ids in enumerate(sequences):
+            if not 2 <= len(ids) < self._info.max_model_len:
+                raise ValueError(
+                    f"sequence {i} to score must have 2 to {self._info.max_model_len - 1} tokens: "
+                    f"got {len(ids)}"
+                )
+        self.llm.collective_rpc("gspo_score_temperature", args=(self.config.temperature,))
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        inputs = [{"prompt_token_ids": [int(t) for t in ids]} for ids in sequences]
+        scored = []
+        for ids, output in zip(sequences, self.llm.generate(inputs, params, use_tqdm=False), strict=True):
+            entries = output.prompt_logprobs
+            scored.append(
+                np.array([entries[t][int(ids[t])].logprob for t in range(1, len(ids))], dtype=np.float32)
+            )
+        return scored
+
+    def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": dict(init_info)})
+
+    def start_weight_update(self) -> None:
+        self._require_usable()
+        self.llm.start_weight_update()
+        self._updating = True
+
+    def update_weights(self, update_info: Mapping[str, Any]) -> None:
+        if not self._updating:
+            raise WeightSyncError(
+                f"{self.name} got a weight bucket outside an update: call start_weight_update first"
+            )
+        try:
+            self.llm.update_weights({"update_info": dict(update_info)})
+        except BaseException as e:
+            self._broken = repr(e)
+            raise
+
+    def finish_weight_update(self, policy_version: int) -> SyncReceipt:
+        if not self._updating or self._broken is not None:
+            raise WeightSyncError(
+                f"{self.name} has no whole weight update to finish: {self._broken or 'none started'}"
+            )
+        try:
+            self.llm.finish_weight_update(weight_version=str(policy_version))
+            reports = self.llm.collective_rpc("gspo_sync_report")
+            # Cached keys and values are the old policy's.
+            if self.prefix_caching and not self.llm.reset_prefix_cache():
+                raise WeightSyncError(
+                    f"{self.name} could not drop its prefix cache: requests are still running"
+                )
+        except BaseException as e:
+            self._broken = repr(e)
+            raise
+        first = reports[0]
+        for rank, report in enumerate(reports):
+            if report["checksums"] != first["checksums"] or report["tensors"] != first["tensors"]:
+                self._broken = f"workers 0 and {rank} received different weights"
+                raise WeightSyncError(f"{self.name}: {self._broken}")
+        self._updating = False
+        self.policy_version = policy_version
+        return SyncReceipt(
+            policy_version=int(self.llm.get_weight_version()),
+            checksums=first["checksums"],
+            tensors=first["tensors"],
+            bytes=first["bytes"],
+            seconds_checking=max(r["seconds_checking"] for r in reports),
+        )
+
+    def sleep(self) -> None:
+        """Level 1: weights to host memory, KV cache dropped. Level 2 would lose the weights if no sync
+        followed.
+        """
+        if not self.sleep_mode:
+            raise ValueError(f"{self.name} cannot sleep: it needs cluster.colocated=true and a GPU host")
+        self.llm.reset_prefix_cache()
+        self.llm.sleep(level=1)
+
+    def wake_up(self, weights_only: bool = False) -> None:
+        if not self.sleep_mode:
+            raise ValueError(f"{self.name} cannot wake up: it needs cluster.colocated=true and a GPU host")
+        self.llm.wake_up(["weights"] if weights_only else None)
+
+    def close(self) -> None:
+        """Stops the engine core and gives its memory back."""
+        self.llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,41 @@
+"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`), called by name with
+`collective_rpc`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gspo_dist.rollout.vllm.sampler import KeyedSampler
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class; `self` is the worker."""
+
+    model_runner: Any
+    weight_transfer_engine: Any
+
+    def gspo_install(self) -> dict[str, Any]:
+        """Puts the sampler in place; returns the model layers that have routed experts."""
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+
+        if not hasattr(self.model_runner, "input_batch"):
+            raise RuntimeError("VllmEngine needs vLLM's model runner V1: unset VLLM_USE_V2_MODEL_RUNNER")
+        self.model_runner.sampler = KeyedSampler(self.model_runner)
+        layers = [m.layer_id for m in self.model_runner.get_model().modules() if isinstance(m, MoERunner)]
+        return {"moe_layers": sorted(layers)}
+
+    def gspo_begin(self, slots: int, max_tokens: int) -> None:
+        self.model_runner.sampler.begin(slots, max_tokens)
+
+    def gspo_take(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.model_runner.sampler.take()
+
+    def gspo_score_temperature(self, temperature: float) -> None:
+        self.model_runner.sampler.score_temperature = temperature
+
+    def gspo_sync_report(self) -> dict[str, Any]:
+        """What the last weight update brought to this worker."""
+        return self.weight_transfer_engine.report()
