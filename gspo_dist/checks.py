@@ -1,4 +1,4 @@
-"""Checks of user input that every room shares: the nearest known name, and a choice among known names."""
+"""What checks of user input share: the nearest known name, a choice among known names, the divisors to try."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def choose(field: str, name: object, options: Iterable[str]) -> str:
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"{field} must be a known name: got {name!r}; {nearest(name, known)}")
     return name
+
+
+def divisors(total: int, most: int = 8) -> str:
+    """The divisors of `total` as an error message lists them: "1, 2, 3, 6, 12" for 12.
+
+    Only the `most` smallest are listed, because a message with all 24 divisors of 360 helps nobody.
+    """
+    found = [d for d in range(1, total + 1) if total % d == 0]
+    return ", ".join(str(d) for d in found[:most]) + (", ..." if len(found) > most else "")

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gspo_dist.host import usable_cores
+
 GIB = 1 << 30
 ENVIRONMENT = "source launch/env.sh (installs the tested versions)"
 CORE = {
@@ -222,16 +224,6 @@ def check_devices(gpus: Sequence[str], driver: Sequence[str]) -> Check:
             "install torch's CUDA build: GSPO_ACCELERATOR=gpu source launch/env.sh",
         )
     return Check("GPUs", "ok", "none: runs on the CPU")
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, less a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
 
 
 def check_cores(cores: int) -> Check:

@@ -43,6 +43,9 @@ FLOORS = {
     "planner": 0,
     "models": 0,
     "checks": 0,
+    "files": 0,
+    "host": 0,
+    "partition": 0,
     "__init__": 0,
 }
 HOMES = {
