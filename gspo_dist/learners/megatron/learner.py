@@ -27,7 +27,7 @@ from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss
-from gspo_dist.learners.megatron import balance, checkpoint, cpu
+from gspo_dist.learners.megatron import balance, checkpoint, cpu_shim
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron import optimizer as optim
 from gspo_dist.learners.megatron.architecture import read_architecture
@@ -91,7 +91,7 @@ class MegatronLearner:
             check_transformer_engine()
         source = SafetensorsFolder(model_path)
         self.device = torch.device(device)
-        cpu.install()
+        cpu_shim.install()
         self._join(config)
         builder.start_groups(self.layout, config.timeout_s, seed)
         self.transformer = builder.transformer_config(

@@ -1,4 +1,4 @@
-"""megatron-core's DistributedDataParallel and optimiser, which run on a CPU too under `cpu`'s stand-ins."""
+"""megatron-core's DistributedDataParallel and optimiser, which run on a CPU too under the stand-ins of `cpu_shim`."""
 
 from __future__ import annotations
 
