@@ -54,7 +54,7 @@ def lay_out(cluster: ClusterConfig, learner: LearnerConfig, rollout: RolloutConf
         share = Bundle(1, 0.5)
         return Layout((share,) * learner.world_size, (share,) * rollout.engines, True)
     cpus = 1 if gpu else CPU_SHARE
-    sampling = gpu and rollout.engine != "fake"
+    sampling = gpu and rollout.engine != "reference"
     return Layout(
         (Bundle(cpus, float(gpu)),) * learner.world_size,
         (Bundle(cpus, float(sampling * rollout.tensor_parallel)),) * rollout.engines,

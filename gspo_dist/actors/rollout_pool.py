@@ -35,8 +35,8 @@ class EngineProcess(ActorProcess):
     ) -> list[list[Completion]]:
         return self.engine.generate(prompts, spec, request_ids)
 
-    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return self.engine.score(sequences)
+    def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self.engine.logprobs_of(sequences)
 
     def init_weight_sync(self, info: Mapping[str, Any]) -> None:
         self.engine.init_weight_sync(info)
@@ -104,9 +104,9 @@ class RayRolloutPool:
                 out[i] = group
         return out
 
-    def score(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
-        """The same sequences scored by every engine: each holds weights of its own to be probed."""
-        return self.actors.call_all("score", list(sequences), timeout=timeout)
+    def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
+        """Log-probs of the same sequences from every engine: each holds weights of its own to be probed."""
+        return self.actors.call_all("logprobs_of", list(sequences), timeout=timeout)
 
     def start_weight_update(self, timeout: float) -> None:
         self.actors.call_all("start_weight_update", timeout=timeout)

@@ -300,7 +300,11 @@ def _has_library(name: str) -> bool:
 def check_vllm(probe: Mapping[str, object], cpu: str | None, gpu: str | None, numa: bool) -> Check:
     if cpu is None and gpu is None:
         return Check(
-            "vLLM", "missing", "not installed; rollout=fake is the only engine", ENVIRONMENT, required=True
+            "vLLM",
+            "missing",
+            "not installed; rollout=reference is the only engine",
+            ENVIRONMENT,
+            required=True,
         )
     if cpu is not None and gpu is not None:
         return Check(

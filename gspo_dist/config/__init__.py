@@ -253,7 +253,7 @@ class RolloutConfig:
     """The rollout engines and what they sample."""
 
     engine: str = "vllm"
-    """vllm | fake (deterministic random completions, for dry runs)."""
+    """vllm | reference (the HF model in float32 on the CPU, every prefix recomputed: tests and small models)."""
     engines: int = 1
     """Engine processes; the pool balances prompts over them."""
     tensor_parallel: int = 1
@@ -285,7 +285,7 @@ class RolloutConfig:
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
 
     def __post_init__(self) -> None:
-        choose("rollout.engine", self.engine, ("vllm", "fake"))
+        choose("rollout.engine", self.engine, ("vllm", "reference"))
         choose("rollout.precision", self.precision, ("fp32", "bf16"))
         for name in (
             "engines",

@@ -34,7 +34,6 @@ class EngineInfo:
     moe_layers: int
     top_k: int
     can_record_routing: bool
-    kv_cache_tokens: int
 
 
 class RolloutEngine(Protocol):
@@ -51,7 +50,7 @@ class RolloutEngine(Protocol):
         stream of every completion, whichever engine runs it. Raises ValueError for a prompt over the context."""
         ...
 
-    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probs [len - 1] float32 of every token after the first, under the engine's weights and sampling
         temperature: the probe of a weight sync. Sequences of 2 to max_model_len - 1 tokens."""
         ...

@@ -24,7 +24,7 @@ class RolloutPool(Protocol):
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]: ...
 
-    def score(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]: ...
+    def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]: ...
 
     def start_weight_update(self, timeout: float) -> None: ...
 
@@ -73,8 +73,8 @@ class LocalRolloutPool:
     ) -> list[list[Completion]]:
         return self.engine.generate(prompts, spec, request_ids)
 
-    def score(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
-        return {"engine-0": self.engine.score(sequences)}
+    def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
+        return {"engine-0": self.engine.logprobs_of(sequences)}
 
     def start_weight_update(self, timeout: float) -> None:
         self.engine.start_weight_update()

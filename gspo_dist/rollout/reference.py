@@ -1,8 +1,9 @@
-"""A rollout engine without vLLM: deterministic completions for unit tests and dry runs, in milliseconds.
+"""The reference engine: an HF model in float32 on the CPU, which recomputes every prefix for every token.
 
-Without a model folder it samples from one fixed softmax over the vocabulary; with one it samples from that HF
-model in float32 on the CPU, so that a whole training loop can learn something under pytest. Both take weight
-syncs through shared memory like a real engine, keep log-probs that belong to their policy, and record routes.
+It is for tests and small models, where it lets the whole loop run under pytest without vLLM. It loads the whole
+model in float32 (a model of 30B parameters would take 122 GB) and its time grows with the square of the length,
+so it is no engine for a real run, and a dry run does not start it. Like a real engine it takes weight syncs
+through shared memory, returns the log-probs of the distribution that it samples from, and records routes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
-from gspo_dist.rollout.seeds import mix, request_key, sample_keys, uniforms
+from gspo_dist.rollout.seeds import request_key, sample_keys, uniforms
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 from gspo_dist.weights.checksum import host_checksum
@@ -25,8 +26,8 @@ from gspo_dist.weights.stream import NamedTensor, hf_named_weights
 from gspo_dist.weights.verify import WeightSyncError
 
 
-class FakePolicy(Protocol):
-    """What the fake engine samples from."""
+class Policy(Protocol):
+    """What the reference engine samples from."""
 
     vocab_size: int
     num_experts: int
@@ -49,42 +50,6 @@ class FakePolicy(Protocol):
     def load(self, weights: Sequence[NamedTensor]) -> None: ...
 
     def text(self, token_ids: np.ndarray) -> str: ...
-
-
-class TablePolicy:
-    """One softmax over the vocabulary, the same at every position; the highest id ends a completion."""
-
-    def __init__(
-        self, seed: int, vocab_size: int = 32, num_experts: int = 8, moe_layers: int = 2, top_k: int = 2
-    ) -> None:
-        self.vocab_size, self.num_experts, self.moe_layers, self.top_k = (
-            vocab_size,
-            num_experts,
-            moe_layers,
-            top_k,
-        )
-        self.eos_ids = frozenset({vocab_size - 1})
-        self.table = np.random.default_rng(seed).normal(size=vocab_size).astype(np.float32)
-
-    def logits(self, rows: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(self.table, (len(rows), self.vocab_size))
-
-    def all_logits(self, row: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(self.table, (len(row), self.vocab_size))
-
-    def routes(self, row: np.ndarray) -> np.ndarray:
-        """K neighbouring experts, the first drawn from the token and the layer."""
-        layers = np.arange(self.moe_layers, dtype=np.uint64)
-        first = mix(row.astype(np.uint64)[:, None] * np.uint64(1000003) + layers) % np.uint64(
-            self.num_experts
-        )
-        return (first[:, :, None].astype(np.int64) + np.arange(self.top_k)) % self.num_experts
-
-    def load(self, weights: Sequence[NamedTensor]) -> None:
-        """Weights arrive and change nothing: the table is not made of them."""
-
-    def text(self, token_ids: np.ndarray) -> str:
-        return " ".join(str(t) for t in token_ids)
 
 
 class HFPolicy:
@@ -157,32 +122,27 @@ def truncate(logprobs: np.ndarray, top_p: float) -> np.ndarray:
     return out - np.log(np.exp(out).sum(axis=-1, keepdims=True))
 
 
-class FakeEngine:
-    """Implements `RolloutEngine` in plain Python. `policy` wins over `model_path`; neither gives a
-    `TablePolicy`.
-    """
+class ReferenceEngine:
+    """Implements `RolloutEngine` in plain Python over a `Policy`, in a run an `HFPolicy`."""
 
     def __init__(
         self,
         config: RolloutConfig,
-        model_path: str | Path | None = None,
+        policy: Policy,
         *,
-        name: str = "fake",
+        name: str = "reference",
         device: str = "cpu",
-        seed: int = 0,
         record_routing: bool = False,
-        threads: int = 0,
         sleep_mode: bool = False,
         transport: str = "shm",
-        policy: FakePolicy | None = None,
     ) -> None:
         if device != "cpu" or transport != "shm" or sleep_mode:
             raise ValueError(
-                "the fake engine runs on a CPU with the shm transport and never sleeps: "
+                "the reference engine runs on a CPU with the shm transport and never sleeps: "
                 f"got device {device}, transport {transport}, sleep_mode {sleep_mode}"
             )
         self.config, self.name, self.record_routing = config, name, record_routing
-        self.policy = policy or (TablePolicy(seed) if model_path is None else HFPolicy(model_path))
+        self.policy = policy
         self.policy_version = 0
         self.check = True
         self.checksums: dict[str, int] | None = None
@@ -199,7 +159,6 @@ class FakeEngine:
             moe_layers=p.moe_layers,
             top_k=p.top_k,
             can_record_routing=self.record_routing,
-            kv_cache_tokens=0,
         )
 
     def generate(
@@ -277,7 +236,7 @@ class FakeEngine:
             routing=trace,
         )
 
-    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._require_idle()
         scored = []
         for ids in sequences:

@@ -107,7 +107,9 @@ class WeightSync:
     def _compare(self, kept: Sequence[ProbeSequence], ours: Sequence[np.ndarray]) -> dict[str, float]:
         """Scores the same completions with the engines: proves what they compute, not what arrived."""
         worst_mean, worst_max = 0.0, 0.0
-        for engine, scores in self.pool.score([tokens for tokens, _ in kept], self.config.timeout_s).items():
+        for engine, scores in self.pool.logprobs_of(
+            [tokens for tokens, _ in kept], self.config.timeout_s
+        ).items():
             theirs = [score[max(1, start) - 1 :] for score, (_, start) in zip(scores, kept, strict=True)]
             mean, largest = check_probe(
                 theirs,

@@ -51,7 +51,7 @@ def test_errors_name_the_prompt_and_the_way_out(generation):
     assert "170 + 24" in errors["long"]
     assert "max_prompt_tokens" in errors["long"]
     assert "one request id a prompt: got 1 for 4" in errors["ids"]
-    assert "2 to 191 tokens: got 192" in errors["score"]
+    assert "2 to 191 tokens: got 192" in errors["logprobs_of"]
     assert "cluster.colocated" in errors["sleep"]
     assert "start_weight_update first" in errors["bucket"]
     assert "none started" in errors["finish"]

@@ -117,7 +117,7 @@ def generation(folder):
                 routes = hf_routes(model, [*prompt.token_ids, *c.token_ids.tolist()])
                 wrong += int((np.sort(c.routing.expert_ids, axis=-1)[:-1] != routes[:-1]).sum())
                 unknown_last &= c.routing.known.tolist() == [True] * (len(routes) - 1) + [False]
-    scored = engine.score([np.array(p.token_ids) for p in asked])
+    scored = engine.logprobs_of([np.array(p.token_ids) for p in asked])
     greedy = engine.generate(asked[:1], SamplingSpec(1, 6, temperature=0.0), [0])[0][0]
     row = list(asked[0].token_ids)
     for _ in range(len(greedy)):
@@ -164,7 +164,7 @@ def generation(folder):
     for key, bad in {
         "long": lambda: engine.generate(prompts([170]), spec, [0]),
         "ids": lambda: engine.generate(asked, spec, [0]),
-        "score": lambda: engine.score([np.arange(192)]),
+        "logprobs_of": lambda: engine.logprobs_of([np.arange(192)]),
         "sleep": engine.sleep,
         "bucket": lambda: engine.update_weights({}),
         "finish": lambda: engine.finish_weight_update(1),
@@ -210,8 +210,9 @@ def preemption(folder):
             routes = hf_routes(model, [*p.token_ids, *c.token_ids.tolist()])
             wrong += int((np.sort(c.routing.expert_ids, axis=-1)[:-1] != routes[:-1]).sum())
     alone = [small.generate([p], spec, [i])[0] for i, p in enumerate(asked)]
+    cache = small.llm.llm_engine.vllm_config.cache_config
     out = {
-        "kv_tokens": small.info().kv_cache_tokens,
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         "gap": gap,
         "wrong_routes": wrong,
         "alone": same(groups, alone),
@@ -240,14 +241,14 @@ def sync(folder, tie=False, dense=()):
     ids = [np.array(p.token_ids) for p in asked]
     spec = SamplingSpec(n=2, max_tokens=8, seed=1, record_routing=True)
     engine.generate(asked, spec, [0, 1])  # fills the prefix cache with the first weights
-    steps, last = [], engine.score(ids)
+    steps, last = [], engine.logprobs_of(ids)
     for version in (1, 2):
         with torch.no_grad():
             g = torch.Generator().manual_seed(version)
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
         report, receipt, seconds = publish(engine, model, version)
-        scored = engine.score(ids)
+        scored = engine.logprobs_of(ids)
         groups = engine.generate(asked, spec, [0, 1])
         wrong = 0
         for p, group in zip(asked, groups, strict=True):
@@ -295,13 +296,13 @@ def corruption(folder):
     receiver.repack_experts = False
     publish(engine, model, 1)
     try:
-        check_probe(engine.score(ids), wanted, 1e-4, policy_version=1)
+        check_probe(engine.logprobs_of(ids), wanted, 1e-4, policy_version=1)
         caught = ""
     except WeightSyncError as e:
         caught = str(e)
     receiver.repack_experts = True
     publish(engine, model, 2)
-    mended = check_probe(engine.score(ids), wanted, 1e-4, policy_version=2)
+    mended = check_probe(engine.logprobs_of(ids), wanted, 1e-4, policy_version=2)
 
     # A receiver whose memory flips one bit after the sender summed the bytes.
     transport = make_transport("shm")
@@ -337,9 +338,9 @@ def half_update(folder):
     engine.update_weights(staged.update_info)
     transport.release(staged)
     for attempt in (
-        lambda: engine.score([np.arange(5)]),
+        lambda: engine.logprobs_of([np.arange(5)]),
         lambda: engine.update_weights(staged.update_info),
-        lambda: engine.score([np.arange(5)]),
+        lambda: engine.logprobs_of([np.arange(5)]),
         lambda: engine.finish_weight_update(1),
     ):
         try:

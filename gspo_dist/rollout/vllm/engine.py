@@ -156,8 +156,7 @@ class VllmEngine:
             torch.set_num_threads = set_num_threads
 
     def _describe(self) -> EngineInfo:
-        vllm_config = self.llm.llm_engine.vllm_config
-        model, cache = vllm_config.model_config, vllm_config.cache_config
+        model = self.llm.llm_engine.vllm_config.model_config
         experts = model.get_num_experts() if self.moe_layers else 0
         return EngineInfo(
             name=self.name,
@@ -168,7 +167,6 @@ class VllmEngine:
             moe_layers=len(self.moe_layers),
             top_k=int(model.get_num_experts_per_tok()) if self.moe_layers else 0,
             can_record_routing=self.record_routing,
-            kv_cache_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
         )
 
     def info(self) -> EngineInfo:
@@ -281,7 +279,7 @@ class VllmEngine:
             )
         return RoutingTrace.from_engine(rows[:, self.moe_layers], total, self._info.num_experts)
 
-    def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The last position is not scored by one more token than the context holds: sequences may fill it but
         one.
         """
@@ -296,7 +294,7 @@ class VllmEngine:
                     f"sequence {i} to score must have 2 to {self._info.max_model_len - 1} tokens: "
                     f"got {len(ids)}"
                 )
-        self.llm.collective_rpc("gspo_score_temperature", args=(self.config.temperature,))
+        self.llm.collective_rpc("gspo_prompt_temperature", args=(self.config.temperature,))
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         inputs = [{"prompt_token_ids": [int(t) for t in ids]} for ids in sequences]
         scored = []

@@ -26,7 +26,7 @@ EXTRA = "gspo"
 """Key in `SamplingParams.extra_args`: (request key, first slot, number of samples)."""
 GREEDY_BELOW = 1e-5
 """vLLM's own threshold: a lower temperature means greedy."""
-SCORED_ROWS = 1024
+PROMPT_ROWS = 1024
 """Rows of prompt log-probs computed at a time."""
 
 
@@ -36,11 +36,11 @@ class KeyedSampler(Sampler):
     def __init__(self, runner: Any) -> None:
         super().__init__(logprobs_mode="processed_logprobs")
         self.runner = runner
-        self.score_temperature = 1.0
+        self.prompt_temperature = 1.0
         self.rows: list[str] = []
         self.keys = np.zeros(0, dtype=np.uint64)
         self.slots = torch.zeros(0, dtype=torch.long)
-        self.begin(0, 1)  # `score` samples too, and may be the first to
+        self.begin(0, 1)  # `logprobs_of` samples too, and may be the first to
 
     def begin(self, slots: int, max_tokens: int) -> None:
         """Room for a batch of `slots` completions; one more slot takes rows of requests that are not ours."""
@@ -57,13 +57,13 @@ class KeyedSampler(Sampler):
         return out
 
     def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """vLLM calls this for prompt log-probs, which it leaves untempered: `score` sets the temperature.
+        """vLLM calls this for prompt log-probs, which it leaves untempered: `logprobs_of` sets the temperature.
 
         vLLM 0.30 passes all prompt tokens of a request at once: in blocks of rows, no second float32 copy is held.
         """
         out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-        for rows, logprobs in zip(logits.split(SCORED_ROWS), out.split(SCORED_ROWS), strict=True):
-            logprobs.copy_((rows.float() / self.score_temperature).log_softmax(dim=-1))
+        for rows, logprobs in zip(logits.split(PROMPT_ROWS), out.split(PROMPT_ROWS), strict=True):
+            logprobs.copy_((rows.float() / self.prompt_temperature).log_softmax(dim=-1))
         return out
 
     def forward(

@@ -33,8 +33,8 @@ class WorkerExtension:
     def gspo_take(self) -> tuple[np.ndarray, np.ndarray]:
         return self.model_runner.sampler.take()
 
-    def gspo_score_temperature(self, temperature: float) -> None:
-        self.model_runner.sampler.score_temperature = temperature
+    def gspo_prompt_temperature(self, temperature: float) -> None:
+        self.model_runner.sampler.prompt_temperature = temperature
 
     def gspo_sync_report(self) -> dict[str, Any]:
         """What the last weight update brought to this worker."""

@@ -91,15 +91,14 @@ def make_engine(
     transport: str,
 ) -> RolloutEngine:
     """One engine; runs in the engine's own process."""
-    if config.engine == "fake":
-        from gspo_dist.rollout.reference import FakeEngine
+    if config.engine == "reference":
+        from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
 
-        return FakeEngine(
+        return ReferenceEngine(
             config,
-            model_path,
+            HFPolicy(model_path),
             name=name,
             device=device,
-            seed=seed,
             record_routing=record_routing,
             sleep_mode=sleep_mode,
             transport=transport,
@@ -295,7 +294,7 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
         make_engine,
         config.rollout,
         model,
-        device="cpu" if config.rollout.engine == "fake" else device,
+        device="cpu" if config.rollout.engine == "reference" else device,
         seed=config.seed,
         record_routing=_records_routing(config, moe_layers),
         threads=config.rollout.threads or max(1, (os.cpu_count() or 1) // config.rollout.engines),
@@ -306,10 +305,10 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
 
 
 def _transport(config: RunConfig, device: str) -> str:
-    """nccl between GPUs; shared memory on CPU hosts, for the fake engine, and where learner and engine share a GPU or a
+    """nccl between GPUs; shared memory on CPU hosts, for the reference engine, and where learner and engine share a GPU or a
     process (NCCL takes no two ranks of a communicator on one GPU)."""
     asked, cluster = config.rollout.weight_sync.transport, config.cluster
-    shares = cluster.colocated or cluster.in_process or config.rollout.engine == "fake"
+    shares = cluster.colocated or cluster.in_process or config.rollout.engine == "reference"
     if asked == "nccl" and (shares or device != "cuda"):
         raise ValueError(
             "rollout.weight_sync.transport=nccl needs learner and engines on different GPUs: got device "

@@ -46,7 +46,7 @@ def test_colocation_is_one_host(reserved) -> None:
     assert reserved == [("STRICT_PACK", 2)]
 
 
-def test_a_fake_engine_takes_no_gpu() -> None:
-    assert [b.gpus for b in layout("rollout=fake").engines] == [0, 0]
+def test_a_reference_engine_takes_no_gpu() -> None:
+    assert [b.gpus for b in layout("rollout=reference").engines] == [0, 0]
     assert [b.gpus for b in layout("rollout=vllm", "rollout.tensor_parallel=4").engines] == [4, 4]
     assert [b.gpus for b in layout(device="cpu").learners] == [0, 0]

@@ -333,7 +333,7 @@ def test_deepspeed_and_dry_runs_are_read() -> None:
             activation_checkpointing=True,
             deepspeed=config.DeepSpeedConfig(zero_stage=3, expert_parallel=2, offload_optimizer=True),
         ),
-        rollout=config.RolloutConfig(engine="fake"),
+        rollout=config.RolloutConfig(engine="reference"),
     )
     learner, engine, _ = read_run(to_mapping(run))
     assert (learner.zero_stage, learner.expert, learner.offload_optimizer, learner.recompute) == (

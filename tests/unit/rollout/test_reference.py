@@ -1,16 +1,17 @@
-"""Laws of the fake engine: it is a policy, it is repeatable, it takes weights."""
+"""Laws of the reference engine: it is a policy, it is repeatable, it takes weights."""
 
 import numpy as np
 import pytest
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.reference import FakeEngine, HFPolicy, TablePolicy, truncate
+from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine, truncate
 from gspo_dist.types import Prompt, SamplingSpec
 from gspo_dist.weights.send import send_weights
 from gspo_dist.weights.shm import ShmTransport
 from gspo_dist.weights.stream import buckets, hf_named_weights
 from gspo_dist.weights.verify import WeightSyncError, verify_receipt
+from tests.unit.rollout.table_policy import TablePolicy
 
 CONFIG = RolloutConfig(precision="fp32", max_prompt_tokens=16, max_completion_tokens=16)
 PROMPTS = [Prompt("p0", (3, 4, 5), ""), Prompt("p1", (6, 7), "")]
@@ -53,7 +54,7 @@ def model(tmp_path_factory):
 
 def test_a_completion_does_not_depend_on_its_company():
     spec = SamplingSpec(n=4, max_tokens=10, seed=3, record_routing=True)
-    one, other = (FakeEngine(CONFIG, record_routing=True) for _ in range(2))
+    one, other = (ReferenceEngine(CONFIG, TablePolicy(0), record_routing=True) for _ in range(2))
     together = one.generate(PROMPTS, spec, [10, 11])
     alone = other.generate(PROMPTS[1:], spec, [11])
     for a, b in zip(together[1], alone[0], strict=True):
@@ -64,7 +65,7 @@ def test_a_completion_does_not_depend_on_its_company():
 
 
 def test_samples_requests_and_seeds_differ():
-    engine = FakeEngine(CONFIG)
+    engine = ReferenceEngine(CONFIG, TablePolicy(0))
     spec = SamplingSpec(n=3, max_tokens=12, seed=1)
     rows = [c.token_ids.tolist() for group in engine.generate(PROMPTS[:1] * 2, spec, [0, 1]) for c in group]
     rows += [c.token_ids.tolist() for c in engine.generate(PROMPTS[:1], SamplingSpec(3, 12, seed=2), [0])[0]]
@@ -72,20 +73,20 @@ def test_samples_requests_and_seeds_differ():
 
 
 def test_logprobs_are_those_of_the_sampling_distribution():
-    """Empirical frequency of first tokens against exp(logprob), 20,000 draws; and score() says the same."""
-    engine = FakeEngine(CONFIG, policy=TablePolicy(0, vocab_size=5))
+    """Empirical frequency of first tokens against exp(logprob), 20,000 draws; and logprobs_of() says the same."""
+    engine = ReferenceEngine(CONFIG, TablePolicy(0, vocab_size=5))
     group = engine.generate(PROMPTS[:1], SamplingSpec(n=20_000, max_tokens=1, seed=0), [0])[0]
     told = {int(c.token_ids[0]): float(np.exp(c.logprobs[0])) for c in group}
     seen = np.bincount([int(c.token_ids[0]) for c in group], minlength=5) / 20_000
     assert sum(told.values()) == pytest.approx(1.0, abs=1e-6)
     for token, p in told.items():
         assert seen[token] == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / 20_000))
-    scored = engine.score([np.array([0, 1, 2, 3, 4])])[0]
+    scored = engine.logprobs_of([np.array([0, 1, 2, 3, 4])])[0]
     assert np.exp(scored) == pytest.approx([told[t] for t in (1, 2, 3, 4)], rel=1e-5)
 
 
 def test_completions_end_with_the_stop_token_or_at_the_limit():
-    engine = FakeEngine(CONFIG, policy=TablePolicy(0, vocab_size=4))
+    engine = ReferenceEngine(CONFIG, TablePolicy(0, vocab_size=4))
     group = engine.generate(PROMPTS[:1], SamplingSpec(n=200, max_tokens=8, seed=0), [0])[0]
     for c in group:
         stops = [i for i, t in enumerate(c.token_ids) if t == 3]
@@ -95,7 +96,7 @@ def test_completions_end_with_the_stop_token_or_at_the_limit():
 
 
 def test_greedy_takes_the_most_likely_token():
-    engine = FakeEngine(CONFIG, policy=TablePolicy(1, vocab_size=8))
+    engine = ReferenceEngine(CONFIG, TablePolicy(1, vocab_size=8))
     [[c]] = engine.generate(PROMPTS[:1], SamplingSpec(n=1, max_tokens=4, temperature=0.0), [0])
     best = int(engine.policy.table.argmax())
     assert set(c.token_ids.tolist()) == {best}
@@ -108,7 +109,7 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
 
 
 def test_the_last_token_has_no_route():
-    engine = FakeEngine(CONFIG, record_routing=True)
+    engine = ReferenceEngine(CONFIG, TablePolicy(0), record_routing=True)
     for c in engine.generate(PROMPTS[:1], SamplingSpec(2, 6, seed=0, record_routing=True), [0])[0]:
         assert len(c.routing) == 3 + len(c)
         assert c.routing.known.tolist() == [True] * (2 + len(c)) + [False]
@@ -119,7 +120,7 @@ def test_the_last_token_has_no_route():
 
 def test_hf_policy_samples_its_own_logprobs_and_routes(model):
     folder, hf = model
-    engine = FakeEngine(CONFIG, folder, record_routing=True)
+    engine = ReferenceEngine(CONFIG, HFPolicy(folder), record_routing=True)
     [[c]] = engine.generate(
         PROMPTS[:1], SamplingSpec(1, 8, temperature=1.0, seed=0, record_routing=True), [0]
     )
@@ -136,13 +137,13 @@ def test_hf_policy_samples_its_own_logprobs_and_routes(model):
 def test_synced_weights_change_the_policy_and_are_receipted(model, tmp_path):
     folder, _ = model
     other = tiny_moe(tmp_path / "other", seed=1).eval()
-    engine, transport = FakeEngine(CONFIG, folder), ShmTransport()
+    engine, transport = ReferenceEngine(CONFIG, HFPolicy(folder)), ShmTransport()
     engine.init_weight_sync(transport.init_info(0))
     sequence = np.array([3, 9, 12, 1, 5])
-    before = engine.score([sequence])[0]
+    before = engine.logprobs_of([sequence])[0]
     engine.start_weight_update()
     with pytest.raises(WeightSyncError, match="middle of a weight update"):
-        engine.score([sequence])
+        engine.logprobs_of([sequence])
     report = send_weights(buckets(hf_named_weights(other), 4096), transport, engine.update_weights)
     receipt = engine.finish_weight_update(7)
     verify_receipt(report.checksums, receipt, 7)
@@ -150,7 +151,7 @@ def test_synced_weights_change_the_policy_and_are_receipted(model, tmp_path):
     with torch.no_grad():
         table = other(torch.from_numpy(sequence)[None]).logits[0].log_softmax(-1)[:-1]
     wanted = table.gather(1, torch.from_numpy(sequence)[1:, None])[:, 0].numpy()
-    after = engine.score([sequence])[0]
+    after = engine.logprobs_of([sequence])[0]
     assert after == pytest.approx(wanted, abs=1e-5)
     assert np.abs(after - before).max() > 0.01
     [[c]] = engine.generate(PROMPTS[:1], SamplingSpec(1, 3, seed=0), [0])
@@ -178,11 +179,11 @@ def test_hf_policy_refuses_a_weight_it_does_not_have(model):
 )
 def test_requests_that_cannot_be_served_are_refused(prompt, spec, ids, message):
     with pytest.raises(ValueError, match=message):
-        FakeEngine(CONFIG).generate([prompt], spec, ids)
+        ReferenceEngine(CONFIG, TablePolicy(0)).generate([prompt], spec, ids)
 
 
 def test_buckets_outside_an_update_are_refused():
-    engine = FakeEngine(CONFIG)
+    engine = ReferenceEngine(CONFIG, TablePolicy(0))
     with pytest.raises(WeightSyncError, match="outside an update"):
         engine.update_weights({})
     with pytest.raises(WeightSyncError, match="no weight update to finish"):

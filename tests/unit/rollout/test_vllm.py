@@ -21,9 +21,9 @@ def test_the_sampler_can_sample_for_a_score_before_any_generation() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 9, 10, 23])
 def test_prompt_logprobs_in_blocks_are_the_tempered_log_softmax(rows, monkeypatch) -> None:
-    monkeypatch.setattr(sampler, "SCORED_ROWS", 5)
+    monkeypatch.setattr(sampler, "PROMPT_ROWS", 5)
     keyed = KeyedSampler(SimpleNamespace(device=torch.device("cpu")))
-    keyed.score_temperature = 0.7
+    keyed.prompt_temperature = 0.7
     logits = torch.randn(rows, 17, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
     wanted = (logits.double() / 0.7).log_softmax(-1)
     got = keyed.compute_logprobs(logits)

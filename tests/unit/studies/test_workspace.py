@@ -19,7 +19,7 @@ from gspo_dist.trainer.setup.build import build
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> dict[str, set[str]]:
-    """Arm -> names of the metrics of a real run with 4 mini-batches: the eager learner and the fake engine."""
+    """Arm -> names of the metrics of a real run with 4 mini-batches: the eager learner and the reference engine."""
     folder = tmp_path_factory.mktemp("runs")
     shape = Shape(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, expert_hidden=16)
     save_model(build_model(shape, seed=0), folder / "model")
@@ -31,7 +31,7 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
                 [
                     "cluster=in_process",
                     "learner=eager",
-                    "rollout=fake",
+                    "rollout=reference",
                     "model=local",
                     f"model.path={folder / 'model'}",
                     f"objective={arm}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gspo_dist.rollout.reference import FakeEngine
+from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.setup.build import _factories, _process_env, _transport, build
 from tests.unit.trainer.test_loop import config, model, reward_file  # noqa: F401
@@ -35,12 +35,12 @@ def watched(owner: object, books: Books, *verbs: str) -> None:
 def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> None:  # noqa: F811
     run = build(config(model, reward_file, tmp_path / "run"))
     books = Books()
-    engine: FakeEngine = run.pool.engine
+    engine: ReferenceEngine = run.pool.engine
     engine.sleep = books.awake.clear
     engine.wake_up = lambda weights_only=False: books.awake.update(
         {"weights"} if weights_only else {"weights", "cache"}
     )
-    watched(engine, books, "generate", "score", "update_weights")
+    watched(engine, books, "generate", "logprobs_of", "update_weights")
     watched(run.learner, books, "logprobs", "forward_backward", "optim_step", "empty_cache")
     run.config = replace(run.config, cluster=replace(run.config.cluster, colocated=True))
     run.sync.colocated = True
@@ -49,14 +49,14 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
     finally:
         run.release()
     everything, weights = frozenset({"weights", "cache"}), frozenset({"weights"})
-    assert books.seen["generate"] == books.seen["score"] == {everything}
+    assert books.seen["generate"] == books.seen["logprobs_of"] == {everything}
     assert books.seen["forward_backward"] == books.seen["optim_step"] == {frozenset()}
     assert books.seen["update_weights"] == {everything, weights}  # all awake before the first step only
     assert weights in books.seen["logprobs"]  # the probe: before the KV cache takes its memory back
     assert books.seen["empty_cache"] >= {frozenset(), weights}
 
 
-def test_what_a_gpu_host_gives_to_a_fake_engine_and_a_cpu_run(model, reward_file, tmp_path) -> None:  # noqa: F811
+def test_what_a_gpu_host_gives_to_a_reference_engine_and_a_cpu_run(model, reward_file, tmp_path) -> None:  # noqa: F811
     c = config(model, reward_file, tmp_path / "run")
     c = replace(c, cluster=replace(c.cluster, in_process=False))
     assert _factories(c, str(model), "cuda", 2)[1].keywords["device"] == "cpu"

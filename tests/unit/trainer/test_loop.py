@@ -1,4 +1,4 @@
-"""The whole loop in one process: a real HF policy, the eager learner, the fake engine. No Ray, no vLLM."""
+"""The whole loop in one process: a real HF policy, the eager learner, the reference engine. No Ray, no vLLM."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def config(model: Path, reward: Path, run_dir: Path, *extra: str):
         [
             "cluster=in_process",
             "learner=eager",
-            "rollout=fake",
+            "rollout=reference",
             "model=local",
             f"model.path={model}",
             f"run_dir={run_dir}",
