@@ -1,0 +1,85 @@
+"""The mutation tool finds what a weak test misses, and only that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "benchmarks" / "mutation.py"
+MODULE = """
+def clamp(value, low, high, log):
+    if value < low:
+        return low
+    log.append(value)
+    return high if value > high else value
+
+
+def half(value):
+    return value / 2
+"""
+# No test calls `clamp` at its lower bound or looks at the log, and `half` is right for one number only.
+TESTS = """
+from gspo_dist.weak import clamp, half
+
+def test_clamp():
+    assert [clamp(v, 2, 7, []) for v in (1, 5, 9)] == [2, 5, 7]
+
+def test_half():
+    assert half(0) == 0
+"""
+REASON = "the log is for people"
+
+
+def tool(root: Path, *arguments: str) -> list[str]:
+    command = [sys.executable, str(TOOL), "--root", str(root), "--modules", "weak", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def project(tmp_path):
+    for path, text in {
+        "gspo_dist/__init__.py": "",
+        "gspo_dist/weak.py": MODULE,
+        "tests/unit/test_weak.py": TESTS,
+        "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '--import-mode=importlib'\n",
+        "benchmarks/mutation_explained.toml": f'["weak.py"]\n"clamp: drop log.append(value)" = "{REASON}"\n',
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_it_lists_the_survivors_of_a_weak_test(project):
+    printed = tool(project, "--jobs", "2", "--report", str(project / "report.md"))
+    assert sorted(line for line in printed if line.startswith("survived")) == [
+        "survived weak.py:10 half: 2 -> 3",
+        "survived weak.py:10 half: value / 2 -> value * 2",
+        "survived weak.py:3 clamp: value < low -> value <= low",
+        "survived weak.py:6 clamp: value > high -> value >= high",
+    ]
+    text = (project / "report.md").read_text()
+    assert f"- weak.py:5 `clamp: drop log.append(value)`: {REASON}" in text
+    assert "| weak.py | 10 | 5 | 0 | 5 | 1 | 4 |" in text
+    assert (project / "gspo_dist/weak.py").read_text() == MODULE
+
+
+def test_a_sample_is_the_same_for_the_same_seed(project):
+    whole = tool(project, "--list")
+    one, again, other = (tool(project, "--list", "--sample", "4", "--seed", seed) for seed in ("1", "1", "2"))
+    assert (len(one), one) == (4, again)
+    assert one != other
+    assert set(one) | set(other) <= set(whole)
+
+
+def test_a_module_whose_tests_fail_unchanged_is_an_error(project):
+    (project / "tests/unit/test_weak.py").write_text("def test_it():\n    assert False\n")
+    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "the tests of weak.py must pass without a change" in done.stderr
