@@ -1,4 +1,4 @@
-"""What checks of user input share: the nearest known name, a choice among known names, the divisors to try."""
+"""What checks of user input share: bounds, the nearest known name, a choice among known names, divisors to try."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def divisors(total: int, most: int = 8) -> str:
     """
     found = [d for d in range(1, total + 1) if total % d == 0]
     return ", ".join(str(d) for d in found[:most]) + (", ..." if len(found) > most else "")
+
+
+def at_least(field: str, value: float | None, low: float) -> None:
+    """ValueError that names `field` unless `value` is `low` or more. Null passes."""
+    if value is not None and not value >= low:
+        raise ValueError(f"{field} must be at least {low}: got {value}")
+
+
+def above(field: str, value: float | None, low: float) -> None:
+    """ValueError that names `field` unless `value` is more than `low`. Null passes."""
+    if value is not None and not value > low:
+        raise ValueError(f"{field} must be above {low}: got {value}")

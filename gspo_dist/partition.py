@@ -9,11 +9,13 @@ from collections.abc import Sequence
 def longest_first(
     weights: Sequence[int], bins: int, *, capacity: int | None = None
 ) -> list[list[int]] | None:
-    """members[bin] = indices into `weights`. Ties go to the lower index and the lower bin, so the result repeats.
+    """The items of each bin, as indices into `weights`.
 
-    capacity: the most that a bin may hold; None is returned when the next item does not fit into the lightest bin.
+    Ties go to the lower index and to the lower bin, so that the same input always gives the same bins.
+    `capacity` is the most that a bin may hold. None is returned when the next item does not fit into the lightest bin.
     Example: weights [5, 3, 4, 2] in 2 bins give [[0, 3], [2, 1]], loads 7 and 7.
-    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies (1969): at most 4/3 of the best largest load.
+    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies (1969). The largest load is at most 4/3 of the
+    smallest possible one.
     """
     heap = [(0, b) for b in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]

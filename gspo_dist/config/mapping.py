@@ -12,11 +12,24 @@ from gspo_dist.checks import nearest
 
 T = TypeVar("T")
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+}
+
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Builds a (nested) config dataclass from plain mappings; unknown keys are refused with the nearest known one."""
+    """A (nested) config dataclass built from plain mappings.
+
+    `where` is the dotted prefix that messages put before a key. Raises ValueError for an unknown key (with the
+    nearest known one), for a value of another type, and for what the dataclasses' own checks refuse.
+    """
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = _fields(cls)
     for key in values:
         if key not in known:
             raise ValueError(f"unknown config key {where + key!r}: {nearest(key, known)}")
@@ -24,37 +37,66 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for key, value in values.items():
         kind = hints[key]
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            value = from_mapping(kind, value, f"{where}{key}.")
+            built[key] = from_mapping(typing.cast(type, kind), value, f"{where}{key}.")
         else:
-            value = _coerce(kind, value, where + key)
-        built[key] = value
+            built[key] = _coerce(kind, value, where + key)
     return cls(**built)
-
-
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """Accepts what YAML gives for `kind` (an int for a float, a list for a tuple); refuses the rest by name."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
-        origin = typing.get_origin(kind)
-    if origin is tuple:
-        return tuple(value)
-    expected = origin or kind
-    if expected is Any:
-        return value
-    if expected is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if (expected is int and isinstance(value, bool)) or not isinstance(value, expected):
-        raise ValueError(f"{where} must be {getattr(expected, '__name__', expected)}: got {value!r}")
-    return value
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The plain mapping that `from_mapping` reads back: what resolved configs and checkpoints store."""
-    out = dataclasses.asdict(config)
-    return typing.cast(dict[str, Any], _plain(out))
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def knobs(cls: type, prefix: str = "") -> dict[str, Any]:
+    """The dotted name of every section and knob below a config dataclass, with its type.
+
+    Example: knobs(RunConfig) holds "learner", "learner.optimizer", "learner.optimizer.lr", ...
+    """
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for key in _fields(cls):
+        found[prefix + key] = hints[key]
+        if dataclasses.is_dataclass(hints[key]):
+            found |= knobs(typing.cast(type, hints[key]), f"{prefix}{key}.")
+    return found
+
+
+def described(kind: Any) -> str:
+    """A knob's type as a message says it: "a whole number" for int and for int | None."""
+    kind = _without_none(kind)
+    kind = typing.get_origin(kind) or kind
+    return "a list" if kind is tuple else KINDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _fields(cls: type) -> list[str]:
+    # dataclasses.fields is typed for dataclasses only, and a TypeVar cannot say "some dataclass".
+    return [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """What YAML gives for `kind`: an int stands for a float, a list for a tuple. The rest is refused by name."""
+    if value is None and _without_none(kind) is not kind:
+        return None
+    kind = _without_none(kind)
+    expected = typing.get_origin(kind) or kind
+    if expected is Any:
+        return value
+    if expected is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if expected is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    # bool is a subclass of int, and `steps: true` is a mistake
+    if (expected is int and isinstance(value, bool)) or not isinstance(value, expected):
+        raise ValueError(f"{where} must be {described(kind)}: got {value!r}")
+    return value
+
+
+def _without_none(kind: Any) -> Any:
+    """The first type of a union that is not None; any other type as it is."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    return next(a for a in typing.get_args(kind) if a is not type(None))
 
 
 def _plain(value: Any) -> Any:

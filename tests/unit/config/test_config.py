@@ -32,7 +32,7 @@ def test_default_is_the_paper():
     ("values", "message"),
     [
         ({"learner": {"optimizr": {}}}, r"unknown config key 'learner.optimizr': did you mean 'optimizer'"),
-        ({"steps": "many"}, r"steps must be int: got 'many'"),
+        ({"steps": "many"}, r"steps must be a whole number: got 'many'"),
         ({"rollout": {"group_size": 1}}, r"rollout.group_size must be at least 2 for group_std advantages"),
         ({"rollout": {"top_p": 0.9}}, r"rollout.top_p must be 1 for training: got 0.9"),
         (
@@ -68,6 +68,10 @@ def test_default_is_the_paper():
         ({"cluster": {"placement_timeout_s": 0.0}}, r"cluster.placement_timeout_s must be above 0"),
         ({"evaluation": {"top_p": 7.0}}, r"evaluation.top_p must be in \(0, 1\]: got 7.0"),
         ({"logger": {"samples_per_step": -1}}, r"logger.samples_per_step must be at least 0: got -1"),
+        (
+            {"checkpoint": {"accept": ["reward", "learner.optimizer.learning_rate"]}},
+            r"checkpoint.accept must hold knobs or sections of a run: got 'learner.optimizer.learning_rate'; did you",
+        ),
         ({"cluster": {"plan_nodes": 0}}, r"cluster.plan_nodes must be at least 1: got 0"),
     ],
 )

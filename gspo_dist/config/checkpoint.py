@@ -1,0 +1,28 @@
+"""Saving and resuming."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gspo_dist.checks import at_least
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 0
+    """Save every so many steps. 0 saves only after the last one."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint of run_dir, if there is one."""
+    save_last: bool = True
+    """Save after the last step, whatever `every` is. False keeps nothing of it (studies, which need no weights)."""
+    accept: list[str] = field(default_factory=list)
+    """Knobs or whole sections (reward, data.train, learner.optimizer.lr) that may differ from the run that is resumed.
+    Without it a resume refuses every change that concerns the steps already done."""
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every", self.every, 0)
+        at_least("checkpoint.keep", self.keep, 1)

@@ -1,0 +1,28 @@
+"""Training and held-out prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and held-out prompts."""
+
+    train: str = "arithmetic"
+    """A .jsonl or .parquet file, `reasoning_gym:TASK`, or `arithmetic` (the quickstart's own task)."""
+    heldout: str | None = "arithmetic"
+    """The same kinds. A file here must not share prompts with `train`. Null: no evaluation."""
+    prompt_key: str = "prompt"
+    """Field of a record that holds the question: a text, or a list of chat messages."""
+    answer_key: str = "answer"
+    """Field of a record that holds the reference answer. A dot goes into a nested field: reward_model.ground_truth."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template to questions given as text, where it has one."""
+    system_prompt: str | None = None
+    """System message put before every question. Null: none."""
+    shuffle: bool = True
+    """Take the training prompts in an order drawn anew for each pass, instead of the file's."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a procedural source (size, number of digits, ...)."""

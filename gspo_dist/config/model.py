@@ -1,0 +1,23 @@
+"""The policy to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gspo_dist.checks import choose
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy to start from: a folder of yours, or a small model made on the spot."""
+
+    path: str | None = None
+    """Folder of an HF model (config.json, safetensors, tokenizer). Null: make `recipe` and keep it."""
+    recipe: str = "quickstart"
+    """quickstart | peer: the built-in model that is made where `path` is null (see `gspo make-model --help`)."""
+    cache_dir: str = "~/.cache/gspo_dist"
+    """Where made models are kept."""
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            choose("model.recipe", self.recipe, ("quickstart", "peer"))

@@ -1,0 +1,102 @@
+"""The loss, the advantages, where old log-probs come from, and what guards them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspo_dist.checks import at_least, choose
+from gspo_dist.objectives import legality, specs
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What to do when engine log-probs move the sequence ratio off centre (see objectives/offset.py)."""
+
+    action: str = "warn"
+    """off | warn | recentre | recompute, when the offset passes `threshold`."""
+    threshold: float = 1.0
+    """Offset of the mean log ratio at the first mini-batch, in clip widths, that triggers the action."""
+    estimator: str = "batch"
+    """batch (each micro-batch of the first mini-batch takes its own mean, where micro-batches hold at least 16
+    sequences, else the last step's) | ema (running mean over steps) | subset (exact, on a random subset that is
+    recomputed)."""
+    ema_decay: float = 0.9
+    """Share of the running mean that a step keeps (estimator ema)."""
+    subset_fraction: float = 0.0625
+    """Share of sequences that is recomputed exactly (estimator subset)."""
+
+    def __post_init__(self) -> None:
+        choose("objective.guard.action", self.action, ("off", "warn", "recentre", "recompute"))
+        choose("objective.guard.estimator", self.estimator, ("batch", "ema", "subset"))
+        at_least("objective.guard.threshold", self.threshold, 0.0)
+        if not 0 < self.subset_fraction <= 1:
+            raise ValueError(f"objective.guard.subset_fraction must be in (0, 1]: got {self.subset_fraction}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"objective.guard.ema_decay must be in [0, 1): got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Importance correction of the mismatch between learner and engine (objectives/mismatch.py)."""
+
+    name: str = "none"
+    """none | token_truncate | token_mask | sequence_truncate | sequence_mask | geometric_reject | veto | opsm."""
+    low: float | None = None
+    """Lower bound (masks, geometric_reject, veto). Null: the published value (objectives/specs.py, CORRECTIONS)."""
+    high: float | None = None
+    """Upper bound (truncations, masks, geometric_reject; for opsm its delta). Null: the published value."""
+
+    def __post_init__(self) -> None:
+        specs.check_correction(self.name, low=self.low, high=self.high)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss, the advantages, and where old log-probs come from."""
+
+    name: str = "gspo"
+    """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce, or package.module:name."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. The rest keep the paper's values."""
+    aggregation: str | None = None
+    """Only for a function of your own (package.module:name), which has no aggregation yet. Null elsewhere."""
+    allow_wide_clip: bool = False
+    """Insist on a clip range of GRPO's size for a sequence-level ratio."""
+    advantage: str | None = None
+    """group_std | group_mean | leave_one_out | none. Null: the objective's own."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the frozen starting policy. Above 0 the learner also keeps that reference."""
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3: how that KL is estimated from log-probs (objectives/kl.py)."""
+    old_logprobs: str = "rollout"
+    """rollout (the engine's, nothing is recomputed) | recompute (one more forward pass of the learner)."""
+    routing_replay: str = "none"
+    """none | r2 (the learner records while it recomputes) | r3 (the engine records while it samples)."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What to do when engine log-probs move the sequence ratio off centre."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Importance correction of the mismatch between learner and engine."""
+
+    def __post_init__(self) -> None:
+        choose("objective.old_logprobs", self.old_logprobs, ("rollout", "recompute"))
+        choose("objective.routing_replay", self.routing_replay, ("none", "r2", "r3"))
+        choose("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        at_least("objective.kl_coef", self.kl_coef, 0.0)
+        legality.check(
+            self.name,
+            params=self.params,
+            old_logprobs=self.old_logprobs,
+            routing_replay=self.routing_replay,
+            correction=self.correction.name,
+            guard_action=self.guard.action,
+            aggregation=self.aggregation,
+            advantage=self.advantage,
+            allow_wide_clip=self.allow_wide_clip,
+        )
+
+    @property
+    def advantage_name(self) -> str:
+        """The advantage estimator in force. A user's own objective defaults to group_std."""
+        spec = specs.OBJECTIVE_SPECS.get(self.name)
+        return self.advantage or (spec.advantage if spec else "group_std")

@@ -1,0 +1,28 @@
+"""How a completion is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspo_dist.checks import above, at_least
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How a completion is judged."""
+
+    function: str = "exact_match"
+    """exact_match | math, or a function of yours: package.module:name, or path/to/file.py:name."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function."""
+    workers: int = 1
+    """Reward processes."""
+    timeout_s: float = 30.0
+    """Deadline for one rollout's reward."""
+    timeout_reward: float | None = 0.0
+    """Reward of a rollout that misses the deadline (counted in reward/timeout_fraction). Null stops the run instead."""
+
+    def __post_init__(self) -> None:
+        at_least("reward.workers", self.workers, 1)
+        above("reward.timeout_s", self.timeout_s, 0)

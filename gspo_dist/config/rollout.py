@@ -1,0 +1,111 @@
+"""The rollout engines, what they sample, and how they get new weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gspo_dist.checks import above, at_least, choose
+
+
+@dataclass(frozen=True)
+class WeightSyncConfig:
+    """How new weights reach the engines, and how each transfer is checked."""
+
+    transport: str = "auto"
+    """auto (nccl where learner and engines are on GPUs, else shm) | nccl | shm."""
+    bucket_mib: int = 256
+    """Tensors travel in buckets of about this size. At most two buckets are in host memory at once."""
+    check: bool = True
+    """Compare version and checksum of what arrived after every transfer."""
+    probe_every: int = 10
+    """Every so many syncs also compare log-probs of engine and learner on sequences just sampled. 0: only the first."""
+    probe_tolerance: float = 0.02
+    """Largest mean |difference| of log-probs (nats) that the probe accepts. fp32 agrees to 1e-5, bf16 to about 5e-3."""
+    timeout_s: float = 600.0
+    """Longest wait on either side."""
+
+    def __post_init__(self) -> None:
+        choose("rollout.weight_sync.transport", self.transport, ("auto", "nccl", "shm"))
+        at_least("rollout.weight_sync.bucket_mib", self.bucket_mib, 1)
+        at_least("rollout.weight_sync.probe_every", self.probe_every, 0)
+        above("rollout.weight_sync.probe_tolerance", self.probe_tolerance, 0)
+        above("rollout.weight_sync.timeout_s", self.timeout_s, 0)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The rollout engines and what they sample."""
+
+    engine: str = "vllm"
+    """vllm | reference (the HF model in float32 on the CPU, every prefix recomputed: tests and small models)."""
+    engines: int = 1
+    """Engine processes. The pool balances prompts over them."""
+    tensor_parallel: int = 1
+    """GPUs per engine."""
+    precision: str = "bf16"
+    """fp32 | bf16: of the engine's weights and activations."""
+    prompts_per_step: int = 64
+    """Prompts that a step takes, one group of completions for each."""
+    group_size: int = 16
+    """Completions per prompt (the paper's G)."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens."""
+    max_completion_tokens: int = 8192
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Sampling temperature. Log-probs of engine and learner are of the distribution at this temperature."""
+    top_p: float = 1.0
+    """Below 1, engine log-probs are of the truncated distribution, which the learner cannot reproduce: refused."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that an engine may take."""
+    kv_cache_gib: float = 1.0
+    """KV cache of each engine on a CPU host."""
+    max_num_seqs: int = 256
+    """Sequences that an engine decodes at once."""
+    enforce_eager: bool = False
+    """No CUDA graphs and no compilation: the engine starts sooner and decodes more slowly."""
+    threads: int = 0
+    """CPU threads of each engine. 0 shares the cores that this process may use among the engines."""
+    expert_parallel: bool = False
+    """Shard an engine's experts over its tensor-parallel GPUs."""
+    timeout_s: float = 3600.0
+    """Longest that one collect may take."""
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    """How new weights reach the engines."""
+
+    def __post_init__(self) -> None:
+        choose("rollout.engine", self.engine, ("vllm", "reference"))
+        choose("rollout.precision", self.precision, ("fp32", "bf16"))
+        for name in (
+            "engines",
+            "tensor_parallel",
+            "prompts_per_step",
+            "group_size",
+            "max_prompt_tokens",
+            "max_completion_tokens",
+            "max_num_seqs",
+        ):
+            at_least(f"rollout.{name}", getattr(self, name), 1)
+        above("rollout.temperature", self.temperature, 0.0)
+        if self.top_p != 1.0:
+            raise ValueError(
+                f"rollout.top_p must be 1 for training: got {self.top_p}; truncated sampling gives log-probs of "
+                "another distribution than the learner's (evaluation.top_p may be set freely)"
+            )
+        above("rollout.kv_cache_gib", self.kv_cache_gib, 0.0)
+        above("rollout.timeout_s", self.timeout_s, 0)
+        at_least("rollout.threads", self.threads, 0)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"rollout.gpu_memory_utilization must be in (0, 1]: got {self.gpu_memory_utilization}"
+            )
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and completion together, in tokens."""
+        return self.max_prompt_tokens + self.max_completion_tokens
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts that one step collects."""
+        return self.prompts_per_step * self.group_size

@@ -1,0 +1,110 @@
+"""A whole run, and what its sections must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gspo_dist.checks import at_least, divisors, nearest
+from gspo_dist.config.checkpoint import CheckpointConfig
+from gspo_dist.config.cluster import ClusterConfig
+from gspo_dist.config.data import DataConfig
+from gspo_dist.config.evaluation import EvaluationConfig
+from gspo_dist.config.flips import FlipsConfig
+from gspo_dist.config.learner import LearnerConfig
+from gspo_dist.config.logger import LoggerConfig
+from gspo_dist.config.mapping import knobs
+from gspo_dist.config.model import ModelConfig
+from gspo_dist.config.objective import ObjectiveConfig
+from gspo_dist.config.reward import RewardConfig
+from gspo_dist.config.rollout import RolloutConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    run_dir: str = "runs/default"
+    """Folder of everything that the run writes."""
+    seed: int = 0
+    """Every random choice of the run derives from it."""
+    steps: int = 100
+    """Steps. Each collects prompts_per_step x group_size rollouts and makes `mini_batches` optimiser steps."""
+    mini_batches: int = 4
+    """Optimiser steps per rollout batch (the paper: 4)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy to start from."""
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    """The process group that owns the trainable weights."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The rollout engines and what they sample."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss, the advantages, and where old log-probs come from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and held-out prompts."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """How a completion is judged."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where processes run."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """What is shown and kept."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out accuracy before, during and after training."""
+    flips: FlipsConfig = field(default_factory=FlipsConfig)
+    """Live rates of routing flips."""
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        at_least("mini_batches", self.mini_batches, 1)
+        self._check_batches()
+        self._check_in_process()
+        self._check_accepted()
+
+    def _check_batches(self) -> None:
+        if self.rollout.prompts_per_step % self.mini_batches:
+            raise ValueError(
+                "mini_batches must divide rollout.prompts_per_step (groups are kept whole): got "
+                f"{self.mini_batches} and {self.rollout.prompts_per_step}; try "
+                f"{divisors(self.rollout.prompts_per_step)}"
+            )
+        rollouts = self.rollout.rollouts_per_step // self.mini_batches
+        if rollouts < self.learner.data_parallel:
+            raise ValueError(
+                f"a mini-batch must give every data-parallel replica a rollout: got {rollouts} rollouts for "
+                f"{self.learner.data_parallel} replicas; raise rollout.prompts_per_step or lower mini_batches"
+            )
+        if self.learner.token_budget < self.rollout.max_model_len:
+            raise ValueError(
+                "learner.token_budget must hold the longest sequence (sequences are never cut): got "
+                f"{self.learner.token_budget} for rollout.max_prompt_tokens + rollout.max_completion_tokens = "
+                f"{self.rollout.max_model_len}; raise the budget or shorten the sequences"
+            )
+        advantage = self.objective.advantage_name
+        if self.rollout.group_size == 1 and advantage != "none":
+            raise ValueError(
+                f"rollout.group_size must be at least 2 for {advantage} advantages (a group of one has no "
+                "baseline): got 1; raise it or set objective.advantage=none"
+            )
+
+    def _check_in_process(self) -> None:
+        if not self.cluster.in_process:
+            return
+        if self.rollout.engines != 1 or self.reward.workers != 1:
+            raise ValueError(
+                "cluster.in_process runs one engine and one reward function in this process: got rollout.engines "
+                f"{self.rollout.engines} and reward.workers {self.reward.workers}; set both to 1"
+            )
+        if self.learner.backend != "eager":
+            raise ValueError(
+                f"cluster.in_process needs learner.backend eager: got {self.learner.backend}; unset one of them"
+            )
+
+    def _check_accepted(self) -> None:
+        # Here and not in CheckpointConfig, because only a whole run knows every knob.
+        known = knobs(RunConfig)
+        for key in self.checkpoint.accept:
+            if key not in known:
+                raise ValueError(
+                    f"checkpoint.accept must hold knobs or sections of a run: got {key!r}; {nearest(key, known)}"
+                )
