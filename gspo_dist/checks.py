@@ -1,4 +1,4 @@
-"""What checks of user input share: bounds, the nearest known name, a choice among known names, divisors to try."""
+"""What checks of user input share: bounds, choices, the nearest known name, divisors to try."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """`with replacing(path) as partial:` write to `partial`; when the block ends well it becomes `path`, at once.
+    """`with replacing(path) as partial:` write to `partial`, which becomes `path` when the block ends well.
 
-    `partial` lies beside `path`, because a rename is only atomic within one file system. When the block raises, `path`
-    is what it was before and `partial` is removed.
+    `partial` lies beside `path`, because a rename is only atomic within one file system. When the block
+    raises, `path` is what it was before and `partial` is removed.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -9,7 +9,8 @@ from pathlib import Path
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores that this process may use: its affinity, less a container's CPU quota. At least 1.
 
-    os.cpu_count() counts the host's cores. Thread pools of that size in a container of two cores fight for them.
+    os.cpu_count() counts the host's cores. Thread pools of that size in a container of two cores
+    fight for them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

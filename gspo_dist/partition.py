@@ -12,10 +12,11 @@ def longest_first(
     """The items of each bin, as indices into `weights`.
 
     Ties go to the lower index and to the lower bin, so that the same input always gives the same bins.
-    `capacity` is the most that a bin may hold. None is returned when the next item does not fit into the lightest bin.
+    `capacity` is the most that a bin may hold. None is returned when the next item does not fit into the
+    lightest bin.
     Example: weights [5, 3, 4, 2] in 2 bins give [[0, 3], [2, 1]], loads 7 and 7.
-    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies (1969). The largest load is at most 4/3 of the
-    smallest possible one.
+    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies (1969): the largest load is at most 4/3 of
+    the smallest one that any dealing reaches.
     """
     heap = [(0, b) for b in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]

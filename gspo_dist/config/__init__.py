@@ -8,9 +8,9 @@
     data.py, reward.py, evaluation.py, cluster.py, logger.py, checkpoint.py, flips.py
     mapping.py    a config from plain mappings, and back
 
-Nothing here imports torch or omegaconf, so that `gspo --help`, `gspo plan` and a test of a config answer at once. The
-hydra schema is derived from these classes (cli/compose.py), and a run only ever sees a checked, frozen `RunConfig`.
-Errors are `ValueError`: the rule, what was got, the way out.
+Nothing here imports torch or omegaconf, so that `gspo --help`, `gspo plan` and a test of a config answer at
+once. The hydra schema is derived from these classes (cli/compose.py), and a run only ever sees a checked,
+frozen `RunConfig`. Errors are `ValueError`: the rule, what was got, the way out.
 """
 
 from gspo_dist.config.checkpoint import CheckpointConfig

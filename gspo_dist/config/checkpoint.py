@@ -18,10 +18,11 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest whole checkpoint of run_dir, if there is one."""
     save_last: bool = True
-    """Save after the last step, whatever `every` is. False keeps nothing of it (studies, which need no weights)."""
+    """Save after the last step, whatever `every` is. False keeps nothing of it (studies, which
+    need no weights)."""
     accept: list[str] = field(default_factory=list)
-    """Knobs or whole sections (reward, data.train, learner.optimizer.lr) that may differ from the run that is resumed.
-    Without it a resume refuses every change that concerns the steps already done."""
+    """Knobs or whole sections (reward, data.train, learner.optimizer.lr) that may differ from the run that is
+    resumed. Without it a resume refuses every change that concerns the steps already done."""
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)

@@ -17,7 +17,8 @@ class DataConfig:
     prompt_key: str = "prompt"
     """Field of a record that holds the question: a text, or a list of chat messages."""
     answer_key: str = "answer"
-    """Field of a record that holds the reference answer. A dot goes into a nested field: reward_model.ground_truth."""
+    """Field of a record that holds the reference answer. A dot goes into a
+    nested field: reward_model.ground_truth."""
     chat_template: bool = True
     """Apply the tokenizer's chat template to questions given as text, where it has one."""
     system_prompt: str | None = None

@@ -12,8 +12,8 @@ class FlipsConfig:
     """Live routing-flip rates, whether or not replay is on (routing/flips.py)."""
 
     every: int = 5
-    """Measure every so many steps. 0: never. A measurement is one small forward pass before the step's update and one
-    after each mini-batch (benchmarks/bench_routing_replay.py prints its share)."""
+    """Measure every so many steps. 0: never. A measurement is one small forward pass before the step's update
+    and one after each mini-batch (benchmarks/bench_routing_replay.py prints its share)."""
     sequences: int = 8
     """Rollouts of the sample, spread over the replicas."""
 

@@ -22,7 +22,8 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up from 0."""
     schedule: str = "constant"
-    """constant | linear | cosine: the way after the warm-up, down to `min_lr_ratio` of the peak at the last step."""
+    """constant | linear | cosine: the way after the warm-up, down to `min_lr_ratio` of the peak at
+    the last step."""
     min_lr_ratio: float = 0.0
     """Share of the peak that is left at the last step (linear, cosine)."""
     grad_clip: float = 1.0
@@ -48,7 +49,8 @@ class DeepSpeedConfig:
     zero_stage: int = 2
     """ZeRO stage, 0 to 3: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
     expert_parallel: int = 1
-    """AutoEP degree: each rank keeps num_experts / expert_parallel experts of every MoE layer. 1 turns AutoEP off."""
+    """AutoEP degree: each rank keeps num_experts / expert_parallel experts of every MoE layer.
+    1 turns AutoEP off."""
     grouped_mm: bool = False
     """AutoEP's grouped GEMM (GPU, compute capability 8.0 or later)."""
     offload_optimizer: bool = False
@@ -62,13 +64,15 @@ class DeepSpeedConfig:
         at_least("learner.deepspeed.expert_parallel", self.expert_parallel, 1)
         if self.offload_params and self.zero_stage != 3:
             raise ValueError(
-                f"learner.deepspeed.offload_params needs zero_stage 3: got {self.zero_stage}; set zero_stage=3"
+                "learner.deepspeed.offload_params needs zero_stage 3: "
+                f"got {self.zero_stage}; set zero_stage=3"
             )
 
 
 @dataclass(frozen=True)
 class MegatronConfig:
-    """Megatron-core's layout and speed knobs. Defaults suit Qwen3-30B-A3B on 80-GB GPUs once the sizes are set."""
+    """Megatron-core's layout and speed knobs. Defaults suit Qwen3-30B-A3B on 80-GB GPUs once the
+    sizes are set."""
 
     tensor_parallel: int = 1
     """Ranks that share each attention layer and the vocabulary."""
@@ -107,9 +111,9 @@ class MegatronConfig:
     aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss. 0 (off) is the field's habit in RL."""
     expert_bias: bool = False
-    """Auxiliary-loss-free balancing by a bias of the router. Qwen3-MoE's HF format has no place for the bias. The
-    engines therefore sample without it, and the mismatch metrics show what that costs. Use it to pre-train or to
-    study, not for RL as such."""
+    """Auxiliary-loss-free balancing by a bias of the router. Qwen3-MoE's HF format has no place for the bias.
+    The engines therefore sample without it, and the mismatch metrics show what that costs. Use it to
+    pre-train or to study, not for RL as such."""
     async_save: bool = True
     """Write checkpoints in the background."""
 
@@ -154,7 +158,8 @@ class LearnerConfig:
     token_budget: int = 16384
     """Most tokens that a micro-batch holds. Sequences are never cut, so it must hold the longest one."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass (eager, deepspeed). Megatron has its own knob, `recompute`."""
+    """Recompute activations in the backward pass (eager, deepspeed). Megatron has its
+    own knob, `recompute`."""
     threads: int = 0
     """CPU threads of each rank. 0 shares the cores that this process may use among the ranks."""
     timeout_s: float = 1800.0
@@ -175,7 +180,8 @@ class LearnerConfig:
         above("learner.timeout_s", self.timeout_s, 0)
         if self.backend == "eager" and self.world_size != 1:
             raise ValueError(
-                f"learner.world_size must be 1 for the eager learner: got {self.world_size}; use learner=deepspeed"
+                "learner.world_size must be 1 for the eager learner: "
+                f"got {self.world_size}; use learner=deepspeed"
             )
         if self.backend == "deepspeed":
             expert_parallel = self.deepspeed.expert_parallel

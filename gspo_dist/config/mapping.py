@@ -25,15 +25,15 @@ KINDS = {
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """A (nested) config dataclass built from plain mappings.
 
-    `where` is the dotted prefix that messages put before a key. Raises ValueError for an unknown key (with the
-    nearest known one), for a value of another type, and for what the dataclasses' own checks refuse.
+    `where` is the dotted prefix that messages put before a key. Raises ValueError for an unknown key (with
+    the nearest known one), for a value of another type, and for what the dataclasses' own checks refuse.
     """
     hints = typing.get_type_hints(cls)
     known = _fields(cls)
     for key in values:
         if key not in known:
             raise ValueError(f"unknown config key {where + key!r}: {nearest(key, known)}")
-    built = {}
+    built: dict[str, Any] = {}
     for key, value in values.items():
         kind = hints[key]
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
@@ -75,7 +75,8 @@ def _fields(cls: type) -> list[str]:
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """What YAML gives for `kind`: an int stands for a float, a list for a tuple. The rest is refused by name."""
+    """What YAML gives for `kind`: an int stands for a float, a list for a tuple. The rest is
+    refused by name."""
     if value is None and _without_none(kind) is not kind:
         return None
     kind = _without_none(kind)

@@ -14,7 +14,8 @@ class ModelConfig:
     path: str | None = None
     """Folder of an HF model (config.json, safetensors, tokenizer). Null: make `recipe` and keep it."""
     recipe: str = "quickstart"
-    """quickstart | peer: the built-in model that is made where `path` is null (see `gspo make-model --help`)."""
+    """quickstart | peer: the built-in model that is made where `path` is null (see
+    `gspo make-model --help`)."""
     cache_dir: str = "~/.cache/gspo_dist"
     """Where made models are kept."""
 

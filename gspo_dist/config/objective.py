@@ -18,9 +18,9 @@ class GuardConfig:
     threshold: float = 1.0
     """Offset of the mean log ratio at the first mini-batch, in clip widths, that triggers the action."""
     estimator: str = "batch"
-    """batch (each micro-batch of the first mini-batch takes its own mean, where micro-batches hold at least 16
-    sequences, else the last step's) | ema (running mean over steps) | subset (exact, on a random subset that is
-    recomputed)."""
+    """batch (each micro-batch of the first mini-batch takes its own mean, where micro-batches hold at least
+    16 sequences, else the last step's) | ema (running mean over steps) | subset (exact, on a random subset
+    that is recomputed)."""
     ema_decay: float = 0.9
     """Share of the running mean that a step keeps (estimator ema)."""
     subset_fraction: float = 0.0625
@@ -41,9 +41,11 @@ class CorrectionConfig:
     """Importance correction of the mismatch between learner and engine (objectives/mismatch.py)."""
 
     name: str = "none"
-    """none | token_truncate | token_mask | sequence_truncate | sequence_mask | geometric_reject | veto | opsm."""
+    """none | token_truncate | token_mask | sequence_truncate | sequence_mask | geometric_reject |
+    veto | opsm."""
     low: float | None = None
-    """Lower bound (masks, geometric_reject, veto). Null: the published value (objectives/specs.py, CORRECTIONS)."""
+    """Lower bound (masks, geometric_reject, veto). Null: the published
+    value (objectives/specs.py, CORRECTIONS)."""
     high: float | None = None
     """Upper bound (truncations, masks, geometric_reject; for opsm its delta). Null: the published value."""
 
@@ -56,9 +58,11 @@ class ObjectiveConfig:
     """The loss, the advantages, and where old log-probs come from."""
 
     name: str = "gspo"
-    """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce, or package.module:name."""
+    """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl |
+    reinforce, or package.module:name."""
     params: dict[str, Any] = field(default_factory=dict)
-    """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. The rest keep the paper's values."""
+    """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. The rest keep
+    the paper's values."""
     aggregation: str | None = None
     """Only for a function of your own (package.module:name), which has no aggregation yet. Null elsewhere."""
     allow_wide_clip: bool = False

@@ -21,7 +21,8 @@ class RewardConfig:
     timeout_s: float = 30.0
     """Deadline for one rollout's reward."""
     timeout_reward: float | None = 0.0
-    """Reward of a rollout that misses the deadline (counted in reward/timeout_fraction). Null stops the run instead."""
+    """Reward of a rollout that misses the deadline (counted in reward/timeout_fraction). Null stops
+    the run instead."""
 
     def __post_init__(self) -> None:
         at_least("reward.workers", self.workers, 1)

@@ -18,9 +18,11 @@ class WeightSyncConfig:
     check: bool = True
     """Compare version and checksum of what arrived after every transfer."""
     probe_every: int = 10
-    """Every so many syncs also compare log-probs of engine and learner on sequences just sampled. 0: only the first."""
+    """Every so many syncs also compare log-probs of engine and learner on sequences just sampled.
+    0: only the first."""
     probe_tolerance: float = 0.02
-    """Largest mean |difference| of log-probs (nats) that the probe accepts. fp32 agrees to 1e-5, bf16 to about 5e-3."""
+    """Largest mean |difference| of log-probs (nats) that the probe accepts. fp32 agrees to 1e-5, bf16
+    to about 5e-3."""
     timeout_s: float = 600.0
     """Longest wait on either side."""
 
@@ -37,7 +39,8 @@ class RolloutConfig:
     """The rollout engines and what they sample."""
 
     engine: str = "vllm"
-    """vllm | reference (the HF model in float32 on the CPU, every prefix recomputed: tests and small models)."""
+    """vllm | reference (the HF model in float32 on the CPU, every prefix recomputed: tests
+    and small models)."""
     engines: int = 1
     """Engine processes. The pool balances prompts over them."""
     tensor_parallel: int = 1
@@ -55,7 +58,8 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature. Log-probs of engine and learner are of the distribution at this temperature."""
     top_p: float = 1.0
-    """Below 1, engine log-probs are of the truncated distribution, which the learner cannot reproduce: refused."""
+    """Below 1, engine log-probs are of the truncated distribution, which the learner
+    cannot reproduce: refused."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: float = 1.0
@@ -89,8 +93,8 @@ class RolloutConfig:
         above("rollout.temperature", self.temperature, 0.0)
         if self.top_p != 1.0:
             raise ValueError(
-                f"rollout.top_p must be 1 for training: got {self.top_p}; truncated sampling gives log-probs of "
-                "another distribution than the learner's (evaluation.top_p may be set freely)"
+                f"rollout.top_p must be 1 for training: got {self.top_p}; truncated sampling gives "
+                "log-probs of another distribution than the learner's (evaluation.top_p may be set freely)"
             )
         above("rollout.kv_cache_gib", self.kv_cache_gib, 0.0)
         above("rollout.timeout_s", self.timeout_s, 0)

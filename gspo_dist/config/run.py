@@ -28,7 +28,8 @@ class RunConfig:
     seed: int = 0
     """Every random choice of the run derives from it."""
     steps: int = 100
-    """Steps. Each collects prompts_per_step x group_size rollouts and makes `mini_batches` optimiser steps."""
+    """Steps. Each collects prompts_per_step x group_size rollouts and makes
+    `mini_batches` optimiser steps."""
     mini_batches: int = 4
     """Optimiser steps per rollout batch (the paper: 4)."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -77,8 +78,8 @@ class RunConfig:
         if self.learner.token_budget < self.rollout.max_model_len:
             raise ValueError(
                 "learner.token_budget must hold the longest sequence (sequences are never cut): got "
-                f"{self.learner.token_budget} for rollout.max_prompt_tokens + rollout.max_completion_tokens = "
-                f"{self.rollout.max_model_len}; raise the budget or shorten the sequences"
+                f"{self.learner.token_budget} for rollout.max_prompt_tokens + rollout.max_completion_tokens "
+                f"= {self.rollout.max_model_len}; raise the budget or shorten the sequences"
             )
         advantage = self.objective.advantage_name
         if self.rollout.group_size == 1 and advantage != "none":
@@ -92,12 +93,14 @@ class RunConfig:
             return
         if self.rollout.engines != 1 or self.reward.workers != 1:
             raise ValueError(
-                "cluster.in_process runs one engine and one reward function in this process: got rollout.engines "
-                f"{self.rollout.engines} and reward.workers {self.reward.workers}; set both to 1"
+                "cluster.in_process runs one engine and one reward function in this process: "
+                f"got rollout.engines {self.rollout.engines} and reward.workers {self.reward.workers}; "
+                "set both to 1"
             )
         if self.learner.backend != "eager":
             raise ValueError(
-                f"cluster.in_process needs learner.backend eager: got {self.learner.backend}; unset one of them"
+                f"cluster.in_process needs learner.backend eager: got {self.learner.backend}; "
+                "unset one of them"
             )
 
     def _check_accepted(self) -> None:
@@ -106,5 +109,6 @@ class RunConfig:
         for key in self.checkpoint.accept:
             if key not in known:
                 raise ValueError(
-                    f"checkpoint.accept must hold knobs or sections of a run: got {key!r}; {nearest(key, known)}"
+                    f"checkpoint.accept must hold knobs or sections of a run: got {key!r}; "
+                    f"{nearest(key, known)}"
                 )
