@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
-from gspo_dist.config import LearnerConfig
+from gspo_dist.config import LearnerConfig, WeightSyncConfig
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
@@ -19,7 +19,6 @@ from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.export import write_hf_folder
-from gspo_dist.weights.plan import SyncPlan
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 
 START_TIMEOUT_S = 600.0
@@ -47,34 +46,36 @@ class LearnerRank(ActorProcess):
     def optim_step(self) -> OptimStep:
         return self.learner.optim_step()
 
-    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any], log_dir: str) -> SentReport | None:
+    def send_weights(
+        self, sync: WeightSyncConfig, engines: Mapping[str, Any], log_dir: str
+    ) -> SentReport | None:
         """Takes part in the export; the exporter delivers each bucket to all engines and waits for them."""
-        stream = self.learner.weights(plan.bucket_bytes)
+        stream = self.learner.weights(sync.bucket_bytes)
         if not self.learner.is_exporter:
             for _ in stream:
                 pass
             return None
         actors = Actors(engines, Path(log_dir))
         if not hasattr(self, "transport"):
-            self.transport = self._connect(plan, actors)
+            self.transport = self._connect(sync, actors)
         return send_weights(
             stream,
             self.transport,
-            lambda info: actors.call_all("update_weights", info, timeout=plan.timeout_s),
+            lambda info: actors.call_all("update_weights", info, timeout=sync.timeout_s),
         )
 
-    def _connect(self, plan: SyncPlan, engines: Actors) -> Transport:
+    def _connect(self, sync: WeightSyncConfig, engines: Actors) -> Transport:
         """Opens the transport with every engine; once a run."""
         where: dict[str, Any] = {}
-        if plan.transport == "nccl":
+        if sync.transport == "nccl":
             address, port = self.host()
             where = {
                 "master_address": address,
                 "master_port": port,
                 "engines": len(engines.handles),
-                "engine_workers": plan.engine_workers,
+                "engine_workers": self._engine_workers(sync, engines),
             }
-        transport = make_transport(plan.transport, check=plan.check, **where)
+        transport = make_transport(sync.transport, check=sync.check, **where)
         refs = {
             name: handle.init_weight_sync.remote(transport.init_info(i))
             for i, (name, handle) in enumerate(engines.handles.items())
@@ -82,13 +83,19 @@ class LearnerRank(ActorProcess):
         # In threads: each side of the rendezvous waits for the other, and whoever cannot come must be heard at once, not
         # after the other's timeout. It also keeps to its thread the CUDA stream that vLLM 0.30 makes current to connect.
         meeting = ThreadPoolExecutor(2, thread_name_prefix="weight-rendezvous")
-        sides = [meeting.submit(transport.connect), meeting.submit(engines.gather, refs, plan.timeout_s)]
+        sides = [meeting.submit(transport.connect), meeting.submit(engines.gather, refs, sync.timeout_s)]
         meeting.shutdown(wait=False)
         ended = wait(sides, return_when=FIRST_EXCEPTION).done
         for side in sides:
             if side in ended:
                 side.result()
         return transport
+
+    @staticmethod
+    def _engine_workers(sync: WeightSyncConfig, engines: Actors) -> int:
+        """GPUs of one engine: the engines are alike, so the first is asked."""
+        name, handle = next(iter(engines.handles.items()))
+        return engines.gather({name: handle.info.remote()}, sync.timeout_s)[name].workers
 
     def export(self, source: str, target: str) -> int | None:
         """Writes the weights as an HF folder (exporter), or takes part in gathering them."""
@@ -174,9 +181,9 @@ class RayLearnerGroup:
         self.policy_version = step.policy_version
         return step
 
-    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any]) -> SentReport:
+    def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
         answers = self.actors.call_all(
-            "send_weights", plan, dict(engines), str(self.actors.log_dir), timeout=plan.timeout_s
+            "send_weights", sync, dict(engines), str(self.actors.log_dir), timeout=sync.timeout_s
         )
         return next(report for report in answers.values() if report is not None)
 

@@ -30,6 +30,9 @@ class EngineProcess(ActorProcess):
         self.engine = make(name=self.name)
         return self.engine.info()
 
+    def info(self) -> EngineInfo:
+        return self.engine.info()
+
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:

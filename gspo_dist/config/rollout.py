@@ -33,6 +33,11 @@ class WeightSyncConfig:
         above("rollout.weight_sync.probe_tolerance", self.probe_tolerance, 0)
         above("rollout.weight_sync.timeout_s", self.timeout_s, 0)
 
+    @property
+    def bucket_bytes(self) -> int:
+        """`bucket_mib` in bytes."""
+        return self.bucket_mib << 20
+
 
 @dataclass(frozen=True)
 class RolloutConfig:

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput
 from gspo_dist.weights.export import write_hf_folder
-from gspo_dist.weights.plan import SyncPlan
 from gspo_dist.weights.send import SentReport, make_transport, send_weights
 from gspo_dist.weights.stream import NamedTensor
 
@@ -34,7 +34,7 @@ class LearnerGroup(Protocol):
 
     def optim_step(self) -> OptimStep: ...
 
-    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any]) -> SentReport: ...
+    def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport: ...
 
     def export(self, source: Path, target: Path) -> int: ...
 
@@ -87,19 +87,19 @@ class LocalLearnerGroup:
     def optim_step(self) -> OptimStep:
         return self.learner.optim_step()
 
-    def send_weights(self, plan: SyncPlan, engines: Mapping[str, Any]) -> SentReport:
+    def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
         if self.transport is None:
-            if plan.transport != "shm":
+            if sync.transport != "shm":
                 raise ValueError(
                     f"a run in one process syncs through shared memory: got rollout.weight_sync.transport "
-                    f"{plan.transport}; unset cluster.in_process"
+                    f"{sync.transport}; unset cluster.in_process"
                 )
-            self.transport = make_transport(plan.transport, check=plan.check)
+            self.transport = make_transport(sync.transport, check=sync.check)
             for i, engine in enumerate(engines.values()):
                 engine.init_weight_sync(self.transport.init_info(i))
             self.transport.connect()
         return send_weights(
-            self.learner.weights(plan.bucket_bytes),
+            self.learner.weights(sync.bucket_bytes),
             self.transport,
             lambda info: [e.update_weights(info) for e in engines.values()],
         )

@@ -34,6 +34,7 @@ class EngineInfo:
     moe_layers: int
     top_k: int
     can_record_routing: bool
+    workers: int
 
 
 class RolloutEngine(Protocol):

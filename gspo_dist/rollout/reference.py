@@ -159,6 +159,7 @@ class ReferenceEngine:
             moe_layers=p.moe_layers,
             top_k=p.top_k,
             can_record_routing=self.record_routing,
+            workers=1,
         )
 
     def generate(

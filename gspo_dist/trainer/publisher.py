@@ -11,7 +11,6 @@ from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.packing import from_sequences, unpack
 from gspo_dist.rollout.pool import RolloutPool
-from gspo_dist.weights.plan import SyncPlan
 from gspo_dist.weights.verify import check_probe, verify_receipt
 
 PROBE_SEQUENCES = 4
@@ -30,17 +29,16 @@ class WeightSync:
         config: WeightSyncConfig,
         learner: LearnerGroup,
         pool: RolloutPool,
-        plan: SyncPlan,
         ranks: int,
         max_model_len: int,
         *,
         colocated: bool = False,
     ) -> None:
-        """colocated: the engines come to a publication with their weights awake and their KV cache asleep."""
+        """config: its transport is resolved (shm or nccl). colocated: the engines come to a publication with their
+        weights awake and their KV cache asleep."""
         self.config = config
         self.learner = learner
         self.pool = pool
-        self.plan = plan
         self.ranks = ranks
         self.max_model_len = max_model_len
         self.colocated = colocated
@@ -57,7 +55,7 @@ class WeightSync:
         start = time.perf_counter()
         self.pool.start_weight_update(timeout)
         started = time.perf_counter()
-        sent = self.learner.send_weights(self.plan, self.pool.engines)
+        sent = self.learner.send_weights(self.config, self.pool.engines)
         delivered = time.perf_counter()
         receipts = self.pool.finish_weight_update(version, timeout)
         if self.config.check:

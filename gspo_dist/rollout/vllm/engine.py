@@ -167,6 +167,7 @@ class VllmEngine:
             moe_layers=len(self.moe_layers),
             top_k=int(model.get_num_experts_per_tok()) if self.moe_layers else 0,
             can_record_routing=self.record_routing,
+            workers=self.config.tensor_parallel,
         )
 
     def info(self) -> EngineInfo:

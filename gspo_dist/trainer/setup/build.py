@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -28,7 +29,6 @@ from gspo_dist.trainer.old_logprobs import LogprobContract
 from gspo_dist.trainer.publisher import WeightSync
 from gspo_dist.trainer.run import Run
 from gspo_dist.types import SamplingSpec
-from gspo_dist.weights.plan import SyncPlan
 
 if TYPE_CHECKING:  # ray is imported only by runs that use it
     from gspo_dist.actors.learner_group import RayLearnerGroup
@@ -176,10 +176,9 @@ def build(config: RunConfig) -> Run:
             contract=contract,
             flips=FlipMeter(config.flips, learner, config.seed, info.moe_layers or moe_layers, ranks),
             sync=WeightSync(
-                config.rollout.weight_sync,
+                dataclasses.replace(config.rollout.weight_sync, transport=_transport(config, device)),
                 learner,
                 pool,
-                _sync_plan(config, device),
                 ranks,
                 config.rollout.max_model_len,
                 colocated=config.cluster.colocated,
@@ -316,17 +315,6 @@ def _transport(config: RunConfig, device: str) -> str:
             "use auto or shm"
         )
     return ("shm" if shares or device != "cuda" else "nccl") if asked == "auto" else asked
-
-
-def _sync_plan(config: RunConfig, device: str) -> SyncPlan:
-    sync = config.rollout.weight_sync
-    return SyncPlan(
-        _transport(config, device),
-        sync.check,
-        sync.bucket_mib << 20,
-        sync.timeout_s,
-        config.rollout.tensor_parallel,
-    )
 
 
 def _local_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Any:

@@ -10,11 +10,11 @@ import pytest
 
 from gspo_dist.actors import learner_group
 from gspo_dist.actors.learner_group import LearnerRank
-from gspo_dist.weights.nccl import require_nccl
-from gspo_dist.weights.plan import SyncPlan
+from gspo_dist.config import WeightSyncConfig
+from gspo_dist.weights.nccl import NcclTransport, require_nccl
 from gspo_dist.weights.verify import WeightSyncError
 
-PLAN = SyncPlan("shm", True, 1 << 20, 60.0, 1)
+SYNC = WeightSyncConfig(transport="shm", timeout_s=60.0)
 
 
 class Engines:
@@ -35,7 +35,7 @@ class Engines:
 def connect(monkeypatch, engines: Engines, meet) -> object:
     transport = SimpleNamespace(init_info=lambda i: i, connect=meet)
     monkeypatch.setattr(learner_group, "make_transport", lambda *a, **k: transport)
-    assert LearnerRank._connect(object.__new__(LearnerRank), PLAN, engines) is transport
+    assert LearnerRank._connect(object.__new__(LearnerRank), SYNC, engines) is transport
     return transport
 
 
@@ -68,6 +68,34 @@ def test_both_met(monkeypatch) -> None:
     met = []
     connect(monkeypatch, Engines(None), lambda: met.append(1))
     assert met == [1]
+
+
+def test_every_worker_of_every_engine_gets_a_rank_of_its_own(monkeypatch) -> None:
+    """Three engines of two GPUs each, as the engines say: ranks 1, 3 and 5 begin them, rank 0 is the learner's."""
+    told, asked = [], []
+
+    class Several(Engines):
+        def gather(self, refs, timeout):
+            super().gather(refs, timeout)
+            asked.append(list(refs))
+            return refs
+
+    engines = Several(None)
+    engines.handles = {
+        f"engine-{i}": SimpleNamespace(
+            init_weight_sync=SimpleNamespace(remote=told.append),
+            info=SimpleNamespace(remote=lambda: SimpleNamespace(workers=2)),
+        )
+        for i in range(3)
+    }
+    monkeypatch.setattr(NcclTransport, "connect", lambda self: None)
+    rank = object.__new__(LearnerRank)
+    monkeypatch.setattr(LearnerRank, "host", lambda self: ("10.0.0.1", 29600))
+    transport = rank._connect(WeightSyncConfig(transport="nccl", timeout_s=60.0), engines)
+    assert [info["rank_offset"] for info in told] == [1, 3, 5]
+    assert {info["world_size"] for info in told} == {transport.world_size} == {7}
+    assert {(info["master_address"], info["master_port"]) for info in told} == {("10.0.0.1", 29600)}
+    assert asked == [["engine-0"], ["engine-0", "engine-1", "engine-2"]]
 
 
 def test_a_communicator_without_nccl_is_refused() -> None:
