@@ -21,10 +21,11 @@ from gspo_dist.config.flips import FlipsConfig
 from gspo_dist.config.learner import DeepSpeedConfig, LearnerConfig, MegatronConfig, OptimizerConfig
 from gspo_dist.config.logger import LoggerConfig, WandbConfig
 from gspo_dist.config.model import ModelConfig
-from gspo_dist.config.objective import CorrectionConfig, GuardConfig, ObjectiveConfig
+from gspo_dist.config.objective import CorrectionConfig, ObjectiveConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig, WeightSyncConfig
 from gspo_dist.config.run import RunConfig
+from gspo_dist.objectives.offset import GuardConfig
 
 __all__ = [
     "CheckpointConfig",

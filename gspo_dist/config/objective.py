@@ -7,33 +7,7 @@ from typing import Any
 
 from gspo_dist.checks import at_least, choose
 from gspo_dist.objectives import legality, specs
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """What to do when engine log-probs move the sequence ratio off centre (see objectives/offset.py)."""
-
-    action: str = "warn"
-    """off | warn | recentre | recompute, when the offset passes `threshold`."""
-    threshold: float = 1.0
-    """Offset of the mean log ratio at the first mini-batch, in clip widths, that triggers the action."""
-    estimator: str = "batch"
-    """batch (each micro-batch of the first mini-batch takes its own mean, where micro-batches hold at least
-    16 sequences, else the last step's) | ema (running mean over steps) | subset (exact, on a random subset
-    that is recomputed)."""
-    ema_decay: float = 0.9
-    """Share of the running mean that a step keeps (estimator ema)."""
-    subset_fraction: float = 0.0625
-    """Share of sequences that is recomputed exactly (estimator subset)."""
-
-    def __post_init__(self) -> None:
-        choose("objective.guard.action", self.action, ("off", "warn", "recentre", "recompute"))
-        choose("objective.guard.estimator", self.estimator, ("batch", "ema", "subset"))
-        at_least("objective.guard.threshold", self.threshold, 0.0)
-        if not 0 < self.subset_fraction <= 1:
-            raise ValueError(f"objective.guard.subset_fraction must be in (0, 1]: got {self.subset_fraction}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"objective.guard.ema_decay must be in [0, 1): got {self.ema_decay}")
+from gspo_dist.objectives.offset import GuardConfig
 
 
 @dataclass(frozen=True)

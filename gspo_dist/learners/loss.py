@@ -17,22 +17,35 @@ from gspo_dist.types import PackedBatch
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What one mini-batch optimises: objective, global denominators, mismatch correction, recentring.
-
-    offset (nats) is taken out of every log ratio before clipping; None: the mean over the micro-batch's own sequences
-    (only meaningful in the first mini-batch, where the policy has not moved yet). measure_mismatch: also return
-    statistics of learner against engine (from old_logprobs where they were recomputed, else from this pass).
-    """
+    """What one mini-batch optimises. Raises ValueError when both an offset and the own mean are to be taken
+    out."""
 
     objective: Objective
+    """Surrogate, aggregation and KL term."""
     denominators: Denominators
+    """Counts of the whole mini-batch, over all micro-batches and ranks."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    offset: float | None = 0.0
+    """Importance correction of the mismatch learner against engine."""
+    offset: float = 0.0
+    """Taken out of every log ratio before clipping, in nats."""
+    own_mean: bool = False
+    """Take out the mean log ratio over the micro-batch's own sequences instead. Only for the first mini-batch
+    of a step, where the policy has not moved yet: later that mean also contains what was learnt."""
     measure_mismatch: bool = False
+    """Also return statistics of learner against engine, from old_logprobs where they were recomputed, else
+    from this pass."""
+
+    def __post_init__(self) -> None:
+        if self.own_mean and self.offset:
+            raise ValueError(
+                f"a loss takes out an offset or the micro-batch's own mean: got offset={self.offset} and own_mean; "
+                "leave one of them out"
+            )
 
 
 def trained_index(batch: PackedBatch) -> torch.Tensor:
-    """[N] int64: places in the packed batch of the trained tokens. The hidden state that predicts t sits at t - 1.
+    """[N] int64: places in the packed batch of the trained tokens. The hidden state that predicts t sits at t
+    - 1.
 
     Raises ValueError when the first token of a sequence is marked: nothing predicts it.
     """
@@ -58,9 +71,10 @@ def micro_batch_loss(
 ) -> tuple[torch.Tensor, dict[str, Stat]]:
     """This rank's share of the mini-batch loss, and its stats.
 
-    logprobs [N] float32 with gradient, entropy [N]: of the tokens at `index` (default: all trained tokens). Under
-    context parallelism `index` holds this rank's trained tokens and `all_reduce` sums over the ranks that share the
-    sequences. Sums of losses and merges of stats over micro-batches and ranks give the mini-batch's.
+    logprobs [N] float32 with gradient, entropy [N]: of the tokens at `index` (default: all trained tokens).
+    Under context parallelism `index` holds this rank's trained tokens and `all_reduce` sums over the ranks
+    that share the sequences. Sums of losses and merges of stats over micro-batches and ranks give the
+    mini-batch's.
     Raises FloatingPointError naming the rollout when a log-prob or the loss is not finite.
     """
     if index is None:
@@ -75,7 +89,7 @@ def micro_batch_loss(
     advantages = batch.advantages[index].to(device)
     ref = None if batch.ref_logprobs is None else batch.ref_logprobs[index].to(device)
     _refuse_non_finite(logprobs.detach(), ids, batch, "logprobs")
-    weights, keep = mismatch.correction(
+    correction = mismatch.correction(
         spec.correction.name,
         old,
         rollout_logprobs,
@@ -86,9 +100,8 @@ def micro_batch_loss(
         logprobs=logprobs.detach(),
     )
     offset = spec.offset
-    if offset is None:
+    if spec.own_mean:
         offset = float(segments.mean(logprobs.detach() - old).mean())
-    corrected = spec.correction.name != "none"
     result = spec.objective.loss(
         logprobs,
         old,
@@ -96,8 +109,7 @@ def micro_batch_loss(
         segments,
         spec.denominators,
         ref_logprobs=ref,
-        weights=weights if corrected else None,
-        keep=keep if corrected else None,
+        correction=correction,
         offset=offset,
     )
     if not torch.isfinite(result.loss):

@@ -24,6 +24,7 @@ from gspo_dist.objectives.specs import (
     OLD_LOGPROBS,
     ROUTING_REPLAY,
     WIDE_SEQUENCE_CLIP,
+    ObjectiveSpec,
     check_params,
     resolve_params,
 )
@@ -151,33 +152,34 @@ def check(
         return
     resolved = resolve_params(f"objective {objective}", spec.defaults, params or {})
     check_params(f"objective {objective}", resolved, clip=spec.clip)
-    check_clip_and_aggregation(
-        objective, spec.sequence_level, aggregation or spec.aggregation,
-        resolved.get("clip_low"), resolved.get("clip_high"), allow_wide_clip=allow_wide_clip,
-    )  # fmt: skip
+    check_settings(
+        spec,
+        aggregation=aggregation,
+        clip_low=resolved.get("clip_low"),
+        clip_high=resolved.get("clip_high"),
+        allow_wide_clip=allow_wide_clip,
+    )
 
 
-def check_clip_and_aggregation(
-    objective: str,
-    sequence_level: bool,
-    aggregation: str,
+def check_settings(
+    spec: ObjectiveSpec,
+    *,
+    aggregation: str | None,
     clip_low: float | None,
     clip_high: float | None,
-    *,
-    allow_wide_clip: bool = False,
+    allow_wide_clip: bool,
 ) -> None:
-    """The two rules on an objective's own settings; ValueError when one is broken."""
-    choose("aggregation", aggregation, AGGREGATIONS)
-    allowed = OBJECTIVE_SPECS[objective].aggregations if objective in OBJECTIVE_SPECS else AGGREGATIONS
-    if aggregation not in allowed:
+    """The two rules on an objective's own settings; ValueError when one is broken. aggregation: None means its own."""
+    chosen = choose("aggregation", aggregation or spec.aggregation, AGGREGATIONS)
+    if chosen not in spec.aggregations:
         raise ValueError(
-            f"{objective} keeps its aggregation: {_AGGREGATION_REASON}: got aggregation={aggregation}; "
-            f"set aggregation={' or '.join(allowed)}"
+            f"{spec.name} keeps its aggregation: {_AGGREGATION_REASON}: got aggregation={chosen}; "
+            f"set aggregation={' or '.join(spec.aggregations)}"
         )
     widest = max(clip_low or 0.0, clip_high or 0.0)
-    if sequence_level and widest >= WIDE_SEQUENCE_CLIP and not allow_wide_clip:
+    if spec.sequence_level and widest >= WIDE_SEQUENCE_CLIP and not allow_wide_clip:
         raise ValueError(
-            f"{objective} clips a sequence ratio, a geometric mean over the tokens, on which a clip of "
+            f"{spec.name} clips a sequence ratio, a geometric mean over the tokens, on which a clip of "
             f"{WIDE_SEQUENCE_CLIP} or more never binds: got clip_low={clip_low}, clip_high={clip_high}; "
             f"use about 3e-4 and 4e-4, or set allow_wide_clip=true to insist"
         )

@@ -1,7 +1,7 @@
 """Engine against learner on the trained tokens: corrections of the loss, and metrics that merge exactly.
 
-D_t = old_logprobs - rollout_logprobs (learner minus engine, same weights), rho_t = exp(D_t); tokens are
-samples of the engine. Exponents are capped at +-20.
+D_t = old_logprobs - rollout_logprobs (learner minus engine, same weights) and rho_t = exp(D_t). Tokens are
+samples of the engine. Exponents are held in [-20, 20].
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from torch import Tensor
 
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.aggregate import Segments
-from gspo_dist.objectives.losses import bounded_exp
-from gspo_dist.objectives.offset import offset_in_clip_widths
+from gspo_dist.objectives.losses import LOG_RATIO_LIMIT, bounded_exp
 from gspo_dist.objectives.specs import check_correction
 
-__all__ = ["Correction", "correction", "mismatch_metrics", "mismatch_stats", "offset_in_clip_widths"]
+# --- corrections ---
 
 
 class Correction(NamedTuple):
-    """weights [N], multiplied into the loss of a token; keep bool [N], False: no policy loss. Both
+    """What the mismatch does to the policy loss of each token. N trained tokens; both tensors are
     detached."""
 
     weights: Tensor
+    """[N], multiplied into the loss of a token."""
     keep: Tensor
+    """bool [N]; False takes the policy loss of a token away."""
 
 
 @torch.no_grad()
@@ -41,10 +42,9 @@ def correction(
     low: float | None = None,
     high: float | None = None,
     logprobs: Tensor | None = None,
-) -> Correction:
-    """The correction `name` with bounds low, high (None: its default). All tensors [N].
+) -> Correction | None:
+    """The correction `name`; None for "none". All tensors are [N]; a bound of None takes its default.
 
-    none               w = 1, all kept
     token_truncate     w = min(rho_t, high)                                     TIS
     token_mask         w = rho_t, kept where low <= rho_t <= high               IcePop, MIS
     sequence_truncate  w = min(prod rho, high)
@@ -52,29 +52,20 @@ def correction(
     geometric_reject   w = 1, sequence kept where low <= exp(mean D) <= high
     veto               w = 1, sequence dropped if any rho_t < low
     opsm               w = 1, sequence dropped if A < 0 and mean(rollout_logprobs - logprobs) > high
-                       (arXiv 2512.02556); `logprobs` is the current policy, old_logprobs stand in when it is
-                       None
+
+    opsm (arXiv 2512.02556) reads the current policy, `logprobs`; old_logprobs stand in where it is None.
+    Raises ValueError for an unknown name, a bound that it does not have, or a tensor of another shape.
     """
     bounds = check_correction(name, low=low, high=high)
-    for field, x in (
-        ("old_logprobs", old_logprobs),
-        ("rollout_logprobs", rollout_logprobs),
-        ("advantages", advantages),
-    ):
-        segments.check(x, field)
+    segments.check(old_logprobs, "old_logprobs")
+    segments.check(rollout_logprobs, "rollout_logprobs")
+    segments.check(advantages, "advantages")
     delta = old_logprobs.detach() - rollout_logprobs
     ones, kept = torch.ones_like(delta), torch.ones_like(delta, dtype=torch.bool)
     if name == "none":
-        return Correction(ones, kept)
-    if name.startswith("token_"):
-        ratio = bounded_exp(delta)
-    elif name.startswith("sequence_"):
-        ratio = segments.expand(bounded_exp(segments.sum(delta)))
-    elif name == "geometric_reject":
-        ratio = segments.expand(bounded_exp(segments.mean(delta)))
-    if name.endswith("_truncate"):
-        return Correction(ratio.clamp(max=bounds["high"]), kept)
+        return None
     if name == "veto":
+        # A threshold of 0 vetoes nothing, and has no logarithm.
         broken = segments.sum((delta < math.log(max(bounds["low"], 1e-300))).to(delta.dtype))
         return Correction(ones, segments.expand(broken) == 0)
     if name == "opsm":
@@ -82,13 +73,25 @@ def correction(
         segments.check(current, "logprobs")
         drift = segments.expand(segments.mean(rollout_logprobs - current))
         return Correction(ones, ~((advantages < 0) & (drift > bounds["high"])))
+    if name.startswith("token_"):
+        ratio = bounded_exp(delta)
+    elif name == "geometric_reject":
+        ratio = segments.expand(bounded_exp(segments.mean(delta)))
+    else:
+        ratio = segments.expand(bounded_exp(segments.sum(delta)))
+    if name.endswith("_truncate"):
+        return Correction(ratio.clamp(max=bounds["high"]), kept)
     inside = (ratio >= bounds["low"]) & (ratio <= bounds["high"])
     return Correction(ones if name == "geometric_reject" else ratio, inside)
 
 
+# --- metrics ---
+
+
 @torch.no_grad()
 def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, segments: Segments) -> dict[str, Stat]:
-    """Sufficient statistics of the mismatch: merge them, then read them with `mismatch_metrics`."""
+    """Sufficient statistics of the mismatch, from [N] log-probs: merge them, then read them with
+    `mismatch_metrics`."""
     segments.check(old_logprobs, "old_logprobs")
     segments.check(rollout_logprobs, "rollout_logprobs")
     # float64: the moments below are differences of nearly equal sums.
@@ -98,13 +101,13 @@ def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, segments: Seg
     share = segments.expand(1.0 / segments.lengths.double())
     mean_delta = segments.mean(delta)
     sequence_mean = segments.expand(mean_delta)
-    product = segments.expand(bounded_exp(2.0 * mean_delta * segments.lengths))
+    squared_product = segments.expand(bounded_exp(2.0 * mean_delta * segments.lengths))
     x, y = p.exp(), q.exp()
     return {
         "mismatch/kl": Stat.mean(-delta),
-        "mismatch/k3_kl": Stat.mean(delta.clamp(-20.0, 20.0).expm1() - delta),
+        "mismatch/k3_kl": Stat.mean(delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1() - delta),
         "mismatch/chi2_token": Stat.mean(rho.square() - 1.0),
-        "mismatch/chi2_sequence": Stat.mean(product - 1.0, share),
+        "mismatch/chi2_sequence": Stat.mean(squared_product - 1.0, share),
         "mismatch/log_ratio_mean": Stat.mean(sequence_mean, share),
         "mismatch/log_ratio_square": Stat.mean(sequence_mean.square(), share),
         "mismatch/ppl_ratio": Stat.mean(bounded_exp(-sequence_mean), share),
@@ -125,20 +128,31 @@ def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, segments: Seg
 
 
 def mismatch_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
-    """The numbers to log, from merged `mismatch_stats`.
+    """The numbers to log, from merged `mismatch_stats`; log-probs and ratios in nats.
 
-    kl: mean(-D), nats per token; k3_kl >= 0; extreme_fraction: P(max(rho, 1/rho) > 2), F(2) of arXiv
-    2510.11370; ess: (mean rho)^2 / mean rho^2, 1 = no loss; log_ratio_mean, log_ratio_std: over sequences, of
-    the mean D; ppl_ratio: mean of exp(-mean D); probability_correlation: Pearson, nan when either side is
-    constant.
+    kl                       mean of -D over tokens
+    k3_kl                    mean of rho - 1 - D over tokens, never negative
+    chi2_token               mean of rho^2 - 1 over tokens
+    chi2_sequence            mean over sequences of (prod rho)^2 - 1
+    log_ratio_mean, _std     over sequences, of the mean of D over their tokens
+    ppl_ratio                mean over sequences of exp(-mean D)
+    extreme_fraction         share of tokens with max(rho, 1/rho) > 2: F(2) of arXiv 2510.11370
+    abs_log_ratio_*          mean and maximum of |D| over tokens
+    token_mult_prob_error    mean of exp |D| over tokens
+    abs_prob_difference_*    mean and maximum over tokens of the difference of the probabilities
+    ess                      (mean rho)^2 / mean rho^2: the effective share of the tokens, 1 = no loss
+    probability_correlation  Pearson, of the probabilities; nan when either side is constant
     """
     m = {name: stat.result() for name, stat in stats.items()}
     metrics = {k: v for k, v in m.items() if k.startswith("mismatch/") and k != "mismatch/log_ratio_square"}
     variance = m["mismatch/log_ratio_square"] - m["mismatch/log_ratio_mean"] ** 2
+    # Rounding can leave a variance of nothing just below 0.
     metrics["mismatch/log_ratio_std"] = math.sqrt(max(variance, 0.0))
     metrics["mismatch/ess"] = m["moment/rho"] ** 2 / m["moment/rho_square"]
     var_p, var_q = m["moment/pp"] - m["moment/p"] ** 2, m["moment/qq"] - m["moment/q"] ** 2
     covariance = m["moment/pq"] - m["moment/p"] * m["moment/q"]
+    # 1e-15: a few roundings of probabilities of size 1. Below it the variance is noise and so is the
+    # quotient.
     defined = var_p > 1e-15 and var_q > 1e-15
     metrics["mismatch/probability_correlation"] = (
         covariance / math.sqrt(var_p * var_q) if defined else math.nan

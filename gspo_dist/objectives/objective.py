@@ -1,5 +1,5 @@
-"""Objectives by name: the surrogate, the aggregation it owns, its defaults; and the loss that a learner
-calls."""
+"""The loss that a learner calls: a surrogate, the aggregation it owns and the KL term; and the objectives by
+name."""
 
 from __future__ import annotations
 
@@ -15,52 +15,67 @@ from torch import Tensor
 
 from gspo_dist.checks import choose
 from gspo_dist.metrics.stat import Stat
-from gspo_dist.objectives import legality, losses, specs
+from gspo_dist.objectives import legality, losses
 from gspo_dist.objectives.aggregate import AGGREGATE, Denominators, Segments
 from gspo_dist.objectives.kl import KL
-from gspo_dist.objectives.losses import Surrogate
+from gspo_dist.objectives.losses import LOG_RATIO_LIMIT, Surrogate
+from gspo_dist.objectives.mismatch import Correction
+from gspo_dist.objectives.offset import Clip
+from gspo_dist.objectives.specs import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    OBJECTIVE_SPECS,
+    ObjectiveSpec,
+    check_params,
+    resolve_params,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveResult:
-    """loss: this call's share of the mini-batch loss, a scalar to call backward on; stats: name -> Stat."""
+    """What `Objective.loss` returns."""
 
     loss: Tensor
+    """This call's share of the mini-batch loss: a scalar to call backward on."""
     stats: dict[str, Stat]
+    """What the loss saw, by metric name; merge them over micro-batches and ranks."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A surrogate with the aggregation it owns.
+    """A surrogate with what is fixed about it. Raises ValueError for an unknown parameter or a bad KL
+    coefficient."""
 
-    advantage: the estimator it was published with; defaults: parameters of the surrogate and their values;
-    sequence_level: the clipped ratio is the sequence's; params: overrides, normally made by `get_objective`.
-    """
-
-    name: str
+    spec: ObjectiveSpec
+    """Name, aggregation, advantage estimator, default parameters and kind of clip."""
     surrogate: Callable[..., Surrogate]
-    aggregation: str
-    advantage: str = "group_std"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    sequence_level: bool = False
+    """A function with the signature of those in `losses`; its keyword-only arguments are the parameters."""
     params: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters that differ from the defaults; normally given through `get_objective`."""
     kl_coef: float = 0.0
+    """Weight of the KL to the reference policy; 0 leaves the term out."""
     kl_estimator: str = "k3"
+    """k1 | k2 | k3 (`kl`)."""
 
     def __post_init__(self) -> None:
-        choose(f"objective {self.name}: aggregation", self.aggregation, specs.AGGREGATIONS)
-        choose(f"objective {self.name}: advantage", self.advantage, specs.ADVANTAGES)
-        choose(f"objective {self.name}: kl_estimator", self.kl_estimator, specs.KL_ESTIMATORS)
+        owner = f"objective {self.spec.name}"
+        choose(f"{owner}: kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if not (isinstance(self.kl_coef, (int, float)) and 0 <= self.kl_coef < math.inf):
-            raise ValueError(
-                f"objective {self.name}: kl_coef must be a finite number >= 0: got {self.kl_coef!r}"
-            )
-        specs.resolve_params(f"objective {self.name}", self.defaults, self.params)
+            raise ValueError(f"{owner}: kl_coef must be a finite number >= 0: got {self.kl_coef!r}")
+        resolve_params(owner, self.spec.defaults, self.params)
 
     @property
     def resolved(self) -> dict[str, Any]:
         """The parameters in force."""
-        return {**self.defaults, **self.params}
+        return {**self.spec.defaults, **self.params}
+
+    @property
+    def clip(self) -> Clip | None:
+        """The clip in force; None when the objective has no hard clip."""
+        low, high = self.resolved.get("clip_low"), self.resolved.get("clip_high")
+        if self.spec.clip is None or low is None or high is None:
+            return None
+        return Clip(low, high, log_space=self.spec.clip == "log")
 
     def loss(
         self,
@@ -71,34 +86,35 @@ class Objective:
         denominators: Denominators,
         *,
         ref_logprobs: Tensor | None = None,
-        weights: Tensor | None = None,
-        keep: Tensor | None = None,
-        offset: float | None = None,
+        correction: Correction | None = None,
+        offset: float = 0.0,
     ) -> ObjectiveResult:
-        """This rank's and micro-batch's share of: aggregate(weights * keep * surrogate) + kl_coef *
-        aggregate(KL).
+        """This call's share of aggregate(weights * keep * surrogate) + kl_coef * aggregate(KL).
 
-        All tensors [N]; only logprobs gets a gradient. weights: importance corrections; keep: bool, False
-        gives a token no policy loss (denominators stay). offset: subtracted from every log ratio
-        (old_logprobs + offset). The KL term against ref_logprobs is neither weighted nor masked.
-        ValueError names the argument that has a wrong shape, type, or a number that is not finite.
+        All tensors are [N], in nats where they are log-probs; only logprobs gets a gradient. The correction
+        gives weights and keep; a token that is not kept has no policy loss, but still counts in the
+        denominators. The offset, in nats, is subtracted from every log ratio. The KL term against
+        ref_logprobs is neither weighted nor masked.
+        Raises ValueError naming the argument that has a wrong shape or type, or a number that is not finite.
         """
         old, advantages = old_logprobs.detach(), advantages.detach()
-        _check_inputs(segments, logprobs, old, advantages, ref_logprobs, weights, keep, offset)
+        _check_inputs(segments, logprobs, old, advantages, ref_logprobs, correction, offset)
         if self.kl_coef > 0 and ref_logprobs is None:
             raise ValueError(
-                f"objective {self.name}: ref_logprobs are needed with kl_coef={self.kl_coef}: got None"
+                f"objective {self.spec.name}: ref_logprobs are needed with kl_coef={self.kl_coef}: got None"
             )
-        centred = old if not offset else old + offset
+        # To subtract from the log ratio is to add to the old log-probs; 0 leaves them as they are, without a
+        # copy.
+        centred = old + offset if offset else old
         surrogate = self.surrogate(logprobs, centred, advantages, segments, **self.resolved)
         per_token = surrogate.loss
-        if weights is not None:
-            per_token = per_token * weights.detach().to(per_token.dtype)
-        if keep is not None:
-            per_token = per_token.masked_fill(~keep, 0.0)
-        aggregate = AGGREGATE[self.aggregation]
+        if correction is not None:
+            per_token = per_token * correction.weights.detach().to(per_token.dtype)
+            # masked_fill and not a product: 0 * inf would be nan.
+            per_token = per_token.masked_fill(~correction.keep, 0.0)
+        aggregate = AGGREGATE[self.spec.aggregation]
         policy_loss = loss = aggregate(per_token, segments, denominators)
-        stats = _stats(surrogate, logprobs.detach() - old, advantages, segments, weights, keep, offset)
+        stats = _stats(surrogate, logprobs.detach() - old, advantages, segments, correction, offset)
         if ref_logprobs is not None:
             kl = KL[self.kl_estimator](logprobs, ref_logprobs.detach())
             stats["objective/kl_reference"] = Stat.mean(kl)
@@ -111,25 +127,33 @@ class Objective:
 
 
 def _check_inputs(
-    segments: Segments, logprobs: Tensor, old: Tensor, advantages: Tensor,
-    ref: Tensor | None, weights: Tensor | None, keep: Tensor | None, offset: float | None,
-) -> None:  # fmt: skip
+    segments: Segments,
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    ref: Tensor | None,
+    correction: Correction | None,
+    offset: float,
+) -> None:
     """Shapes, types and finiteness, with one synchronisation of the device."""
     numbers = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages}
-    numbers.update({k: v for k, v in (("ref_logprobs", ref), ("weights", weights)) if v is not None})
+    if ref is not None:
+        numbers["ref_logprobs"] = ref
+    if correction is not None:
+        numbers["weights"] = correction.weights
     for name, x in numbers.items():
         segments.check(x, name)
         if x.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} must be float32 or float64, sums in less lose the clip width: got {x.dtype}"
             )
-    if keep is not None:
-        segments.check(keep, "keep")
-        if keep.dtype != torch.bool:
-            raise ValueError(f"keep must be bool, True = counts: got {keep.dtype}")
-    if offset is not None and not math.isfinite(offset):
+    if correction is not None:
+        segments.check(correction.keep, "keep")
+        if correction.keep.dtype != torch.bool:
+            raise ValueError(f"keep must be bool, True = counts: got {correction.keep.dtype}")
+    if not math.isfinite(offset):
         raise ValueError(f"offset must be a finite number: got {offset}")
-    # A sum is finite only if all its terms are, and costs a fortieth of testing each; the exact test follows
+    # A sum is finite only if all its terms are, and costs a fortieth of testing each. The exact test follows
     # it.
     sums = torch.stack([x.detach().sum().double() for x in numbers.values()]).isfinite().tolist()
     for name, finite in zip(numbers, sums, strict=True):
@@ -144,12 +168,17 @@ def _check_inputs(
 
 @torch.no_grad()
 def _stats(
-    surrogate: Surrogate, log_ratio: Tensor, advantages: Tensor, segments: Segments,
-    weights: Tensor | None, keep: Tensor | None, offset: float | None,
-) -> dict[str, Stat]:  # fmt: skip
-    """What the loss saw. log_ratio is raw (the offset is not taken out); ratio_* are those that were clipped.
+    surrogate: Surrogate,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    correction: Correction | None,
+    offset: float,
+) -> dict[str, Stat]:
+    """What the loss saw. log_ratio [N] is raw (the offset is not taken out); ratio_* are those that were
+    clipped.
 
-    sequence_*: mean over sequences of the mean over their tokens; a rank that holds a part of a sequence
+    sequence_* are means over sequences of the mean over their tokens. A rank that holds a part of a sequence
     counts that part, so the sums are exact under any layout.
     """
     clipped = surrogate.clipped_low | surrogate.clipped_high
@@ -165,50 +194,38 @@ def _stats(
         "objective/sequence_clip_fraction": Stat.mean(clipped, share),
         "objective/sequence_clip_fraction_positive": Stat.mean(clipped, share * positive),
         "objective/sequence_clip_fraction_negative": Stat.mean(clipped, share * negative),
+        # Tokens are samples of the old policy, so E[-log_ratio] is KL(old || current).
         "objective/approx_kl_k1": Stat.mean(-log_ratio),
-        "objective/approx_kl_k3": Stat.mean(log_ratio.clamp(max=20.0).expm1() - log_ratio),
+        "objective/approx_kl_k3": Stat.mean(log_ratio.clamp(max=LOG_RATIO_LIMIT).expm1() - log_ratio),
         "objective/ratio_mean": Stat.mean(surrogate.ratio),
         "objective/ratio_min": Stat.min(surrogate.ratio),
         "objective/ratio_max": Stat.max(surrogate.ratio),
         "objective/sequence_log_ratio_mean": Stat.mean(sequence_log_ratio, share),
+        # float64: the variance is a difference of nearly equal moments.
         "objective/sequence_log_ratio_square": Stat.mean(sequence_log_ratio.double().square(), share),
         "objective/advantage_mean": Stat.mean(advantages),
         "objective/tokens": Stat.sum(torch.ones_like(log_ratio)),
         "objective/sequences": Stat.sum(share),
+        "objective/offset": Stat.mean(torch.full_like(log_ratio, offset)),
         "values/sequence_log_ratio": Stat.concat(segments.mean(log_ratio)),
     }
-    if weights is not None:
-        stats["objective/correction_weight_mean"] = Stat.mean(weights)
-    if keep is not None:
-        stats["objective/correction_keep_fraction"] = Stat.mean(keep)
-    if offset is not None:
-        stats["objective/offset"] = Stat.mean(torch.full_like(log_ratio, offset))
+    if correction is not None:
+        stats["objective/correction_weight_mean"] = Stat.mean(correction.weights)
+        stats["objective/correction_keep_fraction"] = Stat.mean(correction.keep)
     return stats
 
 
-def sequence_log_ratio_std(stats: Mapping[str, Stat]) -> float:
-    """Standard deviation over sequences of the mean log ratio, from merged stats of `Objective.loss`."""
-    mean = stats["objective/sequence_log_ratio_mean"].result()
-    return math.sqrt(max(stats["objective/sequence_log_ratio_square"].result() - mean * mean, 0.0))
-
-
 OBJECTIVES: dict[str, Objective] = {
-    spec.name: Objective(
-        spec.name,
-        getattr(losses, spec.name),
-        spec.aggregation,
-        spec.advantage,
-        spec.defaults,
-        spec.sequence_level,
-    )
-    for spec in specs.OBJECTIVE_SPECS.values()
+    name: Objective(spec, getattr(losses, name)) for name, spec in OBJECTIVE_SPECS.items()
 }
+"""The built-in objectives: each name of `specs` bound to the function of that name in `losses`."""
 
 
 def get_objective(
     name: str,
     *,
     aggregation: str | None = None,
+    advantage: str | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     allow_wide_clip: bool = False,
@@ -216,30 +233,33 @@ def get_objective(
 ) -> Objective:
     """The objective `name`, bound to `params` and checked before anything heavy starts.
 
-    name: one of OBJECTIVES, or the import path of a user's own, "package.module:NAME": an Objective, or a
-    function with the signature of those in `policy` (its keyword-only arguments are the parameters; give
-    `aggregation` too). ValueError: unknown name or parameter, a clip that is negative or the wrong way round,
-    an aggregation that changes the objective's meaning, a token-sized clip on a sequence ratio (unless
+    name: one of OBJECTIVES, or the import path "package.module:NAME" of a user's own. That is an Objective,
+    or a function with the signature of those in `losses`, whose keyword-only arguments are the parameters and
+    which needs `aggregation` too. aggregation, advantage: None keeps the objective's own.
+    Raises ValueError for an unknown name or parameter, a clip that is negative or the wrong way round, an
+    aggregation that changes the objective's meaning, and a token-sized clip on a sequence ratio (unless
     allow_wide_clip).
     """
-    base = _import_objective(name, aggregation) if ":" in str(name) else None
-    if base is None:
+    if ":" in str(name):
+        base = _import_objective(name, aggregation)
+    else:
         base = OBJECTIVES[choose("objective", name, OBJECTIVES)]
-    spec = specs.OBJECTIVE_SPECS.get(name)
     owner = f"objective {name}"
-    resolved = specs.resolve_params(owner, base.defaults, {**base.params, **params})
-    specs.check_params(owner, resolved, clip=spec.clip if spec else "ratio")
-    legality.check_clip_and_aggregation(
-        name, base.sequence_level, aggregation or base.aggregation,
-        resolved.get("clip_low"), resolved.get("clip_high"), allow_wide_clip=allow_wide_clip,
-    )  # fmt: skip
-    return replace(
-        base,
-        aggregation=aggregation or base.aggregation,
-        params=resolved,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
+    resolved = resolve_params(owner, base.spec.defaults, {**base.params, **params})
+    check_params(owner, resolved, clip=base.spec.clip)
+    legality.check_settings(
+        base.spec,
+        aggregation=aggregation,
+        clip_low=resolved.get("clip_low"),
+        clip_high=resolved.get("clip_high"),
+        allow_wide_clip=allow_wide_clip,
     )
+    spec = replace(
+        base.spec,
+        aggregation=aggregation or base.spec.aggregation,
+        advantage=advantage or base.spec.advantage,
+    )
+    return replace(base, spec=spec, params=resolved, kl_coef=kl_coef, kl_estimator=kl_estimator)
 
 
 def _import_objective(path: str, aggregation: str | None) -> Objective:
@@ -254,12 +274,13 @@ def _import_objective(path: str, aggregation: str | None) -> Objective:
     if aggregation is None:
         raise ValueError(
             f"objective {path} is a bare function and owns no aggregation: give aggregation="
-            f"{'|'.join(specs.AGGREGATIONS)}, or name an Objective"
+            f"{'|'.join(AGGREGATIONS)}, or name an Objective"
         )
     for parameter in keywords:
         if parameter.default is parameter.empty:
             raise ValueError(f"objective {path}: parameter {parameter.name!r} needs a default")
-    return Objective(path, found, aggregation, defaults={p.name: p.default for p in keywords})
+    defaults = {parameter.name: parameter.default for parameter in keywords}
+    return Objective(ObjectiveSpec(path, aggregation, defaults=defaults), found)
 
 
 def _parameters(path: str, found: Any) -> list[inspect.Parameter]:

@@ -1,16 +1,19 @@
-"""Names, defaults and parameter rules of the objectives, without torch, so that a configuration can be
-checked early.
+"""Names, defaults and parameter rules of the objectives, without torch, so that a configuration is checked
+early.
 
-`registry` binds the names here to their functions; a test keeps the two in step.
+`objective` binds the names here to the functions of `losses`, and `legality` says which of them go together.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from gspo_dist.checks import choose, nearest
+
+# --- the names on every axis ---
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant_length")
 ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "none")
@@ -20,7 +23,6 @@ ROUTING_REPLAY = ("none", "r2", "r3")
 OFFSET_ESTIMATORS = ("batch", "ema", "subset")
 GUARD_ACTIONS = ("off", "warn", "recentre", "recompute")
 
-# Correction name -> its bounds and their defaults; formulas and sources stand in `mismatch`.
 CORRECTIONS: dict[str, dict[str, float]] = {
     "none": {},
     "token_truncate": {"high": 2.0},
@@ -31,70 +33,136 @@ CORRECTIONS: dict[str, dict[str, float]] = {
     "veto": {"low": 1e-4},
     "opsm": {"high": 1e-3},
 }
+"""Correction name -> its bounds and their defaults; formulas and sources stand in `mismatch`."""
 
-# A sequence ratio is a geometric mean: its logarithm is about 1/sqrt(length) of a token's, so a clip made for
-# token ratios never binds on it. From this size on it is refused unless the user insists by name.
 WIDE_SEQUENCE_CLIP = 0.02
+"""Clip size from which an objective on sequence ratios is refused unless the user insists by name.
+
+A sequence ratio is a geometric mean. Its logarithm is about 1/sqrt(length) of a token's, so a clip made for
+token ratios never binds on it.
+"""
+
+
+# --- the objectives ---
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """What is fixed about a named objective before any tensor exists.
-
-    aggregation: its own; aggregations: those with which the value keeps the meaning of the paper.
-    sequence_level: the clipped ratio is the sequence's. clip: "ratio" (bounds 1 - low, 1 + high), "log"
-    (bounds on the log ratio: -low, high) or None (no hard clip).
-    """
+    """What is fixed about an objective before any tensor exists. Raises ValueError for an unknown name on an
+    axis."""
 
     name: str
+    """What messages and reports call it."""
     aggregation: str
-    advantage: str
-    defaults: Mapping[str, float | None]
+    """Its own: token_mean | sequence_mean | sequence_sum | constant_length (`aggregate`)."""
+    advantage: str = "group_std"
+    """The estimator that it was published with: group_std | group_mean | leave_one_out | none
+    (`advantages`)."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The parameters of its surrogate and their values."""
     sequence_level: bool = False
-    aggregations: tuple[str, ...] = AGGREGATIONS
+    """Whether the ratio that is clipped is the sequence's."""
     clip: str | None = "ratio"
+    """How clip_low and clip_high are read, where it has them: "ratio" (bounds 1 - low and 1 + high), "log"
+    (bounds -low and high on the log ratio), or None (no hard clip). The guard measures its offset in this
+    clip."""
+    aggregations: tuple[str, ...] = AGGREGATIONS
+    """Those with which the value keeps the meaning of the paper."""
     source: str = ""
+    """Paper and equation."""
+
+    def __post_init__(self) -> None:
+        choose(f"objective {self.name}: aggregation", self.aggregation, AGGREGATIONS)
+        choose(f"objective {self.name}: advantage", self.advantage, ADVANTAGES)
+        if self.clip is not None:
+            choose(f"objective {self.name}: clip", self.clip, ("ratio", "log"))
 
 
-def _spec(*args: object, **kwargs: object) -> tuple[str, ObjectiveSpec]:
-    spec = ObjectiveSpec(*args, **kwargs)  # type: ignore[arg-type]
-    return spec.name, spec
+_SPECS = (
+    ObjectiveSpec(
+        "gspo",
+        "sequence_mean",
+        defaults={"clip_low": 3e-4, "clip_high": 4e-4},
+        sequence_level=True,
+        aggregations=("sequence_mean",),
+        source="arXiv 2507.18071 eq 5-7",
+    ),
+    ObjectiveSpec(
+        "gspo_token",
+        "sequence_mean",
+        defaults={"clip_low": 3e-4, "clip_high": 4e-4},
+        sequence_level=True,
+        aggregations=("sequence_mean",),
+        source="arXiv 2507.18071 eq 13-14",
+    ),
+    ObjectiveSpec(
+        "grpo",
+        "sequence_mean",
+        defaults={"clip_low": 0.2, "clip_high": 0.27, "dual_clip": None},
+        source="arXiv 2507.18071 eq 2-3; clip of its section 5.1",
+    ),
+    ObjectiveSpec(
+        "dapo",
+        "token_mean",
+        defaults={"clip_low": 0.2, "clip_high": 0.28},
+        source="arXiv 2503.14476",
+    ),
+    ObjectiveSpec(
+        "dr_grpo",
+        "constant_length",
+        "group_mean",
+        defaults={"clip_low": 0.2, "clip_high": 0.2},
+        source="arXiv 2503.20783",
+    ),
+    ObjectiveSpec(
+        "cispo",
+        "token_mean",
+        defaults={"clip_low": 1.0, "clip_high": 4.0},
+        source="arXiv 2506.13585",
+    ),
+    ObjectiveSpec(
+        "gmpo",
+        "sequence_mean",
+        defaults={"clip_low": 0.4, "clip_high": 0.4},
+        clip="log",
+        aggregations=("sequence_mean",),
+        source="arXiv 2507.20673",
+    ),
+    ObjectiveSpec(
+        "sapo",
+        "sequence_mean",
+        defaults={"tau_positive": 1.0, "tau_negative": 1.05},
+        clip=None,
+        source="arXiv 2511.20347",
+    ),
+    ObjectiveSpec(
+        "minirl",
+        "sequence_sum",
+        "group_mean",
+        defaults={"clip_low": 0.2, "clip_high": 0.27},
+        source="arXiv 2512.01374",
+    ),
+    ObjectiveSpec(
+        "reinforce",
+        "sequence_sum",
+        "leave_one_out",
+        clip=None,
+        source="arXiv 2402.14740 (RLOO)",
+    ),
+)
+OBJECTIVE_SPECS: dict[str, ObjectiveSpec] = {spec.name: spec for spec in _SPECS}
+"""The built-in objectives by name."""
 
 
-_SEQUENCE = ("sequence_mean",)
-OBJECTIVE_SPECS: dict[str, ObjectiveSpec] = dict(
-    [
-        _spec("gspo", "sequence_mean", "group_std", {"clip_low": 3e-4, "clip_high": 4e-4},
-              sequence_level=True, aggregations=_SEQUENCE, source="arXiv 2507.18071 eq 5-7"),
-        _spec("gspo_token", "sequence_mean", "group_std", {"clip_low": 3e-4, "clip_high": 4e-4},
-              sequence_level=True, aggregations=_SEQUENCE, source="arXiv 2507.18071 eq 13-14"),
-        _spec("grpo", "sequence_mean", "group_std", {"clip_low": 0.2, "clip_high": 0.27, "dual_clip": None},
-              source="arXiv 2507.18071 eq 2-3; clip of its section 5.1"),
-        _spec("dapo", "token_mean", "group_std", {"clip_low": 0.2, "clip_high": 0.28},
-              source="arXiv 2503.14476"),
-        _spec("dr_grpo", "constant_length", "group_mean", {"clip_low": 0.2, "clip_high": 0.2},
-              source="arXiv 2503.20783"),
-        _spec("cispo", "token_mean", "group_std", {"clip_low": 1.0, "clip_high": 4.0},
-              source="arXiv 2506.13585"),
-        _spec("gmpo", "sequence_mean", "group_std", {"clip_low": 0.4, "clip_high": 0.4},
-              aggregations=_SEQUENCE, clip="log", source="arXiv 2507.20673"),
-        _spec("sapo", "sequence_mean", "group_std", {"tau_positive": 1.0, "tau_negative": 1.05},
-              clip=None, source="arXiv 2511.20347"),
-        _spec("minirl", "sequence_sum", "group_mean", {"clip_low": 0.2, "clip_high": 0.27},
-              source="arXiv 2512.01374"),
-        _spec("reinforce", "sequence_sum", "leave_one_out", {}, clip=None, source="arXiv 2402.14740 (RLOO)"),
-    ]
-)  # fmt: skip
+# --- parameter rules ---
 
 
-def resolve_params(
-    owner: str, defaults: Mapping[str, float | None], params: Mapping[str, object]
-) -> dict[str, float | None]:
+def resolve_params(owner: str, defaults: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """`defaults` overlaid with `params`; an unknown parameter is refused with the nearest known one."""
     for key in params:
         if key not in defaults:
             raise ValueError(f"{owner} has no parameter {key!r}; {nearest(key, defaults)}")
-    return {**defaults, **params}  # type: ignore[dict-item]
+    return {**defaults, **params}
 
 
 def _number(owner: str, field: str, value: object) -> float:
@@ -104,16 +172,16 @@ def _number(owner: str, field: str, value: object) -> float:
 
 
 def check_clip(owner: str, clip_low: object, clip_high: object, *, log_space: bool = False) -> None:
-    """Both are distances (epsilons) from no change, positive, with clip_low <= clip_high (or clip_low = 1:
+    """Both are positive distances (epsilons) from no change, with clip_low <= clip_high (or clip_low = 1:
     off).
 
-    With a ratio clip the bounds are 1 - clip_low and 1 + clip_high, so clip_low lies in (0, 1]; in log space
-    (gmpo) they are exp(-clip_low) and exp(clip_high).
+    With a ratio clip the bounds are 1 - clip_low and 1 + clip_high, so clip_low lies in (0, 1]. In log space
+    (gmpo) they are exp(-clip_low) and exp(clip_high). Raises ValueError that names the owner and the field.
     """
     low, high = _number(owner, "clip_low", clip_low), _number(owner, "clip_high", clip_high)
-    for field, value in (("clip_low", low), ("clip_high", high)):
+    for name, value in (("clip_low", low), ("clip_high", high)):
         if value <= 0:
-            raise ValueError(f"{owner}.{field} must be > 0, a distance from ratio 1: got {value:g}")
+            raise ValueError(f"{owner}.{name} must be > 0, a distance from ratio 1: got {value:g}")
     if log_space:
         return
     if low > 1:
@@ -123,6 +191,7 @@ def check_clip(owner: str, clip_low: object, clip_high: object, *, log_space: bo
             f"{owner}.clip_low and clip_high are distances, not bounds: got {low:g} and {high:g}; "
             f"for the bounds [{low:g}, {high:g}] give clip_low={1 - low:g}, clip_high={high - 1:g}"
         )
+    # No paper clips the lower side wider than the upper one, but 1 is the usual way to turn it off.
     if low > high and low < 1:
         raise ValueError(
             f"{owner}.clip_low must be <= clip_high (or 1, which turns the lower bound off): got {low:g} > "
@@ -130,27 +199,30 @@ def check_clip(owner: str, clip_low: object, clip_high: object, *, log_space: bo
         )
 
 
-def check_params(owner: str, params: Mapping[str, object], *, clip: str | None = "ratio") -> None:
+def check_params(owner: str, params: Mapping[str, Any], *, clip: str | None) -> None:
     """Range checks of every parameter that the built-in objectives know; ValueError names owner and field."""
-    if "clip_low" in params and "clip_high" in params:
+    if clip is not None and "clip_low" in params and "clip_high" in params:
         check_clip(owner, params["clip_low"], params["clip_high"], log_space=clip == "log")
     if params.get("dual_clip") is not None:
         dual = _number(owner, "dual_clip", params["dual_clip"])
-        floor = 1 + float(params["clip_high"])  # type: ignore[arg-type]
+        floor = 1 + _number(owner, "clip_high", params.get("clip_high", 0.0))
         if dual <= floor:
             raise ValueError(
                 f"{owner}.dual_clip must be > 1 + clip_high = {floor:g}: got {dual:g}; usual is 3"
             )
-    for field in ("tau_positive", "tau_negative"):
-        if field in params and _number(owner, field, params[field]) <= 0:
-            raise ValueError(f"{owner}.{field} must be > 0: got {params[field]}")
+    for name in ("tau_positive", "tau_negative"):
+        if name in params and _number(owner, name, params[name]) <= 0:
+            raise ValueError(f"{owner}.{name} must be > 0: got {params[name]}")
 
 
 def check_correction(
     name: object, *, low: float | None = None, high: float | None = None
 ) -> dict[str, float]:
-    """The bounds in force of a correction (None: its default); ValueError on an unknown name, bound or
-    range."""
+    """The bounds in force of a correction; a bound of None takes its default.
+
+    Raises ValueError for an unknown name, a bound that the correction does not have, or a range without the
+    ratio 1.
+    """
     kind = choose("correction", name, CORRECTIONS)
     owner = f"correction {kind}"
     given = {key: value for key, value in (("low", low), ("high", high)) if value is not None}
@@ -158,7 +230,7 @@ def check_correction(
     values = {key: _number(owner, key, value) for key, value in resolved.items()}
     if values.get("low", 0.0) < 0 or values.get("high", 1.0) <= 0:
         raise ValueError(f"{owner}: low must be >= 0 and high > 0: got {values}")
-    if kind == "opsm":
+    if kind == "opsm":  # its bound is a drift in nats, not a ratio
         return values
     if values.get("low", 0.0) > 1 or values.get("high", 1.0) < 1:
         raise ValueError(f"{owner} must accept the ratio 1, so low <= 1 <= high: got {values}")

@@ -2,7 +2,7 @@
 
 `rollout`: the engine's own numbers; nothing runs before the update. `recompute`: one forward pass of the learner over
 the batch (R2 records its routes there; R3 replays the engine's in it and in the update). With engine log-probs the mean log ratio of the first mini-batch measures the
-offset that the mismatch engine / learner puts on every sequence ratio (objectives/recentre.py); the guard acts on it.
+offset that the mismatch engine / learner puts on every sequence ratio (objectives/offset.py); the guard acts on it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from gspo_dist.config import ObjectiveConfig
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.learners.loss import LossSpec, trained_index
 from gspo_dist.metrics.stat import Stat
-from gspo_dist.objectives import specs
 from gspo_dist.objectives.aggregate import Segments
 from gspo_dist.objectives.objective import Objective
 from gspo_dist.objectives.offset import (
     GuardDecision,
-    GuardSettings,
-    MismatchGuard,
     OffsetEstimate,
+    batch_offset,
     choose_subset,
+    make_guard,
     offset_from_moments,
-    subset_offset,
 )
 from gspo_dist.packing import MiniBatch, take_sequences
 from gspo_dist.types import Rollout
@@ -55,8 +53,8 @@ class LogprobContract:
         self.objective = objective
         self.learner = learner
         self.seed = seed
-        self.guard = _make_guard(config, objective)
-        self.decision = GuardDecision("none", 0.0, 0.0, False, "no measurement yet")
+        self.guard = make_guard(config.guard, objective.clip)
+        self.decision = GuardDecision("none", 0.0, False, "no measurement yet")
         self.metrics: dict[str, float] = {}
 
     def prepare(
@@ -96,19 +94,19 @@ class LogprobContract:
     def loss_spec(self, mini: MiniBatch, index: int) -> LossSpec:
         """The loss of mini-batch `index` of this step."""
         recentring = not self.recomputed and self.decision.action == "recentre"
-        offset: float | None = self.decision.offset if recentring else 0.0
-        if (
+        # This step's own offset is not known before its first forward pass, so each micro-batch takes out its own.
+        own_mean = (
             recentring
             and index == 0
             and self.config.guard.estimator == "batch"
             and _sequences(mini) >= OWN_MEAN_FROM
-        ):
-            offset = None  # this step's own offset is not known before its first forward pass
+        )
         return LossSpec(
             self.objective,
             mini.denominators,
             self.config.correction,
-            offset,
+            offset=self.decision.offset if recentring and not own_mean else 0.0,
+            own_mean=own_mean,
             measure_mismatch=self.recomputed or index == 0,
         )
 
@@ -121,7 +119,7 @@ class LogprobContract:
             stats["mismatch/log_ratio_mean"].result(), stats["mismatch/log_ratio_square"].result(), count
         )
         if self.guard is not None:
-            self.metrics["contract/offset_clip_widths"] = self._widths(measured)
+            self.metrics["contract/offset_clip_widths"] = self.guard.clip.widths(measured.offset)
             if not self._measures_subset():
                 self._observe(measured)
         self.metrics["contract/offset"] = measured.offset
@@ -136,12 +134,6 @@ class LogprobContract:
         if self.decision.changed:
             word = "acts" if self.guard.active else "rests"
             log.warning("log-prob guard %s (%s): %s", word, self.config.guard.action, self.decision.reason)
-
-    def _widths(self, measured: OffsetEstimate) -> float:
-        from gspo_dist.objectives.offset import offset_in_clip_widths
-
-        s = self.guard.settings
-        return offset_in_clip_widths(measured.offset, s.clip_low, s.clip_high, log_space=s.log_space)
 
     def _measures_subset(self) -> bool:
         guard = self.config.guard
@@ -176,8 +168,8 @@ class LogprobContract:
                     engine.append(batch.rollout_logprobs[index].double())
                     ids.append(dense + count)
                     count += sequences
-        segments = Segments(torch.cat(ids), count)
-        return subset_offset(torch.cat(learner), torch.cat(engine), segments, population=len(flat))
+        means = Segments(torch.cat(ids), count).mean(torch.cat(learner) - torch.cat(engine))
+        return batch_offset(means.tolist(), population=len(flat))
 
     def state_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
@@ -194,23 +186,3 @@ def _dense(ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Sequence ids renumbered 0.. without gaps, and their count."""
     unique, dense = torch.unique(ids, return_inverse=True)
     return dense, len(unique)
-
-
-def _make_guard(config: ObjectiveConfig, objective: Objective) -> MismatchGuard | None:
-    """A guard where the objective has a clip to measure the offset in; None elsewhere."""
-    low, high = objective.resolved.get("clip_low"), objective.resolved.get("clip_high")
-    if config.guard.action == "off" or low is None or high is None:
-        return None
-    spec = specs.OBJECTIVE_SPECS.get(objective.name)
-    guard = config.guard
-    return MismatchGuard(
-        GuardSettings(
-            low,
-            high,
-            guard.action,
-            guard.threshold,
-            estimator=guard.estimator,
-            ema_decay=guard.ema_decay,
-            log_space=spec is not None and spec.clip == "log",
-        )
-    )

@@ -18,8 +18,10 @@ import gspo_dist.objectives as package
 from gspo_dist.config import ObjectiveConfig
 from gspo_dist.metrics.stat import Stat, merge_stats, results
 from gspo_dist.objectives import (
+    Correction,
     Denominators,
     Objective,
+    ObjectiveSpec,
     Segments,
     get_objective,
     legality,
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_importing_the_package_and_its_tables_loads_no_torch_nor_numpy():
     code = (
         "import sys, gspo_dist.objectives\n"
-        "from gspo_dist.objectives import MismatchGuard, OBJECTIVE_SPECS, expected_clip_shares, legality\n"
+        "from gspo_dist.objectives import Clip, OBJECTIVE_SPECS, legality\n"
         "legality.check('gspo', old_logprobs='rollout'); legality.format_table()\n"
         "print(sorted({'torch', 'numpy', 'ray', 'vllm'} & set(sys.modules)))"
     )
@@ -183,14 +185,14 @@ def test_bad_objectives_are_refused_by_name(name, params, message):
 def test_wide_clip_by_insistence_and_bound_parameters():
     objective = get_objective("gspo", clip_low=0.2, clip_high=0.27, allow_wide_clip=True)
     assert objective.resolved == {"clip_low": 0.2, "clip_high": 0.27}
-    assert objective.sequence_level
+    assert objective.spec.sequence_level
     assert get_objective("gspo").resolved == {"clip_low": 3e-4, "clip_high": 4e-4}
     assert pickle.loads(pickle.dumps(objective)) == objective
 
 
 USER = """
 import torch
-from gspo_dist.objectives import Objective, Surrogate
+from gspo_dist.objectives import Objective, ObjectiveSpec, Surrogate
 
 def plain(logprobs, old_logprobs, advantages, segments, *, scale=2.0):
     ratio = torch.exp(logprobs - old_logprobs)
@@ -200,7 +202,7 @@ def plain(logprobs, old_logprobs, advantages, segments, *, scale=2.0):
 def needy(logprobs, old_logprobs, advantages, segments, *, scale):
     return plain(logprobs, old_logprobs, advantages, segments, scale=scale)
 
-WHOLE = Objective("whole", plain, "sequence_sum", "group_mean", {"scale": 3.0})
+WHOLE = Objective(ObjectiveSpec("whole", "sequence_sum", "group_mean", {"scale": 3.0}), plain)
 """
 
 
@@ -218,7 +220,7 @@ def test_a_users_objective_by_import_path(tmp_path, monkeypatch):
     assert loss(get_objective(f"{path}:WHOLE")) == pytest.approx(-3.0 * (2 - 2) / 2)
     bare = get_objective(f"{path}:plain", aggregation="sequence_mean", scale=5.0)
     assert loss(bare) == pytest.approx(-5.0 * (1 - 2) / 2)
-    assert get_objective(f"{path}:WHOLE", aggregation="token_mean").aggregation == "token_mean"
+    assert get_objective(f"{path}:WHOLE", aggregation="token_mean").spec.aggregation == "token_mean"
     with pytest.raises(ValueError, match="owns no aggregation"):
         get_objective(f"{path}:plain")
     with pytest.raises(ValueError, match="parameter 'scale' needs a default"):
@@ -247,14 +249,24 @@ def good():
 def test_bad_tensors_are_refused_by_name(field, problem):
     kwargs = good()
     base = torch.ones(3, dtype=torch.bool) if field == "keep" else torch.full((3,), -1.0)
+
+    def put(value):
+        if field in ("weights", "keep"):
+            both = {"weights": torch.ones(3), "keep": torch.ones(3, dtype=torch.bool), field: value}
+            kwargs["correction"] = Correction(**both)
+        else:
+            kwargs[field] = value
+
     if problem == "shape":
-        kwargs[field], message = base[:2], rf"^{field} must be \[N=3\].*\[2\]"
+        message = rf"^{field} must be \[N=3\].*\[2\]"
+        put(base[:2])
     elif problem == "type":
-        kwargs[field], message = base.to(torch.bfloat16), rf"^{field} must be .*bfloat16"
+        message = rf"^{field} must be .*bfloat16"
+        put(base.to(torch.bfloat16))
     elif field == "keep":
         return
     else:
-        kwargs[field] = base.index_fill(0, torch.tensor([2]), -math.inf)
+        put(base.index_fill(0, torch.tensor([2]), -math.inf))
         message = rf"^{field} must be finite: got -inf at token 2 of sequence 1"
     with pytest.raises(ValueError, match=message):
         get_objective("grpo").loss(**kwargs)
@@ -374,9 +386,9 @@ def test_statistics_of_a_loss_by_hand():
 
 def test_an_objective_checks_itself():
     with pytest.raises(ValueError, match="aggregation"):
-        Objective("mine", lambda *a: Surrogate(*a), "seq_mean")
+        ObjectiveSpec("mine", "seq_mean")
     with pytest.raises(ValueError, match="no parameter 'b'"):
-        Objective("mine", lambda *a: Surrogate(*a), "token_mean", defaults={"a": 1}, params={"b": 2})
+        Objective(ObjectiveSpec("mine", "token_mean", defaults={"a": 1}), Surrogate, {"b": 2})
 
 
 def test_concat_keeps_the_items_and_quantiles_of_them_do_not_depend_on_the_split():

@@ -11,22 +11,28 @@ import torch
 
 from gspo_dist.objectives import Denominators, Segments, get_objective
 from gspo_dist.objectives.mismatch import correction, mismatch_metrics, mismatch_stats
-from gspo_dist.objectives.objective import sequence_log_ratio_std
 from gspo_dist.objectives.offset import (
+    Clip,
     EmaOffset,
-    GuardSettings,
+    GuardConfig,
     MismatchGuard,
     OffsetEstimate,
     batch_offset,
     choose_subset,
-    expected_clip_shares,
-    gaussian_log_ratio,
     offset_from_moments,
-    offset_in_clip_widths,
-    subset_offset,
 )
 
 F64 = torch.float64
+GSPO_CLIP = Clip(3e-4, 4e-4)
+
+
+def gaussian_log_ratio(kl, tokens):
+    """Mean and std of log s for independent token log ratios N(-kl, 2 kl)."""
+    return -kl, math.sqrt(2.0 * kl / tokens)
+
+
+def subset_offset(learner, rollout, segments, population):
+    return batch_offset(segments.mean(learner - rollout).tolist(), population=population)
 
 
 def three_sequences():
@@ -39,7 +45,6 @@ def three_sequences():
 
 P1 = 4e-5  # product of sequence 1
 CASES = {
-    "none": ({}, [1.0] * 6, [1, 1, 1, 1, 1, 1]),
     "token_truncate": ({}, [2.0, 0.5, 2.0, 1e-5, 1.0, 1.1], [1, 1, 1, 1, 1, 1]),
     "token_mask": ({"low": 0.5, "high": 3.0}, [2.0, 0.5, 4.0, 1e-5, 1.0, 1.1], [1, 1, 0, 0, 1, 1]),
     "sequence_truncate": ({"high": 1.05}, [1.0, 1.0, P1, P1, P1, 1.05], [1, 1, 1, 1, 1, 1]),
@@ -70,7 +75,7 @@ def test_opsm_needs_a_negative_advantage_and_reads_the_current_policy():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "none"])
+@pytest.mark.parametrize("name", CASES)
 def test_no_mismatch_no_correction(name):
     _, rollout, adv, segments = three_sequences()
     got = correction(name, rollout, rollout, adv, segments)
@@ -141,15 +146,15 @@ def test_equal_logprobs_are_a_perfect_match():
 
 
 def test_clip_widths():
-    assert offset_in_clip_widths(-1.5e-3, 3e-4, 4e-4) == pytest.approx(-1.5e-3 / -math.log(1 - 3e-4))
-    assert offset_in_clip_widths(math.log(1.0004), 3e-4, 4e-4) == pytest.approx(1.0, rel=1e-12)
-    assert offset_in_clip_widths(math.log(0.9997), 3e-4, 4e-4) == pytest.approx(-1.0, rel=1e-12)
-    assert offset_in_clip_widths(-0.2, 0.4, 0.4, log_space=True) == pytest.approx(-0.5)
-    assert offset_in_clip_widths(-5.0, 1.0, 4.0) == 0.0  # no lower bound: nothing to come near to
+    assert GSPO_CLIP.widths(-1.5e-3) == pytest.approx(-1.5e-3 / -math.log(1 - 3e-4))
+    assert GSPO_CLIP.widths(math.log(1.0004)) == pytest.approx(1.0, rel=1e-12)
+    assert GSPO_CLIP.widths(math.log(0.9997)) == pytest.approx(-1.0, rel=1e-12)
+    assert Clip(0.4, 0.4, log_space=True).widths(-0.2) == pytest.approx(-0.5)
+    assert Clip(1.0, 4.0).widths(-5.0) == 0.0  # no lower bound: nothing to come near to
     with pytest.raises(ValueError, match="clip_low"):
-        offset_in_clip_widths(0.0, -1.0, 1.0)
+        Clip(-1.0, 1.0)
     with pytest.raises(ValueError, match="mean_log_ratio"):
-        offset_in_clip_widths(math.nan, 0.1, 0.1)
+        Clip(0.1, 0.1).widths(math.nan)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_clip_widths():
      (2e-4, 8192, 0.33), (5e-5, 2048, 0.13), (5e-5, 8192, 0.01)],
 )  # fmt: skip
 def test_closed_form_of_the_share_of_clipped_negative_sequences(kl, tokens, share):
-    negative, positive = expected_clip_shares(*gaussian_log_ratio(kl, tokens), 3e-4, 4e-4)
+    negative, positive = GSPO_CLIP.expected_shares(*gaussian_log_ratio(kl, tokens))
     assert negative == pytest.approx(share, abs=0.005)
     assert positive < 0.12
 
@@ -182,15 +187,16 @@ def test_clipped_shares_at_mismatch_kl_follow_the_gaussian_closed_form(kl, token
         got = [stats[f"objective/sequence_clip_fraction_{s}"].result() for s in ("negative", "positive")]
         return got, stats
 
-    got, stats = shares(None)
-    for value, expected in zip(got, expected_clip_shares(mean, std, 3e-4, 4e-4)):
+    got, stats = shares(0.0)
+    for value, expected in zip(got, GSPO_CLIP.expected_shares(mean, std)):
         assert abs(value - expected) < 4 * math.sqrt(expected * (1 - expected) / (sequences / 2)) + 1e-3
     measured = stats["objective/sequence_log_ratio_mean"].result()
     assert measured == pytest.approx(-kl, abs=4 * std / math.sqrt(sequences))
-    assert sequence_log_ratio_std(stats) == pytest.approx(std, rel=4 / math.sqrt(2 * sequences))
+    square = stats["objective/sequence_log_ratio_square"].result()
+    assert math.sqrt(square - measured**2) == pytest.approx(std, rel=4 / math.sqrt(2 * sequences))
 
     got, _ = shares(measured)
-    for value, expected in zip(got, expected_clip_shares(0.0, std, 3e-4, 4e-4)):
+    for value, expected in zip(got, GSPO_CLIP.expected_shares(0.0, std)):
         assert abs(value - expected) < 4 * math.sqrt(expected * (1 - expected) / (sequences / 2)) + 1e-3
 
 
@@ -265,7 +271,7 @@ def estimate(offset, error=1e-5, spread=1.2e-3):
 
 
 def guard(**kwargs):
-    return MismatchGuard(GuardSettings(3e-4, 4e-4, **kwargs))
+    return MismatchGuard(GuardConfig(**kwargs), GSPO_CLIP)
 
 
 def test_guard_recentres_with_hysteresis_on_both_sides():
@@ -274,7 +280,7 @@ def test_guard_recentres_with_hysteresis_on_both_sides():
     assert (quiet.action, quiet.offset, quiet.changed) == ("none", 0.0, False)
     on = g.observe(estimate(-1.5e-3))
     assert (on.action, on.offset, on.changed) == ("recentre", -1.5e-3, True)
-    assert on.clip_widths == pytest.approx(-5.0, rel=1e-3)
+    assert "is -5.00 clip widths" in on.reason
     assert "clip widths" in on.reason
     assert "84%" in on.reason
     assert "40%" in on.reason
@@ -319,15 +325,14 @@ def test_guard_state_survives_json_and_continues_identically():
     [
         (lambda: guard(action="recenter"), "guard.action.*did you mean 'recentre'"),
         (lambda: guard(estimator="mean"), "guard.estimator"),
-        (lambda: guard(release=2.0), "guard.release"),
+        (lambda: guard(threshold=-1.0), "guard.threshold"),
         (lambda: guard(ema_decay=1.0), "decay"),
-        (lambda: guard(significance=-1.0), "guard.significance"),
+        (lambda: guard(subset_fraction=0.0), "guard.subset_fraction"),
         (lambda: batch_offset([]), "sequence_log_ratios"),
         (lambda: batch_offset([math.nan]), "sequence_log_ratios"),
         (lambda: batch_offset([0.0, 1.0], population=1), "population"),
         (lambda: choose_subset(4, 0.0, 0), "fraction"),
-        (lambda: gaussian_log_ratio(0.0, 5), "kl must be > 0"),
-        (lambda: expected_clip_shares(0.0, 0.0, 0.1, 0.1), "std"),
+        (lambda: Clip(0.1, 0.1).expected_shares(0.0, 0.0), "std"),
     ],
 )
 def test_bad_inputs_name_the_field(call, message):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gspo_dist.objectives import OBJECTIVES, Denominators, Segments, get_objective
+from gspo_dist.objectives import OBJECTIVES, Correction, Denominators, Segments, get_objective
 from gspo_dist.objectives.specs import OBJECTIVE_SPECS
 
 F64 = torch.float64
@@ -35,7 +35,7 @@ def test_value_and_gradient_equal_the_loops_of_the_paper(name, params, seed, rag
     objective = get_objective(name, **params)
     result = run(objective, t, len(batch.lp))
     result.loss.backward()
-    loss, grad = by_loops(name, objective.aggregation, objective.resolved, batch, LIMIT)
+    loss, grad = by_loops(name, objective.spec.aggregation, objective.resolved, batch, LIMIT)
     assert math.isclose(result.loss.item(), loss, rel_tol=1e-12, abs_tol=1e-13)
     torch.testing.assert_close(t.logprobs.grad, torch.tensor(grad, dtype=F64), rtol=1e-11, atol=1e-14)
 
@@ -280,7 +280,7 @@ def test_weights_multiply_and_keep_zeroes_without_touching_the_denominator():
     keep = torch.tensor([True, True, False])
     result = get_objective("dapo").loss(
         lp, lp.detach(), torch.tensor([1.0, 1.0, 4.0], dtype=F64), Segments.from_lengths([2, 1]),
-        Denominators(2, 3, 4), weights=weights, keep=keep,
+        Denominators(2, 3, 4), correction=Correction(weights, keep),
     )  # fmt: skip
     result.loss.backward()
     assert result.loss.item() == pytest.approx(-(2.0 + 0.5) / 3)
@@ -296,7 +296,7 @@ def test_kl_term_uses_the_aggregation_of_the_objective_and_ignores_keep():
     zero = torch.zeros(3, dtype=F64)
     result = get_objective("grpo", kl_coef=0.1, kl_estimator="k2").loss(
         lp, lp.detach(), zero, Segments.from_lengths([2, 1]), Denominators(2, 3, 4), ref_logprobs=ref,
-        keep=torch.tensor([False, True, True]),
+        correction=Correction(torch.ones(3), torch.tensor([False, True, True])),
     )  # fmt: skip
     result.loss.backward()
     assert result.loss.item() == pytest.approx(0.1 * ((0.04 + 0.01) / 4 + 0.25 / 2) / 2)
@@ -351,14 +351,12 @@ def test_gspo_agrees_with_liger_and_so_does_grpo():
 def test_every_name_is_bound_to_its_function_and_spec():
     assert list(OBJECTIVES) == NAMES
     for name, objective in OBJECTIVES.items():
-        spec = OBJECTIVE_SPECS[name]
         assert objective.surrogate.__name__ == name
-        assert (objective.aggregation, objective.advantage) == (spec.aggregation, spec.advantage)
-        assert dict(objective.defaults) == dict(spec.defaults)
+        assert objective.spec == OBJECTIVE_SPECS[name]
 
 
 def test_published_defaults():
-    got = {name: (o.aggregation, o.advantage, dict(o.defaults)) for name, o in OBJECTIVES.items()}
+    got = {name: (o.aggregation, o.advantage, o.defaults) for name, o in OBJECTIVE_SPECS.items()}
     assert got["gspo"] == ("sequence_mean", "group_std", {"clip_low": 3e-4, "clip_high": 4e-4})
     assert got["grpo"] == (
         "sequence_mean", "group_std", {"clip_low": 0.2, "clip_high": 0.27, "dual_clip": None},
