@@ -328,7 +328,7 @@ def measure_all(tokens: int, args: argparse.Namespace) -> dict[str, dict[str, fl
 def calculated(gpu: Gpu, args: argparse.Namespace) -> str:
     """The head in bfloat16 on a GPU, matmuls and passes each at the data sheet's rate: a calculation, no measurement.
 
-    A pass moves each logit once (tests/unit/learners/test_logprobs_triton.py reads that in the machine code): forward
+    A pass moves each logit once (tests/unit/learners/head/test_kernels.py reads that in the machine code): forward
     2 bytes read, backward 2 read and 2 written. What a matmul itself writes counts for the floor as for the head.
     Memory: naive holds its log-softmax, that one's gradient and the logits' at once, in float32 (measured on a CPU,
     within 0.2%); the head both gradients, a float32 sum of hidden's, and the logits kept.

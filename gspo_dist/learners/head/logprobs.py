@@ -5,17 +5,17 @@
     dL/dx[i, v] = dL/dlogprob_i (1[v = y_i] - p[i, v])    p[i, v] = exp(x[i, v] - lse_i)
 
 The loss is a function of all log-probs at once (GSPO's ratio needs every token of a sequence), so the
-gradient of a token's log-prob is not known in the forward pass: the backward pass computes the logits again,
-all but the first blocks, which are kept as far as `kept_bytes` go.
+gradient of a token's log-prob is not known in the forward pass. The backward pass therefore computes the
+logits again, all but the first blocks, which are kept as far as `kept_bytes` go.
 
 Both passes walk the vocabulary in blocks of columns, all tokens at a time, instead of the tokens in blocks of
-rows. Nothing is lost (log-sum-exp merges over columns, Milakov and Gimelshein 2018, arXiv:1805.02867, and
-over tensor-parallel ranks by the same rule), and a block of `weight`'s gradient is then complete in one
-matmul: summed over tokens in the matmul's float32 registers, rounded once and written once. Blocks of tokens
+rows. Nothing is lost by it: log-sum-exp merges over columns (Milakov and Gimelshein 2018, arXiv:1805.02867),
+and over tensor-parallel ranks by the same rule. A block of `weight`'s gradient is then complete in one
+matmul, summed over tokens in the matmul's float32 registers, rounded once and written once. Blocks of tokens
 would read and write a float32 [V, H] accumulator for every block (1.2 GB of memory at Qwen3-30B-A3B's sizes).
-What is accumulated over blocks is the gradient of `hidden`, [N, H], in float32.
+What is accumulated over blocks here is the gradient of `hidden`, [N, H], in float32.
 
-Flops: forward 2NHV; backward 2NHV again for logits that were not kept, and 2NHV for each of `hidden` and
+Flops: forward 2NHV. Backward 2NHV again for the logits that were not kept, and 2NHV for each of `hidden` and
 `weight` that needs a gradient.
 Shapes: N tokens, H hidden size, V vocabulary (of this rank, where the vocabulary is split).
 """
@@ -24,31 +24,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-from gspo_dist.learners.head.passes import (
-    IMPLEMENTATIONS,
-    Block,
-    Passes,
-    SoftmaxState,
-    accumulator,
-    choose_passes,
-)
+from gspo_dist.learners.head.choose import choose_passes
+from gspo_dist.learners.head.inputs import check_all_taken, check_ids, check_numbers, check_tensors
+from gspo_dist.learners.head.passes import Block, Passes, SoftmaxState, accumulator
 
-# Bytes of logits held at once when chunk_tokens is not given. Wide blocks keep the traffic of `hidden` and of its [N, H]
-# accumulator small beside the matmuls; on a CPU a block should also stay in the last-level cache, as far as it can with
-# CPU_COLUMNS (4,096 tokens, H 2,048: 512 columns take two thirds of the time of 64).
+# Bytes of logits held at once when chunk_tokens is not given. Wide blocks keep the traffic of `hidden` and of
+# its [N, H] accumulator small beside the matmuls. On a CPU a block should also stay in the last-level cache,
+# as far as it can with CPU_COLUMNS (4,096 tokens, H 2,048: 512 columns take two thirds of the time of 64).
 GPU_BUDGET_BYTES = 512 << 20
 CPU_BUDGET_BYTES = 4 << 20
 CPU_COLUMNS = 512
-# Bytes of logits kept from the forward pass for the backward pass when kept_bytes is not given: memory that buys back
-# flops. Each is what 8,192 tokens of a vocabulary of 151,936 can have (bfloat16 on a GPU, float32 on a CPU) and stay
-# under an eighth of what plain log_softmax takes (benchmarks/reports/logprobs).
+# Bytes of logits kept from the forward pass for the backward pass when kept_bytes is not given: memory that
+# buys back flops. Each is what 8,192 tokens of a vocabulary of 151,936 can have (bfloat16 on a GPU, float32
+# on a CPU) and stay under an eighth of what plain log_softmax takes (benchmarks/reports/logprobs).
 GPU_KEPT_BYTES = 1 << 30
 CPU_KEPT_BYTES = 512 << 20
 _LOWEST = -1e30  # "no maximum yet": finite, so that (lowest - m) * 0 is 0 and not nan
@@ -56,31 +51,32 @@ _LOWEST = -1e30  # "no maximum yet": finite, so that (lowest - m) * 0 is 0 and n
 
 @dataclass(frozen=True)
 class LogprobsAndEntropy:
-    """What a learner's head returns: float32 (float64 for float64 inputs); `entropy` in nats and detached.
-
-    logprobs: [N], differentiable. entropy: [N] or None; both at the temperature of the call.
-    """
+    """What a learner's head returns, in nats: float32, and float64 for float64 inputs."""
 
     logprobs: Tensor
+    """[N], differentiable, at the temperature of the call."""
     entropy: Tensor | None
+    """[N], detached; None when it was not asked for."""
 
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """This rank's place in a vocabulary split over `group`: its `weight` holds the rows from `start` on.
+    """This rank's place in a vocabulary that is split over ranks.
 
-    Every rank passes the same `hidden` and `token_ids` (global ids) and gets the same result, and the same
+    Every rank passes the same `hidden` and `token_ids` (global ids) and gets the same result. The same
     gradient must come back on every rank. Shards may differ in size and may be empty, but cut padding rows
-    off: a padded row is a token to the softmax.
-
-    reduce_hidden_grad: a rank's shard gives only a part of `hidden`'s gradient. True: it is all-reduced here
-    (in float32, before it is rounded), right for a replicated `hidden`. False: the caller sums the parts, as
-    Megatron's gather from the sequence-parallel region does in its own backward (a reduce-scatter).
+    off: a padded row is a token to the softmax. Example: rows 0..15 of 29 on rank 0 (start 0) and 16..28 on
+    rank 1 (start 16).
     """
 
     group: dist.ProcessGroup
+    """The ranks that share the vocabulary."""
     start: int
+    """The global id of the first row of this rank's `weight`."""
     reduce_hidden_grad: bool = True
+    """A rank's shard gives only a part of `hidden`'s gradient. True: the parts are all-reduced here (in
+    float32, before they are rounded), right for a replicated `hidden`. False: the caller sums them, as
+    Megatron's gather from the sequence-parallel region does in its own backward (a reduce-scatter)."""
 
 
 class _Options(NamedTuple):
@@ -114,35 +110,36 @@ def taken_logprobs(
     temperature: what the rollout engine sampled with, so that the two log-probs can be compared.
     chunk_tokens: hold at most chunk_tokens x V logits (scratch of the same shape included; at least one
         column of N), in blocks cut along the vocabulary. None: as many as fit a fixed number of bytes.
-    kept_bytes: at most so many bytes of logits stay from forward to backward, where they are not computed a second
-        time; 0 keeps none, None a fixed number of bytes. Only where a gradient will be asked for.
+    kept_bytes: at most so many bytes of logits stay from forward to backward, where they are not computed a
+        second time. 0 keeps none, None a fixed number of bytes. Only where a gradient will be asked for.
     fp32_head: logits of 16-bit inputs in float32 (exact products, float32 sums), where they would be rounded
         to the input dtype. The gradient's matmuls take the logits' gradient in the input dtype either way.
-    implementation: "chunked" is plain torch and runs everywhere; "compiled" is its torch.compile; "triton"
-        needs a GPU; "auto" is triton on a GPU and chunked elsewhere (and for float64).
+    with_entropy: False spares a sum over every block, and the result's entropy is None.
+    vocab_parallel: this rank's place where `weight` is a shard. None: `weight` is whole.
+    implementation: "chunked" is plain torch and runs everywhere, "compiled" is its torch.compile, "triton"
+        needs a GPU, "auto" is triton on a GPU and chunked elsewhere (and for float64).
 
     Worked example: hidden [[1., 0.]], weight [[0., 9.], [log 3, 9.]], token_ids [1]: logits [0, log 3],
     logprobs [log 3/4], entropy [log 4 - 3/4 log 3].
 
     Raises ValueError, naming the argument, for shapes, dtypes, ids or numbers out of their range. The ids'
-    range is read on the host: one synchronisation with the GPU a call.
+    range is read on the host: one synchronisation with the GPU per call.
     """
-    _check_inputs(hidden, weight, token_ids, bias, temperature, chunk_tokens, kept_bytes, implementation)
+    check_tensors(hidden, weight, token_ids, bias)
+    check_numbers(temperature, chunk_tokens, kept_bytes)
     ids = token_ids.to(torch.int64).contiguous()
     if vocab_parallel is None:
-        _check_ids(ids, weight.shape[0])
+        check_ids(ids, weight.shape[0])
     else:
         ids = ids - vocab_parallel.start
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     logits_dtype = torch.float32 if half and fp32_head else hidden.dtype
     passes = choose_passes(implementation, hidden, logits_dtype)
-    held = len(ids) * passes.logit_buffers
-    if chunk_tokens is not None:
-        columns = chunk_tokens * len(weight) // max(held, 1)
-    elif hidden.is_cuda:
-        columns = GPU_BUDGET_BYTES // logits_dtype.itemsize // max(held, 1)
+    held = max(len(ids) * passes.logit_buffers, 1)
+    if chunk_tokens is None:
+        columns = _default_columns(hidden, held * logits_dtype.itemsize)
     else:
-        columns = max(CPU_COLUMNS, CPU_BUDGET_BYTES // logits_dtype.itemsize // max(held, 1))
+        columns = chunk_tokens * len(weight) // held
     block = _block_columns(columns, len(weight))
     if kept_bytes is None:
         kept_bytes = GPU_KEPT_BYTES if hidden.is_cuda else CPU_KEPT_BYTES
@@ -161,12 +158,15 @@ def taken_logprobs(
 
 
 class _TakenLogprobs(torch.autograd.Function):
-    """hidden, weight, bias, ids -> logprobs, entropy; keeps its inputs, one number a token and the first blocks of
-    logits for the backward."""
+    """hidden, weight, bias, ids -> logprobs, entropy.
+
+    Keeps its inputs, one number per token and the first blocks of logits for the backward. The context is
+    `Any` because torch gives what a function stores in it no type.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, options: _Options
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor | None]:
         empty = hidden.new_empty(4, len(ids), dtype=accumulator(hidden.dtype))
         state = SoftmaxState(
@@ -181,7 +181,7 @@ class _TakenLogprobs(torch.autograd.Function):
                 options.passes.merge(_block(columns, logits, bias, ids, options), state, options.with_entropy)
         if options.parallel is not None:
             state = _reduce(state, options.parallel.group)
-            _check_all_taken(state.taken, ids + options.parallel.start)
+            check_all_taken(state.taken, ids + options.parallel.start)
         log_total = state.total.log()
         lse = state.peak + log_total
         entropy = log_total - state.dot / state.total if options.with_entropy else None
@@ -193,9 +193,7 @@ class _TakenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: FunctionCtx, grad_logprobs: Tensor, _grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         options: _Options = ctx.options
         kept, ctx.kept = ctx.kept, []  # gradient() destroys them: a second backward computes all logits again
@@ -230,9 +228,11 @@ def _block(columns: slice, logits: Tensor, bias: Tensor | None, ids: Tensor, opt
 def _walk(
     hidden: Tensor, weight: Tensor, options: _Options, *, apart: int = 0, kept: list[Tensor] | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Each block of columns with its raw logits [N, v] (no bias, no temperature): the first from `kept`, which is
-    emptied; then `apart` of them in memory of their own, which the caller may hold; the others always in the same
-    buffer."""
+    """Each block of columns with its raw logits [N, v] (no bias, no temperature).
+
+    The first blocks come from `kept`, which is emptied. The next `apart` blocks have memory of their own,
+    which the caller may hold. All others are written into the same buffer.
+    """
     kept = kept or []
     tokens, vocabulary = len(hidden), len(weight)
     buffer = None
@@ -277,7 +277,15 @@ def _reduce(state: SoftmaxState, group: dist.ProcessGroup) -> SoftmaxState:
     shift = state.peak - peak
     sums = torch.stack((state.total, state.dot + shift * state.total)).mul_(shift.exp())
     dist.all_reduce(sums, group=group)
-    return SoftmaxState(peak, *sums, taken)
+    total, dot = sums
+    return SoftmaxState(peak, total, dot, taken)
+
+
+def _default_columns(hidden: Tensor, column_bytes: int) -> int:
+    """How many columns of `column_bytes` fit the fixed budget of `hidden`'s device."""
+    if hidden.is_cuda:
+        return GPU_BUDGET_BYTES // column_bytes
+    return max(CPU_COLUMNS, CPU_BUDGET_BYTES // column_bytes)
 
 
 def _block_columns(most: int, vocabulary: int) -> int:
@@ -293,73 +301,3 @@ def _block_columns(most: int, vocabulary: int) -> int:
     most -= most % align
     even = -(-vocabulary // -(-vocabulary // most))
     return min(most, -(-even // align) * align)
-
-
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
-    if ids.numel():
-        lowest, highest = torch.stack(ids.aminmax()).tolist()
-        if lowest < 0 or highest >= vocabulary:
-            raise ValueError(
-                f"token_ids must be in [0, {vocabulary}), the rows of weight: got {lowest}..{highest}; "
-                "drop padding and masked tokens before the head"
-            )
-
-
-def _check_all_taken(taken: Tensor, ids: Tensor) -> None:
-    """Every rank sees the same `taken`, so all of them raise or none."""
-    missed = ids[taken == -torch.inf]
-    if missed.numel():
-        raise ValueError(
-            f"token_ids must be a row of some rank's weight shard: got {missed[:8].tolist()}; check "
-            "vocab_parallel.start of every rank, and drop padding and masked tokens before the head"
-        )
-
-
-def _check_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    chunk_tokens: int | None,
-    kept_bytes: int | None,
-    implementation: str,
-) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden must be [N, H] and weight [V, H]: got {list(hidden.shape)} and {list(weight.shape)}; "
-            "flatten the batch, and pass the LM head's weight as torch.nn.Linear stores it"
-        )
-    if token_ids.shape != hidden.shape[:1] or token_ids.is_floating_point() or token_ids.is_complex():
-        raise ValueError(
-            f"token_ids must be integers [N], one for each row of hidden: got {list(token_ids.shape)} of "
-            f"{token_ids.dtype} for {hidden.shape[0]} rows"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias must be [V], one for each row of weight: got {list(bias.shape)} for {len(weight)} rows"
-        )
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating point: got {hidden.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("token_ids", token_ids)):
-        if tensor is None:
-            continue
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on hidden's device: got {tensor.device} and {hidden.device}")
-        if name != "token_ids" and tensor.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} must have hidden's dtype: got {tensor.dtype} and {hidden.dtype}; cast hidden to the "
-                "head's dtype (for float32 logits of 16-bit parameters use fp32_head=True)"
-            )
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature must be positive and finite: got {temperature}; greedy sampling has no log-prob"
-        )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1: got {chunk_tokens}; None chooses it")
-    if kept_bytes is not None and kept_bytes < 0:
-        raise ValueError(f"kept_bytes must be at least 0: got {kept_bytes}; 0 keeps no logits, None chooses")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}: got {implementation!r}"
-        )

@@ -1,64 +1,77 @@
-"""The two row passes over a block of logits behind `logprobs`: plain torch, its torch.compile, and the
-choice.
+"""The two passes over a block of logits that stand between the head's matmuls, in plain torch and compiled.
 
-`merge` folds a block into the running softmax of every token; `gradient` turns a block into the gradient of
+`merge` folds a block into the running softmax of every token. `gradient` turns a block into the gradient of
 its logits. Everything between two matmuls happens here, so this is what an implementation is.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "chunked", "compiled", "triton")
-
 
 class SoftmaxState(NamedTuple):
-    """The running log-softmax of every token over the columns seen so far; each [N].
-
-    peak m = max x; total = sum exp(x - m); dot = sum (x - m) exp(x - m) (entropy = log total - dot / total,
-    which cancels nothing of the size of m); taken = x[y], -inf until y's column was seen.
-    """
+    """The running log-softmax of N tokens over the columns seen so far."""
 
     peak: Tensor
+    """[N] m = max x."""
     total: Tensor
+    """[N] sum exp(x - m)."""
     dot: Tensor
+    """[N] sum (x - m) exp(x - m). The entropy, log total - dot / total, then cancels nothing of m's size."""
     taken: Tensor
+    """[N] x[y], -inf until y's column was seen."""
 
 
 class Block(NamedTuple):
-    """Raw logits [N, v] of v columns, with their bias [v]; ids [N] relative to the block: outside [0, v) the token's
-    column is elsewhere. A pass may destroy the logits."""
+    """A block of v columns of the logits. A pass may destroy the logits.
+
+    Example: in the second block of 10 columns, token 13 has id 3 and token 7 has id -3 (another block's).
+    """
 
     logits: Tensor
+    """[N, v] raw: before bias and temperature."""
     bias: Tensor | None
+    """[v]."""
     ids: Tensor
+    """[N] relative to the block; outside [0, v) the token's column is in another block."""
     inverse_temperature: float
+    """What logits and bias are multiplied with."""
 
 
 class Passes(Protocol):
     """The two passes over a block of logits, as `Chunked` states them."""
 
-    logit_buffers: int  # tensors of the block's shape that a pass holds at once, the logits included
-    merge_destroys: bool  # merge leaves something else where the logits were
+    logit_buffers: int
+    """Tensors of the block's shape that a pass holds at once, the logits included."""
+    merge_destroys: bool
+    """True when `merge` leaves something else where the logits were."""
 
-    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None: ...
+    def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
+        """Merges a block into `state`, in place. Once per block; `dot` only when `with_entropy`."""
+        ...
 
-    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor: ...
+    def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """scale_i (1[column of y_i] - p[i, v]), the gradient of the raw logits: [N, v] in `dtype`.
+
+        lse [N]: log-sum-exp over all columns.
+        scale [N]: the gradient of the log-prob times the inverse temperature.
+        """
+        ...
 
 
 class Chunked:
     """The passes in plain torch. In place: on a CPU a pass over memory costs as much as its arithmetic."""
 
     def __init__(self, upcast: bool) -> None:
+        """upcast: whether the logits are narrower than the arithmetic, and so are copied first."""
         self.logit_buffers = 3 if upcast else 2  # the logits, their float32 copy, the exponentials
         self.merge_destroys = not upcast
 
     def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
-        """Merges a block into `state`."""
+        """As `Passes.merge`."""
         peak, total, dot, taken = state
         x = _scaled(block, peak.dtype)
         inside, column = _locate(block.ids, x.shape[1])
@@ -68,15 +81,17 @@ class Chunked:
         decay = shift.exp()
         peak.copy_(new)
         x.sub_(new[:, None])
+        # Without the entropy nothing needs x again, so its memory takes the exponentials.
         e = x.exp() if with_entropy else x.exp_()
         if with_entropy:
+            # (x - new) exp(x - new) = decay ((x - peak) + shift) exp(x - peak), with `total` as it was
             dot.add_(shift * total).mul_(decay)
         total.mul_(decay).add_(e.sum(1))
         if with_entropy:
             dot.add_(e.mul_(x).sum(1))
 
     def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """scale_i (1[column of y_i] - p[i, v]) of a block, in `dtype`."""
+        """As `Passes.gradient`; over the logits where they have `dtype`."""
         x = _scaled(block, lse.dtype)
         inside, column = _locate(block.ids, x.shape[1])
         x.sub_(lse[:, None]).exp_().mul_(-scale[:, None])
@@ -95,11 +110,11 @@ class Compiled:
     def __init__(self) -> None:
         eager = Chunked(upcast=False)
 
-        def merge(block: Block, *rest: object) -> None:
+        def merge(block: Block, *rest: Any) -> None:
             # Without the clone, the in-place updates of the logits would be written back to memory.
             eager.merge(block._replace(logits=block.logits.clone()), *rest)
 
-        def gradient(block: Block, *rest: object) -> Tensor:
+        def gradient(block: Block, *rest: Any) -> Tensor:
             result = eager.gradient(block._replace(logits=block.logits.clone()), *rest)
             return block.logits.copy_(result) if block.logits.dtype == result.dtype else result
 
@@ -120,25 +135,6 @@ def _locate(ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Which tokens' columns are in a block of `width`, and those columns (0 for the others)."""
     inside = (ids >= 0) & (ids < width)
     return inside, torch.where(inside, ids, 0)
-
-
-@functools.cache
-def _compiled() -> Compiled:
-    return Compiled()
-
-
-def choose_passes(implementation: str, hidden: Tensor, logits_dtype: torch.dtype) -> Passes:
-    """One of `IMPLEMENTATIONS`; "auto" is triton on a GPU, and chunked elsewhere and for float64."""
-    if implementation == "auto":
-        implementation = "triton" if hidden.is_cuda and hidden.dtype != torch.float64 else "chunked"
-    if implementation == "compiled":
-        return _compiled()
-    if implementation == "triton":
-        # Imported here: triton is absent from builds of torch without a GPU.
-        from gspo_dist.learners.head.kernels import TritonPasses
-
-        return TritonPasses(hidden, logits_dtype)
-    return Chunked(upcast=logits_dtype != accumulator(hidden.dtype))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_dist.learners.head.logprobs import _block_columns, taken_logprobs
-from gspo_dist.learners.head.passes import IMPLEMENTATIONS
 
 N, H, V = 7, 5, 23
 
@@ -159,8 +157,7 @@ def test_no_tokens():
 
 
 class _LogitCensus(TorchDispatchMode):
-    """Counts the elements alive at once in storages of logits: tensors [tokens, any number of columns but
-    H]."""
+    """Counts the elements alive at once in storages of logits: tensors [tokens, columns but not H]."""
 
     def __init__(self, tokens: int, hidden_size: int) -> None:
         super().__init__()
@@ -216,7 +213,8 @@ def test_kept_logits_stay_within_their_bytes_and_spare_their_matmuls(kept_share)
         with FlopCounterMode(display=False) as counter:
             gradients(out.logprobs, upstream.float(), hidden, weight)
     assert census.peak <= chunk * v + budget // 4
-    # 2NHV for weight's gradient and for each logit computed again; torch's counter (2.11) does not see addmm_.
+    # 2NHV for weight's gradient and for each logit computed again; torch's counter (2.11) does
+    # not see addmm_.
     assert counter.get_total_flops() == pytest.approx((2 + 2 * (1 - kept_share)) * n * h * v, rel=0.02)
 
 
@@ -270,7 +268,7 @@ def test_autocast_does_not_narrow_the_head():
 
 
 @pytest.mark.parametrize(
-    "most, v", [(32768, 151936), (8192, 151936), (1, 23), (5, 23), (200, 151936), (10**9, 23)]
+    ("most", "v"), [(32768, 151936), (8192, 151936), (1, 23), (5, 23), (200, 151936), (10**9, 23)]
 )
 def test_blocks_cover_the_vocabulary_within_the_budget(most, v):
     block = _block_columns(most, v)
@@ -281,67 +279,8 @@ def test_blocks_cover_the_vocabulary_within_the_budget(most, v):
         assert block % 128 == 0
 
 
-def test_compiled_equals_chunked():
-    hidden, weight, bias, ids, upstream = make(dtype=torch.float32)
-    outs = [
-        taken_logprobs(hidden, weight, ids, bias=bias, temperature=0.7, chunk_tokens=8, implementation=name)
-        for name in ("compiled", "chunked")
-    ]
-    assert_close(outs[0].logprobs, outs[1].logprobs, 2e-6)
-    assert_close(outs[0].entropy, outs[1].entropy, 2e-6)
-    got, want = (gradients(o.logprobs, upstream.float(), hidden, weight, bias) for o in outs)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, 2e-6)
-
-
-_TRITON_CHECK = """
-import torch
-from gspo_dist.learners.head import kernels as logprobs_triton
-from gspo_dist.learners.head.logprobs import taken_logprobs
-logprobs_triton.TILE = 16  # several tiles a row at these sizes
-g = torch.Generator().manual_seed(0)
-for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):  # the interpreter truncates bfloat16
-    for bias in (False, True):
-        for chunk in (1, 3, 20):
-            shapes = ((9, 5), (77, 5), (77,))
-            leaves = [torch.randn(*s, generator=g).to(dtype).requires_grad_() for s in shapes]
-            ids, up = torch.randint(77, (9,), generator=g), torch.randn(9, generator=g)
-            ids[:3] = torch.tensor([0, 76, 40])
-            results = []
-            for name in ("triton", "chunked"):
-                b = leaves[2] if bias else None
-                o = taken_logprobs(leaves[0], leaves[1], ids, bias=b, temperature=0.7, chunk_tokens=chunk,
-                                   kept_bytes=9 * 77, implementation=name)
-                grads = torch.autograd.grad((o.logprobs * up).sum(), leaves[: 2 + bias])
-                results.append([o.logprobs, o.entropy, *grads])
-            for i, (a, e) in enumerate(zip(*results, strict=True)):
-                limit = 3e-6 if i < 2 else tolerance
-                torch.testing.assert_close(a, e, rtol=limit, atol=limit)
-h, w = torch.zeros(0, 5, requires_grad=True), torch.randn(77, 5, requires_grad=True)
-taken_logprobs(h, w, torch.zeros(0, dtype=torch.int64), implementation="triton").logprobs.sum().backward()
-assert not w.grad.any()
-print("agree")
-"""
-
-
-def test_triton_kernels_equal_the_chunked_passes():
-    """The kernels' own code, run by Triton's interpreter (the switch is read when triton is first
-    imported)."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _TRITON_CHECK],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=Path(__file__).parents[3],
-    )
-    assert done.returncode == 0 and "agree" in done.stdout, done.stderr[-3000:]
-
-
 _PARALLEL_CHECK = """
-import sys
+import os, sys
 import torch, torch.distributed as dist
 from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -382,9 +321,9 @@ except ValueError as error:
     assert "token_ids" in str(error) and "[29" in str(error), error
 else:
     raise AssertionError("an id of no shard was accepted")
-print("agree", flush=True)
 dist.barrier()
-dist.destroy_process_group()
+print("agree", flush=True)
+os._exit(0)  # gloo's threads abort now and then when the interpreter tears them down on a busy host
 """
 
 
@@ -395,49 +334,15 @@ def test_a_vocabulary_split_over_two_processes_equals_one_process(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[3],
+            cwd=Path(__file__).parents[4],
         )
         for rank in range(2)
     ]
     try:
         for process in ranks:
             out, err = process.communicate(timeout=240)
-            assert process.returncode == 0 and "agree" in out, err[-3000:]
+            assert process.returncode == 0, err[-3000:]
+            assert "agree" in out
     finally:
         for process in ranks:
             process.kill()
-
-
-@pytest.mark.parametrize(
-    "field, change",
-    [
-        ("token_ids", {"token_ids": torch.tensor([0, 1, 2, 3, 4, 5, V])}),
-        ("token_ids", {"token_ids": torch.tensor([0, 1, 2, 3, 4, 5, -100])}),
-        ("token_ids", {"token_ids": torch.zeros(N - 1, dtype=torch.int64)}),
-        ("token_ids", {"token_ids": torch.zeros(N)}),
-        ("hidden", {"hidden": torch.zeros(N, H + 1, dtype=torch.float64)}),
-        ("hidden", {"hidden": torch.zeros(1, N, H, dtype=torch.float64)}),
-        ("weight", {"weight": torch.zeros(H, V, dtype=torch.float64)}),
-        ("weight", {"weight": torch.zeros(V, H)}),
-        ("weight", {"weight": torch.zeros(V, H, dtype=torch.float64, device="meta")}),
-        ("bias", {"bias": torch.zeros(V + 1, dtype=torch.float64)}),
-        ("bias", {"bias": torch.zeros(V)}),
-        ("temperature", {"temperature": 0.0}),
-        ("temperature", {"temperature": -1.0}),
-        ("temperature", {"temperature": math.nan}),
-        ("temperature", {"temperature": math.inf}),
-        ("chunk_tokens", {"chunk_tokens": 0}),
-        ("kept_bytes", {"kept_bytes": -1}),
-        ("implementation", {"implementation": "liger"}),
-        ("triton", {"implementation": "triton"}),
-    ],
-)
-def test_a_bad_argument_is_named(field, change):
-    hidden, weight, bias, ids, _ = make()
-    arguments = {"hidden": hidden, "weight": weight, "token_ids": ids, "bias": bias} | change
-    with pytest.raises(ValueError, match=field):
-        taken_logprobs(**arguments)
-
-
-def test_every_implementation_is_documented():
-    assert all(name in taken_logprobs.__doc__ for name in IMPLEMENTATIONS)
