@@ -291,9 +291,9 @@ def _export(args: list[str]) -> None:
 
 def _compare(args: list[str]) -> None:
     flags = {a for a in args if a.startswith("-")}
-    unknown = flags - {"--dry-run", "--report-only"}
+    unknown = flags - {"--dry-run", "--report-only", "--html"}
     if unknown:
-        _fail(f"gspo compare knows --dry-run and --report-only: got {min(unknown)}", 2)
+        _fail(f"gspo compare knows --dry-run, --report-only and --html: got {min(unknown)}", 2)
 
     def work() -> None:
         from omegaconf import OmegaConf
@@ -316,7 +316,13 @@ def _compare(args: list[str]) -> None:
         if "--report-only" not in flags:
             run_study(study)
         command = " ".join(["gspo compare", *[a for a in args if a not in flags]])
-        print(f"report: {write_report(study, Path(study.dir) / 'report', command)}")
+        try:
+            pages = write_report(study, Path(study.dir) / "report", command, html="--html" in flags)
+        except OSError as error:  # a full disk, say
+            error.add_note(f"the runs are in {study.dir}; `{command} --report-only` draws the report again")
+            raise
+        for page in pages:
+            print(f"report: {page}")
 
     _guarded(work)
 

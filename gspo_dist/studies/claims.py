@@ -1,8 +1,9 @@
-"""The paper's four claims, each judged by a rule on the study's numbers: reproduced, not reproduced, or not testable.
+"""The paper's four claims, each with a verdict by a rule on the study's numbers.
 
-The rules are stated beside the verdicts in the report. Arms are found by name: gspo, gspo_recompute, grpo, grpo_r2,
-grpo_r3, gspo_r3; a missing arm makes a claim not testable. So do fewer than two seeds where the rule is a paired test:
-one seed has no spread to hold a difference against.
+A verdict is: reproduced, not reproduced, contradicted, or not testable. The rules stand beside the verdicts
+in the report. Arms are found by name: gspo, gspo_recompute, gspo_r3, grpo, grpo_r2, grpo_r3. A missing arm
+makes a claim not testable. So do fewer than two seeds where the rule is a paired test: one seed has no spread
+to hold a difference against.
 """
 
 from __future__ import annotations
@@ -30,15 +31,19 @@ EQUAL_POINTS = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """claim, rule: what was asked of the numbers; verdict; figures: the numbers."""
+    """What a study says about one claim."""
 
     claim: str
+    """The paper's words, in short."""
     rule: str
+    """What was asked of the numbers."""
     verdict: str
+    """The answer, with its reason where it is no plain yes or no."""
     figures: str
+    """The numbers."""
 
 
-def judge(runs: Sequence[RunData]) -> list[Verdict]:
+def verdicts_on(runs: Sequence[RunData]) -> list[Verdict]:
     """All four verdicts; runs that died (out of memory, a lost process) are no evidence and left out."""
     runs = [r for r in runs if r.status != "died"]
     return [_stabler(runs), _clips_more(runs), _needs_no_replay(runs), _tolerates_engine(runs)]
@@ -68,7 +73,10 @@ def _collapses(runs: Sequence[RunData], arm: str) -> str:
 
 def _stabler(runs: Sequence[RunData]) -> Verdict:
     claim = "1. GSPO is stabler and learns more than GRPO at equal cost"
-    rule = "final held-out accuracy of gspo above grpo, paired over seeds, p < 0.05; collapses counted by the stated rule"
+    rule = (
+        "final held-out accuracy of gspo above grpo, paired over seeds, p < 0.05; "
+        "collapses counted by the stated rule"
+    )
     if missing := _missing(runs, "gspo", "grpo"):
         return _no_arms(claim, rule, missing)
     test = paired(runs, "gspo", "grpo", final_accuracy)
@@ -80,8 +88,8 @@ def _stabler(runs: Sequence[RunData]) -> Verdict:
         verdict = "not reproduced"
     reward = paired(runs, "gspo", "grpo", mean_reward)
     figures = (
-        f"gspo - grpo: {test.text(100, ' points')}; collapsed: gspo {_collapses(runs, 'gspo')}, grpo {_collapses(runs, 'grpo')}; "
-        f"training reward of all steps: {reward.text(100, ' points')}"
+        f"gspo - grpo: {test.text(100, ' points')}; collapsed: gspo {_collapses(runs, 'gspo')}, "
+        f"grpo {_collapses(runs, 'grpo')}; training reward of all steps: {reward.text(100, ' points')}"
     )
     return Verdict(claim, rule, verdict, figures)
 
@@ -91,6 +99,8 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
     rule = "mean clip fraction of gspo_recompute over that of grpo at least 30 (one and a half orders)"
     if missing := _missing(runs, "gspo_recompute", "grpo"):
         return _no_arms(claim, rule, missing)
+    # The recomputed arm, because what the engine's log-probs clip before any learning is not the
+    # paper's subject.
     gspo, grpo = (
         float(np.mean([r.mean(CLIP) for r in runs if r.arm == a])) for a in ("gspo_recompute", "grpo")
     )
@@ -113,8 +123,10 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
 
 
 def _needs_replay(collapsed: bool, *replayed: Paired) -> bool | None:
-    """Whether an arm needs replay: it collapsed, or ends below one of its replayed siblings. None where no collapse
-    decides and a test has too few seeds."""
+    """Whether an arm needs replay: it collapsed, or ends below one of its replayed siblings.
+
+    None where no collapse decides and a test has too few seeds.
+    """
     if collapsed or any(test.significant and test.difference.mean > 0 for test in replayed):
         return True
     return False if all(test.testable for test in replayed) else None
@@ -123,8 +135,8 @@ def _needs_replay(collapsed: bool, *replayed: Paired) -> bool | None:
 def _needs_no_replay(runs: Sequence[RunData]) -> Verdict:
     claim = "3. On MoE models GRPO needs Routing Replay to converge, GSPO needs none"
     rule = (
-        "grpo without replay collapses or ends below grpo_r2 or grpo_r3 (paired, p < 0.05), while gspo neither collapses "
-        "nor ends below gspo_r3"
+        "grpo without replay collapses or ends below grpo_r2 or grpo_r3 (paired, p < 0.05), "
+        "while gspo neither collapses nor ends below gspo_r3"
     )
     if missing := _missing(runs, "grpo", "grpo_r2", "grpo_r3", "gspo", "gspo_r3"):
         return _no_arms(claim, rule, missing)
@@ -137,23 +149,24 @@ def _needs_no_replay(runs: Sequence[RunData]) -> Verdict:
     elif grpo is None or (gspo is None and not grpo):
         verdict = f"not testable: {_too_few_seeds(r2, r3, own)}"
     elif gspo is None:
-        verdict = (
-            f"half: GRPO needs replay; whether GSPO ends below gspo_r3 is not testable: {_too_few_seeds(own)}"
-        )
+        why = _too_few_seeds(own)
+        verdict = f"half: GRPO needs replay; whether GSPO ends below gspo_r3 is not testable: {why}"
     elif grpo:
         verdict = "reproduced"
     else:
         verdict = "half: GSPO needs no replay; GRPO did not need it here either"
     figures = (
         f"over grpo: r2 {r2.text(100, ' points')}, r3 {r3.text(100, ' points')}; gspo_r3 over gspo "
-        f"{own.text(100, ' points')}; collapsed: grpo {_collapses(runs, 'grpo')}, gspo {_collapses(runs, 'gspo')}"
+        f"{own.text(100, ' points')}; collapsed: grpo {_collapses(runs, 'grpo')}, "
+        f"gspo {_collapses(runs, 'gspo')}"
     )
     return Verdict(claim, rule, verdict, figures)
 
 
 def _tolerates_engine(runs: Sequence[RunData]) -> Verdict:
     claim = "4. GSPO can train on the inference engine's own likelihoods, without recomputing them"
-    rule = f"95% interval of gspo - gspo_recompute in final held-out accuracy within ±{100 * EQUAL_POINTS:.0f} points"
+    margin = f"±{100 * EQUAL_POINTS:.0f} points"
+    rule = f"95% interval of gspo - gspo_recompute in final held-out accuracy within {margin}"
     if missing := _missing(runs, "gspo", "gspo_recompute"):
         return _no_arms(claim, rule, missing)
     test = paired(runs, "gspo", "gspo_recompute", final_accuracy)
@@ -170,7 +183,7 @@ def _tolerates_engine(runs: Sequence[RunData]) -> Verdict:
     saved = estimate(
         [r.mean("time/old_logprobs_s") / r.mean("time/step_s") for r in runs if r.arm == "gspo_recompute"]
     )
-    offset = estimate([r.mean("contract/offset_clip_widths") for r in runs if r.arm == "gspo"])
+    offset = estimate([r.mean("guard/offset_clip_widths") for r in runs if r.arm == "gspo"])
     figures = (
         f"gspo - gspo_recompute: {test.text(100, ' points')}; recomputation's share of a recomputing step: "
         f"{saved.text('{:.1%}')}; offset of engine log-probs in clip widths: {offset.text('{:+.2f}')}"

@@ -1,27 +1,48 @@
-"""The pictures of a study's report."""
+"""The pictures of a study's report: lines over steps, one per arm, and bars of cost."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no global pyplot state
+from matplotlib.figure import Figure
 
+from gspo_dist.files import replacing
 from gspo_dist.studies.analysis import HELDOUT, REWARD, RunData, band, estimate
 from gspo_dist.studies.study import Study
 
+log = logging.getLogger(__name__)
+
+Arms = Mapping[str, list[RunData]]
+"""Arm -> its runs."""
+Place = Callable[[list[RunData], np.ndarray], np.ndarray]
+"""(runs of an arm, steps) -> where the steps stand on the x axis."""
+
 COLOURS = ("#1b6ca8", "#7fb7e6", "#c23b22", "#e8963a", "#6a994e", "#7b4ea3", "#555555", "#c9a227")
+"""Of the arms, in their order."""
 TIME_PARTS = ("collect", "reward", "old_logprobs", "update", "sync", "flips", "pack", "other")
+"""Of a step: time/PART_s, stacked in this order."""
+LAYERS = "routing/update/flip_fraction/layer_"
+"""What the keys of one layer's flips start with; the layer's number follows."""
 
 
-def _plt() -> Any:
-    import matplotlib
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the report."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+    title: str
+    """Heading in the report."""
+    name: str
+    """File name."""
+    draw: Callable[[Figure, Arms], bool]
+    """Draws it; False where no run has its metrics."""
+    height: float = 4.2
+    """Inches, of 14 across."""
 
 
 def by_arm(study: Study, runs: Sequence[RunData]) -> dict[str, list[RunData]]:
@@ -30,39 +51,39 @@ def by_arm(study: Study, runs: Sequence[RunData]) -> dict[str, list[RunData]]:
 
 
 def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
-    """Writes every figure that has data; title -> path."""
+    """Writes every figure that has data to `folder`; title -> path.
+
+    A figure that cannot be drawn or written is said in the log and left out: the report's
+    numbers matter more.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     arms = by_arm(study, runs)
-    makers: Mapping[str, tuple[str, Callable[[Any, dict[str, list[RunData]]], bool]]] = {
-        "Held-out accuracy and training reward": ("learning.png", _learning),
-        "Clipped tokens (logarithmic)": ("clipping.png", _clipping),
-        "The first mini-batch: offset and clipping": ("contract.png", _contract),
-        "Routing flips and mismatch": ("routing.png", _routing),
-        "Entropy, length, gradient norm": ("health.png", _health),
-        "Time of a step and peak memory": ("cost.png", _cost),
-    }
     out = {}
-    plt = _plt()
-    for title, (name, make) in makers.items():
-        figure = plt.figure(figsize=(14, 8 if make is _learning else 4.2), layout="constrained")
-        if make(figure, arms):
-            figure.savefig(folder / name, dpi=110)
-            out[title] = folder / name
-        plt.close(figure)
+    for picture in PICTURES:
+        path = folder / picture.name
+        try:
+            figure = Figure(figsize=(14, picture.height), layout="constrained")
+            FigureCanvasAgg(figure)
+            if picture.draw(figure, arms):
+                with replacing(path) as partial:
+                    figure.savefig(partial, dpi=110, format="png")
+                out[picture.title] = path
+        except Exception as error:
+            log.warning("%s is left out of the report: %s: %s", path, type(error).__name__, error)
     return out
 
 
-def _line(
-    axis: Any,
-    arms: dict[str, list[RunData]],
-    key: str,
-    x: Callable[[list[RunData], np.ndarray], np.ndarray] | None = None,
-) -> bool:
-    """One line an arm, mean over seeds with a band of one standard error; False where no arm has the metric. Each line is
-    thinner than the one before it, so that equal ones show."""
+def _line(axis: Axes, arms: Arms, key: str, x: Place | None = None) -> bool:
+    """One line per arm, the mean over seeds with a band of one standard error; False where no arm
+    has the metric.
+
+    Each line is thinner than the one before it, so that equal ones show.
+    """
     drawn = False
     widths = np.linspace(3.0, 1.2, len(arms))
-    for width, colour, (arm, runs) in zip(widths, COLOURS * 4, arms.items(), strict=False):
+    for width, colour, (arm, runs) in zip(
+        widths, COLOURS * 4, arms.items(), strict=False
+    ):  # colours left over
         steps, mean, error = band(runs, key)
         if not len(steps):
             continue
@@ -82,8 +103,8 @@ def _line(
     return drawn
 
 
-def _running(key: str) -> Callable[[list[RunData], np.ndarray], np.ndarray]:
-    """x-axis: the mean over seeds of a running total (tokens) at given steps."""
+def _running(key: str) -> Place:
+    """The x axis is a running total (tokens), the mean over seeds."""
 
     def at(runs: list[RunData], steps: np.ndarray) -> np.ndarray:
         rows = [{int(s): v for s, v in zip(*run.series(key), strict=True)} | {0: 0.0} for run in runs]
@@ -93,7 +114,7 @@ def _running(key: str) -> Callable[[list[RunData], np.ndarray], np.ndarray]:
 
 
 def _minutes(runs: list[RunData], steps: np.ndarray) -> np.ndarray:
-    """x-axis: minutes of training steps (evaluation and flip measurements are not counted)."""
+    """The x axis is minutes of training steps; evaluation and flip measurements are not counted."""
     totals = []
     for run in runs:
         s, t = run.series("time/step_s")
@@ -103,7 +124,10 @@ def _minutes(runs: list[RunData], steps: np.ndarray) -> np.ndarray:
     return np.mean(totals, 0)
 
 
-def _learning(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+# Each of the following draws one picture and returns whether any run has its metrics.
+
+
+def _learning(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(2, 3, sharey="row")
     against = {
         "step": None,
@@ -111,9 +135,8 @@ def _learning(figure: Any, arms: dict[str, list[RunData]]) -> bool:
         "minutes of training": _minutes,
     }
     drawn = []
-    for row, (key, title) in zip(
-        axes, ((HELDOUT, "held-out accuracy"), (REWARD, "training reward")), strict=True
-    ):
+    measures = ((HELDOUT, "held-out accuracy"), (REWARD, "training reward"))
+    for row, (key, title) in zip(axes, measures, strict=True):
         for axis, (label, x) in zip(row, against.items(), strict=True):
             drawn.append(_line(axis, arms, key, x))
             axis.set_xlabel(label)
@@ -123,7 +146,7 @@ def _learning(figure: Any, arms: dict[str, list[RunData]]) -> bool:
     return any(drawn)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Sequence[Axes]) -> None:
     """On the first of the axes that has lines."""
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
@@ -135,51 +158,51 @@ def _thousands(value: float, _: int) -> str:
     return f"{value / 1000:g}k" if value else "0"
 
 
-def _clipping(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+def _panels(axes: Sequence[Axes], arms: Arms, metrics: Mapping[str, str]) -> list[bool]:
+    """One panel per metric (key -> title) against the step; which of them have data."""
+    drawn = []
+    for axis, (key, title) in zip(axes, metrics.items(), strict=True):
+        drawn.append(_line(axis, arms, key))
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+    return drawn
+
+
+def _clipping(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(1, 3, sharey=True)
-    keys = ("objective/clip_fraction", "objective/clip_fraction_positive", "objective/clip_fraction_negative")
-    drawn = [_line(axis, arms, key) for axis, key in zip(axes, keys, strict=True)]
-    for axis, title in zip(axes, ("all tokens", "positive advantage", "negative advantage"), strict=True):
-        axis.set_yscale("symlog", linthresh=1e-4)
+    metrics = {
+        "objective/clip_fraction": "share of tokens clipped: all tokens",
+        "objective/clip_fraction_positive": "share of tokens clipped: positive advantage",
+        "objective/clip_fraction_negative": "share of tokens clipped: negative advantage",
+    }
+    drawn = _panels(axes, arms, metrics)
+    for axis in axes:
+        axis.set_yscale("symlog", linthresh=1e-4)  # GRPO's 0.002 and GSPO's 0.4 on one axis, and 0 too
         axis.set_ylim(0, 1)
-        axis.set_title(f"share of tokens clipped: {title}", fontsize=10)
-        axis.set_xlabel("step")
     _legend(axes)
     return any(drawn)
 
 
-def _contract(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+def _contract(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(1, 3)
-    keys = (
-        "contract/offset_clip_widths",
-        "objective/mini_batch_0/clip_fraction_negative",
-        "objective/mini_batch_0/clip_fraction_positive",
-    )
-    titles = (
-        "offset of the mean log ratio (clip widths)",
-        "clipped in mini-batch 0: A < 0",
-        "clipped in mini-batch 0: A > 0",
-    )
-    drawn = [_line(axis, arms, key) for axis, key in zip(axes, keys, strict=True)]
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
+    metrics = {
+        "guard/offset_clip_widths": "offset of the mean log ratio (clip widths)",
+        "objective/mini_batch_0/clip_fraction_negative": "clipped in mini-batch 0: A < 0",
+        "objective/mini_batch_0/clip_fraction_positive": "clipped in mini-batch 0: A > 0",
+    }
+    drawn = _panels(axes, arms, metrics)
     _legend(axes)
     return any(drawn)
 
 
-def _routing(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+def _routing(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(1, 4)
-    keys = ("routing/engine/flip_fraction", "routing/update/flip_fraction", "mismatch/k3_kl")
-    titles = (
-        "experts differ: engine / learner",
-        "experts differ: before / after a step",
-        "mismatch k3 (nats a token)",
-    )
-    drawn = [_line(axis, arms, key) for axis, key in zip(axes, keys, strict=False)]
-    for axis, title in zip(axes, titles, strict=False):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
+    metrics = {
+        "routing/engine/flip_fraction": "experts differ: engine / learner",
+        "routing/update/flip_fraction": "experts differ: before / after a step",
+        "mismatch/k3_kl": "mismatch k3 (nats per token)",
+    }
+    drawn = _panels(axes[:3], arms, metrics)
     if drawn[2]:
         axes[2].set_yscale("log")
     drawn.append(_layers(axes[3], arms))
@@ -187,19 +210,12 @@ def _routing(figure: Any, arms: dict[str, list[RunData]]) -> bool:
     return any(drawn)
 
 
-def _layers(axis: Any, arms: dict[str, list[RunData]]) -> bool:
+def _layers(axis: Axes, arms: Arms) -> bool:
     """Mean flip rate after a step's updates, by layer."""
     drawn = False
-    for colour, (arm, runs) in zip(COLOURS * 4, arms.items(), strict=False):
-        keys = sorted(
-            {
-                k
-                for r in runs
-                for row in r.rows
-                for k in row
-                if k.startswith("routing/update/flip_fraction/layer_")
-            }
-        )
+    for colour, (arm, runs) in zip(COLOURS * 4, arms.items(), strict=False):  # colours left over
+        found = {key for run in runs for row in run.rows for key in row if key.startswith(LAYERS)}
+        keys = sorted(found, key=lambda key: int(key.removeprefix(LAYERS)))
         if keys:
             axis.plot(
                 range(len(keys)),
@@ -215,20 +231,19 @@ def _layers(axis: Any, arms: dict[str, list[RunData]]) -> bool:
     return drawn
 
 
-def _health(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+def _health(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(1, 3)
-    keys = ("objective/entropy", "rollout/completion_tokens_mean", "learner/grad_norm")
-    drawn = [_line(axis, arms, key) for axis, key in zip(axes, keys, strict=True)]
-    for axis, title in zip(
-        axes, ("entropy (nats a token)", "completion length (tokens)", "gradient norm"), strict=True
-    ):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
+    metrics = {
+        "objective/entropy": "entropy (nats per token)",
+        "rollout/completion_tokens_mean": "completion length (tokens)",
+        "learner/grad_norm": "gradient norm",
+    }
+    drawn = _panels(axes, arms, metrics)
     _legend(axes)
     return any(drawn)
 
 
-def _cost(figure: Any, arms: dict[str, list[RunData]]) -> bool:
+def _cost(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(1, 2)
     names = list(arms)
     left = np.zeros(len(names))
@@ -237,7 +252,7 @@ def _cost(figure: Any, arms: dict[str, list[RunData]]) -> bool:
         seconds = np.nan_to_num(seconds)
         axes[0].barh(names, seconds, left=left, label=part)
         left += seconds
-    axes[0].set_title("seconds of a step", fontsize=10)
+    axes[0].set_title("seconds per step", fontsize=10)
     axes[0].legend(fontsize=8, ncols=2)
     memory = [estimate([peak_memory(r) for r in arms[a]]).mean / 2**30 for a in names]
     axes[1].barh(names, memory, color="#7fb7e6")
@@ -252,3 +267,14 @@ def peak_memory(run: RunData) -> float:
     if run.summary is None:
         return float("nan")
     return float(sum(p.get("host", 0) for p in run.summary["peak_memory_bytes"].values()))
+
+
+PICTURES = (
+    Picture("Held-out accuracy and training reward", "learning.png", _learning, height=8),
+    Picture("Clipped tokens (logarithmic)", "clipping.png", _clipping),
+    Picture("The first mini-batch: offset and clipping", "contract.png", _contract),
+    Picture("Routing flips and mismatch", "routing.png", _routing),
+    Picture("Entropy, length, gradient norm", "health.png", _health),
+    Picture("Time of a step and peak memory", "cost.png", _cost),
+)
+"""In the report's order."""

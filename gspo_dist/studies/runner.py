@@ -1,18 +1,18 @@
-"""Runs a study: one process a run, resumed where it stopped.
+"""Runs a study: one process per run, resumed where it stopped.
 
-How a run ends                                  recorded   the other runs   the study, submitted again
-it finishes                                     done       go on            leaves it
-a loss, gradient or log-prob is not finite      diverged   go on            leaves it: that is a result
-anything else goes wrong (memory, a lost node)  died       go on            goes on from its checkpoint, unless
-                                                                            study.retry_failed=false
-it refuses its input (exit status 2)            nothing    start no more    starts it, by its corrected settings
-somebody stops it                               nothing    start no more    goes on from its checkpoint
+How a run ends                             recorded   the other runs   the study, submitted again
+it finishes                                done       go on            leaves it
+a loss, gradient or log-prob not finite    diverged   go on            leaves it: that is a result
+anything else (memory, a lost node)        died       go on            goes on from its checkpoint, unless
+                                                                       study.retry_failed=false
+it refuses its input (exit status 2)       nothing    start no more    starts it, by its corrected settings
+somebody stops it                          nothing    start no more    goes on from its checkpoint
+its end cannot be written (a full disk)    nothing    start no more    goes on from its checkpoint
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,29 +22,30 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from gspo_dist.metrics.sinks import read_jsonl, write_json
+from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.studies.ending import STATUS, Ending, read_ending, write_ending
 from gspo_dist.studies.study import Study
 
-STATUS = "status.json"
 Key = tuple[str, int]
 """(arm, seed)"""
 
 
-def run_study(study: Study, log: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Runs what is not done yet, `study.parallel` at a time; returns every run's status, in the study's order.
+def run_study(study: Study, log: Callable[[str], None] = print) -> list[Ending]:
+    """Runs what is not done yet, `study.parallel` at a time; returns every run's end, in the study's order.
 
-    Raises ValueError before any run starts when a folder holds a run of other settings. Raises ValueError for a run
-    that refuses its input and KeyboardInterrupt for one that was stopped: from then on no run starts; those that are
-    under way end first.
+    Raises ValueError before any run starts when a folder holds a run of other settings. Raises ValueError for
+    a run that refuses its input, KeyboardInterrupt for one that was stopped and RuntimeError for one whose
+    end cannot be written. From then on no run starts, and those that are under way end first. May be called
+    again with the same study: it goes on.
     """
     ends = _recorded_ends(study)
     total = len(study.runs)
     stop = threading.Event()
     children: set[subprocess.Popen[bytes]] = set()
 
-    def work(job: tuple[int, Key]) -> dict[str, Any] | None:
+    def work(job: tuple[int, Key]) -> Ending | None:
         number, (arm, seed) = job
 
         def say(text: str) -> None:
@@ -53,23 +54,23 @@ def run_study(study: Study, log: Callable[[str], None] = print) -> list[dict[str
         if stop.is_set():
             return None
         before = ends.get((arm, seed))
-        if before and not (before["status"] == "died" and study.retry_failed):
-            say(f"{before['status']} already{_way_on(study, before)}")
+        if before and not (before.status == "died" and study.retry_failed):
+            say(f"{before.status} already{_way_on(study, before)}")
             return before
-        say(f"started again; it died before ({before['reason']})" if before else "started")
+        say(f"started again; it died before ({before.reason})" if before else "started")
         try:
-            status = _run_one(study, arm, seed, children)
+            ending = _run_one(study, arm, seed, children)
         except BaseException as error:
             stop.set()
             log(f"[{number}/{total}] {error}; no further run starts")
             raise
-        tail = f" ({status['reason']})" if status["reason"] else ""
-        say(f"{status['status']} after {status['seconds']:.0f} s{tail}{_way_on(study, status)}")
-        return status
+        tail = f" ({ending.reason})" if ending.reason else ""
+        say(f"{ending.status} after {ending.seconds:.0f} s{tail}{_way_on(study, ending)}")
+        return ending
 
     with _passing_on_sigterm(children, stop), ThreadPoolExecutor(study.parallel) as pool:
         try:  # a run that was not started stands after the one whose error ends this line
-            return [status for status in pool.map(work, enumerate(study.runs, 1)) if status is not None]
+            return [ending for ending in pool.map(work, enumerate(study.runs, 1)) if ending is not None]
         finally:
             stop.set()
 
@@ -78,7 +79,7 @@ def run_study(study: Study, log: Callable[[str], None] = print) -> list[dict[str
 def _passing_on_sigterm(
     children: Collection[subprocess.Popen[bytes]], stop: threading.Event
 ) -> Iterator[None]:
-    """SIGTERM (a cancelled job) ends the runs that are under way too; a terminal's Ctrl-C reaches them by itself."""
+    """SIGTERM (a cancelled job) ends the runs that are under way too; Ctrl-C reaches them by itself."""
 
     def end(*_: object) -> None:
         stop.set()
@@ -96,30 +97,35 @@ def _passing_on_sigterm(
         signal.signal(signal.SIGTERM, before)
 
 
-def _way_on(study: Study, status: Mapping[str, Any]) -> str:
+def _way_on(study: Study, ending: Ending) -> str:
     """How a run that failed can be run again, for the log."""
-    if status["status"] == "diverged":
-        return f"; that is a result: to run it again, delete {study.run_dir(status['arm'], status['seed']) / STATUS}"
-    if status["status"] == "died":
+    if ending.status == "diverged":
+        path = study.run_dir(ending.arm, ending.seed) / STATUS
+        return f"; that is a result: to run it again, delete {path}"
+    if ending.status == "died":
         how = "the study, submitted again," if study.retry_failed else "study.retry_failed=true"
         return f"; {how} goes on with it"
     return ""
 
 
-def _recorded_ends(study: Study) -> dict[Key, dict[str, Any]]:
-    """The ends that were recorded with today's settings. A failed run of other settings that finished no step has
-    nothing to lose: it counts as not run. Raises ValueError for any other run of other settings."""
-    ends, conflicts = {}, []
+def _recorded_ends(study: Study) -> dict[Key, Ending]:
+    """The ends that were recorded with today's settings.
+
+    A failed run of other settings that finished no step has nothing to lose: it counts as not run. Raises
+    ValueError for any other run of other settings.
+    """
+    ends: dict[Key, Ending] = {}
+    conflicts = []
     for arm, seed in study.runs:
-        end, folder, now = read_status(study, arm, seed), study.run_dir(arm, seed), _command(study, arm, seed)
+        folder, now = study.run_dir(arm, seed), _command(study, arm, seed)
+        end = read_ending(folder)
         if end is None:
             continue
-        if end["command"] == now:
+        if end.command == now:
             ends[arm, seed] = end
-        elif end["status"] == "done" or _last_step(folder):
-            gone, new = (
-                [a for a in x if a not in y] for x, y in ((end["command"], now), (now, end["command"]))
-            )
+        elif end.status == "done" or _last_step(folder):
+            gone = [argument for argument in end.command if argument not in now]
+            new = [argument for argument in now if argument not in end.command]
             conflicts.append(
                 f"{folder} holds {' '.join(gone) or 'the same'}, now {' '.join(new) or 'the same'}"
             )
@@ -132,13 +138,8 @@ def _recorded_ends(study: Study) -> dict[Key, dict[str, Any]]:
     return ends
 
 
-def read_status(study: Study, arm: str, seed: int) -> dict[str, Any] | None:
-    """The recorded end of a run, or None while it has none."""
-    path = study.run_dir(arm, seed) / STATUS
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _run_one(study: Study, arm: str, seed: int, children: set[subprocess.Popen[bytes]]) -> dict[str, Any]:
+def _run_one(study: Study, arm: str, seed: int, children: set[subprocess.Popen[bytes]]) -> Ending:
+    """One run to its end, which is recorded in its folder."""
     folder = study.run_dir(arm, seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STATUS).unlink(missing_ok=True)  # it says how a run ended, and this one goes on
@@ -156,17 +157,16 @@ def _run_one(study: Study, arm: str, seed: int, children: set[subprocess.Popen[b
         raise ValueError(
             f"{arm} seed {seed} refused its input: {reason}; correct that and run the study again"
         )
-    status = {
-        "arm": arm,
-        "seed": seed,
-        "status": _classify(code, reason),
-        "reason": reason,
-        "seconds": time.monotonic() - start,
-        "steps_logged": _last_step(folder),
-        "command": command,
-    }
-    write_json(folder / STATUS, status)
-    return status
+    seconds = time.monotonic() - start
+    ending = Ending(arm, seed, _classify(code, reason), reason, seconds, _last_step(folder), command)
+    try:
+        write_ending(folder, ending)
+    except OSError as error:
+        raise RuntimeError(
+            f"{arm} seed {seed} ended ({reason or ending.status}), but {folder / STATUS} could not be "
+            f"written: {error}; make room and run the study again: nothing that finished is lost"
+        ) from error
+    return ending
 
 
 def _call(
@@ -188,8 +188,8 @@ INTERRUPTED = (130, 143, -2, -15)
 """Exit codes of a run that somebody stopped: no result, it goes on next time."""
 
 REFUSED = 2
-"""Exit code of `gspo train` for bad input. Together with a metrics file that it has not touched: found before anything
-heavy, so there is nothing to record."""
+"""Exit code of `gspo train` for bad input. Together with a metrics file that it has not touched it means:
+found before anything heavy, so there is nothing to record."""
 
 
 def _command(study: Study, arm: str, seed: int) -> list[str]:
@@ -198,6 +198,7 @@ def _command(study: Study, arm: str, seed: int) -> list[str]:
 
 
 def _environment(study: Study) -> Mapping[str, str]:
+    """The environment of a run's process."""
     env = dict(os.environ)
     if study.threads:
         env["OMP_NUM_THREADS"] = str(study.threads)
@@ -220,6 +221,7 @@ def _reason(log: Path, begin: int, code: int) -> str:
 
 
 def _last_step(folder: Path) -> int:
+    """The last step that the run logged; 0 for none."""
     rows = read_jsonl(folder / "metrics.jsonl")
     return int(rows[-1]["step"]) if rows else 0
 
@@ -231,7 +233,10 @@ def _last_logged(folder: Path) -> int:
 
 
 def dry_run(study: Study, describe: Callable[[list[str]], str]) -> str:
-    """What would start where, without starting it. describe(overrides) -> text of one run's layout and memory."""
+    """What would start where, without starting it.
+
+    describe(overrides) gives the text of one run: its layout and memory.
+    """
     lines = [
         f"study {study.name}: {len(study.arms)} arms x {len(study.seeds)} seeds, {study.parallel} at a time"
     ]

@@ -1,4 +1,4 @@
-"""A study: named arms (config differences), seeds, and what every run shares. Read from conf/study/NAME.yaml."""
+"""A study, as conf/study/NAME.yaml describes it: named arms, seeds, and what every run shares."""
 
 from __future__ import annotations
 
@@ -15,24 +15,30 @@ from gspo_dist.checks import nearest
 class Study:
     """What `gspo compare` runs.
 
-    base: overrides of every run, e.g. ("experiment=quickstart", "steps=40"). arms: name -> overrides of that arm.
-    reference: the arm that the others are compared with. parallel: runs side by side. `load_study` reads and checks the
-    types; what a value may be is checked here.
+    `load_study` reads and checks the types; what a value may be is checked here.
     """
 
     name: str
+    """The stem of its file; a group and a tag in W&B."""
     base: tuple[str, ...]
+    """Overrides of every run: ("experiment=quickstart", "steps=40"), say."""
     arms: Mapping[str, tuple[str, ...]]
+    """Name -> overrides of that arm."""
     seeds: tuple[int, ...]
+    """Every arm runs with each of them."""
     reference: str
+    """The arm that the others are compared with."""
     dir: str
+    """Folder of the runs, ARM/seed-SEED each, and of the report."""
     title: str = ""
+    """Heading of the report; empty: the name."""
     parallel: int = 1
+    """Runs side by side."""
     threads: int = 0
     """CPU threads of each run's process (OMP_NUM_THREADS); 0 leaves the environment as it is."""
     retry_failed: bool = True
-    """A study submitted again goes on with the runs that died, each from its newest checkpoint (from the start where it
-    has none); false leaves them as they are."""
+    """Whether a study submitted again goes on with the runs that died, each from its newest checkpoint (from
+    the start where it has none); false leaves them as they are."""
     overrides: tuple[str, ...] = field(default=())
     """From the command line, after the base and before the arm."""
 
@@ -59,6 +65,7 @@ class Study:
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def run_dir(self, arm: str, seed: int) -> Path:
+        """The run folder of one arm and seed."""
         return Path(self.dir) / arm / f"seed-{seed}"
 
     def run_overrides(self, arm: str, seed: int) -> list[str]:
@@ -77,15 +84,19 @@ class Study:
 
 
 def _quoted(text: str) -> str:
-    """`text` as a value of hydra's override grammar: as it is where every character is plain, else in quotes. (An ended
-    run is known by its overrides, so a plain folder stays unquoted.)"""
+    """`text` as a value of hydra's override grammar: as it is where every character is plain, else in quotes.
+
+    A plain folder stays unquoted because an ended run is known by its overrides, and earlier
+    versions quoted nothing.
+    """
     if re.fullmatch(r"[A-Za-z0-9_./+-]+", text):
         return text
     escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
 
 
-# -- reading ----------------------------------------------------------------------------------------------------
+# -- reading
+# ----------------------------------------------------------------------------------------------------
 
 
 def load_study(args: Sequence[str], conf: Path, read_yaml: Callable[[Path], Any]) -> Study:
@@ -114,8 +125,8 @@ def load_study(args: Sequence[str], conf: Path, read_yaml: Callable[[Path], Any]
         values[name] = READERS[name](key, text)
     if "reference" not in values:
         raise ValueError(
-            f"a study must name the arm that the others are compared with: {path} has no reference; add the line "
-            f"reference: {next(iter(values['arms']), 'NAME')}, or give study.reference"
+            f"a study must name the arm that the others are compared with: {path} has no reference; "
+            f"add the line reference: {next(iter(values['arms']), 'NAME')}, or give study.reference"
         )
     if chosen is not None:
         values["arms"] = _some_arms(path.stem, values["arms"], chosen)

@@ -1,20 +1,14 @@
-"""One W&B page that compares the arms of a study: described as JSON, and saved there where wandb-workspaces is installed.
+"""One W&B page that compares the arms of a study: described as JSON, and saved in W&B.
 
-    python -m gspo_dist.studies.workspace --study qwen3_30b_a3b --to workspace.json
-    pip install wandb-workspaces
-    python -m gspo_dist.studies.workspace --study qwen3_30b_a3b --entity TEAM --create     (prints the page's address)
-
-Runs of a study share a W&B group and carry the tags [study, arm] (compare/study.py). The page keeps the runs tagged with
-the study and groups them by their tags: one line an arm, the mean over its seeds, with the standard error as a band.
-By hand, in the project's workspace: filter Tags = STUDY, group by Tags, set the x axis to `step`, and add one line plot
-for every `metric` of the JSON, under its section.
+Runs of a study share a W&B group and carry the tags [study, arm] (studies/study.py). The page keeps the runs
+tagged with the study and groups them by their tags: one line per arm, the mean over its seeds, with the
+standard error as a band. Saving it takes the package wandb-workspaces, which is not installed with gspo_dist.
+By hand, in the project's workspace: filter Tags = STUDY, group by Tags, set the x axis to `step`, and add one
+line plot for every `metric` of the JSON, under its section.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,24 +19,33 @@ from gspo_dist.metrics.sinks import write_json
 
 @dataclass(frozen=True)
 class Panel:
-    """One line plot of one metric; log_y: a logarithmic y axis; x: the metric along the x axis."""
+    """One line plot of one metric."""
 
     title: str
+    """Over the plot."""
     metric: str
+    """Key along the y axis."""
     log_y: bool = False
+    """Whether the y axis is logarithmic."""
     x: str = "step"
+    """Key along the x axis."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """Panels under one heading, in reading order."""
+    """Panels under one heading."""
 
     name: str
+    """The heading."""
     panels: tuple[Panel, ...]
+    """In reading order."""
 
 
 def sections(mini_batches: int = 4) -> tuple[Section, ...]:
-    """The page, from the question (who learns more?) to its reasons; every metric is one that runs log."""
+    """The page, from the question (who learns more?) to its reasons; every metric is one that runs log.
+
+    mini_batches: optimiser steps per rollout batch, as the runs had; the last one has panels of its own.
+    """
     last = mini_batches - 1
     return (
         Section(
@@ -65,7 +68,7 @@ def sections(mini_batches: int = 4) -> tuple[Section, ...]:
                 Panel("clipped, negative advantage", "objective/clip_fraction_negative"),
                 Panel("clipped, first mini-batch", "objective/mini_batch_0/clip_fraction"),
                 Panel("clipped, last mini-batch", f"objective/mini_batch_{last}/clip_fraction"),
-                Panel("offset of the sequence ratio (clip widths)", "contract/offset_clip_widths"),
+                Panel("offset of the sequence ratio (clip widths)", "guard/offset_clip_widths"),
             ),
         ),
         Section(
@@ -74,16 +77,16 @@ def sections(mini_batches: int = 4) -> tuple[Section, ...]:
                 Panel("experts differ: engine / learner", "routing/engine/flip_fraction"),
                 Panel("experts differ: after one update", "routing/update/flip_fraction/mini_batch_0"),
                 Panel("experts differ: after the step", "routing/update/flip_fraction"),
-                Panel("mismatch engine / learner, k3 (nats a token)", "mismatch/k3_kl", log_y=True),
+                Panel("mismatch engine / learner, k3 (nats per token)", "mismatch/k3_kl", log_y=True),
                 Panel("tokens off by a factor of 2 or more", "mismatch/extreme_fraction", log_y=True),
                 Panel("effective sample share", "mismatch/ess"),
-                Panel("bytes of replayed routes a token", "routing/replay_bytes_per_token"),
+                Panel("bytes of replayed routes per token", "routing/replay_bytes_per_token"),
             ),
         ),
         Section(
             "Health",
             (
-                Panel("entropy (nats a token)", "objective/entropy"),
+                Panel("entropy (nats per token)", "objective/entropy"),
                 Panel("gradient norm", "learner/grad_norm", log_y=True),
                 Panel("completion length (tokens)", "rollout/completion_tokens_mean"),
                 Panel("truncated completions", "rollout/truncated_fraction"),
@@ -93,12 +96,12 @@ def sections(mini_batches: int = 4) -> tuple[Section, ...]:
         Section(
             "Cost",
             (
-                Panel("seconds of a step", "time/step_s"),
+                Panel("seconds per step", "time/step_s"),
                 *(
                     Panel(f"seconds: {part}", f"time/{part}_s")
                     for part in ("collect", "old_logprobs", "update", "sync")
                 ),
-                Panel("completion tokens a second", "perf/tokens_per_s"),
+                Panel("completion tokens per second", "perf/tokens_per_s"),
             ),
         ),
     )
@@ -106,16 +109,22 @@ def sections(mini_batches: int = 4) -> tuple[Section, ...]:
 
 @dataclass(frozen=True)
 class Page:
-    """What the page shows: the runs of `project` tagged with `study`, grouped by tags."""
+    """What the page shows: the runs of `project` tagged with `study`."""
 
     study: str
+    """Its name: the group and a tag of its runs."""
     project: str = WandbConfig.project
+    """The W&B project of the runs."""
     entity: str | None = None
+    """W&B user or team; needed to save the page."""
     group_by: str = "tags"
+    """What makes one line of several runs."""
     sections: tuple[Section, ...] = field(default_factory=sections)
+    """From top to bottom."""
 
     @property
     def name(self) -> str:
+        """Heading of the page."""
         return f"{self.study}: arms"
 
     def description(self) -> dict[str, Any]:
@@ -124,7 +133,10 @@ class Page:
 
 
 def workspace(page: Page) -> Any:
-    """The page as a `wandb_workspaces` workspace, not yet saved. Raises ValueError without the package or an entity."""
+    """The page as a `wandb_workspaces` workspace, not yet saved.
+
+    Raises ValueError without the package or an entity.
+    """
     if page.entity is None:
         raise ValueError("a saved page belongs to a W&B user or team: name it with --entity")
     try:
@@ -132,8 +144,8 @@ def workspace(page: Page) -> Any:
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
         raise ValueError(
-            "saving a page needs wandb-workspaces, which is not installed: pip install wandb-workspaces, or write the "
-            "description with --to and set the page up by hand"
+            "saving a page needs wandb-workspaces, which is not installed: pip install wandb-workspaces, or "
+            "write the description with --to and set the page up by hand"
         ) from error
     return ws.Workspace(
         entity=page.entity,
@@ -161,32 +173,20 @@ def workspace(page: Page) -> Any:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m gspo_dist.studies.workspace", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--study", required=True, help="its name: the group and a tag of its runs")
-    parser.add_argument("--project", default=WandbConfig.project)
-    parser.add_argument("--entity", help="W&B user or team")
-    parser.add_argument(
-        "--mini-batches", type=int, default=4, help="optimiser steps a rollout batch, as the runs had"
-    )
-    parser.add_argument("--to", type=Path, help="write the description here (JSON)")
-    parser.add_argument("--create", action="store_true", help="save the page in W&B and print its address")
-    options = parser.parse_args(argv)
-    if options.to is None and not options.create:
-        parser.error("nothing to do: give --to FILE, --create, or both")
-    page = Page(options.study, options.project, options.entity, sections=sections(options.mini_batches))
-    if options.to is not None:
-        write_json(options.to, page.description())
-        print(options.to)
-    if options.create:
-        try:
-            print(workspace(page).save().url)
-        except ValueError as error:
-            print(f"gspo: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+def make_page(page: Page, to: Path | None = None, *, create: bool = False) -> list[str]:
+    """Writes the page's description to `to` and saves the page in W&B, whichever is asked for.
 
-
-if __name__ == "__main__":
-    main()
+    Returns what there is to show: the path, the page's address. Raises ValueError when neither is asked for,
+    and for a page that cannot be saved (see `workspace`).
+    """
+    if to is None and not create:
+        raise ValueError(
+            "a workspace page goes to a file or to W&B: got neither; give --to FILE, --create, or both"
+        )
+    shown = []
+    if to is not None:
+        write_json(to, page.description())
+        shown.append(str(to))
+    if create:
+        shown.append(str(workspace(page).save().url))
+    return shown

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from gspo_dist.studies import runner
-from gspo_dist.studies.runner import read_status, run_study
+from gspo_dist.studies.ending import read_ending
+from gspo_dist.studies.runner import run_study
 from gspo_dist.studies.study import Study
 
 Child = Callable[[Path], int]
@@ -64,9 +65,9 @@ def study_of(tmp_path: Path, arms: str = "abc", **change) -> Study:
 def test_an_arm_that_dies_is_a_result_and_does_not_stop_the_others(tmp_path, monkeypatch):
     Children(monkeypatch, a=dies_at(2))
     study, lines = study_of(tmp_path), []
-    assert [s["status"] for s in run_study(study, lines.append)] == ["died", "done", "done"]
-    assert (s := read_status(study, "a", 0))
-    assert (s["reason"], s["steps_logged"]) == ("status 1", 2)
+    assert [s.status for s in run_study(study, lines.append)] == ["died", "done", "done"]
+    assert (s := read_ending(study.run_dir("a", 0)))
+    assert (s.reason, s.steps_logged) == ("status 1", 2)
     ended = r"\[1/3\] a seed 0: died after \d+ s \(status 1\); the study, submitted again, goes on with it"
     assert re.fullmatch(ended, lines[1])
 
@@ -76,7 +77,7 @@ def test_a_study_submitted_again_goes_on_with_what_died_and_only_that(tmp_path, 
     Children(monkeypatch, a=dies_at(2))
     run_study(study, lines.append)
     again = Children(monkeypatch)
-    assert [s["status"] for s in run_study(study, lines.append)] == ["done"] * 3
+    assert [s.status for s in run_study(study, lines.append)] == ["done"] * 3
     assert again.started == ["a"]
     assert "[1/3] a seed 0: started again; it died before (status 1)" in lines
 
@@ -95,9 +96,9 @@ def test_a_diverged_run_is_a_result_that_stays(tmp_path, monkeypatch):
     study, lines = study_of(tmp_path, "a"), []
     Children(monkeypatch, a=dies_at(2))
     monkeypatch.setattr(runner, "_reason", lambda *_: "FloatingPointError: loss is nan")
-    assert run_study(study, lines.append)[0]["status"] == "diverged"
+    assert run_study(study, lines.append)[0].status == "diverged"
     again = Children(monkeypatch)
-    assert run_study(study, lines.append)[0]["status"] == "diverged"
+    assert run_study(study, lines.append)[0].status == "diverged"
     assert again.started == []
     assert f"delete {study.run_dir('a', 0) / 'status.json'}" in lines[-1]
 
@@ -112,9 +113,9 @@ def test_refused_input_is_reported_at_once_recorded_nowhere_and_starts_nothing_m
     assert children.started == ["a", "b"]
     assert lines[-1].startswith("[2/3] b seed 0 refused its input: status 2")
     assert "no further run starts" in lines[-1]
-    assert read_status(study, "b", 0) is None
+    assert read_ending(study.run_dir("b", 0)) is None
     corrected, again = study_of(tmp_path, b=("steps=3",)), Children(monkeypatch)
-    assert [s["status"] for s in run_study(corrected, lines.append)] == ["done"] * 3
+    assert [s.status for s in run_study(corrected, lines.append)] == ["done"] * 3
     assert again.started == ["b", "c"]
 
 
@@ -125,7 +126,7 @@ def test_a_retried_run_that_refuses_its_input_leaves_no_old_end(tmp_path, monkey
     Children(monkeypatch, a=lambda _: 2)
     with pytest.raises(ValueError, match="refused its input"):
         run_study(study, print)
-    assert read_status(study, "a", 0) is None
+    assert read_ending(study.run_dir("a", 0)) is None
 
 
 def test_status_2_after_steps_of_learning_is_a_death(tmp_path, monkeypatch):
@@ -136,7 +137,7 @@ def test_status_2_after_steps_of_learning_is_a_death(tmp_path, monkeypatch):
         return 2
 
     Children(monkeypatch, a=late)
-    assert [s["status"] for s in run_study(study_of(tmp_path, "ab"), print)] == ["died", "done"]
+    assert [s.status for s in run_study(study_of(tmp_path, "ab"), print)] == ["died", "done"]
 
 
 def test_refused_input_of_real_processes(tmp_path):
@@ -146,10 +147,10 @@ def test_refused_input_of_real_processes(tmp_path):
         "tiny", base, {"bad": (), "worse": ("steps=2",)}, (0,), "bad", str(tmp_path / "runs, a=b ~c")
     )
     lines: list[str] = []
-    with pytest.raises(ValueError, match="bad seed 0 refused its input: .*does not exist"):
+    with pytest.raises(ValueError, match=r"bad seed 0 refused its input: .*does not exist"):
         run_study(study, lines.append)
     assert not any("worse" in line for line in lines)
-    assert read_status(study, "bad", 0) is None
+    assert read_ending(study.run_dir("bad", 0)) is None
     assert (study.run_dir("bad", 0) / "train.log").is_file()
 
 
@@ -160,7 +161,7 @@ def test_a_child_that_is_stopped_alone_starts_nothing_more(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run_study(study, lines.append)
     assert children.started == ["a"]
-    assert read_status(study, "a", 0) is None
+    assert read_ending(study.run_dir("a", 0)) is None
     assert "a seed 0 was interrupted; the same command goes on" in lines[-1]
 
 
@@ -177,8 +178,8 @@ def test_an_error_beside_a_long_run_starts_nothing_more_and_the_long_run_ends(tm
     with pytest.raises(ValueError, match="b seed 0 refused"):
         run_study(study, lambda line: refused.set() if "refused" in line else None)
     assert sorted(children.started) == ["a", "b"]
-    assert (s := read_status(study, "a", 0))
-    assert s["status"] == "done"
+    assert (s := read_ending(study.run_dir("a", 0)))
+    assert s.status == "done"
 
 
 def test_other_settings_of_any_arm_are_found_before_the_first_run(tmp_path, monkeypatch):
@@ -196,9 +197,9 @@ def test_corrected_settings_start_over_what_finished_no_step(tmp_path, monkeypat
     Children(monkeypatch, a=dies_at(0))
     run_study(study_of(tmp_path, "a"), print)
     again = Children(monkeypatch)
-    statuses = run_study(study_of(tmp_path, "a", a=("steps=3",), retry_failed=retry), print)
-    assert (statuses[0]["status"], again.started) == ("done", ["a"])
-    assert "steps=3" in statuses[0]["command"]
+    endings = run_study(study_of(tmp_path, "a", a=("steps=3",), retry_failed=retry), print)
+    assert (endings[0].status, again.started) == ("done", ["a"])
+    assert "steps=3" in endings[0].command
 
 
 def test_corrected_settings_do_not_go_on_with_finished_steps(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_study_file_is_refused_by_key(tmp_path, change, message):
 def test_a_study_file_is_a_mapping_that_names_its_reference(tmp_path):
     arms = {"arms": GOOD["arms"]}
     with pytest.raises(
-        ValueError, match="has no reference; add the line reference: gspo, or give study.reference"
+        ValueError, match=r"has no reference; add the line reference: gspo, or give study\.reference"
     ):
         load(tmp_path, arms)
     assert load(tmp_path, arms, "study.reference=grpo").reference == "grpo"
@@ -117,7 +118,7 @@ def test_a_reference_that_is_asked_for_is_never_replaced(tmp_path):
         ("study.arms=[gspo]", "study.reference=grpo"),
         ("study.reference=grpo", "study.arms=[gspo]"),
     ):
-        with pytest.raises(ValueError, match="study.reference must be an arm: got 'grpo'"):
+        with pytest.raises(ValueError, match=r"study\.reference must be an arm: got 'grpo'"):
             load(tmp_path, GOOD, *options)
 
 
@@ -133,7 +134,7 @@ def test_any_folder_reaches_the_run_as_it_is(name):
 
 
 def test_a_plain_folder_needs_no_quotes():
-    """Ended runs are known by their overrides: those of earlier versions, which quoted nothing, stay valid."""
+    """Ended runs are known by their overrides: those that earlier versions quoted nothing of stay valid."""
     study = Study("s", (), {"gspo": ()}, (0,), "gspo", "runs/s_1.2-x")
     assert "run_dir=runs/s_1.2-x/gspo/seed-0" in study.run_overrides("gspo", 0)
     assert "logger.wandb.tags=[s,gspo]" in study.run_overrides("gspo", 0)
@@ -143,3 +144,13 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for study in (load(tmp_path, GOOD, "study.dir=~/runs"), load(tmp_path, GOOD | {"dir": "~/runs"})):
         assert study.run_dir("gspo", 0) == tmp_path / "runs/gspo/seed-0"
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "study").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_arm_of_every_study_composes_to_equal_work_and_other_settings(path):
+    study = load_study([f"study={path.stem}"], conf_dir(), read_yaml)
+    configs = {arm: run_config(study.run_overrides(arm, study.seeds[0])) for arm in study.arms}
+    assert (
+        len({(c.steps, c.mini_batches, c.rollout.rollouts_per_step, c.seed) for c in configs.values()}) == 1
+    )
+    assert len({json.dumps(study.run_overrides(arm, 0)) for arm in study.arms}) == len(study.arms)
