@@ -23,9 +23,10 @@ from gspo_dist.cli.main import run_config
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import ModelConfig, RunConfig
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.models.shape import shape_from_config
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
-from gspo_dist.planner import Gpu, find_gpu, model_from_config
+from gspo_dist.planner import Gpu, find_gpu
 from gspo_dist.trainer.setup.build import Processes, resolve_device
 from gspo_dist.types import Completion, Prompt, Rollout
 
@@ -224,7 +225,7 @@ def main() -> None:
 def mfu(model: str, row: dict[str, float], rollouts: list[Rollout], gpu: Gpu, ranks: int) -> float:
     """Model FLOPs utilisation of the update: 3 x the forward's FLOPs (backward counts double) over the dense peak."""
     lengths = np.array([len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts])
-    shape = model_from_config(json.loads(Path(model, "config.json").read_text()), "bench")
+    shape = shape_from_config(json.loads(Path(model, "config.json").read_text()), "bench")
     # Attention's share of a token grows with its sequence: the mean over tokens, not over sequences.
     flops = 3 * shape.forward_flops(row["update_tokens_per_s"], float((lengths**2).sum() / lengths.sum()))
     return flops / (gpu.tflops * 1e12 * ranks)

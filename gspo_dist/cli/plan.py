@@ -11,8 +11,9 @@ from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
-from gspo_dist.models.shape import find_config, read_config
-from gspo_dist.planner import find_gpu, format_plan, model_from_config, plan, read_run
+from gspo_dist.models.config_file import find_config, read_config
+from gspo_dist.models.shape import countable, shape_from_config
+from gspo_dist.planner import find_gpu, format_plan, plan, read_run
 from gspo_dist.planner.layout import LearnerLayout
 from gspo_dist.planner.placement import where
 
@@ -36,7 +37,7 @@ def plan_text(
         learner,
         engine,
         work,
-        model_from_config(hf, name),
+        countable(shape_from_config(hf, name)),
         hardware,
         count,
         size,

@@ -1,1 +1,2 @@
-"""What a model is, read from its folder."""
+"""What a model is, read from its folder: its sizes, its layers, the scales of its head.
+Standard library only."""

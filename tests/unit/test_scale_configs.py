@@ -19,7 +19,8 @@ from gspo_dist.cli import main as cli
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_layout
-from gspo_dist.planner import find_gpu, find_model, plan, read_run
+from gspo_dist.models.shape import find_model
+from gspo_dist.planner import find_gpu, plan, read_run
 from gspo_dist.planner.placement import where
 from gspo_dist.studies.study import load_study
 

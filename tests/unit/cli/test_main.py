@@ -13,7 +13,7 @@ from gspo_dist.cli import main as cli
 from gspo_dist.cli.plan import plan_text
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
-from gspo_dist.models.shape import BUILT_IN
+from gspo_dist.models.config_file import BUILT_IN
 
 OBJECTIVES = sorted(p.stem for p in (cli.conf_dir() / "objective").glob("*.yaml") if p.stem != "custom")
 

@@ -23,7 +23,7 @@ from gspo_dist.planner.memory import (
 
 QWEN = find_model("Qwen3-30B-A3B")
 DENSE = ModelShape("dense", vocab=100, hidden=8, layers=4, heads=2, kv_heads=2, head_dim=4, ffn=16)
-MOE = replace(DENSE, name="moe", num_experts=4, top_k=2, expert_ffn=16, moe_layers=4)
+MOE = replace(DENSE, name="moe", num_experts=4, top_k=2, expert_ffn=16, expert_layers=(True,) * 4)
 
 
 def device(model: ModelShape, layout: LearnerLayout) -> dict[str, int]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from gspo_dist.planner import find_gpu, find_model, plan
+from gspo_dist.models.shape import find_model
+from gspo_dist.planner import find_gpu, plan
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 from gspo_dist.planner.placement import engine_nodes, where
 

@@ -8,12 +8,12 @@ import pytest
 
 from gspo_dist import config
 from gspo_dist.config.mapping import to_mapping
+from gspo_dist.models.shape import find_model
 from gspo_dist.planner import (
     EngineLayout,
     LearnerLayout,
     Workload,
     find_gpu,
-    find_model,
     format_plan,
     plan,
     read_run,
@@ -154,7 +154,7 @@ def test_colocation_is_one_host() -> None:
         ),
         ({"expert_ffn": 36}, 8, ["must divide moe_intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"]),
         (
-            {"moe_layers": 0, "ffn": 36},
+            {"expert_layers": (), "ffn": 36},
             8,
             ["must divide intermediate_size: got 8 and 36; try 1, 2, 3, 4, 6, 9"],
         ),
@@ -184,7 +184,7 @@ def test_a_run_without_engines_has_none_to_refuse() -> None:
 
 
 def test_a_cpu_host_cuts_no_engine_and_puts_none_to_sleep() -> None:
-    tiny = replace(QWEN, vocab=512, hidden=128, layers=2, ffn=64, expert_ffn=64, moe_layers=2)
+    tiny = replace(QWEN, vocab=512, hidden=128, layers=2, ffn=64, expert_ffn=64, expert_layers=(True,) * 2)
     work, learner = (
         Workload(max_prompt_tokens=64, max_completion_tokens=128),
         LearnerLayout("eager", token_budget=2048),
@@ -251,7 +251,7 @@ def test_a_cpu_host_adds_up_its_processes() -> None:
         num_experts=8,
         top_k=2,
         expert_ffn=64,
-        moe_layers=2,
+        expert_layers=(True,) * 2,
     )
     result = plan(
         LearnerLayout("deepspeed", world_size=2, token_budget=2048),
@@ -434,7 +434,7 @@ def test_small_models_are_written_in_small_units() -> None:
         num_experts=8,
         top_k=2,
         expert_ffn=64,
-        moe_layers=2,
+        expert_layers=(True,) * 2,
     )
     text = format_plan(
         plan(
