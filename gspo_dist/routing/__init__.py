@@ -1,1 +1,1 @@
-"""Routing Replay: expert choices as data (trace), as a protocol (replay), and one adapter a backend."""
+"""Routing Replay: expert choices as data, their bookkeeping, and one adapter per backend."""

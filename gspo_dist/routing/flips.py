@@ -1,17 +1,21 @@
-"""How much two routings of the same tokens differ: engine against learner, or before against after an update.
+"""How much two routings of the same tokens differ.
 
-Three measures of the same comparison, over the rows known in both traces (A, B: the K experts of one token in one MoE
-layer; a "router" below is one token in one layer):
-    flip          1 - |A n B| / K, averaged over routers: the share of activated experts that differ. The GSPO paper's
-                  "about 10% of the activated experts differ" after an update (arXiv 2507.18071, section 5.3).
-    router flip   share of routers with A != B as sets. The R3 paper's "about 10% of routers" (arXiv 2510.11370).
-    token flip    share of tokens with A != B in at least one layer (there 94%), and such routers a token (there 6).
-With K = 8, one expert of eight exchanged everywhere gives flip 1/8, router flip 1, token flip 1.
+The two are the engine's and the learner's, or the learner's before and after an update. Only rows that both
+traces know are compared. A and B are the K experts of one token in one MoE layer. A "router" below is one
+token in one layer.
+
+- flip: 1 - |A n B| / K, averaged over routers: the share of activated experts that differ. The GSPO paper's
+  "about 10% of the activated experts" after an update (arXiv 2507.18071, section 5.3).
+- router flip: the share of routers with A != B as sets. The R3 paper's "about 10% of routers"
+  (arXiv 2510.11370).
+- token flip: the share of tokens with A != B in at least one layer (94% in the R3 paper). Flips per token is
+  the number of such layers (6 there).
+
+Example: K = 8 and one expert of eight exchanged everywhere give flip 1/8, router flip 1 and token flip 1.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +29,19 @@ from gspo_dist.routing.trace import RoutingTrace
 
 @dataclass(frozen=True, eq=False)
 class FlipStats:
-    """Sums of one comparison; sums of disjoint sets of tokens add up (`+`).
-
-    rows: tokens compared. experts [L] float64: sum over rows of 1 - |A n B| / K. routers [L] int64: rows with
-    A != B. tokens: rows with A != B in some layer.
-    """
+    """Sums of one comparison over L MoE layers."""
 
     rows: int
+    """Tokens compared."""
     experts: np.ndarray
+    """[L] float64: sum over rows of 1 - |A n B| / K."""
     routers: np.ndarray
+    """[L] int64: rows with A != B."""
     tokens: int
+    """Rows with A != B in some layer."""
 
     def __add__(self, other: FlipStats) -> FlipStats:
+        """The comparison of both sets of tokens, which must be disjoint."""
         return FlipStats(
             self.rows + other.rows,
             self.experts + other.experts,
@@ -46,7 +51,7 @@ class FlipStats:
 
     @property
     def by_layer(self) -> np.ndarray:
-        """[L] float64: the flip fraction of every layer; nan when no row was compared."""
+        """[L] float64: the flip fraction of every layer, nan when no row was compared."""
         return self.experts / self.rows if self.rows else np.full(len(self.experts), np.nan)
 
     @property
@@ -55,7 +60,10 @@ class FlipStats:
         return float(self.by_layer.mean())
 
     def stats(self, prefix: str = "routing") -> dict[str, Stat]:
-        """Mergeable metrics: `prefix`/flip_fraction, router_flip_fraction, token_flip_fraction, flips_per_token."""
+        """Mergeable metrics under `prefix`.
+
+        They are flip_fraction, router_flip_fraction, token_flip_fraction and flips_per_token.
+        """
         layers = len(self.experts)
         flipped = int(self.routers.sum())
         return {
@@ -66,7 +74,7 @@ class FlipStats:
         }
 
     def layer_stats(self, prefix: str = "routing") -> dict[str, Stat]:
-        """Mergeable metrics: the flip fraction of every layer, `prefix`/flip_fraction/layer_07."""
+        """Mergeable metrics: the flip fraction of every layer, such as `prefix`/flip_fraction/layer_07."""
         return {
             f"{prefix}/flip_fraction/layer_{layer:02d}": _mean(float(value), self.rows)
             for layer, value in enumerate(self.experts)
@@ -78,21 +86,26 @@ def _mean(total: float, weight: float) -> Stat:
 
 
 def flip_stats(a: RoutingTrace, b: RoutingTrace, rows: np.ndarray | None = None) -> FlipStats:
-    """Compares two routings of the same tokens, on the rows known in both (and marked in `rows` [T] bool, if given).
+    """Compares two routings of the same tokens, on the rows that both know.
+
+    rows: [T] bool, if given: only marked rows are compared.
 
     Raises ValueError when the traces are not of the same tokens and model.
     """
     if a.expert_ids.shape != b.expert_ids.shape or a.num_experts != b.num_experts:
         raise ValueError(
             "flips compare two routings of the same tokens by the same architecture: got "
-            f"{list(a.expert_ids.shape)} of {a.num_experts} experts and {list(b.expert_ids.shape)} of {b.num_experts}"
+            f"{list(a.expert_ids.shape)} of {a.num_experts} experts and {list(b.expert_ids.shape)} of "
+            f"{b.num_experts}"
         )
     both = a.known & b.known
     if rows is not None:
         both = both & np.asarray(rows, dtype=np.bool_)
     left, right = a.expert_ids[both], b.expert_ids[both]
     common = np.zeros(left.shape[:2], np.int64)
-    for shift in range(a.top_k):  # ids of a row are distinct: every common expert matches at one rotation
+    # Ids of a row are distinct, so every common expert matches at exactly one rotation. K passes over small
+    # ids take less time and memory than a [rows, L, K, K] comparison.
+    for shift in range(a.top_k):
         common += (left == np.roll(right, shift, axis=-1)).sum(-1)
     differs = common < a.top_k
     return FlipStats(
@@ -104,13 +117,15 @@ def flip_stats(a: RoutingTrace, b: RoutingTrace, rows: np.ndarray | None = None)
 
 
 def sample_sequences(ids: Sequence[int], count: int, *, seed: int, step: int) -> list[int]:
-    """`count` of `ids` (all, where there are fewer) at random, sorted: the same on every rank and after a resume.
+    """`count` of `ids` at random, sorted; all of them where there are fewer.
 
-    Depends on the set of ids, the seed and the step only, not on how the batch was packed or ordered.
+    The choice depends on the set of ids, the seed and the step only, not on how the batch was packed or
+    ordered. So it is the same on every rank and after a resume. ValueError for a count below 1.
     """
     if count < 1:
         raise ValueError(f"count of sampled sequences must be at least 1: got {count}")
     population = np.unique(np.asarray(ids, dtype=np.int64))
+    # The constant keeps this stream apart from others that are seeded by (seed, step).
     chosen = np.random.default_rng([seed, step, 0xF11B]).permutation(population)[:count]
     return sorted(int(i) for i in chosen)
 
@@ -124,7 +139,10 @@ class FlipHistory:
         self._rates: list[np.ndarray] = []
 
     def append(self, step: int, by_layer: np.ndarray) -> None:
-        """One row; `step` must not decrease (several rows a step are several mini-batches)."""
+        """Adds one row [L]. Several rows per step are several mini-batches.
+
+        ValueError for another length, and for a step below the last one.
+        """
         row = np.asarray(by_layer, dtype=np.float64)
         if row.shape != (self.num_layers,):
             raise ValueError(f"flips by layer must be [{self.num_layers}]: got {list(row.shape)}")
@@ -149,27 +167,15 @@ class FlipHistory:
         return np.stack(self._rates) if self._rates else np.zeros((0, self.num_layers))
 
     def save(self, path: Path) -> None:
-        """Writes .npz (steps, rates) or .json, by the suffix."""
-        if path.suffix == ".npz":
-            np.savez_compressed(path, steps=self.steps, rates=self.rates)
-        elif path.suffix == ".json":
-            rates = [[None if np.isnan(x) else float(x) for x in row] for row in self._rates]
-            path.write_text(json.dumps({"num_layers": self.num_layers, "steps": self._steps, "rates": rates}))
-        else:
-            raise ValueError(f"flip history is written as .npz or .json: got {path.name}")
+        """Writes steps and rates as .npz."""
+        np.savez_compressed(path, steps=self.steps, rates=self.rates)
 
     @staticmethod
     def load(path: Path) -> FlipHistory:
         """Reads what `save` wrote."""
-        if path.suffix == ".npz":
-            with np.load(path) as data:
-                steps, rates = data["steps"], data["rates"]
-            num_layers = rates.shape[1]
-        else:
-            data = json.loads(path.read_text())
-            steps, num_layers = data["steps"], data["num_layers"]
-            rates = [[np.nan if x is None else x for x in row] for row in data["rates"]]
-        history = FlipHistory(num_layers)
+        with np.load(path) as data:
+            steps, rates = data["steps"], data["rates"]
+        history = FlipHistory(rates.shape[1])
         for step, row in zip(steps, rates, strict=True):
-            history.append(int(step), np.asarray(row))
+            history.append(int(step), row)
         return history

@@ -1,20 +1,26 @@
 """Routing Replay for the megatron-core learner, at megatron's own extension point.
 
-megatron-core hands `router.router_replay.get_replay_topk` the choice of experts. Its own `RouterReplay` (0.16.1)
-replays ids as they are: padding or unrecorded rows would crash or break the all-to-all, its list of targets must be
-fed and cleared by hand around every micro-batch of a pipeline, and nothing says when a route was not used. So a
-`_Handle` of ours stands there, fed by the bookkeeping that all backends share (`routing.replay`): unknown rows are
-routed natively, forward and recomputed forward advance separately, each route is used exactly once or it raises.
+megatron-core hands `router.router_replay.get_replay_topk` the choice of experts. Its own `RouterReplay`
+(0.16.1) does not serve here:
+
+- it replays ids as they are, so padding or unrecorded rows would crash or break the all-to-all;
+- its list of targets must be fed and cleared by hand around every micro-batch of a pipeline;
+- nothing says when a route was not used.
+
+So a `_Handle` stands in its place, fed by the bookkeeping that all backends share (`routing.replay`).
 
 Rows: a router sees its context rank's tokens and, under sequence parallelism, its tensor rank's part of them.
 Columns: a pipeline stage has some of the MoE layers.
+
+Example, tensor parallel 2 with sequence parallelism, five tokens and one row of padding: `source` is
+[0 1 2 3 4 -1] on both ranks, the routers of tensor rank 1 see rows [3 4 -1], and the last of them is unknown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,15 +30,20 @@ from torch import Tensor
 
 from gspo_dist.routing.replay import LayerReplay, RouteFeeder, RouteRecorder, RouterShape, feeding
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
+from gspo_dist.types import PackedBatch
+
+TopK: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""(scores [N, E], k, num_groups, group_topk) -> the k best scores and their ids, [N, K] each."""
 
 
 class _Handle:
-    """Stands as `router.router_replay`: the router's own choice, or the recorded one, seen by a recorder."""
+    """Stands as `router.router_replay`: it gives the router's own choice or the recorded one."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int) -> None:
+        """layer: the router's place among this rank's routers."""
+        self.layer = layer
         self.replay: LayerReplay | None = None
         self.recorder: RouteRecorder | None = None
-        self.layer = 0
 
     def get_replay_topk(
         self,
@@ -40,9 +51,14 @@ class _Handle:
         topk: int,
         num_groups: int | None = None,
         group_topk: int | None = None,
-        default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        default_compute_topk: TopK | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """scores [N, E] -> scores and ids of the chosen experts, [N, K] each; the scores are the current ones."""
+        """scores [N, E] -> the current scores and the ids of the chosen experts, [N, K] each.
+
+        The signature is megatron-core's, which passes its own top-k as the last argument.
+        """
+        if default_compute_topk is None:
+            raise ValueError("megatron-core must pass its own top-k to router_replay: got None")
         values, ids = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if self.replay is not None:
             ids = self.replay.choose(ids)
@@ -52,11 +68,16 @@ class _Handle:
         return values, ids
 
 
-class Placed(Protocol):
-    """A micro-batch and where its tokens went on this rank: `source[i]` is the token of local row i, -1 for padding."""
+class MicroBatch(Protocol):
+    """A micro-batch and where its tokens went on this rank."""
 
-    batch: Any
-    source: Tensor
+    @property
+    def batch(self) -> PackedBatch:
+        """The packed batch of the whole replica."""
+
+    @property
+    def source(self) -> Tensor:
+        """[t] int64: the token of the packed batch in each local row, -1 for padding."""
 
 
 class Routers:
@@ -71,22 +92,30 @@ class Routers:
         recompute: bool,
         sequence_parallel: bool,
     ) -> None:
-        """moe_layers[i]: layer i of the whole model has experts. recompute: the backward runs the routers again."""
+        """
+        routers: megatron-core's routers of this rank, in the order of the layers.
+        moe_layers: per layer of the whole model, whether it has experts.
+        recompute: whether the backward runs the routers' forward again.
+        sequence_parallel: whether tensor ranks hold a part of the rows each.
+
+        Raises ValueError for a fused router.
+        """
         self.num_layers, self.top_k, self.num_experts = sum(moe_layers), top_k, num_experts
         self.recompute, self.sequence_parallel = recompute, sequence_parallel
+        # moe_layers T F T gives depths 0 0 1: layer 2 is column 1 of a trace.
         depth = np.cumsum(moe_layers) - 1
         self.columns = [int(depth[router.layer_number - 1]) for router in routers]
         self.shape = RouterShape(
             tuple(f"decoder.layers.{r.layer_number - 1}.mlp.router" for r in routers), top_k, num_experts
         )
-        self.handles = [_Handle() for _ in routers]
-        for layer, (router, handle) in enumerate(zip(routers, self.handles, strict=True)):
+        self.handles = [_Handle(layer) for layer in range(len(routers))]
+        for router, handle in zip(routers, self.handles, strict=True):
             if router.config.moe_router_fusion:
                 raise ValueError("moe_router_fusion returns before routes can be replayed: it must be off")
-            handle.layer = layer
             router.router_replay = handle
 
     def _rows(self, source: Tensor) -> np.ndarray:
+        """The part of `source` [t] that this rank's routers see."""
         if self.sequence_parallel:
             source = source.chunk(mpu.get_tensor_model_parallel_world_size())[
                 mpu.get_tensor_model_parallel_rank()
@@ -94,10 +123,14 @@ class Routers:
         return source.cpu().numpy()
 
     @contextmanager
-    def replaying(self, items: Sequence[Placed]) -> Iterator[None]:
-        """Runs the schedule inside (forward and, under grad, backward) under the traces that the batches carry.
+    def replaying(self, items: Sequence[MicroBatch]) -> Iterator[None]:
+        """Runs the schedule inside under the traces that the batches carry.
 
-        No trace anywhere: no replay. A batch without one among others with one is routed natively.
+        The schedule runs the forward and, under grad, the backward. Without any trace there is no replay. A
+        batch without one among others with one is routed natively.
+
+        Raises ValueError for a dense model or a trace that does not fit. Raises RoutingReplayError on leaving
+        unless every router used every route exactly once per pass.
         """
         if all(item.batch.routing is None for item in items):
             yield
@@ -110,21 +143,22 @@ class Routers:
         feeder = RouteFeeder(
             traces,
             self.shape,
-            torch.cuda.current_device(),
+            _device(),
             columns=self.columns,
             recompute=self.recompute and torch.is_grad_enabled(),
         )
         for handle, layer in zip(self.handles, feeder.layers, strict=True):
             handle.replay = layer
         try:
+            # A stage of dense layers only has no router that could use a route.
             with feeding(feeder) if self.handles else nullcontext():
                 yield
         finally:
             for handle in self.handles:
                 handle.replay = None
 
-    def _local(self, item: Placed) -> RoutingTrace:
-        """The rows of the batch's trace that this rank's routers see; padding and unrecorded rows are unknown."""
+    def _local(self, item: MicroBatch) -> RoutingTrace:
+        """The rows of the batch's trace that this rank's routers see. Padding rows are unknown."""
         trace, rows = item.batch.routing, self._rows(item.source)
         if trace is None:
             shape = (len(rows), self.num_layers, self.top_k)
@@ -133,14 +167,16 @@ class Routers:
             )
         if len(trace) != item.batch.num_tokens:
             raise ValueError(
-                f"routing trace must have one row a token: got {len(trace)} for {item.batch.num_tokens} tokens; mark "
-                "unrecorded rows unknown instead of cutting them"
+                f"routing trace must have one row per token: got {len(trace)} for {item.batch.num_tokens} "
+                "tokens; "
+                "mark unrecorded rows unknown instead of cutting them"
             )
+        # Row -1, padding, takes the last token's ids: they are marked unknown, so nobody looks at them.
         return RoutingTrace(trace.expert_ids[rows], trace.known[rows] & (rows >= 0), self.num_experts)
 
     @contextmanager
     def recording(self) -> Iterator[RouteRecorder]:
-        """Records what this rank's routers use inside the block; `gather` makes whole traces of it."""
+        """Records what this rank's routers use inside the block. `gather` makes whole traces of it."""
         recorder = RouteRecorder(self.shape)
         for handle in self.handles:
             handle.recorder = recorder
@@ -150,23 +186,30 @@ class Routers:
             for handle in self.handles:
                 handle.recorder = None
 
-    def gather(self, recorder: RouteRecorder, items: Sequence[Placed]) -> list[RoutingTrace]:
-        """One whole trace a micro-batch, on every rank of the replica (collective).
+    def gather(self, recorder: RouteRecorder, items: Sequence[MicroBatch]) -> list[RoutingTrace]:
+        """One whole trace per micro-batch, on every rank of the replica (collective).
 
-        Every token of every layer was routed on exactly one rank, so the sum over tensor, context and pipeline ranks
+        Every token of every layer was routed on exactly one rank, because a mixture of experts under
+        tensor parallelism is sequence parallel too. So the sum over tensor, context and pipeline ranks
         puts the parts together.
+
+        Raises ValueError for a dense model.
         """
         if not self.num_layers:
             raise ValueError("recording routes needs a mixture-of-experts model: use routing_replay=none")
-        mine = recorder.traces()[: len(items)] if self.handles else [None] * len(items)
+        # Copies of a micro-batch may follow the items: they filled up a pipeline, and nobody asks for theirs.
+        mine: list[RoutingTrace | None] = [None] * len(items)
+        if self.handles:
+            mine = [*recorder.traces()[: len(items)]]
+        columns = np.asarray(self.columns)
         out = []
         for item, trace in zip(items, mine, strict=True):
             whole = np.zeros((item.batch.num_tokens, self.num_layers, self.top_k), np.int32)
             rows = self._rows(item.source)
             if trace is not None:
                 real = rows >= 0
-                whole[np.ix_(rows[real], self.columns)] = trace.expert_ids[real]
-            total = torch.from_numpy(whole).to(torch.cuda.current_device())
+                whole[np.ix_(rows[real], columns)] = trace.expert_ids[real]
+            total = torch.from_numpy(whole).to(_device())
             for group in (
                 mpu.get_tensor_and_context_parallel_group(),
                 mpu.get_pipeline_model_parallel_group(),
@@ -177,3 +220,8 @@ class Routers:
                 RoutingTrace(total.cpu().numpy().astype(id_dtype(self.num_experts)), known, self.num_experts)
             )
         return out
+
+
+def _device() -> torch.device:
+    """Where this rank's collectives run. `cpu_shim` makes megatron's own question answer the CPU."""
+    return torch.device(torch.cuda.current_device())

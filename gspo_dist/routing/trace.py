@@ -1,4 +1,4 @@
-"""Expert choices of a mixture-of-experts model as data: `[tokens, moe_layers, top_k]`, smallest unsigned type."""
+"""Expert choices of a mixture-of-experts model as data: ids [tokens, moe_layers, top_k]."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ def id_dtype(num_experts: int) -> np.dtype:
 
 
 def trace_bytes(tokens: int, moe_layers: int, top_k: int, num_experts: int) -> int:
-    """Bytes of the expert ids of `tokens` tokens (without the one byte a token of `known`).
+    """Bytes of the expert ids of `tokens` tokens, without the one byte per token of `known`.
 
-    Qwen3-30B-A3B: 48 layers of top-8 out of 128 experts = 384 bytes a token; 1,024 rollouts of 32,768 tokens hold
-    1,024 * 32,768 * 384 = 12.9 GB. The int64 ids that torch.topk returns would be 8 times that.
+    Qwen3-30B-A3B has 48 layers of top-8 out of 128 experts, so a token takes 384 bytes. 1,024 rollouts of
+    32,768 tokens hold 1,024 * 32,768 * 384 = 12.9 GB. The int64 ids of torch.topk would be 8 times that.
     """
     return tokens * moe_layers * top_k * id_dtype(num_experts).itemsize
 
 
 @dataclass(frozen=True)
 class ReplayBytes:
-    """What a routing-replay mode costs in bytes over one rollout batch of which every token is trained once.
-
-    recorded: written where the choice is made. host_held: in host memory between recording and the last mini-batch.
-    wire: between processes (engine or learner -> trainer, trainer -> learner). device_copies: across PCIe, both ways.
-    """
+    """Bytes that a routing-replay mode costs over one rollout batch whose tokens are trained once each."""
 
     recorded: int
+    """Written where the choice is made."""
     host_held: int
+    """Held in host memory between recording and the last mini-batch."""
     wire: int
+    """Sent between processes: from engine or learner to trainer, and from trainer to learner."""
     device_copies: int
+    """Copied between device and host, both ways."""
 
 
 def replay_bytes(mode: str, batch_bytes: int, *, recompute_old_logprobs: bool) -> ReplayBytes:
     """The cost of mode none, r2 or r3 for a batch whose expert ids take `batch_bytes` (see `trace_bytes`).
 
-    Both modes record once, cross to the host once, travel to the trainer and back to a learner, and cross to the
-    device for the update. R3 crosses once more if the learner recomputes old log-probs (that pass is replayed too);
-    R2 needs that pass, which records. Worked example: 384 bytes a token, recomputed old log-probs: R2 moves
-    2 * 384 = 768 bytes a token across PCIe, R3 3 * 384 = 1,152. One learner rank a sequence; context, tensor and
-    pipeline parallel twins each receive the packed batch again over the wire.
+    Both modes record once, cross to the host once, travel to the trainer and back to a learner, and cross to
+    the device for the update. R3 crosses once more if the learner recomputes old log-probs, because that pass
+    is replayed too. R2 needs that pass: it records there.
+
+    Example: 384 bytes per token and recomputed old log-probs. R2 copies 2 * 384 = 768 bytes per token between
+    device and host, R3 3 * 384 = 1,152. This counts one learner rank per sequence. Its context, tensor and
+    pipeline parallel twins each receive the packed batch over the wire again.
+
+    Raises ValueError for an unknown mode, and for r2 without the pass in which it records.
     """
     if mode == "none":
         return ReplayBytes(0, 0, 0, 0)
@@ -64,15 +68,20 @@ def replay_bytes(mode: str, batch_bytes: int, *, recompute_old_logprobs: bool) -
 class RoutingTrace:
     """Which experts each token used in each MoE layer, row by input token (T tokens, L MoE layers, K top-k).
 
-    expert_ids [T, L, K] uint8 or uint16. known [T] bool: False where nobody recorded the row (the last sampled
-    token never entered the engine; a prefix-cache hit may have lost its routes): such rows are routed natively.
-    Worked example: a prompt of 3 tokens and a completion of 2 give 5 rows; the engine ran tokens 0..3 (it sampled
-    token 4 and stopped), so known = [T T T T F] and row 4 holds zeros.
+    Example: a prompt of 3 tokens and a completion of 2 give 5 rows. The engine ran tokens 0 to 3: it sampled
+    token 4 and stopped. So known = [T T T T F], and row 4 holds zeros.
     """
 
     expert_ids: np.ndarray
+    """[T, L, K] uint8, or uint16 above 256 experts. Rows that are not known hold no route."""
     known: np.ndarray
+    """[T] bool, False where nobody recorded the row.
+
+    The last sampled token never entered the engine, and a prefix-cache hit may have lost its routes. A replay
+    routes such rows natively.
+    """
     num_experts: int
+    """Experts per layer: ids lie below it."""
 
     def __post_init__(self) -> None:
         if self.expert_ids.ndim != 3 or self.expert_ids.dtype != id_dtype(self.num_experts):
@@ -91,10 +100,12 @@ class RoutingTrace:
 
     @property
     def num_layers(self) -> int:
+        """MoE layers, L."""
         return self.expert_ids.shape[1]
 
     @property
     def top_k(self) -> int:
+        """Experts per token, K."""
         return self.expert_ids.shape[2]
 
     @property
@@ -108,15 +119,22 @@ class RoutingTrace:
         return len(self.known) - int(np.count_nonzero(self.known))
 
     def layers(self, columns: Sequence[int]) -> RoutingTrace:
-        """The same tokens in some of the MoE layers (those of one pipeline stage)."""
+        """The same tokens in some of the MoE layers, such as those of one pipeline stage.
+
+        `columns` counts MoE layers only: where layer 1 of 4 is dense, column 1 is layer 2.
+        """
         return RoutingTrace(self.expert_ids[:, list(columns)], self.known, self.num_experts)
 
     def __getitem__(self, rows: slice | np.ndarray) -> RoutingTrace:
+        """Some of the tokens: a slice, or an array of row numbers or marks."""
         return RoutingTrace(self.expert_ids[rows], self.known[rows], self.num_experts)
 
     @staticmethod
     def from_engine(ids: np.ndarray, total_tokens: int, num_experts: int) -> RoutingTrace:
-        """The engine's rows (the first `len(ids)` of `total_tokens`) with the missing tail marked unknown."""
+        """The engine's rows, which are the first of `total_tokens`, with the missing tail marked unknown.
+
+        Example: ids of 4 rows for 5 tokens give known = [T T T T F]. ValueError for more rows than tokens.
+        """
         if len(ids) > total_tokens:
             raise ValueError(f"routing trace has {len(ids)} rows for a sequence of {total_tokens} tokens")
         full = np.zeros((total_tokens, *ids.shape[1:]), dtype=id_dtype(num_experts))
@@ -127,7 +145,11 @@ class RoutingTrace:
 
     @staticmethod
     def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-        """Traces of several sequences end to end, in the order of a packed batch."""
+        """Traces of several sequences end to end, in the order of a packed batch.
+
+        Example: traces of 5 and 3 tokens give 8 rows, and row 6 is token 1 of the second. ValueError unless
+        all are of one model.
+        """
         shapes = {(t.num_layers, t.top_k, t.num_experts) for t in traces}
         if len(shapes) != 1:
             raise ValueError(

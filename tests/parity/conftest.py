@@ -8,14 +8,12 @@ writes the largest deviation from the eager learner, layout by layout, under wha
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import Crew
+from tests.parity.ranks import Crew
 
 
 @pytest.fixture(scope="session")

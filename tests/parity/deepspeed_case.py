@@ -1,5 +1,4 @@
-"""What the parity tests of the DeepSpeed learner and its ranks share: the tiny models, the data, the
-steps."""
+"""What the parity tests of the DeepSpeed learner and its ranks share: models, data, steps."""
 
 from __future__ import annotations
 
@@ -35,8 +34,10 @@ SIZES = {
 BUDGETS = (64, 128, 34)
 """Token budgets of the first three mini-batches: each rank runs 2, 1 and 3 or more micro-batches."""
 FILLED = 25
-"""Tokens of every sequence and of the budget of the last mini-batch, which needs fillers: ranks + 1
-sequences."""
+"""Tokens of every sequence of the last mini-batch, and its budget.
+
+It has one sequence more than there are ranks, so it needs fillers.
+"""
 
 
 def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
@@ -91,8 +92,10 @@ def make_rollouts(seed: int, count: int = 8, length: int | None = None) -> list[
 
 
 def make_mini_batches(ranks: int = 2) -> list[MiniBatch]:
-    """Four optimiser steps with different numbers of micro-batches, the last with fillers; advantages of
-    both signs."""
+    """Four optimiser steps with different numbers of micro-batches, the last with fillers.
+
+    Advantages have both signs.
+    """
     out = []
     for step, budget in enumerate((*BUDGETS, FILLED)):
         rollouts = make_rollouts(step) if budget in BUDGETS else make_rollouts(step, ranks + 1, FILLED)
@@ -110,8 +113,10 @@ def make_mini_batches(ranks: int = 2) -> list[MiniBatch]:
 
 
 def near_policy(learner: Any, mini_batches: list[MiniBatch]) -> list[MiniBatch]:
-    """The mini-batches with engine log-probs a tenth of a nat off `learner`'s: ratios on both sides of the
-    clip."""
+    """The mini-batches with engine log-probs a tenth of a nat off `learner`'s.
+
+    Ratios then lie on both sides of the clip.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def attach(batch: PackedBatch, output: LogprobOutput) -> PackedBatch:
@@ -149,15 +154,14 @@ def make_config(world_size: int = 1, backend: str = "deepspeed", **changes: Any)
 def train(
     learner: Any, mini_batches: list[MiniBatch], ranks: list[int], kl_coef: float = 0.0
 ) -> list[dict[str, Any]]:
-    """One optimiser step a mini-batch on the micro-batches of `ranks`; what the learner said along the
-    way."""
+    """One optimiser step per mini-batch on the micro-batches of `ranks`, and what the learner said."""
     seen = []
     for mini_batch in mini_batches:
         mine = [b for r in ranks for b in mini_batch.micro_batches[r]]
         logprobs = learner.logprobs(mine)
         if kl_coef:
             refs = learner.logprobs(mine, reference=True)
-            mine = [b.with_(ref_logprobs=o.logprobs) for b, o in zip(mine, refs)]
+            mine = [b.with_(ref_logprobs=o.logprobs) for b, o in zip(mine, refs, strict=True)]
         stats = learner.forward_backward(mine, make_spec(mini_batch, kl_coef))
         step = learner.optim_step()
         seen.append(

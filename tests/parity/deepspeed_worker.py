@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_case as case
-
 from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
+from tests.parity import deepspeed_case as case
 
 
 class Ranks:
@@ -97,8 +95,7 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def broken(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
-    """A log-prob of one rank, a gradient of one rank, then the number of micro-batches of one rank go
-    wrong."""
+    """On one rank a log-prob goes wrong, then a gradient, then the number of micro-batches."""
     learner = ranks.learner(spec)
     mine = list(spec["data"][0].micro_batches[ranks.rank])
     out: dict[str, Any] = {"rollouts": mine[0].rollout_index.tolist()}
@@ -136,7 +133,8 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
     out = {}
     for name, spec in job["cases"].items():
         print("case", name, flush=True)
-        # DeepSpeed collects in every engine: spare it the objects that the libraries' imports left (some import late).
+        # DeepSpeed collects in every engine: spare it the objects that the libraries' imports left
+        # (some import late).
         gc.freeze()
         out[name] = globals()[spec["do"]](ranks, spec)
         gc.collect()

@@ -1,4 +1,4 @@
-"""What the parity test of the megatron learner and its worker processes share: the tiny models and the data."""
+"""What the parity tests of the megatron learner and their worker processes share: models and data."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def make_model(kind: str, folder: Path, shard_size: str = "64KB") -> Path:
 
 
 def make_batches(seed: int = 3) -> list[PackedBatch]:
-    """Four micro-batches of ten sequences, prompts of 2 tokens; `near` gives them log-probs to start from."""
+    """Four micro-batches of ten sequences with prompts of 2 tokens. `near` gives the engine's log-probs."""
     generator = torch.Generator().manual_seed(seed)
     batches, start = [], 0
     for lengths in LENGTHS:
@@ -110,12 +110,12 @@ def make_batches(seed: int = 3) -> list[PackedBatch]:
 
 
 def near(batches: list[PackedBatch], logprobs: list[torch.Tensor], seed: int = 5) -> list[PackedBatch]:
-    """The engine's log-probs a little off the policy's, so that ratios differ from 1 and some are clipped."""
+    """Sets the engine's log-probs a little off the policy's: ratios differ from 1 and some are clipped."""
     generator = torch.Generator().manual_seed(seed)
     noise = [0.3 * torch.randn(len(x), generator=generator) for x in logprobs]
     return [
         b.with_(rollout_logprobs=torch.where(b.loss_mask, x + n, 0.0).float())
-        for b, x, n in zip(batches, logprobs, noise)
+        for b, x, n in zip(batches, logprobs, noise, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
 """One rank of the megatron learner in the parity tests: reads a job, runs it, writes what it saw, and again.
 
-Usage: megatron_worker.py < lines "JOB.json RANK". A job names the model, the layout and the actions; see `main`. Each
-job has a learner and process groups of its own.
+Usage: megatron_worker.py < lines "JOB.json RANK". A job names the model, the layout and the actions; see
+`main`. Each job has a learner and process groups of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import megatron_case as case
-
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron.learner import MegatronLearner
+from tests.parity import megatron_case as case
 
 
 def logits_of(learner: MegatronLearner, batches: list) -> list:
@@ -75,7 +73,7 @@ def main(job: dict, rank: int) -> dict:
         elif name == "record":
             outputs = learner.logprobs(mine, record_routing=True)
             out["recorded"] = outputs
-            mine = [b.with_(routing=o.routing) for b, o in zip(mine, outputs)]
+            mine = [b.with_(routing=o.routing) for b, o in zip(mine, outputs, strict=True)]
         elif name == "foreign_routes":
             routes = torch.load(argument, weights_only=False)
             mine = [

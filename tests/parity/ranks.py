@@ -1,7 +1,8 @@
-"""Runs one script as several ranks and returns what each of them saved: real processes, no pytest inside them.
+"""Runs one script as several ranks and returns what each of them saved.
 
-`run_ranks` starts processes for one job; a `Crew` keeps its processes for the next job, because importing the
-libraries takes several times as long as a tiny model's job.
+The ranks are real processes without pytest inside them. `run_ranks` starts processes for one job. A
+`Crew` keeps its processes for the next job, because importing the libraries takes several times as long
+as a tiny job.
 """
 
 from __future__ import annotations
@@ -26,21 +27,35 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _environment() -> dict[str, str]:
+    """One thread per rank, no network, and `gspo_dist` and `tests` of this checkout."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": path,
+    }
+
+
 def run_ranks(script: Path, job: dict[str, Any], world_size: int, timeout_s: float = 540.0) -> list[Any]:
-    """Calls `python script JOB.pt RANK` for every rank; the script saves its result to
+    """Calls `python script JOB.pt RANK` for every rank and returns what each saved to
     job["out"]/rank{RANK}.pt.
 
-    The job reaches the ranks through torch.save and gets "world_size", "port" and "out". AssertionError with
-    the end of every rank's output when one of them fails; the others are then killed.
+    The job reaches the ranks through torch.save and gets "world_size", "port" and "out". When a rank fails,
+    the others are killed, and AssertionError has the end of every rank's output.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         torch.save({**job, "world_size": world_size, "port": free_port(), "out": folder}, out / "job.pt")
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         logs = [(out / f"log{rank}.txt").open("w+") for rank in range(world_size)]
         processes = [
             subprocess.Popen(
-                [sys.executable, str(script), str(out / "job.pt"), str(rank)], env=env, stdout=log, stderr=log
+                [sys.executable, str(script), str(out / "job.pt"), str(rank)],
+                env=_environment(),
+                stdout=log,
+                stderr=log,
             )
             for rank, log in enumerate(logs)
         ]
@@ -67,10 +82,11 @@ def run_ranks(script: Path, job: dict[str, Any], world_size: int, timeout_s: flo
 
 
 class Crew:
-    """Processes of one script that run job after job, a job on the first `world_size` of them.
+    """Processes of one script that run job after job, each job on the first `world_size` of them.
 
-    The script reads lines "JOB.json RANK" and, for each, puts its result at job["out"]/rank{RANK}.pt by renaming a
-    finished file; a process that ends, or is late, fails the job, and the next job starts with new processes.
+    The script reads lines "JOB.json RANK". For each it puts its result at job["out"]/rank{RANK}.pt,
+    by renaming a finished file. A process that ends or is late fails the job, and the next job
+    starts with new processes.
     """
 
     def __init__(self, script: Path, logs: Path) -> None:
@@ -78,7 +94,9 @@ class Crew:
         self.members: list[subprocess.Popen[str]] = []
 
     def run(self, folder: Path, job: dict[str, Any], world_size: int, timeout_s: float = 240.0) -> list[Any]:
-        """What each rank saved. `job`, with "world_size", "port" and "out" added, passes through JSON in `folder`.
+        """What each rank saved.
+
+        `job`, with "world_size", "port" and "out" added, passes through JSON in `folder`.
 
         AssertionError with the end of the failed ranks' output when one of them ends early or is late.
         """
@@ -109,9 +127,9 @@ class Crew:
         return [torch.load(result, weights_only=False) for result in results]
 
     def close(self) -> None:
-        """Ends the processes: the next job gets new ones, which know nothing of the jobs so far.
+        """Ends the processes, so that the next job gets new ones, which know nothing of the jobs so far.
 
-        AssertionError with the end of its output for a process that does not end well by itself.
+        AssertionError, with the end of its output, for a process that does not end well by itself.
         """
         for member in self.members:
             member.stdin.close()
@@ -133,15 +151,12 @@ class Crew:
         return self.logs / f"rank{rank}.log"
 
     def _start(self, world_size: int) -> None:
-        root = str(Path(__file__).parents[2])
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
         for rank in range(len(self.members), world_size):
             with self._log(rank).open("w") as log:
                 self.members.append(
                     subprocess.Popen(
                         [sys.executable, "-W", "ignore", str(self.script)],
-                        env=env,
+                        env=_environment(),
                         stdin=subprocess.PIPE,
                         stdout=log,
                         stderr=log,

@@ -1,23 +1,22 @@
-"""Log-probs, loss, gradient norm and parameters of the DeepSpeed learner equal the eager learner's, on real
-ranks."""
+"""Log-probs, loss, gradient norm and parameters of the DeepSpeed learner equal the eager learner's.
+
+The learner runs on real ranks.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_case as case
-from ranks import run_ranks
-
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.metrics.stat import merge_stats, results
+from tests.parity import deepspeed_case as case
+from tests.parity.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 MODELS = {"moe": {}, "tied": {"tie_word_embeddings": True}, "shared": {"kind": "qwen2_moe"}}
 TWO_RANKS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import deepspeed_case as case
-from ranks import run_ranks
-
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.routing.trace import RoutingTrace
+from tests.parity import deepspeed_case as case
+from tests.parity.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 ROUTED = {
     "routes_zero3": {"deepspeed": {"zero_stage": 3}},
@@ -79,7 +76,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     eager = make_eager(model)
     plain = [o.routing for rank in data[0].micro_batches for o in eager.logprobs(rank, record_routing=True)]
-    given = [b.with_(routing=t) for rank, ts in zip(data[0].micro_batches, traces) for b, t in zip(rank, ts)]
+    given = [
+        b.with_(routing=t)
+        for rank, ts in zip(data[0].micro_batches, traces, strict=True)
+        for b, t in zip(rank, ts, strict=True)
+    ]
     outputs = eager.logprobs(given, record_routing=True)
     stats = eager.forward_backward(given, case.make_spec(data[0]))
     norm = eager.optim_step().grad_norm
@@ -159,7 +160,7 @@ def test_a_step_under_replay_equals_eager(lab: dict, name: str) -> None:
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_truncated_trace_is_refused(lab: dict, name: str) -> None:
     for rank in lab["got"]:
-        assert "one row a token" in rank[name]["error"]
+        assert "one row per token" in rank[name]["error"]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -206,8 +207,7 @@ def test_bf16_with_fp32_masters_and_accumulation_equals_eager(lab: dict, name: s
 
 
 def test_bf16_zero0_accumulates_in_bf16(lab: dict) -> None:
-    """DeepSpeed has no fp32 accumulation at stage 0: the first gradient agrees to bf16's rounding, and it
-    trains."""
+    """DeepSpeed has no fp32 accumulation at stage 0: the first gradient agrees to bf16's rounding."""
     got, want = lab["got"][0]["bf16_zero0"], lab["bf16"]
     assert got["steps"][0]["grad_norm"] == pytest.approx(want["steps"][0]["grad_norm"], rel=4e-3)
     for i in (1, 2):
@@ -216,8 +216,7 @@ def test_bf16_zero0_accumulates_in_bf16(lab: dict) -> None:
 
 @pytest.mark.parametrize("name", BF16_EXPERTS)
 def test_bf16_expert_parallel_is_near_eager_on_fixed_routes(lab: dict, name: str) -> None:
-    """AutoEP keeps gate weights in fp32 and sums experts in another order: bf16's rounding remains, no
-    more."""
+    """AutoEP keeps gate weights in fp32 and sums experts in another order: only bf16's rounding remains."""
     known = [torch.from_numpy(t.known) for rank in lab["traces"] for t in rank]
     pairs = list(zip(both(lab, name, "logprobs"), lab["fixed"]["outputs"], known, strict=True))
     error = torch.cat([(got - want.logprobs).abs() for got, want, _ in pairs])

@@ -1,9 +1,9 @@
-"""The megatron learner against the eager one, in real processes (gloo, fp32), for every way to cut the model."""
+"""The megatron learner equals the eager one however the model is cut: real processes, gloo, fp32."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-import megatron_case as case
-from ranks import Crew
-
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.metrics.stat import merge_stats, results
+from tests.parity import megatron_case as case
+from tests.parity.ranks import Crew
+
+pytestmark = pytest.mark.slow
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -96,18 +96,18 @@ def by_batch(ranks: list[dict], key: str, count: int) -> list:
 
 
 def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> float:
-    """Token by token equal to HF's, put together from the context ranks' rows and the tensor ranks' columns; returns
-    the largest difference."""
+    """Token by token equal to HF's, put together from the context ranks' rows and the tensor ranks' columns;
+    returns the largest difference."""
     worst = 0.0
     hf = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
-    for batch, parts in zip(reference.data, by_batch(ranks, "logits", len(reference.data))):
+    for batch, parts in zip(reference.data, by_batch(ranks, "logits", len(reference.data)), strict=True):
         got = torch.full((batch.num_tokens, case.VOCAB), torch.nan)
         width = case.VOCAB // tensor
         for i, (source, logits) in enumerate(parts):
             real = source >= 0
             columns = slice((i % tensor) * width, (i % tensor + 1) * width)
             got[source[real], columns] = logits[real]
-        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
+        for start, end in pairwise(batch.cu_seqlens):
             with torch.no_grad():
                 want = hf(batch.token_ids[None, start:end]).logits[0]
             torch.testing.assert_close(got[start:end], want, rtol=0, atol=1e-4)
@@ -133,8 +133,8 @@ def assert_training(ranks: list[dict], reference: Reference) -> dict[str, float]
 
 
 def assert_weights(got: dict, want: dict, tolerance: float, start: dict | None = None) -> float:
-    """Every tensor within `tolerance` of its norm and, where `start` is given, within 1e-2 of how far it moved; returns
-    the largest relative difference."""
+    """Every tensor within `tolerance` of its norm and, where `start` is given, within 1e-2 of how far it
+    moved; returns the largest relative difference."""
     assert set(got) == set(want)
     worst = 0.0
     for name, tensor in want.items():
@@ -149,7 +149,7 @@ def assert_weights(got: dict, want: dict, tolerance: float, start: dict | None =
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, crew: Crew, measured) -> None:
-    """Logits, log-probs, three clipped steps and the exported weights do not depend on how the model is cut."""
+    """Logits, log-probs, three clipped steps and exported weights do not depend on how the model is cut."""
     world_size, layout = LAYOUTS[name]
     ranks = launch(
         crew,
@@ -162,7 +162,9 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
     )
     logits, logprobs = assert_logits(ranks, reference, layout.get("tensor_parallel", 1)), 0.0
     for want, outputs in zip(
-        reference.logprobs, by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp", len(reference.data))
+        reference.logprobs,
+        by_batch([r | {"lp": r["logprobs"][0]} for r in ranks], "lp", len(reference.data)),
+        strict=True,
     ):
         for got in outputs:
             torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)

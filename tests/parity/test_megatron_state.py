@@ -1,9 +1,9 @@
-"""Checkpoints, routing replay, the frozen reference and expert balance of the megatron learner, in real processes."""
+"""Checkpoints, routing replay, the reference and expert balance of the megatron learner, on real ranks."""
 
 from __future__ import annotations
 
 import shutil
-import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-import megatron_case as case
-from ranks import Crew
-from test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
-
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.routing.trace import RoutingTrace
+from tests.parity import megatron_case as case
+from tests.parity.ranks import Crew
+from tests.parity.test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
 
+pytestmark = pytest.mark.slow
 EP2 = {"expert_parallel": 2}
 
 
@@ -40,8 +39,8 @@ def assert_identical(got: dict, want: dict) -> None:
 
 
 def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path, crew: Crew) -> None:
-    """Saved in the background at step 2 under ep2: resumed under ep2 the third step is the one not interrupted, bit
-    for bit; resumed under tp2 it is the eager learner's."""
+    """Saved in the background at step 2 under ep2: resumed under ep2 the third step is the one not
+    interrupted, bit for bit; resumed under tp2 it is the eager learner's."""
     saved = str(tmp_path / "checkpoint")
     first = run(
         crew,
@@ -69,7 +68,7 @@ def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path,
 
 
 def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_path: Path, crew: Crew) -> None:
-    """fp32 master weights and moments come back whole; weights loaded under another layout are the saved ones."""
+    """Master weights and moments come back whole; weights loaded under another layout are the saved ones."""
     saved = str(tmp_path / "checkpoint")
     job = {"precision": "bf16"}
     first = run(
@@ -130,7 +129,7 @@ def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: P
 
 
 def foreign_routes(reference: Reference) -> list[RoutingTrace]:
-    """Random distinct experts for each token, one row in six unknown: a route no model would take by itself."""
+    """Random distinct experts for each token: routes no model would take. One row in six is unknown."""
     rng = np.random.default_rng(11)
     routes = []
     for batch in reference.data:
@@ -150,14 +149,17 @@ def foreign_routes(reference: Reference) -> list[RoutingTrace]:
 def test_routes_are_recorded_and_replayed_under_any_layout(
     world_size: int, layout: dict, reference: Reference, tmp_path: Path, crew: Crew
 ) -> None:
-    """Recorded routes are HF's; under foreign ones log-probs and gradients are the eager learner's under the same."""
+    """Recorded routes are HF's.
+
+    Under foreign routes, log-probs and gradients are those of the eager learner under the same routes.
+    """
     eager = EagerLearner(case.make_config(backend="eager"), reference.model, total_steps=10)
     native = eager.logprobs(reference.data, record_routing=True)
     routes = foreign_routes(reference)
     torch.save(routes, tmp_path / "routes.pt")
-    data = [b.with_(routing=r) for b, r in zip(reference.data, routes)]
+    data = [b.with_(routing=r) for b, r in zip(reference.data, routes, strict=True)]
     want = eager.logprobs(data)
-    assert max(float((w.logprobs - n.logprobs).abs().max()) for w, n in zip(want, native)) > 0.1
+    assert max(float((w.logprobs - n.logprobs).abs().max()) for w, n in zip(want, native, strict=True)) > 0.1
     eager.forward_backward(data, case.make_spec(data))
     norm = eager.optim_step().grad_norm
     ranks = run(
@@ -177,7 +179,7 @@ def test_routes_are_recorded_and_replayed_under_any_layout(
         keep_reference=True,
     )
     recorded = by_batch(ranks, "recorded", len(data))
-    for expected, outputs in zip(native, recorded):
+    for expected, outputs in zip(native, recorded, strict=True):
         for got in outputs:
             assert got.routing.known.all()
             assert np.array_equal(np.sort(got.routing.expert_ids), np.sort(expected.routing.expert_ids))
@@ -185,13 +187,14 @@ def test_routes_are_recorded_and_replayed_under_any_layout(
         for expected, outputs in zip(
             expectations,
             by_batch([{"data_rank": r["data_rank"], "lp": r["logprobs"][i]} for r in ranks], "lp", len(data)),
+            strict=True,
         ):
             for got in outputs:
                 torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
     for rank in ranks:
         assert rank["steps"][0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
     # The reference is the starting policy, by its own routes, whatever was trained and replayed since.
-    for expected, outputs in zip(native, by_batch(ranks, "reference", len(data))):
+    for expected, outputs in zip(native, by_batch(ranks, "reference", len(data)), strict=True):
         for got in outputs:
             torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
 
@@ -201,14 +204,14 @@ def merged(ranks: list[dict], step: int) -> dict[str, float]:
 
 
 def switch_loss(reference: Reference) -> tuple[float, np.ndarray]:
-    """The Switch loss (E * sum_e f_e P_e, weighted by tokens over micro-batches, mean of layers) and the loads [L, E],
-    from HF's router logits."""
+    """The Switch loss (E * sum_e f_e P_e, weighted by tokens over micro-batches, mean of layers) and the
+    loads [L, E], from HF's router logits."""
     hf = AutoModelForCausalLM.from_pretrained(reference.model, dtype=torch.float32)
     loads, losses = np.zeros((3, 8)), np.zeros(3)
     total = sum(b.num_tokens for b in reference.data)
     for batch in reference.data:
         logits = [[] for _ in range(3)]
-        for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:]):
+        for start, end in pairwise(batch.cu_seqlens):
             with torch.no_grad():
                 seen = hf(batch.token_ids[None, start:end], output_router_logits=True).router_logits
             for layer, values in enumerate(v for v in seen if v is not None):
@@ -225,7 +228,7 @@ def switch_loss(reference: Reference) -> tuple[float, np.ndarray]:
 
 
 def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path, crew: Crew) -> None:
-    """Loads, violations and the Switch loss are those of HF's router logits; its gradient ignores the layout."""
+    """Loads, violations and Switch loss are those of HF's router logits; the gradient ignores the layout."""
     loss, loads = switch_loss(reference)
     knobs = {"aux_loss_coef": 0.5}
     alone = run(crew, tmp_path / "a", reference, 1, knobs, [["train", 1]])
@@ -255,7 +258,7 @@ def test_balance_metrics_and_auxiliary_loss(reference: Reference, tmp_path: Path
 
 
 def test_expert_bias_moves_towards_the_idle(reference: Reference, tmp_path: Path, crew: Crew) -> None:
-    """Zero at first (log-probs are unchanged); a step moves it by 0.001 up for experts below the mean load."""
+    """It is zero at first: log-probs are unchanged. A step moves it by 0.001, up below the mean load."""
     ranks = run(
         crew, tmp_path, reference, 2, {"expert_bias": True, **EP2}, ["logprobs", ["train", 1], "bias"]
     )

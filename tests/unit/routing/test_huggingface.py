@@ -1,3 +1,5 @@
+"""Record and replay on HF routers: the gate formula of each class, the gradient, the packed path."""
+
 import copy
 import importlib
 from types import SimpleNamespace
@@ -5,42 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
+from gspo_dist.learners import attention
+from gspo_dist.learners.eager import hf_logprobs
+from gspo_dist.learners.hf_model import PolicyModel
+from gspo_dist.packing import attach_traces, pack_sequences
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.replay import RoutingReplayError
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import Completion, Prompt, Rollout
+from tests.unit.routing.passes import loss_of, recorded, same_bits, trained
 
-
-def recorded(model, tokens, **kwargs):
-    with torch.no_grad(), routers.record(model, **kwargs) as recorder:
-        model(tokens, use_cache=False)
-    return recorder.trace()
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def loss_of(model, tokens):
-    logits = model(tokens, use_cache=False).logits[0]
-    return F.cross_entropy(logits[:-1], tokens[0, 1:])
-
-
-def trained(model, tokens, trace=None):
-    model.zero_grad()
-    if trace is None:
-        loss = loss_of(model, tokens)
-        loss.backward()
-    else:
-        with routers.replay(model, trace):
-            loss = loss_of(model, tokens)
-            loss.backward()
-    return loss.detach(), gradients(model)
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+LENGTHS = ((3, 5), (1, 2), (4, 7))  # prompt, completion
 
 
 def test_recording_is_the_top_k_of_an_independent_softmax(make_model, tokens):
@@ -65,27 +43,6 @@ def test_replay_reproduces_the_recorded_networks_choice_exactly(make_model, toke
     with routers.replay(ours, trace):
         again = recorded(ours, tokens)
     np.testing.assert_array_equal(again.expert_ids, trace.expert_ids)
-    clean(ours)
-
-
-def test_order_of_record_and_replay_does_not_matter_and_native_shows_the_routers_own_choice(
-    make_model, tokens, clean
-):
-    ours = make_model(0)
-    trace = recorded(make_model(1), tokens)
-    with (
-        torch.no_grad(),
-        routers.record(ours) as outer,
-        routers.record(ours, native=True) as native,
-        routers.replay(ours, trace),
-        routers.record(ours) as inner,
-    ):
-        ours(tokens, use_cache=False)
-    np.testing.assert_array_equal(outer.trace().expert_ids, trace.expert_ids)
-    np.testing.assert_array_equal(inner.trace().expert_ids, trace.expert_ids)
-    # nothing upstream of the first router is replayed: its own choice is that of a plain forward
-    np.testing.assert_array_equal(native.trace().expert_ids[:, 0], recorded(ours, tokens).expert_ids[:, 0])
-    assert (native.trace().expert_ids != trace.expert_ids).any()
     clean(ours)
 
 
@@ -157,138 +114,6 @@ def test_the_routers_gradient_under_replay_is_the_slope_of_the_replayed_loss(
         assert slope == pytest.approx(float((grads[name] * direction).sum()), rel=2e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_are_replayed_in_the_recomputation_too(
-    make_model, tokens, random_trace, reentrant, clean
-):
-    model = make_model(0)
-    trace = random_trace(5)
-    loss, grads = trained(model, tokens, trace)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    model.zero_grad()
-    with routers.replay(model, trace) as feeder, routers.record(model) as recorder:
-        again = loss_of(model, tokens)
-        again.backward()
-    assert torch.equal(loss, again)
-    assert same_bits(grads, gradients(model))
-    assert [(layer.forwards, layer.recomputes) for layer in feeder.layers] == [(1, 1)] * 3
-    np.testing.assert_array_equal(
-        recorder.trace().expert_ids, trace.expert_ids
-    )  # recomputations are not recorded
-
-
-def test_a_checkpointed_backward_left_outside_the_block_is_refused(make_model, tokens, random_trace, clean):
-    model = make_model(0)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    with (
-        pytest.raises(
-            RoutingReplayError, match=r"layers\.0\.mlp\.gate used 1 of 1 .* 0 of 1 .*2 more routers"
-        ),
-        routers.replay(model, random_trace(5)),
-    ):
-        loss_of(model, tokens)
-    clean(model)
-    with torch.no_grad(), routers.replay(model, random_trace(5)):
-        loss_of(model, tokens)  # nothing will be recomputed: one use is the law
-
-
-def test_leaving_without_a_forward_and_running_two_are_refused(make_model, tokens, random_trace, clean):
-    model = make_model(0)
-    with (
-        pytest.raises(RoutingReplayError, match=r"model\.layers\.0\.mlp\.gate used 0 of 1 routes"),
-        routers.replay(model, random_trace(5)),
-    ):
-        pass
-    with (
-        pytest.raises(RoutingReplayError, match=r"model\.layers\.0\.mlp\.gate asked for route 2 of 1"),
-        routers.replay(model, random_trace(5)),
-    ):
-        model(tokens, use_cache=False)
-        model(tokens, use_cache=False)
-    clean(model)
-
-
-def test_a_forward_that_skips_a_router_is_refused(make_model, tokens, random_trace, clean):
-    model = make_model(0)
-    layers = model.model.layers
-    with (
-        pytest.raises(RoutingReplayError, match=r"model\.layers\.3\.mlp\.gate used 0 of 1"),
-        routers.replay(model, random_trace(5)),
-    ):
-        layers[3].mlp.gate.forward, kept = lambda x: None, layers[3].mlp
-        layers[3].mlp = torch.nn.Identity()
-        try:
-            model(tokens, use_cache=False)
-        finally:
-            layers[3].mlp = kept
-            del kept.gate.forward
-    clean(model)
-    with pytest.raises(RoutingReplayError, match="saw 0"), routers.record(model) as recorder:
-        layers[0].mlp(torch.randn(1, 4, 16))
-        recorder.trace()
-
-
-def test_an_exception_inside_passes_through_and_leaves_the_model_clean(
-    make_model, tokens, random_trace, clean
-):
-    model = make_model(0)
-    loss, grads = trained(model, tokens)
-    with pytest.raises(ZeroDivisionError), routers.replay(model, random_trace(5)), routers.record(model):
-        model(tokens, use_cache=False)
-        raise ZeroDivisionError
-    clean(model)
-    again, regrads = trained(model, tokens)
-    assert torch.equal(loss, again)
-    assert same_bits(grads, regrads)
-
-
-def test_a_second_replay_is_refused_and_does_not_disturb_the_first(make_model, tokens, random_trace, clean):
-    model = make_model(0)
-    trace = random_trace(5)
-    with torch.no_grad(), routers.replay(model, trace):
-        with (
-            pytest.raises(RoutingReplayError, match="being replayed already"),
-            routers.replay(model, random_trace(6)),
-        ):
-            pass
-        assert np.array_equal(recorded(model, tokens).expert_ids, trace.expert_ids)
-    clean(model)
-
-
-def test_unknown_rows_are_routed_natively_and_counted(make_model, tokens, random_trace):
-    model = make_model(0)
-    trace = random_trace(5)
-    known = trace.known.copy()
-    known[[4, 9, 22]] = False
-    ids = trace.expert_ids.copy()
-    ids[~known] = 0  # what a trace holds there is no route (both ids equal) and must not be looked at
-    partial = RoutingTrace(ids, known, 8)
-    with (
-        torch.no_grad(),
-        routers.record(model, native=True) as native,
-        routers.record(model) as used,
-        routers.replay(model, partial) as feeder,
-    ):
-        model(tokens, use_cache=False)
-    np.testing.assert_array_equal(used.trace().expert_ids[known], trace.expert_ids[known])
-    np.testing.assert_array_equal(used.trace().expert_ids[~known], native.trace().expert_ids[~known])
-    np.testing.assert_array_equal(
-        used.trace().expert_ids[~known, 0], recorded(model, tokens).expert_ids[~known, 0]
-    )
-    assert (feeder.rows, feeder.native_rows) == (23, 3)
-
-
-def test_a_wholly_unknown_trace_is_plain_routing_bit_for_bit(make_model, tokens, random_trace):
-    model = make_model(0)
-    nothing = RoutingTrace(np.zeros((23, 3, 2), np.uint8), np.zeros(23, np.bool_), 8)
-    loss, grads = trained(model, tokens)
-    replayed_loss, replayed_grads = trained(model, tokens, nothing)
-    assert torch.equal(loss, replayed_loss)
-    assert same_bits(grads, replayed_grads)
-
-
 def test_more_than_256_experts_travel_as_uint16(make_model, tokens, random_trace):
     model = make_model(0, num_experts=300, moe_intermediate_size=4, num_experts_per_tok=4)
     own = recorded(model, tokens)
@@ -297,31 +122,6 @@ def test_more_than_256_experts_travel_as_uint16(make_model, tokens, random_trace
     trace = random_trace(5, top_k=4, experts=300)
     with routers.replay(model, trace):
         assert np.array_equal(recorded(model, tokens).expert_ids, trace.expert_ids)
-
-
-def test_traces_that_do_not_fit_are_refused_before_the_model_runs(make_model, random_trace, clean):
-    model = make_model(0)
-    for wrong in (random_trace(0, layers=4), random_trace(0, top_k=3), random_trace(0, experts=16)):
-        with pytest.raises(ValueError, match="recorded from another model"), routers.replay(model, wrong):
-            pass
-    with (
-        pytest.raises(ValueError, match=r"22 rows for 23 tokens .*layers\.0\.mlp\.gate, token 22"),
-        routers.replay(model, random_trace(0)[:22], tokens=23),
-    ):
-        pass
-    clean(model)
-
-
-def test_a_truncated_trace_is_refused_at_the_first_router(make_model, tokens, random_trace, clean):
-    model = make_model(0)
-    with (
-        pytest.raises(
-            ValueError, match=r"layers\.0\.mlp\.gate must have one row a token: got 20 rows for 23"
-        ),
-        routers.replay(model, random_trace(0, tokens=20)),
-    ):
-        model(tokens, use_cache=False)
-    clean(model)
 
 
 def test_a_dense_model_is_refused(make_model):
@@ -378,25 +178,104 @@ def test_every_known_gate_is_its_routers_own_formula_bit_for_bit(name, dtype, no
     assert torch.equal(native, router.weight.grad)
 
 
-def test_compiled_models_replay_exactly_or_say_that_they_cannot(make_model, tokens, random_trace):
+def test_a_model_compiled_inside_the_block_replays_exactly(make_model, tokens, random_trace):
     torch._dynamo.reset()
     trace = random_trace(5)
-    fresh = make_model(0)
-    compiled = torch.compile(fresh, backend="eager")
-    with torch.no_grad(), routers.replay(fresh, trace), routers.record(fresh) as recorder:
-        want = compiled(tokens, use_cache=False).logits
+    model = make_model(0)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), routers.replay(model, trace), routers.record(model) as recorder:
+        got = compiled(tokens, use_cache=False).logits
     np.testing.assert_array_equal(recorder.trace().expert_ids, trace.expert_ids)
     plain = make_model(0)
     with torch.no_grad(), routers.replay(plain, trace):
-        torch.testing.assert_close(want, plain(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-6)
-    warm = torch.compile(plain, backend="eager")
+        torch.testing.assert_close(got, plain(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_compiled_before_the_block_replays_exactly_or_is_refused(make_model, tokens, random_trace):
+    """torch runs hooks that are added later only where it has another reason to compile again."""
+    torch._dynamo.reset()
+    trace = random_trace(5)
+    model = make_model(0)
+    compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
-        native = warm(tokens, use_cache=False).logits
+        compiled(tokens, use_cache=False)
+        with routers.replay(model, trace):
+            want = model(tokens, use_cache=False).logits
         try:
-            with routers.replay(plain, trace):
-                late = warm(tokens, use_cache=False).logits
-        except RoutingReplayError as error:  # without a reason to recompile, hooks added later are not run
-            assert "compiled kernel" in str(error)
+            with routers.replay(model, trace):
+                got = compiled(tokens, use_cache=False).logits
+        except RoutingReplayError as error:
+            refusal, got = str(error), want
         else:
-            torch.testing.assert_close(late, want, rtol=1e-5, atol=1e-6)
-            assert not torch.equal(late, native)
+            refusal = "a router that a fused or compiled kernel bypasses"
+    assert "compiled kernel" in refusal
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def rollouts(random_trace):
+    rng = np.random.default_rng(0)
+
+    def make(i, prompt, new):
+        completion = Completion(
+            rng.integers(0, 61, new),
+            np.ones(new, np.bool_),
+            np.zeros(new, np.float32),
+            np.zeros(new, np.int32),
+            "stop",
+            "",
+            random_trace(i, tokens=prompt + new),
+        )
+        return Rollout(i, i, Prompt(str(i), tuple(rng.integers(0, 61, prompt).tolist()), ""), completion, 0.0)
+
+    return [make(i, *lengths) for i, lengths in enumerate(LENGTHS)]
+
+
+@pytest.fixture
+def run(make_model):
+    model = make_model(0)
+    model.set_attn_implementation(attention.NAME)
+    policy = PolicyModel(model)
+
+    def run(batch, record=False):
+        with torch.no_grad():
+            return hf_logprobs(policy, policy.hf, batch, torch.device("cpu"), record)
+
+    return run
+
+
+def test_packed_sequences_are_replayed_as_each_is_alone(rollouts, run):
+    packed = attach_traces(pack_sequences(rollouts, [0.0] * 3, [2, 0, 1]), rollouts)
+    alone = [attach_traces(pack_sequences(rollouts, [0.0] * 3, [i]), rollouts) for i in (2, 0, 1)]
+    together = run(packed, record=True)
+    separate = [run(batch, record=True) for batch in alone]
+    np.testing.assert_array_equal(together.routing.expert_ids, packed.routing.expert_ids)
+    torch.testing.assert_close(
+        together.logprobs, torch.cat([o.logprobs for o in separate]), rtol=1e-5, atol=1e-5
+    )
+    native = run(packed.with_(routing=None), record=True)
+    assert (native.logprobs - together.logprobs).abs().max() > 0.01
+    whole = RoutingTrace.concat([run(b.with_(routing=None), record=True).routing for b in alone])
+    np.testing.assert_array_equal(native.routing.expert_ids, whole.expert_ids)
+
+
+def test_a_sequences_routes_touch_no_other_sequence(rollouts, run):
+    packed = attach_traces(pack_sequences(rollouts, [0.0] * 3, [0, 1, 2]), rollouts)
+    ids = packed.routing.expert_ids.copy()
+    first, second = packed.cu_seqlens[1:3].tolist()
+    ids[first:second] = (ids[first:second] + 1) % 8
+    changed = run(packed.with_(routing=RoutingTrace(ids, packed.routing.known, 8))).logprobs
+    before = run(packed).logprobs
+    outside = np.r_[0:first, second : packed.num_tokens]
+    assert (changed[first:second] - before[first:second]).abs().max() > 1e-3
+    torch.testing.assert_close(changed[outside], before[outside], rtol=1e-6, atol=1e-6)
+
+
+def test_the_last_tokens_missing_routes_do_not_matter(rollouts, run):
+    """Nothing is predicted from the last token, so the row that the engine never had changes no log-prob."""
+    packed = attach_traces(pack_sequences(rollouts, [0.0] * 3, [0, 1, 2]), rollouts)
+    known = packed.routing.known.copy()
+    known[packed.cu_seqlens[1:].numpy() - 1] = False
+    ids = np.where(known[:, None, None], packed.routing.expert_ids, 0).astype(np.uint8)
+    partial = run(packed.with_(routing=RoutingTrace(ids, known, 8)))
+    torch.testing.assert_close(partial.logprobs, run(packed).logprobs, rtol=1e-6, atol=1e-6)

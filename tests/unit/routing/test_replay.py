@@ -1,3 +1,5 @@
+"""The bookkeeping of a replay: each route once per pass, or an error that names the router."""
+
 import warnings
 
 import numpy as np
@@ -66,9 +68,11 @@ def test_every_route_is_used_exactly_once(random_trace):
         block([1, 0, 1])
     with pytest.raises(RoutingReplayError, match="router third asked for route 2 of 1"):
         block([1, 1, 2])
-    with pytest.raises(RoutingReplayError, match="router second used 1 of 1 .* and 0 of 1 in the recomputed"):
+    with pytest.raises(
+        RoutingReplayError, match=r"router second used 1 of 1 .* and 0 of 1 in the recomputed"
+    ):
         block([1, 1, 1], recompute=[False, True, False])
-    with pytest.raises(ValueError, match="one entry a router"):
+    with pytest.raises(ValueError, match="one entry per router"):
         block([1, 1, 1], recompute=[True])
 
 

@@ -1,3 +1,5 @@
+"""Traces as data: slices, concatenation, the smallest type, and what each mode costs."""
+
 import numpy as np
 import pytest
 import torch
@@ -60,9 +62,9 @@ def test_the_engines_missing_tail_is_unknown():
 def test_ids_use_the_smallest_type():
     assert [id_dtype(n).itemsize for n in (1, 8, 256, 257, 65536)] == [1, 1, 1, 2, 2]
     for n in (0, 65537):
-        with pytest.raises(ValueError, match="1..65536"):
+        with pytest.raises(ValueError, match=r"1\.\.65536"):
             id_dtype(n)
-    with pytest.raises(ValueError, match="uint16 for 300 experts: got .* uint8"):
+    with pytest.raises(ValueError, match=r"uint16 for 300 experts: got .* uint8"):
         RoutingTrace(np.zeros((2, 3, 2), np.uint8), np.ones(2, np.bool_), 300)
 
 
