@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,9 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import resolve_reward, score_rollout
+from gspo_dist.rewards.reward import Item, Judged, judge_rollout, resolve_reward
 from gspo_dist.types import Completion, Prompt
 
-Item = tuple[int, Prompt, Completion]
-Score = tuple[float, Mapping[str, float]]
 GRACE_S = 30.0
 
 
@@ -48,13 +46,13 @@ class RewardWorker(ActorProcess):
         self.config = config
         self.function = resolve_reward(config)
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        return [self._score(*item) for item in items]
+    def judge(self, items: Sequence[Item]) -> list[Judged]:
+        return [self._judge(*item) for item in items]
 
-    def _score(self, rollout_id: int, prompt: Prompt, completion: Completion) -> Score:
+    def _judge(self, rollout_id: int, prompt: Prompt, completion: Completion) -> Judged:
         try:
             with _deadline(self.config.timeout_s):
-                return score_rollout(self.function, prompt, completion, rollout_id)
+                return judge_rollout(self.function, prompt, completion, rollout_id)
         except _Late:
             if self.config.timeout_reward is None:
                 raise TimeoutError(
@@ -62,10 +60,10 @@ class RewardWorker(ActorProcess):
                     f"reward.timeout_s = {self.config.timeout_s:g} s; bound its work, raise the deadline, or set "
                     "reward.timeout_reward"
                 ) from None
-            return self.config.timeout_reward, {"timeout": 1.0}
+            return Judged(self.config.timeout_reward, {"timeout": 1.0})
 
 
-class RewardPool:
+class RayRewardPool:
     """Spreads rollouts evenly over the workers."""
 
     def __init__(self, config: RewardConfig, log_dir: Path) -> None:
@@ -76,7 +74,7 @@ class RewardPool:
             {name: remote.options(num_cpus=0).remote(name, str(log_dir), config) for name in names}, log_dir
         )
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
+    def judge(self, items: Sequence[Item]) -> list[Judged]:
         """(reward, parts) of every item, in order; a reward sees no routing trace. A rollout over the deadline gets
         `timeout_reward` and the part `timeout` = 1. Raises what the reward function raised (naming the rollout), or
         ProcessTimeout when code that no signal interrupts holds a worker past the sum of its deadlines."""
@@ -85,10 +83,10 @@ class RewardPool:
         judged = [(i, prompt, replace(completion, routing=None)) for i, prompt, completion in items]
         chunks = [judged[i : i + size] for i in range(0, len(items), size)]
         refs = {
-            name: self.actors.handles[name].score.remote(c) for name, c in zip(names, chunks, strict=False)
+            name: self.actors.handles[name].judge.remote(c) for name, c in zip(names, chunks, strict=False)
         }
         answers = self.actors.gather(refs, self.config.timeout_s * size + GRACE_S)
-        return [score for chunk in answers.values() for score in chunk]
+        return [verdict for chunk in answers.values() for verdict in chunk]
 
     def close(self) -> None:
         self.actors.kill()

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import resolve_reward, score_rollout
-from gspo_dist.types import Completion, Prompt
+from gspo_dist.rewards.reward import Item, Judged, judge_rollout, resolve_reward
+
+
+class RewardPool(Protocol):
+    """Whatever judges the rollouts of a run."""
+
+    def judge(self, items: Sequence[Item]) -> list[Judged]:
+        """The verdict on every item, in order. May be called any number of times.
+
+        Raises RewardError when a reward function fails; the message names the rollout.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what the pool started. A second call does nothing."""
+        ...
 
 
 class LocalRewardPool:
@@ -15,11 +30,9 @@ class LocalRewardPool:
     def __init__(self, config: RewardConfig) -> None:
         self.function = resolve_reward(config)
 
-    def score(
-        self, items: Sequence[tuple[int, Prompt, Completion]]
-    ) -> list[tuple[float, Mapping[str, float]]]:
+    def judge(self, items: Sequence[Item]) -> list[Judged]:
         return [
-            score_rollout(self.function, prompt, completion, rollout_id)
+            judge_rollout(self.function, prompt, completion, rollout_id)
             for rollout_id, prompt, completion in items
         ]
 

@@ -37,6 +37,10 @@ class Judged(NamedTuple):
     parts: dict[str, float]
 
 
+Item = tuple[int, Prompt, Completion]
+"""What a reward pool judges: the rollout's id, its prompt, its completion."""
+
+
 class RewardError(RuntimeError):
     """A reward function failed or gave no finite number; the message names the rollout."""
 
@@ -69,7 +73,7 @@ def resolve_reward(config: RewardConfig) -> Reward:
     return _bind(name, _load(name, name), config.options)
 
 
-def score_rollout(fn: Reward, prompt: Prompt, completion: Completion, rollout_id: int) -> Judged:
+def judge_rollout(fn: Reward, prompt: Prompt, completion: Completion, rollout_id: int) -> Judged:
     """Calls `fn` and checks what it gives. Raises RewardError, from the cause, naming the rollout and its prompt."""
     who = f"reward of rollout {rollout_id} (prompt {prompt.prompt_id})"
     try:

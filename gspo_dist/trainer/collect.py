@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gspo_dist.evaluation.suite import evaluate
 from gspo_dist.objectives.diagnostics import advantage_statistics, degenerate_group_share, length_by_outcome
+from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.types import Completion, Prompt, Rollout, SamplingSpec
-
-
-class RewardPool(Protocol):
-    """Judges completions: (rollout_id, prompt, completion) -> (reward, parts), in order."""
-
-    def score(
-        self, items: Sequence[tuple[int, Prompt, Completion]]
-    ) -> list[tuple[float, dict[str, float]]]: ...
-
-    def close(self) -> None: ...
 
 
 def judge(
@@ -35,11 +26,11 @@ def judge(
         for g, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
         for i, completion in enumerate(group)
     ]
-    scores = rewards.score(items)
+    verdicts = rewards.judge(items)
     return [
         Rollout(rollout_id, first_group_id + n // size, prompt, completion, reward, parts)
         for n, ((rollout_id, prompt, completion), (reward, parts)) in enumerate(
-            zip(items, scores, strict=True)
+            zip(items, verdicts, strict=True)
         )
     ]
 
@@ -109,7 +100,7 @@ def evaluate_with(
     def sample(chosen: list[Prompt], asked: SamplingSpec) -> list[list[Completion]]:
         groups = generate(chosen, asked)
         items = [(-1, p, c) for p, group in zip(chosen, groups, strict=True) for c in group]
-        judged.update({id(c): score[0] for (_, _, c), score in zip(items, rewards.score(items), strict=True)})
+        judged.update({id(c): v.reward for (_, _, c), v in zip(items, rewards.judge(items), strict=True)})
         return groups
 
     result = evaluate(sample, prompts, lambda _, completion: judged[id(completion)], spec)

@@ -19,9 +19,10 @@ from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.metrics.curves import draw_curves
 from gspo_dist.metrics.sinks import Sinks, read_jsonl
 from gspo_dist.packing import MiniBatch
+from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.routing.trace import replay_bytes
-from gspo_dist.trainer.collect import RewardPool, evaluate_with, probe_sequences
+from gspo_dist.trainer.collect import evaluate_with, probe_sequences
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.old_logprobs import LogprobContract
 from gspo_dist.trainer.publisher import WeightSync

@@ -32,7 +32,7 @@ from gspo_dist.types import SamplingSpec
 
 if TYPE_CHECKING:  # ray is imported only by runs that use it
     from gspo_dist.actors.learner_group import RayLearnerGroup
-    from gspo_dist.actors.reward_pool import RewardPool as RayRewardPool
+    from gspo_dist.actors.reward_pool import RayRewardPool
     from gspo_dist.actors.rollout_pool import RayRolloutPool
 
 
@@ -423,9 +423,9 @@ class Processes:
         return group
 
     def rewards(self) -> RayRewardPool:
-        from gspo_dist.actors.reward_pool import RewardPool
+        from gspo_dist.actors.reward_pool import RayRewardPool
 
-        pool = RewardPool(self.config.reward, self.logs)
+        pool = RayRewardPool(self.config.reward, self.logs)
         self.stack.callback(pool.close)
         return pool
 

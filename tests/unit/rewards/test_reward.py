@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, resolve_reward, score_rollout
+from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, resolve_reward, judge_rollout
 from gspo_dist.types import Completion, Prompt
 
 PROMPT = Prompt("p7", (1, 2), "1+2=", "3")
@@ -35,8 +35,8 @@ def user_file(tmp_path):
 def test_built_in_names_resolve_and_judge():
     for name in BUILT_IN:
         fn = resolve_reward(RewardConfig(function=name))
-        assert score_rollout(fn, PROMPT, completion("3"), 0).reward == 1.0
-        assert score_rollout(fn, PROMPT, completion("4"), 0).reward == 0.0
+        assert judge_rollout(fn, PROMPT, completion("3"), 0).reward == 1.0
+        assert judge_rollout(fn, PROMPT, completion("4"), 0).reward == 0.0
 
 
 def test_options_are_bound():
@@ -49,14 +49,14 @@ def test_a_function_of_a_file_with_its_options_and_parts(user_file):
         "def f(prompt, completion, *, bonus=0.0):\n    return bonus, {'length': len(completion.text)}\n"
     )
     fn = resolve_reward(RewardConfig(function=f"{path}:f", options={"bonus": 0.5}))
-    assert score_rollout(fn, PROMPT, completion("abcd"), 0) == Judged(0.5, {"length": 4.0})
+    assert judge_rollout(fn, PROMPT, completion("abcd"), 0) == Judged(0.5, {"length": 4.0})
 
 
 def test_a_function_of_a_module(user_file, monkeypatch, tmp_path):
     user_file("def f(prompt, completion):\n    return 0.25\n", "my_rewards_module.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     fn = resolve_reward(RewardConfig(function="my_rewards_module:f"))
-    assert score_rollout(fn, PROMPT, completion(""), 0) == Judged(0.25, {})
+    assert judge_rollout(fn, PROMPT, completion(""), 0) == Judged(0.25, {})
 
 
 def test_two_files_of_one_name_are_two_modules(user_file, tmp_path):
@@ -129,26 +129,26 @@ def test_an_exception_names_the_rollout_and_keeps_its_cause():
     with pytest.raises(
         RewardError, match=r"reward of rollout 41 \(prompt p7\) raised KeyError: 'gold'"
     ) as caught:
-        score_rollout(broken, PROMPT, completion("3"), 41)
+        judge_rollout(broken, PROMPT, completion("3"), 41)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "1.0", [1.0, 2.0], (1.0, {}, 0)])
 def test_what_is_no_finite_number_is_refused(bad):
     with pytest.raises(RewardError, match=r"reward of rollout 3 \(prompt p7\) must be a finite number: got"):
-        score_rollout(lambda p, c: bad, PROMPT, completion("3"), 3)
+        judge_rollout(lambda p, c: bad, PROMPT, completion("3"), 3)
 
 
 def test_parts_must_be_named_finite_numbers():
     with pytest.raises(
         RewardError, match=r"rollout 3 \(prompt p7\), part 'length' must be a finite number: got nan"
     ):
-        score_rollout(lambda p, c: (1.0, {"length": math.nan}), PROMPT, completion("3"), 3)
+        judge_rollout(lambda p, c: (1.0, {"length": math.nan}), PROMPT, completion("3"), 3)
     with pytest.raises(RewardError, match="its parts must be a mapping of names to numbers: got 0.5"):
-        score_rollout(lambda p, c: (1.0, 0.5), PROMPT, completion("3"), 3)
+        judge_rollout(lambda p, c: (1.0, 0.5), PROMPT, completion("3"), 3)
 
 
 def test_numpy_and_bool_rewards_become_floats():
     for given, wanted in ((np.float32(0.5), 0.5), (True, 1.0), (np.int64(2), 2.0)):
-        reward = score_rollout(lambda p, c, g=given: g, PROMPT, completion("3"), 0).reward
+        reward = judge_rollout(lambda p, c, g=given: g, PROMPT, completion("3"), 0).reward
         assert (type(reward), reward) == (float, wanted)
