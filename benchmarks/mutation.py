@@ -35,6 +35,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import json
 import os
@@ -258,9 +259,12 @@ def _child(tree: Path, tests: Sequence[str], learn: bool) -> None:
         os.chdir(tree)
         sys.path[:] = [str(tree), *(p for p in sys.path[1:] if Path(p or ".").resolve() != ROOT)]
         os.environ["PYTHONPATH"] = str(tree)
+        # Plug-ins of other packages, and the collection of garbage at the end, cost more than most tests.
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        left_out = ("cacheprovider", "unraisableexception", "threadexception")
+        code = int(pytest.main(["-x", "-q", *(f"-pno:{plugin}" for plugin in left_out), *tests]))
         if learn:
             heavy = [name for name in sys.modules if name.split(".")[0] in HEAVY]
             (tree / "heavy.json").write_text(json.dumps(heavy))
@@ -308,6 +312,7 @@ def check_baseline(root: Path, tree: Path, module: str, tests: Sequence[str]) ->
             # Some modules can only be imported by their own package; the children then import them again.
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    gc.freeze()  # the children's collections then leave these libraries' pages alone
     return time.monotonic() - child.started
 
 
