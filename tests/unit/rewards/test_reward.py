@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, resolve_reward, judge_rollout
+from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, judge_rollout, resolve_reward
 from gspo_dist.types import Completion, Prompt
 
 PROMPT = Prompt("p7", (1, 2), "1+2=", "3")
