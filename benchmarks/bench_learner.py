@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gspo_dist.cli.main import run_config
+from gspo_dist.cli.compose import run_config
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import ModelConfig, RunConfig
 from gspo_dist.learners.loss import LossSpec

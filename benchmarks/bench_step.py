@@ -37,7 +37,7 @@ def measure(overrides: list[str], steps: int, threads: int | None) -> list[dict]
         command = [
             sys.executable,
             "-m",
-            "gspo_dist.cli.main",
+            "gspo_dist",
             "train",
             *overrides,
             f"steps={steps}",

@@ -1,12 +1,14 @@
-"""A run's configuration as the planner reads it: its model, its hardware, and what the run itself would refuse."""
+"""`gspo plan`: a run's configuration as the planner reads it, and what the run itself would refuse of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gspo_dist.cli.compose import run_as_application
+from gspo_dist.cli.exits import guarded
 from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
@@ -18,20 +20,18 @@ from gspo_dist.planner.layout import LearnerLayout
 from gspo_dist.planner.placement import where
 
 
-def plan_text(
-    config: RunConfig,
-    gpu: str | None = None,
-    nodes: str | None = None,
-    gpus_per_node: str | None = None,
-    model: str | None = None,
-) -> str:
-    """What a run needs and whether it fits, from its configuration alone; values from conf/'s cluster.plan_* fill gaps."""
-    cluster = config.cluster
-    hf, name = _planned_model(config, model)
-    kind = gpu or cluster.plan_gpu
-    hardware = find_gpu(kind) if kind else None
-    count = _whole("plan.nodes", nodes) or cluster.plan_nodes
-    size = _whole("plan.gpus_per_node", gpus_per_node) or cluster.plan_gpus_per_node
+def main(args: Sequence[str]) -> None:
+    """Prints the plan of the run that the overrides describe. Nothing is started."""
+    run_as_application("gspo plan", args, lambda config: print(guarded(lambda: plan_text(config))))
+
+
+def plan_text(config: RunConfig) -> str:
+    """What a run needs and whether it fits, from its configuration alone.
+
+    Raises ValueError for a GPU or a model that is not known.
+    """
+    hf, name = planned_model(config)
+    hardware = find_gpu(config.plan.gpu) if config.plan.gpu else None
     learner, engine, work = read_run(to_mapping(config))
     result = plan(
         learner,
@@ -39,37 +39,49 @@ def plan_text(
         work,
         countable(shape_from_config(hf, name)),
         hardware,
-        count,
-        size,
+        config.plan.nodes,
+        config.plan.gpus_per_node,
         refusals=_refusals(config, hf, gpu=hardware is not None),
     )
     text = format_plan(result)
-    return "\n".join([*where(learner, engine, count, result.gpus_per_node), text]) if hardware else text
+    if hardware is None:
+        return text
+    return "\n".join([*where(learner, engine, config.plan.nodes, result.gpus_per_node), text])
 
 
-def _planned_model(config: RunConfig, model: str | None) -> tuple[Mapping[str, Any], str]:
-    """The HF config of the model to plan and its name: plan.model, else the run's own, else cluster.plan_model."""
-    described = model or config.cluster.plan_model
+def planned_model(config: RunConfig) -> tuple[Mapping[str, Any], str]:
+    """The HF config of the model to plan, and its name.
+
+    plan.model comes first, then the run's own folder, then plan.fallback_model, then the recipe of a run
+    without a folder. Raises ValueError when none of them is there.
+    """
+    if config.plan.model:
+        return find_config(config.plan.model)
     folder = Path(config.model.path).expanduser() if config.model.path else None
-    if folder is not None and (folder / "config.json").is_file() and model is None:
+    if folder is not None and (folder / "config.json").is_file():
         return read_config(folder / "config.json"), folder.name
-    if described:
-        return find_config(described)
+    if config.plan.fallback_model:
+        return find_config(config.plan.fallback_model)
     if folder is not None:
         raise ValueError(
             f"gspo plan needs the model's shape: {folder} has no config.json; give plan.model=Qwen3-30B-A3B"
         )
+    return _recipe(config.model.recipe)
+
+
+def _recipe(name: str) -> tuple[Mapping[str, Any], str]:
     from gspo_dist.coldstart.model import model_config
     from gspo_dist.coldstart.recipes import recipe_named
 
-    shape = recipe_named(config.model.recipe).shape
-    return {**model_config(shape).to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}, config.model.recipe
+    # The saved model names its class; a config that was never saved does not.
+    hf = {**model_config(recipe_named(name).shape).to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
+    return hf, name
 
 
 def _refusals(
     config: RunConfig, hf: Mapping[str, Any], *, gpu: bool
 ) -> Callable[[LearnerLayout], list[str]] | None:
-    """What a Megatron run would refuse of a planned layout: the checks that the run itself makes, in their words."""
+    """What a Megatron run would refuse of a planned layout, by the checks that the run itself makes."""
     if config.learner.backend != "megatron":
         return None
 
@@ -91,12 +103,3 @@ def _refusals(
         return []
 
     return refusals
-
-
-def _whole(key: str, text: str | None) -> int | None:
-    """A number given on the command line; None where none was."""
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{key} must be a whole number, at least 1: got {text!r}")
-    return int(text)

@@ -4,8 +4,9 @@
     model.py      the policy to start from
     learner.py    the learner, its optimiser, DeepSpeed, Megatron
     rollout.py    the engines, sampling, the weight sync
-    objective.py  the loss, the advantages, the guard, the correction
+    objective.py  the loss, the advantages, the correction (the guard's knobs are in objectives/offset.py)
     data.py, reward.py, evaluation.py, cluster.py, logger.py, checkpoint.py, flips.py
+    plan.py       what `gspo plan` assumes
     mapping.py    a config from plain mappings, and back
 
 Nothing here imports torch or omegaconf, so that `gspo --help`, `gspo plan` and a test of a config answer at
@@ -22,6 +23,7 @@ from gspo_dist.config.learner import DeepSpeedConfig, LearnerConfig, MegatronCon
 from gspo_dist.config.logger import LoggerConfig, WandbConfig
 from gspo_dist.config.model import ModelConfig
 from gspo_dist.config.objective import CorrectionConfig, ObjectiveConfig
+from gspo_dist.config.plan import PlanConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig, WeightSyncConfig
 from gspo_dist.config.run import RunConfig
@@ -42,6 +44,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PlanConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_dist.checks import above, at_least, choose
+from gspo_dist.checks import above, choose
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,7 @@ class ClusterConfig:
     """Learner ranks and engines share the GPUs of one host. Engines sleep during the update."""
     placement_timeout_s: float = 600.0
     """Longest wait for the cluster to grant the resources that were asked for."""
-    plan_gpu: str | None = None
-    """`gspo plan`: the kind of GPU (H100, H200, ...); null plans a CPU host."""
-    plan_nodes: int = 1
-    plan_gpus_per_node: int | None = None
-    """`gspo plan`: null takes the GPU's own (8; 4 for GB200)."""
-    plan_model: str | None = None
-    """`gspo plan`: a known model's name, where model.path is not on this host."""
 
     def __post_init__(self) -> None:
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
         above("cluster.placement_timeout_s", self.placement_timeout_s, 0)
-        at_least("cluster.plan_nodes", self.plan_nodes, 1)
-        at_least("cluster.plan_gpus_per_node", self.plan_gpus_per_node, 1)

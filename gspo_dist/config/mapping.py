@@ -66,6 +66,8 @@ def described(kind: Any) -> str:
     """A knob's type as a message says it: "a whole number" for int and for int | None."""
     kind = _without_none(kind)
     kind = typing.get_origin(kind) or kind
+    if dataclasses.is_dataclass(kind):
+        return "a section, whose knobs are set one by one"
     return "a list" if kind is tuple else KINDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 

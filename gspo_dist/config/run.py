@@ -15,6 +15,7 @@ from gspo_dist.config.logger import LoggerConfig
 from gspo_dist.config.mapping import knobs
 from gspo_dist.config.model import ModelConfig
 from gspo_dist.config.objective import ObjectiveConfig
+from gspo_dist.config.plan import PlanConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig
 
@@ -54,6 +55,8 @@ class RunConfig:
     """Held-out accuracy before, during and after training."""
     flips: FlipsConfig = field(default_factory=FlipsConfig)
     """Live rates of routing flips."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What `gspo plan` assumes. The run itself reads none of it."""
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)

@@ -194,7 +194,7 @@ found before anything heavy, so there is nothing to record."""
 
 def _command(study: Study, arm: str, seed: int) -> list[str]:
     """Arguments of the interpreter that make one run."""
-    return ["-m", "gspo_dist.cli.main", "train", *study.run_overrides(arm, seed), "logger.console=false"]
+    return ["-m", "gspo_dist", "train", *study.run_overrides(arm, seed), "logger.console=false"]
 
 
 def _environment(study: Study) -> Mapping[str, str]:

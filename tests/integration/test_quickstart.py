@@ -63,7 +63,7 @@ def start(model: Path, reward: Path, run_dir: Path, *extra: str) -> subprocess.P
     command = [
         sys.executable,
         "-m",
-        "gspo_dist.cli.main",
+        "gspo_dist",
         "train",
         *TINY,
         f"model.path={model}",

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from gspo_dist.cli import main as cli
+from gspo_dist.cli.compose import conf_dir, run_config
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_layout
@@ -56,7 +56,7 @@ EXPERTS_A_RANK = 3_623_878_656
 
 @functools.cache
 def arm(name: str, nodes: int):
-    return cli.run_config([f"experiment=qwen3_30b_a3b/{name}", f"layout=qwen3_30b_a3b_{nodes}x8", *PATHS])
+    return run_config([f"experiment=qwen3_30b_a3b/{name}", f"layout=qwen3_30b_a3b_{nodes}x8", *PATHS])
 
 
 def planned(config, nodes: int):
@@ -86,7 +86,7 @@ def test_every_arm_fits_every_layout_and_leaves_no_gpu_idle(name, nodes):
         "free: 0 GPUs",
     ]
     assert result.learner.free > 20 << 30  # skewed experts and fragments need room: a quarter of the GPU
-    assert (config.cluster.address, config.cluster.plan_nodes) == ("auto", nodes)
+    assert (config.cluster.address, config.plan.nodes) == ("auto", nodes)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_layout_changes_where_a_run_runs_and_nothing_else(nodes):
         "learner.megatron.tensor_parallel",
         "learner.megatron.optimizer_cpu_offload",
         "rollout.engines",
-        "cluster.plan_nodes",
+        "plan.nodes",
     }
 
     def flat(node, prefix=""):
@@ -177,12 +177,12 @@ def read_yaml(path):
 
 
 def test_a_study_runs_the_arms_that_the_experiments_name():
-    study = load_study(["study=qwen3_30b_a3b", "layout=qwen3_30b_a3b_8x8", *PATHS], cli.conf_dir(), read_yaml)
+    study = load_study(["study=qwen3_30b_a3b", "layout=qwen3_30b_a3b_8x8", *PATHS], conf_dir(), read_yaml)
     assert list(study.arms) == STUDY_ARMS
     assert study.parallel == 1
     assert study.reference == "grpo"
     for name in STUDY_ARMS:
-        of_study = to_mapping(cli.run_config(study.run_overrides(name, 0)))
+        of_study = to_mapping(run_config(study.run_overrides(name, 0)))
         assert of_study["logger"]["wandb"]["project"] == "gspo_dist"
         assert of_study["logger"]["wandb"]["group"] == "qwen3_30b_a3b"
         assert of_study["logger"]["wandb"]["tags"] == ["qwen3_30b_a3b", name]
@@ -198,7 +198,7 @@ def test_a_run_without_its_paths_stops_before_anything_starts():
     from gspo_dist.data.records import read_file
     from gspo_dist.learners.hf_model import check_model_folder
 
-    config = cli.run_config(["experiment=qwen3_30b_a3b/gspo"])
+    config = run_config(["experiment=qwen3_30b_a3b/gspo"])
     with pytest.raises(ValueError, match="give-model.path"):
         check_model_folder(config.model.path)
     for path in (config.data.train, config.data.heldout):
@@ -208,8 +208,8 @@ def test_a_run_without_its_paths_stops_before_anything_starts():
 
 def test_a_dry_run_shows_every_arm_without_a_gpu_and_without_torch(tmp_path):
     program = (
-        "import sys; from gspo_dist.cli import main as cli\n"
-        "cli.main(['compare', 'study=qwen3_30b_a3b', 'layout=qwen3_30b_a3b_2x8', '--dry-run'])\n"
+        "import sys; from gspo_dist.cli.main import main\n"
+        "main(['compare', 'study=qwen3_30b_a3b', 'layout=qwen3_30b_a3b_2x8', '--dry-run'])\n"
         "print('heavy:', sorted({'torch', 'ray', 'vllm'} & set(sys.modules)))"
     )
     done = subprocess.run(

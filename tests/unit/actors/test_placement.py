@@ -6,7 +6,7 @@ import pytest
 
 from gspo_dist.actors import placement
 from gspo_dist.actors.placement import Reservation, lay_out
-from gspo_dist.cli.main import run_config
+from gspo_dist.cli.compose import run_config
 
 
 def layout(*overrides: str, device: str = "cuda"):

@@ -70,9 +70,11 @@ def test_default_is_the_paper():
         ({"logger": {"samples_per_step": -1}}, r"logger.samples_per_step must be at least 0: got -1"),
         (
             {"checkpoint": {"accept": ["reward", "learner.optimizer.learning_rate"]}},
-            r"checkpoint.accept must hold knobs or sections .*: got 'learner.optimizer.learning_rate'; did you mean",
+            r"checkpoint.accept must hold .*: got .learner.optimizer.learning_rate.; did you mean",
         ),
-        ({"cluster": {"plan_nodes": 0}}, r"cluster.plan_nodes must be at least 1: got 0"),
+        ({"plan": {"nodes": 0}}, r"plan.nodes must be at least 1: got 0"),
+        ({"plan": {"gpus_per_node": -8}}, r"plan.gpus_per_node must be at least 1: got -8"),
+        ({"plan": {"gpu": ""}}, r"plan.gpu needs a value: got none; leave it out, or write plan.gpu=null"),
     ],
 )
 def test_bad_input_names_rule_value_and_way_out(values, message):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_dist.cli.main import conf_dir, run_config
+from gspo_dist.cli.compose import conf_dir, run_config
 from gspo_dist.studies.study import Study, load_study
 
 GOOD = {"arms": {"gspo": ["objective=gspo"], "grpo": []}, "reference": "grpo"}

@@ -1,0 +1,114 @@
+"""A plan is read from the run's own configuration, and refuses what the run refuses, in the same words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gspo_dist.cli.compose import run_config
+from gspo_dist.cli.plan import plan_text, planned_model
+from gspo_dist.config import RunConfig
+from gspo_dist.learners.megatron.architecture import from_hf
+from gspo_dist.learners.megatron.layout import check_knobs, check_layout
+from gspo_dist.models.config_file import BUILT_IN
+
+LARGE = ["experiment=qwen3_30b_a3b/gspo", "layout=qwen3_30b_a3b_2x8"]
+
+
+def verdict(text: str) -> list[str]:
+    """The lines of a plan's text from its verdict on."""
+    lines = text.splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line in ("fits", "does not fit")) :]
+
+
+def refused_by_the_run(config: RunConfig) -> str:
+    """What the learner's own checks say of a configuration; fails where they accept it."""
+    try:
+        check_knobs(config.learner, gpu=True)
+        check_layout(config.learner.megatron, from_hf(BUILT_IN["Qwen3-30B-A3B"]), config.learner.world_size)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the run accepts it")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learner.megatron.sequence_parallel=false"],
+        [
+            "learner.megatron.token_dispatcher=allgather",
+            "learner.megatron.pipeline_parallel=2",
+            "learner.megatron.expert_parallel=2",
+        ],
+        ["learner.megatron.expert_parallel=6"],
+        ["learner.precision=fp32", "learner.megatron.optimizer_cpu_offload=false"],
+        ["learner.megatron.overlap_param_gather=true", "learner.megatron.overlap_grad_reduce=false"],
+        ["learner.megatron.expert_bias=true", "learner.megatron.aux_loss_coef=0.01"],
+        [
+            "learner.megatron.tensor_parallel=8",
+            "learner.megatron.pipeline_parallel=5",
+            "learner.world_size=40",
+        ],
+    ],
+)
+def test_plan_and_run_refuse_a_layout_with_the_same_words(overrides):
+    config = run_config([*LARGE, *overrides])
+    refusal = refused_by_the_run(config)
+    assert verdict(plan_text(config)) == ["does not fit", f"  {refusal}"]
+    assert verdict(plan_text(run_config(LARGE))) == ["fits"]
+
+
+def test_plan_refuses_a_model_that_the_megatron_learner_does_not_build():
+    said = verdict(plan_text(run_config([*LARGE, "plan.model=OLMoE-1B-7B"])))
+    assert said[0] == "does not fit"
+    assert "does not know the architecture 'OlmoeForCausalLM'" in said[1]
+    assert "use learner=deepspeed" in said[1]
+
+
+def test_plan_refuses_an_engine_that_does_not_divide_the_heads():
+    said = verdict(plan_text(run_config([*LARGE, "rollout.tensor_parallel=3"])))
+    assert said[:2] == [
+        "does not fit",
+        "  rollout.tensor_parallel must divide num_attention_heads: got 3 and 32; try 1, 2, 4, 8, 16, 32",
+    ]
+
+
+def test_plan_counts_the_gpus_of_a_node_by_the_gpu_unless_told():
+    for given, nodes in (
+        ([], "2 x 8 H100-80GB"),
+        (["plan.gpu=GB200"], "2 x 4 GB200-186GB"),
+        (["plan.gpu=GB200", "plan.gpus_per_node=8"], "2 x 8 GB200-186GB"),
+        (["plan.gpus_per_node=2"], "2 x 2 H100-80GB"),
+        (["plan.nodes=3"], "3 x 8 H100-80GB"),
+    ):
+        assert f"\non {nodes}\n" in plan_text(run_config([*LARGE, *given]))
+
+
+def test_the_model_to_plan_is_the_named_one_then_the_runs_own_then_the_fallback_then_the_recipe(
+    tmp_path: Path,
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    own, fallback = f"model.path={tmp_path}", "plan.fallback_model=Qwen3-30B-A3B"
+
+    def planned(*overrides: str) -> str:
+        return planned_model(run_config(list(overrides)))[1]
+
+    assert planned("model=local", own, fallback, "plan.model=OLMoE-1B-7B") == "OLMoE-1B-7B"
+    assert planned("model=local", own, fallback) == tmp_path.name
+    assert planned("model=local", "model.path=/not/here", fallback) == "Qwen3-30B-A3B"
+    assert planned("model=peer") == "peer"
+    with pytest.raises(ValueError, match=r"/not/here has no config\.json; give plan\.model=Qwen3-30B-A3B"):
+        planned("model=local", "model.path=/not/here")
+
+
+def test_plan_names_the_size_that_a_config_leaves_out(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=f"config.json of {tmp_path.name} must give hidden_size"):
+        plan_text(run_config(["model=local", f"model.path={tmp_path}"]))
+
+
+def test_plan_of_a_recipe_knows_what_the_megatron_learner_builds_of_it():
+    config = run_config(["learner=megatron", "rollout.max_completion_tokens=128"])
+    assert verdict(plan_text(config)) == ["fits"]
