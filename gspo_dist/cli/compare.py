@@ -14,8 +14,8 @@ FLAGS = ("--dry-run", "--report-only", "--html")
 def main(args: Sequence[str]) -> None:
     """Runs what is not done yet and writes the report.
 
-    --dry-run prints every arm and its plan instead. --report-only writes the report of what is there. --html also
-    writes it as one page that holds everything.
+    --dry-run prints every arm and its plan instead. --report-only writes the report of what is there.
+    --html also writes the report as one page that holds everything.
     """
     flags = {a for a in args if a.startswith("-")}
     unknown = flags.difference(FLAGS)

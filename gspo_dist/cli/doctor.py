@@ -20,7 +20,7 @@ from typing import Any
 from gspo_dist.cli import findings
 from gspo_dist.cli.exits import fail
 from gspo_dist.cli.findings import Check
-from gspo_dist.host import usable_cores
+from gspo_dist.host import usable_cores, usable_memory
 
 # Runs in a process of its own; prints one JSON line.
 _PROBE = """
@@ -65,7 +65,7 @@ def diagnose(root: Path | None = None) -> list[Check]:
         findings.check_torch(probe),
         findings.check_devices(gpus, driver_gpus()),
         findings.check_cores(usable_cores()),
-        findings.check_memory(*memory_bytes()),
+        findings.check_memory(*usable_memory()),
         findings.check_disk(shutil.disk_usage(Path.cwd()).free),
         findings.check_shm(
             shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, bool(gpus)
@@ -138,21 +138,6 @@ def driver_gpus() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in out.splitlines() if line.startswith("GPU ")]
-
-
-def memory_bytes() -> tuple[int, int]:
-    """(total, available) host memory, a container's limit considered."""
-    fields = {}
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else ():
-        name, value = line.split(":", 1)
-        fields[name] = int(value.split()[0]) * 1024
-    total, available = fields.get("MemTotal", 0), fields.get("MemAvailable", 0)
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return min(total, limit), min(available, max(0, limit - used))
-    except (OSError, ValueError):
-        return total, available
 
 
 def _has_library(name: str) -> bool:

@@ -14,7 +14,7 @@ def main(args: Sequence[str]) -> None:
     """Writes the page's description, saves the page in W&B, or both, and prints where."""
     parser = argparse.ArgumentParser(
         "gspo workspace",
-        description="One W&B page for the arms of a study: described as JSON (--to), saved in W&B (--create).",
+        description="One W&B page for the arms of a study: as JSON (--to), saved in W&B (--create).",
     )
     parser.add_argument("--study", required=True, help="its name: the group and a tag of its runs")
     parser.add_argument("--project", default=WandbConfig.project, help="W&B project of the runs")
