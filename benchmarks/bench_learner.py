@@ -1,11 +1,14 @@
-"""The learners on one model and one batch: tokens a second, peak memory of a rank, share of unused token budget (packing pads nothing).
+"""The learners on one model and one batch: tokens per second, peak memory per rank, unused token budget.
 
-    python benchmarks/bench_learner.py                          # eager, DeepSpeed and Megatron on the quickstart model
-    python benchmarks/bench_learner.py --layers 4 --gpu H100    # GPU: a few layers at Qwen3-30B-A3B's shapes, with MFU
+    python benchmarks/bench_learner.py                        # every layout, on the quickstart's model
+    python benchmarks/bench_learner.py --only eager megatron --model FOLDER
+    python benchmarks/bench_learner.py --layers 4 --gpu H100  # GPUs: layers of Qwen3-30B-A3B, with MFU
 
-Every learner gets the same sequences (long-tailed lengths, fixed seed) through the same packer; `update` is forward,
-backward and optimiser step of one mini-batch, `old log-probs` the pass without gradients. Ranks are Ray actors, as in
-a run. MFU counts three times the forward FLOPs (no recomputation) against the GPU's dense bf16 peak.
+Every learner gets the same sequences (lengths with a long tail, fixed seed) through the same packer.
+`update` is forward, backward and optimiser step of one mini-batch; `old log-probs` is the pass without
+gradients. Ranks are Ray actors, as in a run. Packing pads nothing: the unused share is what the
+micro-batches leave of `learner.token_budget`. MFU counts three times the forward FLOPs (no recomputation)
+against the GPU's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -113,6 +116,7 @@ def real_shapes(folder: Path, layers: int) -> str:
 
 
 def batches(config: RunConfig, rollouts: list[Rollout]) -> MiniBatch:
+    """All rollouts as one mini-batch, packed for the layout's replicas."""
     rewards = [1.0 if r.reward else -1.0 for r in rollouts]
     return pack(
         rollouts,
@@ -126,6 +130,7 @@ def batches(config: RunConfig, rollouts: list[Rollout]) -> MiniBatch:
 
 
 def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int) -> dict[str, float]:
+    """Medians of one layout, after two rounds that warm up."""
     mini = batches(config, rollouts)
     spec = LossSpec(get_objective("gspo"), mini.denominators)
     with (
@@ -148,7 +153,7 @@ def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int
     return {
         "update_tokens_per_s": mini.num_tokens / statistics.median(update),
         "logprobs_tokens_per_s": mini.num_tokens / statistics.median(passes),
-        "peak_bytes_a_rank": max(m.get("gpu", m["host"]) for m in memory.values()),
+        "peak_bytes_per_rank": max(m.get("gpu", m["host"]) for m in memory.values()),
         "padding": 1.0 - mini.efficiency(config.learner.token_budget),
         "tokens": mini.num_tokens,
     }
@@ -159,15 +164,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--sequences", type=int, default=128, help="rollouts in the batch")
     parser.add_argument("--mean", type=int, default=48, help="mean completion length")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument(
         "--layers", type=int, default=0, help="this many layers at Qwen3-30B-A3B's shapes instead (GPU)"
     )
+    parser.add_argument("--model", help="an HF folder instead of the quickstart's model")
     parser.add_argument("--gpu", help="GPU kind for MFU, e.g. H100")
     parser.add_argument("--only", nargs="+", help="names of layouts")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also write every number here")
     options = parser.parse_args()
     layouts = GPU_LAYOUTS if options.layers else CPU_LAYOUTS
     unknown = set(options.only or layouts) - set(layouts)
@@ -180,17 +186,18 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"--gpu: {error}")
     with tempfile.TemporaryDirectory() as folder:
-        model = (
-            real_shapes(Path(folder), options.layers) if options.layers else str(ensure_model(ModelConfig()))
-        )
+        if options.layers:
+            model = real_shapes(Path(folder), options.layers)
+        else:
+            model = options.model or str(ensure_model(ModelConfig()))
         longest = 8192 if options.layers else 256
         mean = 2048 if options.layers else options.mean
         vocabulary = json.loads(Path(model, "config.json").read_text())["vocab_size"]
         rollouts = sequences(options.sequences, mean, longest, vocabulary)
         results = {}
         print(
-            "| learner | update tokens/s | old log-probs tokens/s | peak memory a rank (MiB) | unused budget |"
-            + (" MFU |" if gpu else "")
+            "| learner | update tokens/s | old log-probs tokens/s | peak memory per rank (MiB) "
+            "| unused budget |" + (" MFU |" if gpu else "")
         )
         print("|---|---|---|---|---|" + ("---|" if gpu else ""))
         for name, overrides in layouts.items():
@@ -213,7 +220,7 @@ def main() -> None:
             results[name] = row
             line = (
                 f"| {name} | {row['update_tokens_per_s']:,.0f} | {row['logprobs_tokens_per_s']:,.0f} | "
-                f"{row['peak_bytes_a_rank'] / 2**20:,.0f} | {row['padding']:.1%} |"
+                f"{row['peak_bytes_per_rank'] / 2**20:,.0f} | {row['padding']:.1%} |"
             )
             if gpu:
                 line += f" {mfu(model, row, rollouts, gpu, config.learner.world_size):.1%} |"
@@ -223,7 +230,8 @@ def main() -> None:
 
 
 def mfu(model: str, row: dict[str, float], rollouts: list[Rollout], gpu: Gpu, ranks: int) -> float:
-    """Model FLOPs utilisation of the update: 3 x the forward's FLOPs (backward counts double) over the dense peak."""
+    """Model FLOPs utilisation of the update: 3 x the forward's FLOPs (backward counts double) over
+    the dense peak."""
     lengths = np.array([len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts])
     shape = shape_from_config(json.loads(Path(model, "config.json").read_text()), "bench")
     # Attention's share of a token grows with its sequence: the mean over tokens, not over sequences.

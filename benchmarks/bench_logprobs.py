@@ -1,20 +1,21 @@
-"""Log-probs without the logits: time, memory and error at the sizes of Qwen3-30B-A3B's head (H 2,048, V
-151,936).
+"""Log-probs without the logits: time, memory and error at the size of Qwen3-30B-A3B's head.
 
     python benchmarks/bench_logprobs.py                      # CPU, float32, 512 and 1,024 tokens
     python benchmarks/bench_logprobs.py --device cuda --out logprobs.json
     python benchmarks/bench_logprobs.py --gpu H100           # no measurement: what a card's data sheet allows
 
-First every implementation of this package is checked against float64 at small sizes (exit status 1 if one is
-wrong), then each method runs forward alone (no gradient: the old-log-probs pass) and forward + backward with
-an arbitrary gradient a token. Needs torch (and triton on a GPU); liger-kernel, cut-cross-entropy and torch's
-own linear_cross_entropy take part where they are there.
+The head has a hidden size H of 2,048 and a vocabulary V of 151,936. First every implementation of this
+package is checked against float64 at small sizes; the exit status is 1 if one is wrong. Then each method runs
+forward alone (no gradient: the pass over old log-probs) and forward + backward with an arbitrary gradient per
+token. It needs torch, and triton on a GPU. liger-kernel, cut-cross-entropy and torch's own
+linear_cross_entropy take part where they are installed.
 
-Floors, measured on the same device with the same matmul library and nothing else: forward 2NHV flops; forward
-+ backward 8NHV (the logits once more in the backward) and 6NHV (logits kept). Memory: CUDA, peak allocated
-beyond the inputs; CPU, the peak resident set over the first call beyond what was resident before it; both include the
-gradients of hidden and weight, given beside. Errors: log-probs against float64 of the same inputs; gradients
-in relative norm, of hidden on the first rows and of weight on a sample of rows.
+Floors are measured on the same device with the same matmul library and nothing else: forward 2NHV FLOPs;
+forward and backward 8NHV (the logits once more in the backward) and 6NHV (logits kept). Memory on CUDA is the
+peak allocated beyond the inputs. On a CPU it is the peak resident set over the first call, beyond what was
+resident before it. Both include the gradients of hidden and weight, which are given beside. Errors: log-probs
+against float64 of the same inputs; gradients in relative norm, of hidden on the first rows and of weight on a
+sample of rows.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def methods(cuda: bool, budgets_mib: list[int]) -> dict[str, Method]:
 
 
 def make_inputs(tokens: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden of unit variance and logits of standard deviation 2.3; a gradient of either sign a token."""
+    """hidden of unit variance and logits of standard deviation 2.3; a gradient of either sign per token."""
     generator = torch.Generator(args.device).manual_seed(0)
     kwargs = {"generator": generator, "device": args.device}
     hidden = torch.randn(tokens, args.hidden, **kwargs).to(DTYPES[args.dtype])
@@ -326,18 +327,19 @@ def measure_all(tokens: int, args: argparse.Namespace) -> dict[str, dict[str, fl
 
 
 def calculated(gpu: Gpu, args: argparse.Namespace) -> str:
-    """The head in bfloat16 on a GPU, matmuls and passes each at the data sheet's rate: a calculation, no measurement.
+    """The head in bfloat16 on a GPU, matmuls and passes each at the data sheet's rate: no measurement.
 
-    A pass moves each logit once (tests/unit/learners/head/test_kernels.py reads that in the machine code): forward
-    2 bytes read, backward 2 read and 2 written. What a matmul itself writes counts for the floor as for the head.
-    Memory: naive holds its log-softmax, that one's gradient and the logits' at once, in float32 (measured on a CPU,
-    within 0.2%); the head both gradients, a float32 sum of hidden's, and the logits kept.
+    A pass moves each logit once (tests/unit/learners/head/test_kernels.py reads that in the machine code):
+    forward 2 bytes read, backward 2 read and 2 written. What a matmul itself writes counts for the floor as
+    for the head. Memory: naive holds its log-softmax, that one's gradient and the logits' at once, in float32
+    (measured on a CPU, within 0.2%); the head both gradients, a float32 sum of hidden's, and the logits kept.
     """
     rates = f"{gpu.tflops:g} TFLOP/s, {gpu.hbm_gb_s:g} GB/s"
     lines = [
         f"## Log-probs, calculated for {gpu.name}: {rates}, H {args.hidden}, V {args.vocab}, bfloat16",
         "",
-        "| tokens | 2NHV, ms | forward / 2NHV | kept | forward + backward / 8NHV | / 6NHV | MiB | naive's / this |",
+        "| tokens | 2NHV, ms | forward / 2NHV | kept | forward + backward / 8NHV | / 6NHV | MiB "
+        "| naive's / this |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for tokens in args.tokens:
@@ -348,8 +350,9 @@ def calculated(gpu: Gpu, args: argparse.Namespace) -> str:
         memory = 2 * args.hidden * args.vocab + 4 * tokens * args.hidden + kept * logits
         step = (4 - kept) * matmul + 3 * read
         lines.append(
-            f"| {tokens} | {matmul * 1e3:.2f} | {1 + read / matmul:.2f} | {kept:.0%} | {step / (4 * matmul):.2f} "
-            f"| {step / (3 * matmul):.2f} | {memory / 2**20:,.0f} | {12 * tokens * args.vocab / memory:.1f} |"
+            f"| {tokens} | {matmul * 1e3:.2f} | {1 + read / matmul:.2f} | {kept:.0%} "
+            f"| {step / (4 * matmul):.2f} | {step / (3 * matmul):.2f} | {memory / 2**20:,.0f} "
+            f"| {12 * tokens * args.vocab / memory:.1f} |"
         )
     return "\n".join(lines)
 
@@ -444,14 +447,16 @@ def table(tokens: int, results: dict[str, dict[str, float]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="default: 4096 8192 16384 32768 on cuda, 512 1024 on cpu"
     )
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=2048, help="H")
+    parser.add_argument("--vocab", type=int, default=151_936, help="V, 640 at least")
     parser.add_argument("--repeats", type=int, help="default: 7 on cuda, 2 on cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     parser.add_argument("--methods", nargs="+", help="only these rows")

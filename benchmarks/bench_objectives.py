@@ -1,11 +1,10 @@
-"""Cost of every objective: milliseconds of loss, statistics and backward for N ragged trained tokens, on a
-CPU.
+"""The cost of every objective on a CPU: milliseconds of loss, statistics and backward.
 
     python benchmarks/bench_objectives.py --tokens 1000000 --threads 1
 
-Prints a Markdown table; "/ GRPO" is the ratio to GRPO in the same run, from interleaved rounds, so that a
-busy machine slows all alike. "floor" is a sum over x * x with its backward: the price of touching N numbers
-twice.
+Sequences have ragged lengths, as in a packed batch. Prints a Markdown table. "/ GRPO" is the ratio to GRPO in
+the same run; rounds are interleaved, so that a busy machine slows all alike. "floor" is a sum over x * x with
+its backward: the price of touching the numbers twice.
 """
 
 from __future__ import annotations
@@ -83,7 +82,9 @@ def table(times: dict[str, list[float]], tokens: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="trained tokens")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")

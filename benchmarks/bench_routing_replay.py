@@ -1,25 +1,27 @@
 """What Routing Replay costs: bytes by arithmetic for Qwen3-30B-A3B, host work and step time by measurement.
 
-    python benchmarks/bench_routing_replay.py                              # CPU, eager learner, a small random MoE
+    python benchmarks/bench_routing_replay.py                  # CPU, eager learner, a small random MoE
     python benchmarks/bench_routing_replay.py --arithmetic-only
-    python benchmarks/bench_routing_replay.py --quickstart                 # whole steps of the main job, all processes
+    python benchmarks/bench_routing_replay.py --quickstart     # whole steps of the quickstart, all processes
     python benchmarks/bench_routing_replay.py --quickstart --overrides learner=megatron \\
         learner.deepspeed.expert_parallel=1 learner.megatron.expert_parallel=2
     python benchmarks/bench_routing_replay.py --device cuda --precision bf16 --layers 24 --hidden 1024 \\
         --experts 128 --top-k 8 --moe-intermediate 384 --sequences 8 --length 2048 --out replay.json
 
-Three parts. Arithmetic: bytes of a batch of 1,024 rollouts in every mode. Host: concatenating, checking and moving a
-micro-batch's trace at Qwen3-30B-A3B's size. Step: the pass over old log-probs and forward + backward under none, r2
-(records in the first pass, replays in the second) and r3 (replays in both); the r3 trace is the learner's own with
-the last token of every sequence unknown, as an engine leaves it, so all modes compute the same network and only the
-machinery differs. Modes are interleaved, round after round; medians and quartiles are printed; on a CPU the seconds
-are the process's CPU time. Before anything is timed the log-probs under the learner's own routes are compared with
-the plain ones (exit status 1 if one changes by more than --tolerance).
+Three parts. Arithmetic: bytes of a batch of 1,024 rollouts in every mode. Host: concatenating, checking and
+moving the trace of a micro-batch at Qwen3-30B-A3B's size. Step: the pass over old log-probs and forward +
+backward under none, r2 (records in the first pass, replays in the second) and r3 (replays in both). The r3
+trace is the learner's own with the last token of every sequence unknown, as an engine leaves it: all modes
+compute the same network, and only the machinery differs. Modes are interleaved, round after round. Medians
+and quartiles are printed; on a CPU the seconds are the process's CPU time. Before anything is timed, the
+log-probs under the learner's own routes are compared with the plain ones; the exit status is 1 if one changes
+by more than --tolerance.
 
---quickstart runs `gspo train experiment=quickstart` with GRPO and recomputed old log-probs under none, r2 and r3, one
-after the other and round after round, with a learning rate so small (1e-12) that every run samples the same rollouts: the
-same work but for the replay. Overhead: the ratio of the lower quartiles of a step over all rounds, because other work on a
-shared machine only ever adds time; the medians and each round's ratio of medians are printed beside it.
+--quickstart runs `gspo train experiment=quickstart` with GRPO and recomputed old log-probs under none, r2 and
+r3, one after the other and round after round. A learning rate of 1e-12 lets every run sample the same
+rollouts: the same work but for the replay. The overhead is the ratio of the lower quartiles of a step over
+all rounds, because other work on a shared machine only ever adds time. The medians and each round's ratio of
+medians are printed beside it.
 
 A backend of several ranks runs under torchrun: every rank computes its own micro-batch, rank 0 prints.
 """
@@ -73,22 +75,22 @@ def arithmetic(ranks: int) -> dict[str, object]:
             ("r3, engine's log-probs", "r3", False),
         ):
             cost = replay_bytes(mode, size, recompute_old_logprobs=recompute)
-            share = {"device_copies_a_rank": cost.device_copies // ranks}
+            share = {"device_copies_per_rank": cost.device_copies // ranks}
             rows.append({"length": length, "mode": label} | asdict(cost) | share)
-    return {"bytes_a_token": trace_bytes(1, **QWEN), "ranks": ranks, "rows": rows}
+    return {"bytes_per_token": trace_bytes(1, **QWEN), "ranks": ranks, "rows": rows}
 
 
 def print_arithmetic(table: dict[str, object]) -> None:
     """Decimal gigabytes."""
-    token = table["bytes_a_token"]
+    token = table["bytes_per_token"]
     print(
-        f"Qwen3-30B-A3B: {QWEN['moe_layers']} layers x top-{QWEN['top_k']} = {token} bytes a token "
+        f"Qwen3-30B-A3B: {QWEN['moe_layers']} layers x top-{QWEN['top_k']} = {token} bytes per token "
         f"(int32: {4 * token:,}; torch.topk's int64: {8 * token:,}); {ROLLOUTS:,} rollouts, GB:"
     )
     print(f"{'tokens':>7} {'mode':30} {'recorded':>9} {'held':>7} {'wire':>7} {'PCIe':>7} {'PCIe/rank':>10}")
     for r in table["rows"]:
         numbers = [
-            r[k] / 1e9 for k in ("recorded", "host_held", "wire", "device_copies", "device_copies_a_rank")
+            r[k] / 1e9 for k in ("recorded", "host_held", "wire", "device_copies", "device_copies_per_rank")
         ]
         print(
             f"{r['length']:>7,} {r['mode']:30} {numbers[0]:>9.2f} {numbers[1]:>7.2f} {numbers[2]:>7.2f} "
@@ -109,7 +111,8 @@ def quartiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of wall time on a GPU; of this process's CPU time on a CPU, which other processes stretch far less."""
+    """Seconds of wall time on a GPU; of this process's CPU time on a CPU, which other processes
+    stretch far less."""
     if device.type == "cpu":
         start = time.process_time()
         work()
@@ -187,7 +190,8 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
 
 
 def make_batch(args: argparse.Namespace, rank: int) -> PackedBatch:
-    """`--sequences` rollouts of `--length` tokens, a quarter of each the prompt, packed into one micro-batch."""
+    """`--sequences` rollouts of `--length` tokens, a quarter of each the prompt, packed
+    into one micro-batch."""
     rng = np.random.default_rng([1, rank])
     prompt = args.length // 4
     new = args.length - prompt
@@ -292,11 +296,12 @@ class Step:
 def print_step(results: dict[str, dict[str, object]], step: Step, args: argparse.Namespace) -> None:
     trace = step.recorded
     print(
-        f"{args.backend}, {args.device}, {args.precision}: {trace.num_layers} MoE layers, top-{trace.top_k} of "
-        f"{trace.num_experts}, hidden {args.hidden}, {args.sequences} x {args.length} tokens, "
+        f"{args.backend}, {args.device}, {args.precision}: {trace.num_layers} MoE layers, "
+        f"top-{trace.top_k} of {trace.num_experts}, hidden {args.hidden}, "
+        f"{args.sequences} x {args.length} tokens, "
         f"{'with' if args.checkpointing else 'without'} activation checkpointing, {step.world} rank(s)"
     )
-    print(f"trace {trace.nbytes:,} bytes ({trace.expert_ids.nbytes // len(trace)} a token + 1 mark)")
+    print(f"trace {trace.nbytes:,} bytes ({trace.expert_ids.nbytes // len(trace)} per token + 1 mark)")
     print(f"{'mode':5} {'old log-probs s':>22} {'forward+backward s':>22} {'step s':>22} {'over none':>10}")
     base = results["none"]["step"]["median_s"]
     for mode, parts in results.items():
@@ -346,7 +351,9 @@ def quickstart(args: argparse.Namespace) -> dict[str, object]:
             "seconds": {span: quartiles([r[f"time/{span}_s"] for r in steps]) for span in SPANS},
             "ratios_to_none": ratios,
             "bytes": {
-                k: statistics.median(r[k] for r in steps) for k in steps[0] if k.startswith("routing/replay")
+                k: statistics.median(r[k] for r in steps)
+                for k in steps[0]
+                if k.startswith(("routing/replay", "time/attach_routes"))
             },
             "completion_tokens": [int(r["rollout/completion_tokens_total"]) for r in rounds[0]],
         }
@@ -355,9 +362,8 @@ def quickstart(args: argparse.Namespace) -> dict[str, object]:
 
 def print_quickstart(results: dict[str, dict], overrides: Sequence[str]) -> None:
     print(f"quickstart, GRPO, old log-probs recomputed {' '.join(overrides)}")
-    print(
-        f"| mode | {' | '.join(f'{s}, s' for s in SPANS)} | step, lower quartile | over none | medians, each round |"
-    )
+    parts = " | ".join(f"{span}, s" for span in SPANS)
+    print(f"| mode | {parts} | step, lower quartile | over none | medians, each round |")
     print("|---|" + "---:|" * (len(SPANS) + 3))
     base = results["none"]["seconds"]["step"]["q1_s"]
     for mode, r in results.items():
@@ -367,10 +373,7 @@ def print_quickstart(results: dict[str, dict], overrides: Sequence[str]) -> None
         print(f"| {mode} | {' | '.join(cells)} | {low:.4f} | {100 * (low / base - 1):+.1f}% | {each} |")
     for mode, r in results.items():
         if r["bytes"]:
-            print(
-                f"{mode}: "
-                + ", ".join(f"{k.removeprefix('routing/')} {v:,.4g}" for k, v in r["bytes"].items())
-            )
+            print(f"{mode}: " + ", ".join(f"{k.split('/')[1]} {v:,.4g}" for k, v in r["bytes"].items()))
     same = len({tuple(r["completion_tokens"]) for r in results.values()}) == 1
     print(
         "the same number of tokens was sampled in every mode"
@@ -383,7 +386,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arithmetic-only", action="store_true")
+    parser.add_argument("--arithmetic-only", action="store_true", help="measure nothing")
     parser.add_argument("--backend", choices=("eager", "deepspeed", "megatron"), default="eager")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -1,15 +1,16 @@
 """Where the time of a training step goes: collect, reward, old log-probs, update, sync, and the rest.
 
     python benchmarks/bench_step.py                            # the quickstart, as configured
-    python benchmarks/bench_step.py --peer                     # the sizes at which a peer was measured (below)
+    python benchmarks/bench_step.py --peer                     # the sizes at which TRL was measured (below)
     python benchmarks/bench_step.py -- objective=gspo_recompute steps=12
 
-Each run is a `gspo train` of its own; the first steps warm up (lazy compilation) and are not counted. The table
-has means over the other steps, the line below it medians. "other" is every second that is neither generation (collect) nor learning (old log-probs, update).
+Each run is a `gspo train` of its own. Its first quarter (two steps at least) warms up and is not counted. The
+table has means over the other steps, the line below it medians. Every second that is neither generation
+(collect) nor learning (old log-probs, update) is counted in the last row.
 
---peer: the model and sizes of baselines/trl_step.py, which runs TRL (GSPO, HF generate): run both in turn on a quiet
-machine. One optimiser step a batch, fp32, everything in one process; vLLM compiles its model (rollout.enforce_eager=false,
-about 20 s once), as a long run would.
+--peer takes the model and the sizes of baselines/trl_step.py, which runs TRL (GSPO, HF generate): run both in
+turn on a quiet machine. One optimiser step per batch, fp32, everything in one process. vLLM compiles its
+model (rollout.enforce_eager=false, about 20 s once), as a long run would.
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ def measure(overrides: list[str], steps: int, threads: int | None) -> list[dict]
 
 
 def median(rows: list[dict], key: str) -> float:
+    """Of a metric over the counted steps."""
     return statistics.median(r[key] for r in rows)
 
 
 def print_split(title: str, rows: list[dict]) -> None:
+    """The table of a step's parts, and the medians below it."""
     step = median(rows, "time/step_s")
     means = {p: statistics.fmean(r.get(f"time/{p}_s", 0.0) for r in rows) for p in PARTS}
     whole = statistics.fmean(r["time/step_s"] for r in rows)
@@ -72,9 +75,9 @@ def print_split(title: str, rows: list[dict]) -> None:
     rest = 1.0 - sum(means[p] for p in LEARNING) / whole
     print(f"| **neither generation nor learning** | {rest * whole:.4f} | {rest:.1%} |")
     print(
-        f"\nstep {step:.3f} s (median of {len(rows)}), {median(rows, 'perf/tokens_per_s'):,.0f} completion tokens/s "
-        f"end to end, {median(rows, 'perf/collect_tokens_per_s'):,.0f} while collecting; check's share of the sync "
-        f"{median(rows, 'sync/check_fraction'):.1%}"
+        f"\nstep {step:.3f} s (median of {len(rows)}), {median(rows, 'perf/tokens_per_s'):,.0f} completion "
+        f"tokens/s end to end, {median(rows, 'perf/collect_tokens_per_s'):,.0f} while collecting; "
+        f"check's share of the sync {median(rows, 'sync/check_fraction'):.1%}"
     )
     print(
         "peak resident memory: "
@@ -83,6 +86,7 @@ def print_split(title: str, rows: list[dict]) -> None:
 
 
 def peer_overrides(prompts: int, group: int, tokens: int, threads: int) -> list[str]:
+    """The settings that match baselines/trl_step.py."""
     return [
         "experiment=study",
         "model=peer",
@@ -107,7 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", action="store_true", help="the sizes of the peer's measurement")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=16, help="steps of each run, warm-up included")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (--peer)")
     parser.add_argument("--json", type=Path, help="also write the medians here")
     parser.add_argument("overrides", nargs="*", help="hydra overrides (default experiment=quickstart)")
@@ -115,19 +119,18 @@ def main() -> None:
     results = {}
     if options.peer:
         print(
-            "| prompts x group x tokens | threads | completion tokens/s | step s | collect | update | sync |\n|---|---|---|---|---|---|---|"
+            "| prompts x group x tokens | threads | completion tokens/s | step s | collect | update | sync |"
         )
+        print("|---" * 7 + "|")
         for size in SIZES:
             for threads in options.threads:
                 rows = measure([*peer_overrides(*size, threads), *options.overrides], options.steps, threads)
                 name = " x ".join(map(str, size))
                 results[f"{name}, {threads}"] = median(rows, "perf/tokens_per_s")
-                print(
-                    f"| {name} | {threads} | {median(rows, 'perf/tokens_per_s'):,.0f} | {median(rows, 'time/step_s'):.3f} | "
-                    + " | ".join(f"{median(rows, f'time/{p}_s'):.3f}" for p in ("collect", "update", "sync"))
-                    + " |",
-                    flush=True,
-                )
+                seconds = [median(rows, f"time/{part}_s") for part in ("step", "collect", "update", "sync")]
+                speed = f"{median(rows, 'perf/tokens_per_s'):,.0f}"
+                cells = [name, str(threads), speed, *(f"{value:.3f}" for value in seconds)]
+                print(f"| {' | '.join(cells)} |", flush=True)
     else:
         overrides = options.overrides or ["experiment=quickstart"]
         rows = measure(overrides, options.steps, None)

@@ -1,12 +1,13 @@
 """TRL at the sizes of `bench_step.py --peer`: GSPO with HF generate on the same model, prompts and machine.
 
-    pip install --target SITE --no-deps trl==1.16.0 accelerate datasets dill multiprocess pandas python-dateutil pytz tzdata
+    pip install --target SITE --no-deps trl==1.16.0 accelerate datasets dill multiprocess pandas \\
+        python-dateutil pytz tzdata
     PYTHONPATH=SITE python benchmarks/baselines/trl_step.py --threads 1 2
 
-TRL is no dependency of gspo_dist: it goes into a folder of its own, beside this environment's torch and transformers.
-A step is what both do: sample prompts x completions, judge, one optimiser step, and sample with the new weights (HF
-generate has no weights to send). Completion tokens are counted as sampled, up to and with the end of sequence; the first
-quarter of the steps warms up.
+TRL is no dependency of gspo_dist: it goes into a folder of its own, beside this environment's torch and
+transformers. A step is what both do: sample prompts x completions, judge, one optimiser step, and sample with
+the new weights. HF generate has no weights to send. Completion tokens are counted as sampled, up to and with
+the end of sequence. The first quarter of the steps warms up and is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SIZES = ((8, 8, 32), (8, 8, 128), (16, 16, 32))
 
 
 def run(prompts: int, group: int, tokens: int, steps: int, threads: int) -> dict[str, float]:
-    """Median seconds of a step and completion tokens a second, in this process."""
+    """Median seconds per step and completion tokens per second, in this process."""
     import torch
 
     torch.set_num_threads(threads)
@@ -101,16 +102,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=16, help="steps of each run, warm-up included")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads")
     parser.add_argument("--one", type=int, nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(run(*options.one[:3], options.steps, options.one[3])))
         return
-    print(
-        "| prompts x group x tokens | threads | completion tokens/s | step s | tokens a step |\n|---|---|---|---|---|"
-    )
+    print("| prompts x group x tokens | threads | completion tokens/s | step s | tokens per step |")
+    print("|---" * 5 + "|")
     for size in SIZES:
         for threads in options.threads:
             command = [
@@ -125,11 +125,9 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{done.stdout}\n{done.stderr}")
             row = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"| {' x '.join(map(str, size))} | {threads} | {row['tokens_per_s']:,.0f} | {row['step_s']:.3f} | "
-                f"{row['tokens']:,.0f} |",
-                flush=True,
-            )
+            name, speed = " x ".join(map(str, size)), f"{row['tokens_per_s']:,.0f}"
+            cells = [name, str(threads), speed, f"{row['step_s']:.3f}", f"{row['tokens']:,.0f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
