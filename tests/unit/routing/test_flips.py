@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_dist.metrics.heatmap import draw_heatmap
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.flips import FlipHistory, flip_stats, sample_sequences
@@ -139,24 +138,3 @@ def test_rows_out_of_order_or_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"\[3\]: got \[2\]"):
         history.append(5, np.zeros(2))
     assert len(history) == 1
-
-
-def test_the_heat_map_draws_layers_upwards_and_steps_rightwards(tmp_path):
-    import matplotlib.image
-
-    rates = np.zeros((4, 3))
-    rates[3, 2] = 1.0  # last step, last layer: the upper right cell
-    draw_heatmap(tmp_path / "map.png", np.arange(4), rates, title="", ceiling=1.0)
-    picture = matplotlib.image.imread(tmp_path / "map.png")[..., :3]
-    bright = np.abs(picture - np.array([0.988, 1.0, 0.644])).max(-1) < 0.02  # inferno at 1
-    dark = (
-        np.abs(picture - np.array([0.0015, 0.0005, 0.0139])).max(-1) < 0.02
-    )  # inferno at 0: the other 11 cells
-    cells = picture.shape[1] * 3 // 4  # left of the colour bar
-    y, x = np.nonzero(bright[:, :cells])
-    dark_y, dark_x = np.nonzero(dark[:, :cells])
-    assert bright[:, :cells].sum() > 100
-    assert x.mean() > dark_x.mean()
-    assert y.mean() < dark_y.mean()
-    with pytest.raises(ValueError, match="heat map needs"):
-        draw_heatmap(tmp_path / "none.png", np.zeros(0), np.zeros((0, 3)), title="")
