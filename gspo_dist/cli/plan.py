@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gspo_dist.cli.compose import run_as_application
 from gspo_dist.cli.exits import guarded
-from gspo_dist.config import RunConfig
-from gspo_dist.config.mapping import to_mapping
+from gspo_dist.config import LearnerConfig, RunConfig
+from gspo_dist.learners.deepspeed.config import check as check_deepspeed
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.models.config_file import find_config, read_config
@@ -32,11 +31,9 @@ def plan_text(config: RunConfig) -> str:
     """
     hf, name = planned_model(config)
     hardware = find_gpu(config.plan.gpu) if config.plan.gpu else None
-    learner, engine, work = read_run(to_mapping(config))
+    learner, engine, _ = read_run(config)
     result = plan(
-        learner,
-        engine,
-        work,
+        config,
         countable(shape_from_config(hf, name)),
         hardware,
         config.plan.nodes,
@@ -78,26 +75,19 @@ def _recipe(name: str) -> tuple[Mapping[str, Any], str]:
     return hf, name
 
 
-def _refusals(
-    config: RunConfig, hf: Mapping[str, Any], *, gpu: bool
-) -> Callable[[LearnerLayout], list[str]] | None:
-    """What a Megatron run would refuse of a planned layout, by the checks that the run itself makes."""
-    if config.learner.backend != "megatron":
-        return None
+def _refusals(config: RunConfig, hf: Mapping[str, Any], *, gpu: bool) -> Callable[[LearnerLayout], list[str]]:
+    """What the run itself would refuse of a planned learner, in the words of its own checks."""
+
+    def check(learner: LearnerConfig) -> None:
+        if learner.backend == "megatron":
+            check_knobs(learner, gpu=gpu)
+            check_layout(learner.megatron, from_hf(hf), learner.world_size)
+        elif learner.backend == "deepspeed":
+            check_deepspeed(learner, shape_from_config(hf), "cuda" if gpu else "cpu")
 
     def refusals(layout: LearnerLayout) -> list[str]:
         try:
-            knobs = dataclasses.replace(
-                config.learner.megatron,
-                tensor_parallel=layout.tensor,
-                pipeline_parallel=layout.pipeline,
-                virtual_stages=layout.virtual_stages,
-                expert_parallel=layout.expert,
-                expert_tensor_parallel=layout.expert_tensor,
-                context_parallel=layout.context,
-            )
-            check_knobs(dataclasses.replace(config.learner, megatron=knobs), gpu=gpu)
-            check_layout(knobs, from_hf(hf), layout.world_size)
+            check(layout.config)
         except ValueError as error:
             return [str(error)]
         return []

@@ -142,6 +142,11 @@ class MegatronConfig:
         """Ranks that share one data-parallel replica."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
+    @property
+    def expert_model_parallel(self) -> int:
+        """Ranks that share one copy of the experts."""
+        return self.expert_tensor_parallel * self.expert_parallel * self.pipeline_parallel
+
 
 @dataclass(frozen=True)
 class LearnerConfig:
@@ -196,6 +201,13 @@ class LearnerConfig:
                 raise ValueError(
                     "learner.megatron: tensor_parallel x pipeline_parallel x context_parallel must divide "
                     f"learner.world_size: got {shared} and {self.world_size}; try {divisors(self.world_size)}"
+                )
+            shared = self.megatron.expert_model_parallel
+            if self.world_size % shared:
+                raise ValueError(
+                    "learner.megatron: expert_tensor_parallel x expert_parallel x pipeline_parallel must "
+                    f"divide learner.world_size: got {shared} and {self.world_size}; "
+                    f"try {divisors(self.world_size)}"
                 )
 
     @property

@@ -1,8 +1,9 @@
-"""What a run needs before it runs: parameters, memory, time. Pure arithmetic, standard library only."""
+"""What a run needs before it runs: parameters, memory, time. Pure arithmetic on its configuration."""
 
 from gspo_dist.planner.hardware import GPUS, Gpu, find_gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload, read_run
-from gspo_dist.planner.plan import Plan, format_plan, plan
+from gspo_dist.planner.plan import Plan, plan
+from gspo_dist.planner.text import format_plan
 from gspo_dist.planner.throughput import Assumptions, StepTime
 
 __all__ = [

@@ -7,24 +7,31 @@ from dataclasses import dataclass
 GIB = 1 << 30
 
 
+def gib(count: float) -> str:
+    """Bytes as text, in MiB below a tenth of a GiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its share of a node.
-
-    memory_gib: usable (what the driver reports), not what the name says. tflops: dense bf16, without sparsity.
-    hbm_gb_s: memory bandwidth, 1e9 bytes a second. network_gb_s: its share of the node's network cards, one direction.
-    """
+    """One GPU and its share of a node."""
 
     name: str
+    """Family and memory as the maker writes them: H100-80GB."""
     memory_gib: float
+    """Usable memory in GiB: what the driver reports, not what the name says."""
     tflops: float
+    """Dense bf16 arithmetic in 1e12 FLOP/s, without sparsity."""
     hbm_gb_s: float
-    network_gb_s: float = 50.0  # one 400-Gbit/s card a GPU
+    """Memory bandwidth in 1e9 bytes per second."""
+    network_gb_s: float = 50.0
+    """Its share of the node's network cards in 1e9 bytes per second, one direction: one 400-Gbit/s card."""
     gpus_per_node: int = 8
+    """GPUs of this kind per node."""
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Usable bytes."""
         return int(self.memory_gib * GIB)
 
 

@@ -1,7 +1,7 @@
 """Memory of one learner rank, one engine GPU and one host, item by item.
 
-Learner states, bytes a parameter (bf16 weights; d = ranks that share its optimiser states, which differs between
-expert and other weights):
+Learner states, bytes a parameter (bf16 weights; d = ranks that share its optimiser states, which differs
+between expert and other weights):
 
     eager       2 + 4 grads + 4 master + 8 moments                                              = 18
     megatron    2 + 4 grads + 12/d         (distributed optimiser; 12 without)                  = 6 + 12/d
@@ -9,8 +9,8 @@ expert and other weights):
                 3: 18/d + two gathered layers (gradients accumulate in float32 from stage 1 on)
 
 Sources: the Megatron-core guide's table of its distributed optimiser; ZeRO (arXiv 1910.02054, section 3).
-Activations count the tensors that the backward pass keeps, with flash attention (no score matrix) and the LM head in
-blocks (no logits). What is assumed rather than counted is named as a constant.
+Activations count the tensors that the backward pass keeps, with flash attention (no score matrix) and the
+LM head in blocks (no logits). What is assumed rather than counted is named as a constant.
 """
 
 from __future__ import annotations
@@ -91,17 +91,14 @@ class RankParameters:
 
 
 def rank_parameters(model: ModelShape, layout: LearnerLayout) -> RankParameters:
-    """Megatron: a rank's slice of its pipeline stage (the fullest one); otherwise all but the other ranks' experts."""
+    """Megatron: a rank's slice of its pipeline stage (the fullest one); otherwise all but the
+    other ranks' experts."""
     if layout.backend != "megatron":
         return RankParameters(model.total - model.experts_total, model.experts_total // layout.expert)
     layers, moe = (math.ceil(n / layout.pipeline) for n in (model.layers, model.moe_layers))
     split = layers * model.attention + moe * model.shared_expert + (layers - moe) * model.dense_ffn
-    if layout.pipeline == 1:
-        split += model.embedding + model.head
-    else:
-        split += (
-            model.embedding
-        )  # the first stage's table, or the last one's head (a copy of the table when tied)
+    # With several stages, the first one's table or the last one's head (a copy of the table when tied).
+    split += model.embedding + (model.head if layout.pipeline == 1 else 0)
     whole = layers * model.norms + moe * model.router + model.hidden
     experts = moe * model.num_experts * model.expert // (layout.expert * layout.expert_tensor)
     return RankParameters(split // layout.tensor + whole, experts)
@@ -117,12 +114,11 @@ class _Bytes:
 
 
 def _per_parameter(layout: LearnerLayout) -> _Bytes:
-    half = layout.precision == "bf16"
+    half = layout.half
     if layout.backend == "megatron":
         if layout.low_precision_moments and half and not layout.offload_optimizer:
-            return _Bytes(
-                2, 4, 8
-            )  # whole float32 master weights, two bf16 moments (learners/megatron/optimizer.py)
+            # Whole float32 master weights and two bf16 moments (learners/megatron/optimizer.py).
+            return _Bytes(2, 4, 8)
         return _Bytes(layout.width, 4, 12 if half else 8)
     if layout.backend == "eager":
         return _Bytes(layout.width, 4, 12)
@@ -139,7 +135,8 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
     weights = shard if zero == 3 else params.all
     gradients = shard if zero >= 2 else params.all
     optimizer = shard if shared else params.all
-    device, host = [], []
+    device: list[Item] = []
+    host: list[Item] = []
     (host if layout.offload_params else device).append(Item("weights", round(per.weights * weights)))
     if layout.offload_optimizer:
         # The optimiser steps on the host: a float32 copy of the shard's gradients is there too.
@@ -168,10 +165,11 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
 def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recompute: str) -> float:
     """Bytes that one layer keeps for its backward pass, a token of the micro-batch.
 
-    Attention: residual and norm output (2h), q, k, v before and after their norm (2q + 3kv), its output (q), one
-    float32 log-sum-exp a head. Feed-forward: residual and norm output (2h), gate, up and product (3I). Experts:
-    router logits and probabilities in float32 (8E), and for each of k experts input and output (2h), gate, up and
-    product (3I). Selective recomputation drops norm outputs and the experts' product.
+    Attention: residual and norm output (2h), q, k, v before and after their norm (2q + 3kv), its
+    output (q), one float32 log-sum-exp a head. Feed-forward: residual and norm output (2h), gate, up
+    and product (3I). Experts: router logits and probabilities in float32 (8E), and for each of k
+    experts input and output (2h), gate, up and product (3I). Selective recomputation drops norm
+    outputs and the experts' product.
     """
     w, skew = layout.width, EXPERT_SKEW if layout.expert > 1 else 1.0
     kept_norms = 1 if recompute == "selective" else 2
@@ -186,7 +184,8 @@ def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recom
 
 
 def activations(model: ModelShape, layout: LearnerLayout) -> Item:
-    """What the fullest pipeline rank keeps between forward and backward for a micro-batch of `token_budget`."""
+    """What the fullest pipeline rank keeps between forward and backward for a
+    micro-batch of `token_budget`."""
     tokens = math.ceil(layout.token_budget / layout.context)
     moe = model.moe_layers > 0
 
@@ -210,7 +209,8 @@ def activations(model: ModelShape, layout: LearnerLayout) -> Item:
 def learner_memory(
     model: ModelShape, layout: LearnerLayout, capacity: int, *, gpu: bool = True
 ) -> tuple[MemoryTable, list[Item]]:
-    """The fullest rank at its worst moment (backward pass, or optimiser step), and its items in host memory."""
+    """The fullest rank at its worst moment (backward pass, or optimiser step), and its items
+    in host memory."""
     device, host = learner_states(model, layout)
     tokens = math.ceil(layout.token_budget / layout.context)
     block, most_kept = (HEAD_LOGITS, HEAD_KEPT) if gpu else (HEAD_LOGITS_CPU, HEAD_KEPT_CPU)
@@ -222,7 +222,7 @@ def learner_memory(
     )
     backward = [activations(model, layout), head]
     step: list[Item] = []
-    if layout.backend == "deepspeed" and layout.zero_stage == 0 and layout.precision == "bf16":
+    if layout.backend == "deepspeed" and layout.zero_stage == 0 and layout.half:
         step = [
             Item(
                 "step", 4 * rank_parameters(model, layout).all, "float32 gradients while the optimiser steps"
@@ -234,7 +234,8 @@ def learner_memory(
 
 
 def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
-    """Bytes of weights on one GPU of an engine: everything but norms and routers is split, whole experts or slices.
+    """Bytes of weights on one GPU of an engine: everything but norms and routers is split, whole
+    experts or slices.
 
     Keys' and values' heads are copied where there are more GPUs than heads.
     """
@@ -247,8 +248,9 @@ def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
 def sleeping_engines(model: ModelShape, engine: EngineLayout) -> tuple[Item, ...]:
     """Weights that colocated engines move to host memory while the learner works (vLLM's sleep, level 1).
 
-    They share one host. The memory is pinned, and torch keeps it when they wake, so it is there during a sync as well.
-    Not counted: torch rounds each pinned block up to a power of two (2.13; a third more for Qwen3-30B-A3B).
+    They share one host. The memory is pinned, and torch keeps it when they wake, so it is there
+    during a sync as well. Not counted: torch rounds each pinned block up to a power of two (2.13; a
+    third more for Qwen3-30B-A3B).
     """
     if not engine.colocated:
         return ()
@@ -272,13 +274,14 @@ class EngineMemory:
 def engine_memory(
     model: ModelShape, engine: EngineLayout, work: Workload, capacity: int, *, gpu: bool = True
 ) -> EngineMemory:
-    """KV tokens = (utilisation x memory - weights - workspace) / bytes a token; each capped by max_num_seqs."""
+    """KV tokens = (utilisation x memory - weights - workspace) / bytes a token; each
+    capped by max_num_seqs."""
     weights = Item("weights", engine_weights(model, engine))
     heads = max(1, model.kv_heads / engine.tensor_parallel)
     per_token = round(model.kv_bytes_per_token(engine.width) * heads / model.kv_heads)
     if gpu:
         tokens = engine.max_batched_tokens
-        logits = 3 * 4 * engine.max_num_seqs * model.vocab // engine.tensor_parallel
+        logits = 3 * 4 * engine.config.max_num_seqs * model.vocab // engine.tensor_parallel
         inner = model.top_k * (3 * model.expert_ffn + model.hidden) if model.moe_layers else 3 * model.ffn
         scratch = 2 * tokens * (6 * model.hidden + 2 * model.q + inner // engine.tensor_parallel) + logits
         items = [
@@ -286,20 +289,20 @@ def engine_memory(
             Item("workspace", scratch, f"prefill of {tokens:,} tokens, logits of a batch"),
             Item("runtime", ENGINE_RUNTIME),
         ]
-        if not engine.enforce_eager:
+        if not engine.config.enforce_eager:
             items.append(Item("cuda_graphs", CUDA_GRAPHS))
-        budget = int(capacity * engine.gpu_memory_utilization)
+        budget = int(capacity * engine.config.gpu_memory_utilization)
     else:
         items = [weights, Item("runtime", 2 * RUNTIME_HOST)]
-        budget = sum(i.bytes for i in items) + int(engine.kv_cache_gib * GIB)
+        budget = sum(i.bytes for i in items) + int(engine.config.kv_cache_gib * GIB)
     free = budget - sum(i.bytes for i in items)
     kv_tokens = max(0, free // per_token)
     items.append(Item("kv_cache", kv_tokens * per_token, f"{kv_tokens:,} tokens of {per_token:,} bytes"))
     return EngineMemory(
         MemoryTable("engine GPU" if gpu else "engine", tuple(items), budget),
         kv_tokens,
-        min(engine.max_num_seqs, kv_tokens // work.max_length),
-        min(engine.max_num_seqs, int(kv_tokens // max(work.mean_length, 1))),
+        min(engine.config.max_num_seqs, kv_tokens // work.max_length),
+        min(engine.config.max_num_seqs, int(kv_tokens // max(work.mean_length, 1))),
     )
 
 
@@ -313,13 +316,14 @@ def host_memory(
     residents: tuple[Item, ...] = (),
     asleep: tuple[Item, ...] = (),
 ) -> MemoryTable:
-    """The fullest host: two weight-sync buckets, the step's routing traces, offloaded states of its `ranks` ranks.
+    """The fullest host: two weight-sync buckets, the step's routing traces, offloaded states of
+    its `ranks` ranks.
 
     width: bytes of a weight that travels. residents: processes that live in host memory whole (a CPU host).
     asleep: what engines that sleep keep here (`sleeping_engines`).
     """
     # A tensor larger than a bucket travels alone; experts travel one by one, so the largest is the embedding.
-    bucket = max(work.bucket_mib << 20, width * model.embedding)
+    bucket = max(work.bucket_bytes, width * model.embedding)
     items = [
         Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
         Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets"),

@@ -1,4 +1,5 @@
-"""Which processes start where: nodes filled in order, the learner's ranks first, then the engines, as actors do."""
+"""Which processes start where: nodes filled in order, the learner's ranks first, then the engines,
+as actors do."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ def engine_nodes(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_
 def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[str]:
     """One line for each kind of process, and one for the GPUs that stay free; nodes count from 1.
 
-    Example: 16 ranks and 4 engines of 4 GPUs on 4 x 8 GPUs take nodes 1-2 and nodes 3-4.
-    An engine never spans nodes (its GPUs are asked for as one bundle, actors/placement.py), so it may skip a node's last GPUs.
+    Example: 16 ranks and 4 engines of 4 GPUs on 4 x 8 GPUs take nodes 1-2 and nodes 3-4. An engine
+    never spans nodes (its GPUs are asked for as one bundle, actors/placement.py), so it may skip a
+    node's last GPUs.
     """
     last = -(-learner.world_size // gpus_per_node)
     lines = [f"learner: {_count(learner.world_size, 'rank')} of 1 GPU on {_nodes(1, last)}"]

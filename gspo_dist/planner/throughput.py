@@ -1,7 +1,9 @@
-"""A rough time for one step: FLOPs over achieved FLOP/s, bytes over achieved bandwidth. Every guess has a name.
+"""A rough time for one step: FLOPs over achieved FLOP/s, bytes over achieved bandwidth. Every guess
+has a name.
 
     decode step   max(bytes read / bandwidth, FLOPs / rate) + overhead, for c sequences on one engine
-                  bytes = weights touched (a batch of c tokens meets a share 1 - (1 - k/E)^c of the experts) + KV cache
+                  bytes = weights touched (a batch of c tokens meets a share 1 - (1 - k/E)^c of the experts)
+                  + KV cache
     training      3 forward passes' FLOPs (4 with full recomputation) over ranks x TFLOP/s x MFU
     log-probs     1 forward pass, where old log-probs are recomputed or a reference is kept
     weight sync   all weights over a network card's achieved bandwidth
@@ -21,8 +23,8 @@ from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is guessed. Published MFU of Qwen3-30B-A3B with Megatron is 0.31 to 0.40 on H20 (a slow chip, so easily
-    fed); H100s reach about half of that."""
+    """What is guessed. Published MFU of Qwen3-30B-A3B with Megatron is 0.31 to 0.40 on H20 (a slow chip, so
+    easily fed); H100s reach about half of that."""
 
     megatron_mfu: float = 0.18
     other_mfu: float = 0.08
@@ -67,7 +69,8 @@ class StepTime:
 
 
 def experts_touched(model: ModelShape, tokens: float) -> float:
-    """Expected share of a layer's experts that a batch of `tokens` tokens meets, routed evenly: 1 - (1 - k/E)^c."""
+    """Expected share of a layer's experts that a batch of `tokens` tokens meets, routed evenly: 1 -
+    (1 - k/E)^c."""
     if not model.num_experts:
         return 0.0
     return 1.0 - (1.0 - model.top_k / model.num_experts) ** tokens
@@ -92,22 +95,27 @@ def decode_step_s(
 def collect_s(
     model: ModelShape, engine: EngineLayout, work: Workload, gpu: Gpu, concurrency: int, assume: Assumptions
 ) -> float:
-    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the longest ones alone."""
+    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the
+    longest ones alone."""
     each = math.ceil(work.rollouts / engine.engines)
     batch = max(1, min(each, concurrency))
-    completion = work.mean_fill * work.max_completion_tokens
-    context = work.mean_fill * work.max_prompt_tokens + completion / 2
+    completion = work.mean_fill * work.run.rollout.max_completion_tokens
+    context = work.mean_fill * work.run.rollout.max_prompt_tokens + completion / 2
     steps = each / batch * completion
     decode = steps * decode_step_s(model, engine, gpu, batch, context, assume)
     few = max(1.0, assume.tail_share * batch)
-    tail = (work.max_completion_tokens - completion) * decode_step_s(
+    tail = (work.run.rollout.max_completion_tokens - completion) * decode_step_s(
         model, engine, gpu, few, work.max_length, assume
     )
     prompts = (
-        each * work.mean_fill * work.max_prompt_tokens / max(1, work.group_size)
+        each * work.mean_fill * work.run.rollout.max_prompt_tokens / max(1, work.run.rollout.group_size)
     )  # siblings share a prefix
     rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
-    return decode + tail + model.forward_flops(prompts, work.mean_fill * work.max_prompt_tokens) / rate
+    return (
+        decode
+        + tail
+        + model.forward_flops(prompts, work.mean_fill * work.run.rollout.max_prompt_tokens) / rate
+    )
 
 
 def step_time(
@@ -124,7 +132,6 @@ def step_time(
     forward = model.forward_flops(work.tokens, work.mean_length)
     rate = learner.world_size * gpu.tflops * 1e12 * mfu
     passes = 4.0 if learner.recompute == "full" else 3.0
-    extra = int(work.recompute_old_logprobs) + int(work.keep_reference)
     gpus = (
         learner.world_size
         if engine.colocated
@@ -132,7 +139,7 @@ def step_time(
     )
     return StepTime(
         collect_s=collect_s(model, engine, work, gpu, concurrency, assume) if engine.engines else 0.0,
-        logprobs_s=extra * forward / (rate * assume.forward_mfu_gain),
+        logprobs_s=work.forward_passes * forward / (rate * assume.forward_mfu_gain),
         train_s=passes * forward / rate,
         sync_s=learner.width * model.total / (gpu.network_gb_s * 1e9 * assume.sync_bandwidth),
         tokens=work.tokens,

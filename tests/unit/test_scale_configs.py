@@ -60,12 +60,8 @@ def arm(name: str, nodes: int):
 
 
 def planned(config, nodes: int):
-    learner, engine, work = read_run(to_mapping(config))
-    return (
-        learner,
-        engine,
-        plan(learner, engine, work, find_model("Qwen3-30B-A3B"), find_gpu("H100"), nodes, 8),
-    )
+    learner, engine, _ = read_run(config)
+    return learner, engine, plan(config, find_model("Qwen3-30B-A3B"), find_gpu("H100"), nodes, 8)
 
 
 @pytest.mark.parametrize("nodes", NODES)

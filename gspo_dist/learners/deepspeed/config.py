@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.models.shape import ModelShape
 
 AUTOEP_MODEL_TYPES = ("qwen3_moe", "qwen2_moe")
 """HF model types whose MoE blocks AutoEP replaces and whose experts the export names one by one."""
@@ -33,9 +34,8 @@ def import_deepspeed(device: str) -> ModuleType:
     return deepspeed
 
 
-def check(config: LearnerConfig, model: Any, device: str) -> None:
-    """Refuses settings that DeepSpeed cannot run for `model` (an HF config) on `device`. Raises
-    ValueError."""
+def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
+    """Raises ValueError for settings that DeepSpeed cannot run for `model` on `device`."""
     ds = config.deepspeed
     on_gpu = device != "cpu"
     if ds.offload_optimizer and ds.zero_stage == 0:
@@ -56,9 +56,9 @@ def check(config: LearnerConfig, model: Any, device: str) -> None:
             "learner.deepspeed.expert_parallel needs zero_stage 1 to 3: got zero_stage 0 and expert_parallel "
             f"{ds.expert_parallel}; raise zero_stage or set expert_parallel=1"
         )
-    if model.model_type not in AUTOEP_MODEL_TYPES:
+    if model.family not in AUTOEP_MODEL_TYPES:
         raise ValueError(
-            f"learner.deepspeed.expert_parallel must be 1 for a {model.model_type} model: got "
+            f"learner.deepspeed.expert_parallel must be 1 for a {model.family} model: got "
             f"{ds.expert_parallel}; AutoEP serves {', '.join(AUTOEP_MODEL_TYPES)} here"
         )
     if model.num_experts % ds.expert_parallel:
@@ -73,7 +73,7 @@ def check(config: LearnerConfig, model: Any, device: str) -> None:
         )
 
 
-def engine_config(config: LearnerConfig, model: Any, *, trains: bool = True) -> dict[str, Any]:
+def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = True) -> dict[str, Any]:
     """DeepSpeed's configuration for the policy's engine, or (`trains` False) for the frozen reference's.
 
     Accumulation is unmanaged: every `backward` adds, `step` is the boundary, so that mini-batches may hold
@@ -118,7 +118,7 @@ def engine_config(config: LearnerConfig, model: Any, *, trains: bool = True) -> 
     return out
 
 
-def autoep_section(size: int, grouped_mm: bool, model: Any) -> dict[str, Any]:
+def autoep_section(size: int, grouped_mm: bool, model: ModelShape) -> dict[str, Any]:
     """AutoEP for an HF model that sits in `PolicyModel` as `hf`."""
     return {
         "enabled": True,
@@ -127,5 +127,5 @@ def autoep_section(size: int, grouped_mm: bool, model: Any) -> dict[str, Any]:
         "moe_layer_pattern": r"hf\.model\.layers\.\d+\.mlp",
         "use_grouped_mm": grouped_mm,
         # The preset renormalises whatever the model says (0.19.8); Qwen2-MoE does not.
-        "route_norm": bool(model.norm_topk_prob),
+        "route_norm": model.renormalises_top_k,
     }

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from transformers import AutoConfig
 
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.deepspeed.config import check, engine_config, import_deepspeed
@@ -24,6 +23,7 @@ from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.metrics.stat import Stat, merge_stats
+from gspo_dist.models.shape import read_shape
 from gspo_dist.routing import deepspeed as autoep_routers
 from gspo_dist.routing import huggingface as hf_routers
 from gspo_dist.types import LogprobOutput, PackedBatch
@@ -61,8 +61,8 @@ class DeepSpeedLearner:
                 f"rank and world_size must fit learner.world_size {config.world_size}: got {rank} and "
                 f"{world_size}"
             )
-        self.model_config = AutoConfig.from_pretrained(check_model_folder(model_path))
-        check(config, self.model_config, device)
+        self.shape = read_shape(check_model_folder(model_path))
+        check(config, self.shape, device)
         self.config = config
         # an index is needed by torch.cuda.set_device; Ray shows each rank its own GPU alone
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
@@ -107,7 +107,7 @@ class DeepSpeedLearner:
 
     def _wrap(self, model_path: str | Path, temperature: float, *, trains: bool) -> Any:
         """An engine around the model of `model_path`; the frozen reference is sharded like the policy."""
-        settings = engine_config(self.config, self.model_config, trains=trains)
+        settings = engine_config(self.config, self.shape, trains=trains)
         partitioned = partial(load_partitioned, self.deepspeed, settings)
         policy = load_policy(
             model_path,

@@ -63,7 +63,7 @@ def make_learner(
         return EagerLearner(config, model_path, **common)
     group = {"rank": rank, "world_size": world_size, "master_addr": master_addr, "master_port": master_port}
     if config.backend == "deepspeed":
-        from gspo_dist.learners.deepspeed import DeepSpeedLearner
+        from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
 
         return DeepSpeedLearner(config, model_path, **common, **group)
     from gspo_dist.learners.megatron.learner import MegatronLearner

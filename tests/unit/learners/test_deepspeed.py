@@ -8,16 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
 from gspo_dist.learners.deepspeed.config import check, engine_config
 from gspo_dist.learners.deepspeed.export import hf_name
 from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
 from gspo_dist.learners.deepspeed.load import Checkpoint, copy_into
+from gspo_dist.models.shape import ModelShape, shape_from_config
 from gspo_dist.routing.deepspeed import find_routers, gate_weights
 
-MOE = Qwen3MoeConfig(num_experts=12, norm_topk_prob=True)
+
+def shape(model: PretrainedConfig) -> ModelShape:
+    return shape_from_config(model.to_dict())
+
+
+MOE = shape(Qwen3MoeConfig(num_experts=12, norm_topk_prob=True))
 
 
 def config(world_size: int = 4, precision: str = "fp32", **ds: object) -> LearnerConfig:
@@ -64,11 +70,11 @@ def files(folder: Path) -> list[str]:
             "offload_optimizer needs zero_stage 1 to 3: got 0",
         ),
         ({"expert_parallel": 2, "zero_stage": 0}, MOE, "cpu", "expert_parallel needs zero_stage 1 to 3"),
-        ({"expert_parallel": 2}, Qwen3Config(), "cpu", "must be 1 for a qwen3 model: got 2"),
+        ({"expert_parallel": 2}, shape(Qwen3Config()), "cpu", "must be 1 for a qwen3 model: got 2"),
         ({"expert_parallel": 8}, MOE, "cpu", "must divide num_experts: got 8 and 12; try 1, 2, 4"),
     ],
 )
-def test_settings_that_cannot_run_are_refused(ds: dict, model: object, device: str, message: str) -> None:
+def test_settings_that_cannot_run_are_refused(ds: dict, model: ModelShape, device: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(config(world_size=8, **ds), model, device)
 
@@ -104,7 +110,7 @@ def test_the_reference_has_no_optimiser_and_is_sharded_as_the_policy() -> None:
 
 
 def test_gate_weights_are_renormalised_exactly_where_the_model_does() -> None:
-    for model, norm in ((MOE, True), (Qwen2MoeConfig(num_experts=12, norm_topk_prob=False), False)):
+    for model, norm in ((MOE, True), (shape(Qwen2MoeConfig(num_experts=12, norm_topk_prob=False)), False)):
         assert engine_config(config(expert_parallel=2), model)["expert_parallel"]["route_norm"] is norm
 
 

@@ -9,7 +9,7 @@ import pytest
 from gspo_dist.models.shape import ModelShape, find_model
 from gspo_dist.planner import memory
 from gspo_dist.planner.hardware import GIB
-from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
+from gspo_dist.planner.layout import LearnerLayout
 from gspo_dist.planner.memory import (
     activations,
     engine_memory,
@@ -20,6 +20,7 @@ from gspo_dist.planner.memory import (
     learner_states,
     rank_parameters,
 )
+from tests.unit.planner.views import change, engine_of, learner_of, work_of
 
 QWEN = find_model("Qwen3-30B-A3B")
 DENSE = ModelShape("dense", vocab=100, hidden=8, layers=4, heads=2, kv_heads=2, head_dim=4, ffn=16)
@@ -37,36 +38,36 @@ def host(model: ModelShape, layout: LearnerLayout) -> dict[str, int]:
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_expert_parallel_ranks_hold_the_whole_model_together(ep: int) -> None:
     for backend in ("megatron", "deepspeed"):
-        params = rank_parameters(MOE, LearnerLayout(backend, world_size=4, expert=ep))
+        params = rank_parameters(MOE, learner_of(backend, world_size=4, expert_parallel=ep))
         assert params.dense + ep * params.experts == MOE.total
 
 
 def test_tensor_and_pipeline_ranks_hold_every_matrix_once() -> None:
     replicated = 48 * (2 * 2048 + 2 * 128) + 48 * 2048 * 128 + 2048  # norms, routers, last norm
-    params = rank_parameters(QWEN, LearnerLayout(world_size=8, tensor=4, expert=8))
+    params = rank_parameters(QWEN, learner_of(world_size=8, tensor_parallel=4, expert_parallel=8))
     assert 4 * (params.dense - replicated) + replicated + 8 * params.experts == QWEN.total
-    staged = rank_parameters(QWEN, LearnerLayout(world_size=8, pipeline=2, expert=4))
+    staged = rank_parameters(QWEN, learner_of(world_size=8, pipeline_parallel=2, expert_parallel=4))
     # two stages of 24 layers, one with the embedding and one with the head; the last norm is counted on both
     assert 2 * (staged.dense + 4 * staged.experts) == QWEN.total + 2048
 
 
 def test_megatron_with_the_distributed_optimizer_takes_6_plus_12_over_d_bytes_a_parameter() -> None:
-    states = device(DENSE, LearnerLayout(world_size=4))
+    states = device(DENSE, learner_of(world_size=4))
     assert states == {"weights": 2 * DENSE.total, "gradients": 4 * DENSE.total, "optimizer": 3 * DENSE.total}
-    alone = device(DENSE, LearnerLayout(world_size=4, distributed_optimizer=False))
+    alone = device(DENSE, learner_of(world_size=4, distributed_optimizer=False))
     assert sum(alone.values()) == 18 * DENSE.total
 
 
 def test_expert_states_are_shared_by_the_ranks_that_hold_the_same_experts() -> None:
     # 8 ranks, experts over 4: an expert lives on 2 ranks, other weights on 8
-    states = device(MOE, LearnerLayout(world_size=8, expert=4))
+    states = device(MOE, learner_of(world_size=8, expert_parallel=4))
     dense, experts = MOE.total - MOE.experts_total, MOE.experts_total // 4
     assert states["weights"] == 2 * (dense + experts)
     assert states["optimizer"] == 12 * dense // 8 + 12 * experts // 2
 
 
 def test_the_worked_example_of_16_gpus_and_8_way_experts() -> None:
-    layout = LearnerLayout(world_size=16, expert=8)
+    layout = learner_of(world_size=16, expert_parallel=8)
     states = device(QWEN, layout)
     experts = 28_991_029_248 // 8
     dense = 30_532_122_624 - 28_991_029_248
@@ -75,14 +76,14 @@ def test_the_worked_example_of_16_gpus_and_8_way_experts() -> None:
 
 
 def test_low_precision_moments_leave_float32_master_weights_and_two_bytes_a_moment() -> None:
-    low = LearnerLayout(world_size=4, low_precision_moments=True)
+    low = learner_of(world_size=4, precision_aware_optimizer=True)
     assert device(DENSE, low)["optimizer"] == (4 + 2 + 2) * DENSE.total // 4
     # offloaded moments are float32 whatever is asked
-    assert host(DENSE, replace(low, offload_optimizer=True))["optimizer"] == (4 + 4 + 4) * DENSE.total // 4
+    assert host(DENSE, change(low, optimizer_cpu_offload=True))["optimizer"] == (4 + 4 + 4) * DENSE.total // 4
 
 
 def test_offloading_moves_optimizer_states_and_a_gradient_copy_to_the_host() -> None:
-    layout = LearnerLayout(world_size=2, offload_optimizer=True)
+    layout = learner_of(world_size=2, optimizer_cpu_offload=True)
     assert "optimizer" not in device(DENSE, layout)
     assert host(DENSE, layout) == {"optimizer": 6 * DENSE.total, "gradients": 2 * DENSE.total}
 
@@ -95,7 +96,7 @@ def test_zero_stages_divide_one_more_part_each(
     stage: int, weights: float, gradients: float, optimizer: float
 ) -> None:
     """Four ranks. Gradients accumulate in float32 from stage 1 on."""
-    states = device(DENSE, LearnerLayout("deepspeed", world_size=4, zero_stage=stage))
+    states = device(DENSE, learner_of("deepspeed", world_size=4, zero_stage=stage))
     assert states["weights"] == weights * DENSE.total
     assert states["gradients"] == gradients * DENSE.total
     assert states["optimizer"] == optimizer * DENSE.total
@@ -103,19 +104,19 @@ def test_zero_stages_divide_one_more_part_each(
 
 
 def test_zero_3_gathers_two_layers_of_this_ranks_experts() -> None:
-    states = device(MOE, LearnerLayout("deepspeed", world_size=4, zero_stage=3, expert=2))
+    states = device(MOE, learner_of("deepspeed", world_size=4, zero_stage=3, expert_parallel=2))
     layer = (8 * 8 * 4) + (2 * 8) + 8 * 4 + 2 * (3 * 8 * 16)  # attention, norms, router, 2 of 4 experts
     assert states["gathered"] == 2 * 2 * layer
 
 
 def test_eager_takes_18_bytes_a_parameter_and_a_reference_two_more() -> None:
-    assert sum(device(DENSE, LearnerLayout("eager")).values()) == 18 * DENSE.total
-    assert sum(device(DENSE, LearnerLayout("eager", keep_reference=True)).values()) == 20 * DENSE.total
+    assert sum(device(DENSE, learner_of("eager")).values()) == 18 * DENSE.total
+    assert sum(device(DENSE, learner_of("eager", keep_reference=True)).values()) == 20 * DENSE.total
 
 
 def test_stage_0_counts_the_float32_gradients_of_its_step() -> None:
     table, _ = learner_memory(
-        QWEN, LearnerLayout("deepspeed", zero_stage=0, token_budget=1024, recompute="full"), GIB
+        QWEN, learner_of("deepspeed", zero_stage=0, token_budget=1024, activation_checkpointing=True), GIB
     )
     assert table.bytes_of("step") == 4 * QWEN.total
     assert table.bytes_of("activations") == 0
@@ -123,80 +124,85 @@ def test_stage_0_counts_the_float32_gradients_of_its_step() -> None:
 
 def test_activations_of_one_dense_layer_by_hand() -> None:
     # h 8, q = kv 8, 2 heads, I 16, bf16: (2h + 2q + 2kv) + (2h + 3I) values and 2 float32 log-sum-exps
-    assert layer_activations(DENSE, LearnerLayout(), False, "none") == 2 * (16 + 32 + 16 + 48) + 8
+    assert layer_activations(DENSE, learner_of(), False, "none") == 2 * (16 + 32 + 16 + 48) + 8
     # recomputed: two norm outputs and one product
-    assert layer_activations(DENSE, LearnerLayout(), False, "selective") == 2 * (8 + 32 + 8 + 48) + 8
+    assert layer_activations(DENSE, learner_of(), False, "selective") == 2 * (8 + 32 + 8 + 48) + 8
 
 
 def test_activations_of_one_expert_layer_by_hand() -> None:
     # attention and norms as above; router 8 x 4; for each of 2 experts input and output (2h) and 3I
     expected = 2 * (16 + 32 + 16) + 8 + 32 + 2 * 2 * (16 + 48)
-    assert layer_activations(MOE, LearnerLayout(), True, "none") == expected
+    assert layer_activations(MOE, learner_of(), True, "none") == expected
 
 
 def test_full_recomputation_keeps_layer_inputs_and_one_layer() -> None:
-    layout = LearnerLayout(token_budget=10, recompute="full")
+    layout = learner_of(token_budget=10, recompute="full")
     one = layer_activations(DENSE, layout, False, "none")
     assert activations(DENSE, layout).bytes == 10 * (4 * 2 * 8 + one)
-    two = activations(DENSE, replace(layout, recompute_num_layers=2)).bytes
+    two = activations(DENSE, change(layout, recompute_num_layers=2)).bytes
     assert two == 10 * (2 * 2 * 8 + 2 * one)
 
 
 def test_tensor_context_and_pipeline_parallelism_divide_activations() -> None:
-    whole = activations(DENSE, LearnerLayout(token_budget=64)).bytes
-    assert activations(DENSE, LearnerLayout(token_budget=64, world_size=2, tensor=2)).bytes == whole // 2
-    assert activations(DENSE, LearnerLayout(token_budget=64, world_size=2, context=2)).bytes == whole // 2
+    whole = activations(DENSE, learner_of(token_budget=64)).bytes
+    assert (
+        activations(DENSE, learner_of(token_budget=64, world_size=2, tensor_parallel=2)).bytes == whole // 2
+    )
+    assert (
+        activations(DENSE, learner_of(token_budget=64, world_size=2, context_parallel=2)).bytes == whole // 2
+    )
     # half the layers, two micro-batches in flight; interleaved in 2 chunks: 1 + 1/4 of that
-    assert activations(DENSE, LearnerLayout(token_budget=64, world_size=2, pipeline=2)).bytes == whole
-    interleaved = LearnerLayout(token_budget=64, world_size=2, pipeline=2, virtual_stages=2)
+    assert activations(DENSE, learner_of(token_budget=64, world_size=2, pipeline_parallel=2)).bytes == whole
+    interleaved = learner_of(token_budget=64, world_size=2, pipeline_parallel=2, virtual_stages=2)
     assert activations(DENSE, interleaved).bytes == whole * 5 // 4
 
 
 def test_engine_weights_are_split_and_its_cache_takes_the_rest() -> None:
-    assert engine_weights(QWEN, EngineLayout()) == 2 * QWEN.total
+    assert engine_weights(QWEN, engine_of()) == 2 * QWEN.total
     whole = 48 * (2 * 2048 + 2 * 128) + 48 * 2048 * 128 + 2048
-    assert engine_weights(QWEN, EngineLayout(tensor_parallel=4)) == 2 * ((QWEN.total - whole) // 4 + whole)
-    # 8 GPUs for 4 heads: each head's key and value matrices are on two GPUs, 4 x 48 x 2 x 2048 x 128 more to split
+    assert engine_weights(QWEN, engine_of(tensor_parallel=4)) == 2 * ((QWEN.total - whole) // 4 + whole)
+    # 8 GPUs for 4 heads: each head's key and value matrices are on two GPUs, 4 x 48 x 2 x 2048 x 128 more
+    # to split
     copies = 4 * 48 * 2 * 2048 * 128
-    assert engine_weights(QWEN, EngineLayout(tensor_parallel=8)) == 2 * (
+    assert engine_weights(QWEN, engine_of(tensor_parallel=8)) == 2 * (
         (QWEN.total - whole + copies) // 8 + whole
     )
 
 
 def test_kv_tokens_fill_what_the_engine_may_take() -> None:
-    work = Workload(max_prompt_tokens=1024, max_completion_tokens=7168)
-    memory = engine_memory(QWEN, EngineLayout(tensor_parallel=2, max_num_seqs=1000), work, 80 * GIB)
+    work = work_of(prompt=1024, completion=7168)
+    memory = engine_memory(QWEN, engine_of(tensor_parallel=2, max_num_seqs=1000), work, 80 * GIB)
     # two of the four heads on each GPU: half of 98,304 bytes
     left = memory.table.capacity - (memory.table.total - memory.table.bytes_of("kv_cache"))
     assert memory.table.capacity == int(0.85 * 80 * GIB)
     assert memory.kv_tokens == left // 49_152
     assert memory.concurrency == memory.kv_tokens // 8192
     assert memory.concurrency_mean == memory.kv_tokens // 4096
-    capped = engine_memory(QWEN, EngineLayout(tensor_parallel=2, max_num_seqs=10), work, 80 * GIB)
+    capped = engine_memory(QWEN, engine_of(tensor_parallel=2, max_num_seqs=10), work, 80 * GIB)
     assert capped.concurrency == 10
 
 
 def test_twenty_gigabytes_hold_200_thousand_tokens() -> None:
-    memory = engine_memory(QWEN, EngineLayout(kv_cache_gib=20e9 / GIB), Workload(), 0, gpu=False)
+    memory = engine_memory(QWEN, engine_of(kv_cache_gib=20e9 / GIB), work_of(), 0, gpu=False)
     assert memory.kv_tokens == 20_000_000_000 // 98_304  # 203,450
 
 
 def test_host_holds_two_buckets_the_traces_and_what_is_offloaded() -> None:
-    work = Workload(
-        prompts_per_step=2,
-        group_size=3,
-        max_prompt_tokens=10,
-        max_completion_tokens=30,
+    work = work_of(
+        prompts=2,
+        group=3,
+        prompt=10,
+        completion=30,
         routing_replay="r3",
         bucket_mib=1024,
     )
-    offloaded = learner_states(QWEN, LearnerLayout(world_size=8, offload_optimizer=True))[1]
+    offloaded = learner_states(QWEN, learner_of(world_size=8, optimizer_cpu_offload=True))[1]
     table = host_memory(QWEN, work, 2, offloaded, 8, 10**13)
     assert table.bytes_of("weight_sync") == 2 * (1 << 30)
     assert table.bytes_of("routing") == 6 * 40 * (48 * 8 + 1)
     assert table.bytes_of("offloaded optimizer") == pytest.approx(12 * QWEN.total, abs=8)
     # a bucket smaller than the largest tensor grows to it
-    small = host_memory(QWEN, replace(work, bucket_mib=1), 2, [], 8, 10**13)
+    small = host_memory(QWEN, work_of(2, 3, prompt=10, completion=30, bucket_mib=1), 2, [], 8, 10**13)
     assert small.bytes_of("weight_sync") == 2 * 2 * 151_936 * 2048
 
 
@@ -215,25 +221,27 @@ def test_host_holds_the_routes_that_engines_return_and_those_that_r2_records(
     replay: str, flips: bool, sets: int
 ) -> None:
     """A step that measures flips has the engines' routes of every rollout; R2's own come on top of them."""
-    work = Workload(
-        prompts_per_step=2,
-        group_size=3,
-        max_prompt_tokens=10,
-        max_completion_tokens=30,
+    work = work_of(
+        prompts=2,
+        group=3,
+        prompt=10,
+        completion=30,
         routing_replay=replay,
-        measures_flips=flips,
+        old_logprobs="recompute" if replay == "r2" else "rollout",
+        flips=int(flips),
     )
     assert host_memory(QWEN, work, 2, [], 8, 10**13).bytes_of("routing") == sets * 6 * 40 * 385
     assert host_memory(DENSE, work, 2, [], 8, 10**13).bytes_of("routing") == 0
 
 
 def test_colocated_engines_asleep_keep_their_weights_in_host_memory() -> None:
-    """Three engines of 30,532,122,624 parameters of two bytes each; engines with GPUs of their own never sleep."""
-    engine = EngineLayout(engines=3, colocated=True)
+    """Three engines of 30,532,122,624 parameters of two bytes each; engines with GPUs of their
+    own never sleep."""
+    engine = engine_of(engines=3, colocated=True)
     held = memory.sleeping_engines(QWEN, engine)
     assert [item.bytes for item in held] == [3 * 61_064_245_248]
-    assert memory.sleeping_engines(QWEN, replace(engine, colocated=False)) == ()
-    awake, asleep = (host_memory(QWEN, Workload(), 2, [], 8, 10**13, asleep=a).total for a in ((), held))
+    assert memory.sleeping_engines(QWEN, change(engine, colocated=False)) == ()
+    awake, asleep = (host_memory(QWEN, work_of(), 2, [], 8, 10**13, asleep=a).total for a in ((), held))
     assert asleep - awake == 183_192_735_744
 
 
@@ -244,6 +252,6 @@ def test_the_head_is_planned_with_the_budgets_that_it_works_with():
     assert memory.HEAD_KEPT == logprobs.GPU_KEPT_BYTES
     assert memory.HEAD_KEPT_CPU == logprobs.CPU_KEPT_BYTES
     model = replace(DENSE, vocab=1000)
-    table, _ = learner_memory(model, LearnerLayout(backend="eager", token_budget=64, precision="fp32"), GIB)
+    table, _ = learner_memory(model, learner_of("eager", token_budget=64, precision="fp32"), GIB)
     head = next(item for item in table.items if item.name == "head")
     assert head.bytes == memory.HEAD_LOGITS + 4 * 64 * 1000 + 4 * 64 * 8  # all logits fit what may be kept

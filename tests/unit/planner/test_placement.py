@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from gspo_dist.models.shape import find_model
-from gspo_dist.planner import find_gpu, plan
-from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
+from gspo_dist.planner import find_gpu
 from gspo_dist.planner.placement import engine_nodes, where
+from tests.unit.planner.views import change, engine_of, learner_of, plan_of, work_of
 
 
 @pytest.mark.parametrize(
@@ -56,24 +54,25 @@ from gspo_dist.planner.placement import engine_nodes, where
     ],
 )
 def test_engines_follow_the_learner_and_stay_within_a_node(ranks, engines, size, nodes, expected):
-    assert where(LearnerLayout(world_size=ranks), EngineLayout(engines, size), nodes, 8) == expected
+    assert where(learner_of(world_size=ranks), engine_of(engines, size), nodes, 8) == expected
 
 
 def test_engines_that_find_no_node_do_not_fit_although_gpus_are_free():
-    """6 ranks leave one GPU of node 1 and seven of node 2: eight for two engines of four, and one node for them."""
-    learner, engine = LearnerLayout(world_size=6, token_budget=10240), EngineLayout(2, 4)
+    """6 ranks leave one GPU of node 1 and seven of node 2: eight for two engines of four, and one
+    node for them."""
+    learner, engine = learner_of(world_size=6, token_budget=10240), engine_of(2, 4)
     assert where(learner, engine, 2, 7)[-2:] == ["not placed: 1 engine", "free: 4 GPUs"]
     assert engine_nodes(learner, engine, 2, 7) == [2]
-    work, model = Workload(), find_model("OLMoE-1B-7B")
-    result = plan(replace(learner, recompute="full"), engine, work, model, find_gpu("B300"), 2, 7)
+    work, model = work_of(), find_model("OLMoE-1B-7B")
+    result = plan_of(change(learner, recompute="full"), engine, work, model, find_gpu("B300"), 2, 7)
     [problem] = result.problems
     assert problem == (
-        "GPUs: 1 of 2 engines find no node with 4 free GPUs beside learner.world_size 6 on 2 x 7; add a node, or choose "
-        "sizes that fill whole nodes"
+        "GPUs: 1 of 2 engines find no node with 4 free GPUs beside learner.world_size 6 on 2 x 7; "
+        "add a node, or choose sizes that fill whole nodes"
     )
-    assert plan(replace(learner, recompute="full"), engine, work, model, find_gpu("B300"), 2, 8).fits
+    assert plan_of(change(learner, recompute="full"), engine, work, model, find_gpu("B300"), 2, 8).fits
 
 
 def test_colocated_engines_take_no_gpus_of_their_own():
-    lines = where(LearnerLayout(world_size=8), EngineLayout(8, colocated=True), 1, 8)
+    lines = where(learner_of(world_size=8), engine_of(8, colocated=True), 1, 8)
     assert lines[1:] == ["engines: 8 engines on the GPUs of the first 8 ranks", "free: 0 GPUs"]

@@ -1,0 +1,44 @@
+"""A plan as text: its tables, its times, its verdict."""
+
+from __future__ import annotations
+
+from gspo_dist.planner.hardware import gib
+from gspo_dist.planner.memory import MemoryTable
+from gspo_dist.planner.plan import Plan
+
+
+def format_plan(result: Plan) -> str:
+    """The plan as text."""
+    model = result.model
+    where = f"{result.nodes} x {result.gpus_per_node} {result.gpu.name}" if result.gpu else "CPU host"
+    unit, name = (1e9, "B") if model.total >= 1e9 else (1e6, "M")
+    size = f"{model.total / unit:.3f} {name} parameters, {model.active / unit:.3f} {name} active"
+    cache = f"KV cache {model.kv_bytes_per_token():,} bytes per token (bf16)"
+    lines = [f"{model.name}: {size}; {cache}", f"on {where}", ""]
+    for table in (result.learner, result.engine.table if result.engine else None, result.host):
+        if table is not None and table.items:
+            lines += [*_format_table(table), ""]
+    if result.engine:
+        lines.append(
+            f"an engine caches {result.engine.kv_tokens:,} tokens: {result.engine.concurrency} sequences of "
+            f"the longest length, {result.engine.concurrency_mean} of the mean"
+        )
+    if result.step:
+        s = result.step
+        lines.append(
+            f"about {s.total_s:.0f} s per step: collect {s.collect_s:.0f}, log-probs {s.logprobs_s:.0f}, "
+            f"train {s.train_s:.0f}, weight sync {s.sync_s:.0f}; {s.tokens_per_s_per_gpu:,.0f} tokens/s per "
+            "GPU (rough: see gspo_dist/planner/throughput.py for what is assumed)"
+        )
+    lines += [f"note: {note}" for note in result.notes]
+    lines += ["", "fits" if result.fits else "does not fit"]
+    lines += [f"  {problem}" for problem in result.problems]
+    lines += [f"  try {advice}" for advice in result.advice]
+    return "\n".join(lines)
+
+
+def _format_table(table: MemoryTable) -> list[str]:
+    lines = [f"{table.owner}: {gib(table.total)} of {gib(table.capacity)}"]
+    for item in table.items:
+        lines.append(f"  {item.name:<22}{gib(item.bytes):>12}  {item.note}".rstrip())
+    return lines
