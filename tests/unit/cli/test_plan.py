@@ -42,7 +42,7 @@ def refused_by_the_run(config: RunConfig) -> str:
             "learner.megatron.pipeline_parallel=2",
             "learner.megatron.expert_parallel=2",
         ],
-        ["learner.megatron.expert_parallel=6"],
+        ["learner.megatron.expert_parallel=6", "learner.world_size=12"],
         ["learner.precision=fp32", "learner.megatron.optimizer_cpu_offload=false"],
         ["learner.megatron.overlap_param_gather=true", "learner.megatron.overlap_grad_reduce=false"],
         ["learner.megatron.expert_bias=true", "learner.megatron.aux_loss_coef=0.01"],
