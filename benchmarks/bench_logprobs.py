@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gspo_dist.host import usable_cores
 from gspo_dist.learners.head import logprobs as head
 from gspo_dist.learners.head.logprobs import taken_logprobs
 from gspo_dist.planner.hardware import Gpu, find_gpu
@@ -458,7 +458,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048, help="H")
     parser.add_argument("--vocab", type=int, default=151_936, help="V, 640 at least")
     parser.add_argument("--repeats", type=int, help="default: 7 on cuda, 2 on cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="CPU threads")
     parser.add_argument("--methods", nargs="+", help="only these rows")
     parser.add_argument(
         "--budget-mib", type=int, nargs="*", default=[], help="also try these sizes of a chunk"

@@ -139,6 +139,18 @@ def test_every_dependency_has_one_home() -> None:
     assert broken == []
 
 
+def test_cores_are_counted_in_one_place() -> None:
+    """os.cpu_count() counts the host's cores, not those that a process is granted."""
+    counting = {"cpu_count", "sched_getaffinity", "process_cpu_count"}
+    found = {
+        name
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in counting
+    }
+    assert found == {"host"}
+
+
 def test_the_planner_needs_the_standard_library_only() -> None:
     used = {
         (name, imported)

@@ -19,6 +19,7 @@ from gspo_dist.config import ClusterConfig, LearnerConfig, RolloutConfig, RunCon
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
+from gspo_dist.host import usable_cores
 from gspo_dist.learners.learner import Learner
 from gspo_dist.metrics.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink, write_json
 from gspo_dist.objectives.objective import Objective, get_objective
@@ -50,7 +51,7 @@ def make_learner(
     master_port: int = 0,
 ) -> Learner:
     """One rank's learner; runs in the rank's own process, so each backend is imported only there."""
-    _cap_threads(config.threads or max(1, (os.cpu_count() or 1) // world_size), device)
+    _cap_threads(config.threads or max(1, usable_cores() // world_size), device)
     common: dict[str, Any] = {
         "total_steps": total_steps,
         "temperature": temperature,
@@ -296,7 +297,7 @@ def _factories(config: RunConfig, model: str, device: str, moe_layers: int) -> t
         device="cpu" if config.rollout.engine == "reference" else device,
         seed=config.seed,
         record_routing=_records_routing(config, moe_layers),
-        threads=config.rollout.threads or max(1, (os.cpu_count() or 1) // config.rollout.engines),
+        threads=config.rollout.threads or max(1, usable_cores() // config.rollout.engines),
         sleep_mode=config.cluster.colocated,
         transport=_transport(config, device),
     )
@@ -432,7 +433,7 @@ class Processes:
 
 def _process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     """Environment of the actors: thread caps before any library counts cores."""
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
     if device == "cuda":
         import torch
