@@ -1,10 +1,10 @@
-"""The learner group: one actor a rank, driven by the learner's verbs as if it were one learner."""
+"""The learner group: one actor per rank, driven by the learner's verbs as if it were one learner."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,33 @@ from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 
 START_TIMEOUT_S = 600.0
+"""A rank reads the model and meets all others before it answers for the first time."""
 
 LearnerFactory = Callable[..., Learner]
-"""make(rank=, world_size=, master_addr=, master_port=) -> Learner; picklable; imports its backend when called."""
+"""make(rank=, world_size=, master_addr=, master_port=) -> Learner. Picklable; imports its backend in the call."""
 
 
 class LearnerRank(ActorProcess):
-    """One rank's process: builds the learner in place and forwards the verbs to it."""
+    """One rank's process: builds the learner in place and forwards the verbs of `Learner` to it."""
 
-    learner: Learner
+    def __init__(self, name: str, log_dir: str) -> None:
+        super().__init__(name, log_dir)
+        self._learner: Learner | None = None
+        self._transport: Transport | None = None
+
+    @property
+    def learner(self) -> Learner:
+        if self._learner is None:
+            raise RuntimeError(f"{self.name} has no learner yet: call start first")
+        return self._learner
 
     def start(self, make: LearnerFactory, rank: int, world_size: int, address: tuple[str, int]) -> int:
-        """Joins the process group; returns the rank's data-parallel rank."""
-        self.learner = make(rank=rank, world_size=world_size, master_addr=address[0], master_port=address[1])
-        return self.learner.data_parallel_rank
+        """Builds the learner, which joins the process group. Returns the replica that this rank belongs to.
+
+        Called once, on all ranks at the same time, before every other verb.
+        """
+        self._learner = make(rank=rank, world_size=world_size, master_addr=address[0], master_port=address[1])
+        return self._learner.data_parallel_rank
 
     def logprobs(self, batches: Sequence[PackedBatch], **options: bool) -> list[LogprobOutput]:
         return self.learner.logprobs(batches, **options)
@@ -49,23 +62,29 @@ class LearnerRank(ActorProcess):
     def send_weights(
         self, sync: WeightSyncConfig, engines: Mapping[str, Any], log_dir: str
     ) -> SentReport | None:
-        """Takes part in the export; the exporter delivers each bucket to all engines and waits for them."""
+        """Takes part in the export. The exporter delivers each bucket to all engines and waits for them.
+
+        The exporter returns what it sent, every other rank None.
+        """
         stream = self.learner.weights(sync.bucket_bytes)
         if not self.learner.is_exporter:
-            for _ in stream:
+            for _ in stream:  # gathering a bucket is collective: every rank draws all of them
                 pass
             return None
         actors = Actors(engines, Path(log_dir))
-        if not hasattr(self, "transport"):
-            self.transport = self._connect(sync, actors)
-        return send_weights(
-            stream,
-            self.transport,
-            lambda info: actors.call_all("update_weights", info, timeout=sync.timeout_s),
-        )
+        if self._transport is None:
+            self._transport = self._connect(sync, actors)
+
+        def deliver(info: dict[str, Any]) -> None:
+            actors.call_all("update_weights", info, timeout=sync.timeout_s)
+
+        return send_weights(stream, self._transport, deliver)
 
     def _connect(self, sync: WeightSyncConfig, engines: Actors) -> Transport:
-        """Opens the transport with every engine; once a run."""
+        """Opens the transport with every engine; once per run.
+
+        Raises what either side of the meeting raised.
+        """
         where: dict[str, Any] = {}
         if sync.transport == "nccl":
             address, port = self.host()
@@ -80,10 +99,14 @@ class LearnerRank(ActorProcess):
             name: handle.init_weight_sync.remote(transport.init_info(i))
             for i, (name, handle) in enumerate(engines.handles.items())
         }
-        # In threads: each side of the rendezvous waits for the other, and whoever cannot come must be heard at once, not
-        # after the other's timeout. It also keeps to its thread the CUDA stream that vLLM 0.30 makes current to connect.
+        # In threads: each side of the rendezvous waits for the other, and whoever cannot come must be heard
+        # at once, not after the other's timeout. A thread also keeps to itself the CUDA stream that vLLM 0.30
+        # makes current to connect.
         meeting = ThreadPoolExecutor(2, thread_name_prefix="weight-rendezvous")
-        sides = [meeting.submit(transport.connect), meeting.submit(engines.gather, refs, sync.timeout_s)]
+        sides: list[Future[Any]] = [
+            meeting.submit(transport.connect),
+            meeting.submit(engines.gather, refs, sync.timeout_s),
+        ]
         meeting.shutdown(wait=False)
         ended = wait(sides, return_when=FIRST_EXCEPTION).done
         for side in sides:
@@ -98,7 +121,7 @@ class LearnerRank(ActorProcess):
         return engines.gather({name: handle.info.remote()}, sync.timeout_s)[name].workers
 
     def export(self, source: str, target: str) -> int | None:
-        """Writes the weights as an HF folder (exporter), or takes part in gathering them."""
+        """Writes the weights as an HF folder and returns their number; None from the other ranks."""
         if self.learner.is_exporter:
             return write_hf_folder(hf_items(self.learner), Path(source), Path(target))
         for _ in hf_items(self.learner):
@@ -113,10 +136,11 @@ class LearnerRank(ActorProcess):
             torch.cuda.empty_cache()
 
     def save(self, folder: str) -> None:
+        """Begins to save this rank's part; `wait_saved` ends it. Raises ValueError where the folder is missing."""
         if not Path(folder).is_dir():
             raise ValueError(
-                f"checkpoint folder {folder} is not visible on {socket.gethostname()}: run_dir must lie on a file system "
-                "that all nodes share"
+                f"checkpoint folder {folder} is not visible on {socket.gethostname()}: run_dir must lie on a "
+                "file system that all nodes share"
             )
         self.learner.save(Path(folder))
 
@@ -128,11 +152,17 @@ class LearnerRank(ActorProcess):
 
 
 class RayLearnerGroup:
-    """All ranks as one: sends each its micro-batches, merges what comes back."""
+    """All ranks as one: `gspo_dist.learners.group.LearnerGroup` over actors.
+
+    Every rank gets the micro-batches of its replica, and the answers are merged. Every verb waits for all
+    ranks. It raises ProcessDied or ProcessTimeout, naming the rank, or what a rank raised; the group is then
+    of no more use, because the other ranks may wait in a collective.
+    """
 
     def __init__(
         self, config: LearnerConfig, make: LearnerFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
     ) -> None:
+        """Creates the actors; `start` builds their learners. options: Ray's, one mapping per rank."""
         self.config = config
         remote = ray.remote(LearnerRank)
         handles = {
@@ -142,25 +172,33 @@ class RayLearnerGroup:
         self.actors = Actors(handles, log_dir)
         self.make = make
         self.policy_version = 0
+        self.replica_of: dict[str, int] = {}
+        """Rank's name -> the data-parallel replica that it belongs to; filled by `start`."""
 
     def start(self) -> None:
-        """Builds every rank's learner (collective). Called apart from the constructor, so that engines start too."""
+        """Builds every rank's learner; they meet in a process group. Called once.
+
+        It is no part of the constructor, because the engines must begin to load before this waits.
+        """
         handles = self.actors.handles
-        address = self.actors.gather({"learner-0": handles["learner-0"].host.remote()}, START_TIMEOUT_S)[
-            "learner-0"
-        ]
+        first = {"learner-0": handles["learner-0"].host.remote()}
+        address = self.actors.gather(first, START_TIMEOUT_S)["learner-0"]
         refs = {
             name: handle.start.remote(self.make, rank, self.config.world_size, address)
             for rank, (name, handle) in enumerate(handles.items())
         }
-        self.data_parallel_ranks = self.actors.gather(refs, max(START_TIMEOUT_S, self.config.timeout_s))
+        self.replica_of = self.actors.gather(refs, max(START_TIMEOUT_S, self.config.timeout_s))
 
     def _scatter(self, method: str, mini: MiniBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Calls `method(micro_batches of its replica, ...)` on every rank. Each replica's data is stored once."""
-        parts = [ray.put(list(rank)) for rank in mini.micro_batches]
+        """Calls `method(micro_batches of its replica, ...)` on every rank.
+
+        Each replica's data is stored once. Example: four ranks, tensor parallel 2, replica_of = learner-0: 0,
+        learner-1: 0, learner-2: 1, learner-3: 1. The first two read the same stored micro_batches[0].
+        """
+        parts = [ray.put(list(micro_batches)) for micro_batches in mini.micro_batches]
         refs = {
             name: getattr(self.actors.handles[name], method).remote(parts[replica], *args, **kwargs)
-            for name, replica in self.data_parallel_ranks.items()
+            for name, replica in self.replica_of.items()
         }
         return self.actors.gather(refs, self.config.timeout_s)
 
@@ -168,10 +206,10 @@ class RayLearnerGroup:
         self, mini: MiniBatch, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
         answers = self._scatter("logprobs", mini, record_routing=record_routing, reference=reference)
-        out: dict[int, list[LogprobOutput]] = {}
-        for name, replica in self.data_parallel_ranks.items():
-            out.setdefault(replica, answers[name])
-        return [out[replica] for replica in range(len(mini.micro_batches))]
+        outputs: dict[int, list[LogprobOutput]] = {}
+        for name, replica in self.replica_of.items():
+            outputs.setdefault(replica, answers[name])  # the ranks of a replica give the same answer
+        return [outputs[replica] for replica in range(len(mini.micro_batches))]
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
         return merge_stats(list(self._scatter("forward_backward", mini, spec).values()))

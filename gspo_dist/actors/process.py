@@ -24,13 +24,18 @@ class ProcessTimeout(TimeoutError):
 
 
 class ActorProcess:
-    """Base of the actors: sends stdout and stderr to a log file, answers for its host and memory."""
+    """Base of the actors: sends stdout and stderr to a log file, answers for its host and memory.
+
+    Ray runs an actor's methods one at a time, in the main thread of its process.
+    """
 
     def __init__(self, name: str, log_dir: str) -> None:
+        """Redirects the output of this whole process to `log_dir/name.log`; earlier content is kept."""
         self.name = name
         path = Path(log_dir) / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        # Descriptors, not sys.stdout: what C++ libraries and child processes write belongs in the log too.
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(log, 1)
@@ -38,10 +43,13 @@ class ActorProcess:
         os.close(log)
 
     def host(self) -> tuple[str, int]:
-        """This node's address and a free port on it, for a process group's rendezvous."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), s.getsockname()[1]
+        """This node's address and a free port on it, for a process group's rendezvous.
+
+        The port is free when it is asked for, and not reserved: it should be used at once.
+        """
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def peak_memory(self) -> dict[str, int]:
         """Peak resident bytes on the host, and peak allocated bytes on the GPU where there is one."""
@@ -49,33 +57,36 @@ class ActorProcess:
 
         import torch
 
-        out = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
         if torch.cuda.is_available():
-            out["gpu"] = torch.cuda.max_memory_allocated()
-        return out
+            peaks["gpu"] = torch.cuda.max_memory_allocated()
+        return peaks
 
 
 class Actors:
     """A set of named actor handles whose calls are gathered together."""
 
     def __init__(self, handles: Mapping[str, Any], log_dir: Path) -> None:
+        """handles: name -> Ray actor handle. log_dir: where each actor writes `name.log`."""
         self.handles = dict(handles)
         self.log_dir = log_dir
 
     def call_all(self, method: str, *args: Any, timeout: float, **kwargs: Any) -> dict[str, Any]:
-        """The same call on every actor, answers by name."""
+        """The same call on every actor; answers by name. Raises what `gather` raises."""
         return self.gather(
-            {name: getattr(h, method).remote(*args, **kwargs) for name, h in self.handles.items()}, timeout
+            {name: getattr(handle, method).remote(*args, **kwargs) for name, handle in self.handles.items()},
+            timeout,
         )
 
     def gather(self, refs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        """Waits for all answers; the first failure is raised at once, so that one dead rank does not leave the
-        others' collectives to time out.
+        """Waits at most `timeout` seconds for every object of `refs` (name -> reference); answers by name.
 
-        Raises ProcessDied, ProcessTimeout, or what the actor raised, each naming the actor.
+        The first failure is raised at once: the others may wait in a collective for the rank that failed.
+
+        Raises ProcessDied, ProcessTimeout, or what the actor raised. Each message names the actor.
         """
         names = {ref: name for name, ref in refs.items()}
-        pending, out = list(names), {}
+        pending, answers = list(names), dict[str, Any]()
         deadline = time.monotonic() + timeout
         while pending:
             done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
@@ -85,13 +96,14 @@ class Actors:
                     f"no answer within {timeout:.0f} s from {', '.join(late)}\n{self.tail(late[0])}"
                 )
             for ref in done:
-                out[names[ref]] = self._result(names[ref], ref)
-        return {name: out[name] for name in refs}
+                answers[names[ref]] = self._result(names[ref], ref)
+        return {name: answers[name] for name in refs}
 
     def _result(self, name: str, ref: Any) -> Any:
         try:
             return ray.get(ref)
         except ray.exceptions.RayTaskError as error:
+            # Ray wraps what the actor raised; a caller catches ValueError, not RayTaskError.
             cause = error.cause if isinstance(error.cause, Exception) else error
             cause.add_note(f"raised in {name}; its log: {self.log_dir / (name + '.log')}\n{self.tail(name)}")
             raise cause from None
@@ -100,7 +112,7 @@ class Actors:
             raise ProcessDied(f"{name} died: {first}\n{self.tail(name)}") from None
 
     def tail(self, name: str) -> str:
-        """The last lines of an actor's log, indented."""
+        """The last lines of an actor's log, indented, or where the log lies when it is not on this host."""
         path = self.log_dir / f"{name}.log"
         if not path.is_file():
             return (
@@ -110,8 +122,10 @@ class Actors:
         return "\n".join(["  last lines of its log:", *(f"    {line}" for line in lines)])
 
     def peak_memory(self, timeout: float = 60.0) -> dict[str, dict[str, int]]:
+        """Name -> peak bytes of `host` and, with a GPU, `gpu`."""
         return self.call_all("peak_memory", timeout=timeout)
 
     def kill(self) -> None:
+        """Ends every actor without asking it. Killing one that is dead already does nothing."""
         for handle in self.handles.values():
             ray.kill(handle)

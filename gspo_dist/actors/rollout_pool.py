@@ -1,4 +1,4 @@
-"""The rollout pool: one actor an engine, prompts spread evenly by the work they are expected to be."""
+"""The rollout pool: one actor per engine, with prompts spread evenly by the work that they may become."""
 
 from __future__ import annotations
 
@@ -16,19 +16,29 @@ from gspo_dist.rollout.pool import balance
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 START_TIMEOUT_S = 900.0
+"""vLLM reads the weights, measures memory and may compile before an engine answers for the first time."""
 
 EngineFactory = Callable[..., RolloutEngine]
 """make(name=) -> RolloutEngine; picklable; imports its engine when called."""
 
 
 class EngineProcess(ActorProcess):
-    """One engine's process."""
+    """One engine's process: builds the engine in place and forwards the verbs of `RolloutEngine` to it."""
 
-    engine: RolloutEngine
+    def __init__(self, name: str, log_dir: str) -> None:
+        super().__init__(name, log_dir)
+        self._engine: RolloutEngine | None = None
+
+    @property
+    def engine(self) -> RolloutEngine:
+        if self._engine is None:
+            raise RuntimeError(f"{self.name} has no engine yet: call start first")
+        return self._engine
 
     def start(self, make: EngineFactory) -> EngineInfo:
-        self.engine = make(name=self.name)
-        return self.engine.info()
+        """Builds the engine; called once, before every other verb."""
+        self._engine = make(name=self.name)
+        return self._engine.info()
 
     def info(self) -> EngineInfo:
         return self.engine.info()
@@ -61,11 +71,16 @@ class EngineProcess(ActorProcess):
 
 
 class RayRolloutPool:
-    """All engines as one."""
+    """All engines as one: `gspo_dist.rollout.pool.RolloutPool` over actors.
+
+    Every verb waits for all engines that it asks. It raises ProcessDied or ProcessTimeout, naming the engine,
+    or what an engine raised.
+    """
 
     def __init__(
         self, config: RolloutConfig, make: EngineFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
     ) -> None:
+        """Creates the actors, which begin to build their engines. options: Ray's, one mapping per engine."""
         self.config = config
         remote = ray.remote(EngineProcess)
         self.actors = Actors(
@@ -78,34 +93,41 @@ class RayRolloutPool:
         self.starting = {name: handle.start.remote(make) for name, handle in self.actors.handles.items()}
 
     def start(self) -> EngineInfo:
-        """Waits until every engine is up (they start when the pool is made, beside the learner)."""
-        return next(
-            iter(self.actors.gather(self.starting, max(START_TIMEOUT_S, self.config.timeout_s)).values())
-        )
+        """Waits until every engine is up, and returns what the first one says of itself: they are alike.
+
+        The engines start when the pool is made, so that they load while the learner does.
+        """
+        infos = self.actors.gather(self.starting, max(START_TIMEOUT_S, self.config.timeout_s))
+        return next(iter(infos.values()))
 
     @property
     def engines(self) -> dict[str, Any]:
+        """Name -> actor handle; the learner's exporter delivers weights to them itself."""
         return self.actors.handles
 
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        """`spec.n` completions a prompt, in order. The assignment depends on the prompts alone, so a run repeats."""
+        """`spec.n` completions per prompt, in the order of the prompts.
+
+        The assignment depends on the prompts alone, so a run can be repeated exactly. Example: two engines
+        and prompts of 9, 3 and 3 tokens (n = 1, 4 tokens each): engine-0 samples prompt 0, engine-1 prompts 1
+        and 2, and the three groups come back in the order 0, 1, 2.
+        """
         names = list(self.actors.handles)
         refs, places = {}, {}
-        for name, rows in zip(
-            names, balance([len(p.token_ids) for p in prompts], len(names), spec), strict=True
-        ):
-            if rows:
+        rows_of = balance([len(prompt.token_ids) for prompt in prompts], len(names), spec)
+        for name, rows in zip(names, rows_of, strict=True):
+            if rows:  # fewer prompts than engines leave some without work
                 places[name] = rows
                 refs[name] = self.actors.handles[name].generate.remote(
                     [prompts[i] for i in rows], spec, [request_ids[i] for i in rows]
                 )
-        out: list[list[Completion]] = [[] for _ in prompts]
+        completions: list[list[Completion]] = [[] for _ in prompts]
         for name, groups in self.actors.gather(refs, self.config.timeout_s).items():
             for i, group in zip(places[name], groups, strict=True):
-                out[i] = group
-        return out
+                completions[i] = group
+        return completions
 
     def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
         """Log-probs of the same sequences from every engine: each holds weights of its own to be probed."""
