@@ -69,7 +69,7 @@ def planned(config, nodes: int):
 def test_every_arm_fits_every_layout_and_leaves_no_gpu_idle(name, nodes):
     config = arm(name, nodes)
     layout = check_layout(config.learner.megatron, from_hf(CONFIG_JSON), config.learner.world_size)
-    assert layout.expert * layout.expert_data == config.learner.world_size == nodes * 4
+    assert layout.data * layout.tensor == config.learner.world_size == nodes * 4
     assert layout.expert <= 8  # tokens of a MoE layer stay within a node
     learner, engine, result = planned(config, nodes)
     assert result.problems == ()

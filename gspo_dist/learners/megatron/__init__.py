@@ -1,2 +1,5 @@
-"""The megatron-core learner: any HF model of `architecture.SUPPORTED` under tensor, pipeline, expert and context
-parallelism, on GPUs with Transformer Engine and on CPUs with gloo."""
+"""The megatron-core learner, for the HF models of `architecture.SUPPORTED`.
+
+It cuts a model by tensor, pipeline, expert and context parallelism. It runs on GPUs with Transformer Engine,
+and on CPUs with gloo.
+"""

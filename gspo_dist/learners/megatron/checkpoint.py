@@ -1,8 +1,10 @@
-"""Learner checkpoints in megatron-core's distributed format: saved in the background, loaded under any layout.
+"""Learner checkpoints in megatron-core's distributed format: saved in the background,
+loaded under any layout.
 
-Tensors are stored under global names with their place in the whole, weights and optimiser state alike; what depends on
-the layout (groups of parameters) stays out, so that a run saved with expert_parallel 2 goes on with tensor_parallel 2.
-The learner draws no random numbers (no dropout), so there is no random state to keep.
+Weights and optimiser state are stored under global names, with their place in the whole. What depends
+on the layout, such as the groups of parameters, stays out. So a run saved with expert_parallel 2 goes
+on with tensor_parallel 2. The learner has no dropout and draws no random numbers, so there is no
+random state to keep.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import FileSystemReader
 
-from gspo_dist.learners.megatron.architecture import Architecture
+from gspo_dist.models.shape import ModelShape
 
 # fully_reshardable: optimiser state in the shape of its parameter, not in the buffers of one layout.
-# chained_optim_avoid_prefix: dense and expert parameters have two optimisers under expert parallelism and one without.
+# chained_optim_avoid_prefix: dense and expert parameters have two optimisers under expert parallelism
+# and one without.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -38,56 +41,66 @@ METADATA = {
     "singleton_local_shards": False,
 }
 COMMON = "gspo_dist"
+"""Key of the part that is the same on every rank."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a checkpoint holds: this rank's chunks, their optimiser, and which model they are."""
+class LearnerState:
+    """What a checkpoint holds."""
 
     chunks: list[Any]
+    """This rank's model chunks."""
     optimizer: Any
-    architecture: Architecture
+    """Their optimiser."""
+    architecture: ModelShape
+    """Which model they are."""
 
 
-class Saves:
+class CheckpointWriter:
     """Starts saves and waits for them. Finishing one is collective, so every rank calls `wait` alike."""
 
     def __init__(self, asynchronous: bool) -> None:
+        """asynchronous: whether a forked process writes while training goes on."""
         self.queue = AsyncCallsQueue() if asynchronous else None
 
-    def save(self, trained: Trained, policy_version: int, folder: Path) -> None:
-        """Returns once the state is staged (asynchronous: a forked process writes it) or written."""
+    def save(self, learner: LearnerState, policy_version: int, folder: Path) -> None:
+        """Returns once the state is staged for the forked process or, without one, written. Collective.
+
+        An earlier save is finished first, so one is under way at most.
+        """
         self.wait()
         folder = Path(folder)
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        state = sharded_state(trained, loading=False)
+        state = sharded_state(learner, loading=False)
         state[COMMON] = {
             "policy_version": policy_version,
-            "architecture": dataclasses.asdict(trained.architecture),
+            "architecture": dataclasses.asdict(learner.architecture),
         }
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=self.queue is not None)
         if self.queue is not None and request is not None:
             self.queue.schedule_async_request(request)
 
     def wait(self) -> None:
-        """Returns when every started save is on disk, its metadata last."""
+        """Returns when every started save is on disk, its metadata last. Collective; may be called again."""
         if self.queue is not None:
             self.queue.maybe_finalize_async_calls(blocking=True)
 
     def close(self) -> None:
+        """Ends the writing process. Call `wait` first."""
         if self.queue is not None:
             self.queue.close()
 
 
-def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
-    """Weights and optimiser state with their global places; all else is marked as this rank's own."""
-    metadata = dict(METADATA)  # 0.16.1 writes the data-parallel group of the moment into it
+def sharded_state(learner: LearnerState, *, loading: bool) -> dict[str, Any]:
+    """Weights and optimiser state with their global places. All else is marked as this rank's own."""
+    # A copy, because 0.16.1 writes the data-parallel group of the moment into it.
+    metadata = dict(METADATA)
     models = {
-        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(trained.chunks)
+        f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(learner.chunks)
     }
-    state = trained.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    state = learner.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     # 0.16.1's plain optimisers mark some of it themselves; loading undoes one mark.
     kept = (ShardedBase, LocalNonpersistentObject)
     dict_list_map_inplace(lambda x: x if isinstance(x, kept) else LocalNonpersistentObject(x), state)
@@ -97,30 +110,36 @@ def sharded_state(trained: Trained, *, loading: bool) -> dict[str, Any]:
 
 
 def _drop_extra_state(part: dict[str, Any]) -> None:
-    """Transformer Engine's extra state (fp8 scales) is an object a rank, not a tensor: nothing here uses it. A grouped
-    linear has one for every local expert: _extra_state, _extra_state1, ..."""
+    """Leaves out Transformer Engine's extra state (fp8 scales): an object per rank, which nothing here uses.
+
+    A grouped linear has one for every local expert: _extra_state, _extra_state1, ...
+    """
     for key in [k for k in part if re.search(r"_extra_state\d*$", k)]:
         del part[key]
 
 
 @torch.no_grad()
-def load(trained: Trained, folder: Path) -> int:
-    """Restores weights and optimiser, whatever the layout they were saved under; returns the policy version."""
+def load(learner: LearnerState, folder: Path) -> int:
+    """Restores weights and optimiser, whatever the layout they were saved under. Returns the policy version.
+
+    Raises ValueError, before a tensor is read, for a folder that is not a whole checkpoint of this model.
+    """
     folder = Path(folder)
-    state = sharded_state(trained, loading=True)
+    state = sharded_state(learner, loading=True)
     check(state, folder)
     loaded = dist_checkpointing.load(state, str(folder))
-    for i, chunk in enumerate(trained.chunks):
+    for i, chunk in enumerate(learner.chunks):
+        # Not strict, because the extra state was left out. `check` has seen every tensor.
         chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)
     policy_version = int(loaded[COMMON]["policy_version"])
-    _load_optimizer(trained.optimizer, loaded["optimizer"], policy_version)
+    _load_optimizer(learner.optimizer, loaded["optimizer"], policy_version)
     return policy_version
 
 
 def check(state: dict[str, Any], folder: Path) -> None:
-    """Refuses a folder that is not a whole checkpoint of this model: ValueError, before a tensor is read.
+    """Refuses a folder that is not a whole checkpoint of this model, before a tensor is read.
 
-    Names the missing file, or the first tensor whose name or shape differs.
+    ValueError names the missing file, or the first tensor whose name or shape differs.
     """
     if not (folder / "metadata.json").is_file():
         raise ValueError(
@@ -131,43 +150,48 @@ def check(state: dict[str, Any], folder: Path) -> None:
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"checkpoint {folder} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:4])}; copy it "
-            "again or resume from another"
+            f"checkpoint {folder} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:4])}; "
+            "copy it again or resume from another"
         )
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     for tensor in nested_values(state):
         for wanted in _tensors(tensor):
             if wanted.key not in stored:
                 raise ValueError(
-                    f"checkpoint {folder} is of another model: it has no {wanted.key}, which this model has with shape "
-                    f"{list(wanted.global_shape)}; point model.path at the model it was trained from"
+                    f"checkpoint {folder} is of another model: it has no {wanted.key}, which this model has "
+                    "with "
+                    f"shape {list(wanted.global_shape)}; point model.path at the model it was trained from"
                 )
             found = stored[wanted.key].global_shape
             if tuple(found) != tuple(wanted.global_shape):
                 raise ValueError(
-                    f"checkpoint {folder} is of another model: {wanted.key} has shape {list(found)} there and "
+                    f"checkpoint {folder} is of another model: {wanted.key} has shape {list(found)} there "
+                    "and "
                     f"{list(wanted.global_shape)} here; point model.path at the model it was trained from"
                 )
 
 
 def _tensors(value: Any) -> list[ShardedTensor]:
+    """The tensors with a global place in `value`: itself, those that a factory makes, or none."""
     if isinstance(value, ShardedTensorFactory):
         return [t for t in nested_values(value.build()) if isinstance(t, ShardedTensor)]
     return [value] if isinstance(value, ShardedTensor) else []
 
 
 def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
-    """Gives each optimiser of the chain its state, and Adam the steps its moments have seen.
+    """Gives each optimiser of the chain its state, and Adam the steps that its moments have seen.
 
-    Every parameter is updated in every step, so the count is the policy version; no checkpoint stores it. torch's AdamW
-    keeps it with each parameter: it must be out while 0.16.1's distributed optimiser copies the moments, which copies
-    whatever the states hold. Transformer Engine's FusedAdam and the offloaded optimiser keep it with each group, where a
-    fresh one has none, and would correct the moments' bias as at the first step.
+    Every parameter is updated in every step, so the count is the policy version, and no checkpoint stores it.
+
+    - torch's AdamW keeps the count with each parameter. It must be out while 0.16.1's distributed optimiser
+      copies the moments, because that copies whatever the states hold.
+    - Transformer Engine's FusedAdam and the offloaded optimiser keep it with each group. A fresh group has
+      none, and would correct the moments' bias as at the first step.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part, own in zip(
-        parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True
-    ):
+    # 0.16.1 numbers the states of a chain, and hands over the state itself where one optimiser is alone.
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for part, own in zip(parts, states, strict=True):
         inner = part.optimizer
         moments = own.pop("param_state", None)
         adamw = isinstance(inner, torch.optim.AdamW)

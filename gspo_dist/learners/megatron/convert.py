@@ -1,12 +1,15 @@
-"""HF <-> megatron-core weights, name by name and shard by shard; no rank ever holds the whole model.
+"""HF <-> megatron-core weights, name by name and shard by shard. No rank ever holds the whole model.
 
-Why our own. mbridge 0.15.1 reads `hf_config.rope_theta`, which transformers 5.19 no longer has, maps Transformer
-Engine's fused names only (`use_transformer_engine=True` is written into its builder) and moves exports to a CUDA
-device. megatron-bridge 0.3.1 pins transformers < 5 and requires transformer-engine, mamba-ssm and causal-conv1d.
-Neither can serve the pinned stack (torch 2.13, transformers 5.19, megatron-core 0.16.1), on a CPU least of all.
+Loading reads from the safetensors files only the rows and columns that this rank owns.
 
-Loading reads from the safetensors files only the rows and columns that this rank owns. Shapes: H hidden, ng query
-groups, np query heads, d head dimension, tp tensor ranks.
+The conversion is written here because neither public one serves the pinned stack (torch 2.13, transformers
+5.19, megatron-core 0.16.1), on a CPU least of all:
+
+- mbridge 0.15.1 reads `hf_config.rope_theta`, which transformers 5.19 no longer has. It maps Transformer
+  Engine's fused names only, and moves exports to a CUDA device.
+- megatron-bridge 0.3.1 pins transformers < 5 and requires transformer-engine, mamba-ssm and causal-conv1d.
+
+Letters: H hidden, ng query groups, np query heads, d head dimension.
 """
 
 from __future__ import annotations
@@ -22,22 +25,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gspo_dist.learners.megatron.architecture import Architecture
+from gspo_dist.models.shape import ModelShape
 
 
 class TensorSource(Protocol):
     """Where HF tensors come from."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a whole tensor. ValueError when there is none of that name."""
+        ...
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor: ...
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """A tensor's rows and columns; a vector has rows only. ValueError when there is none of that name."""
+        ...
 
 
 class SafetensorsFolder:
     """The *.safetensors of an HF folder, read slice by slice. ValueError for a missing shard or tensor.
 
-    Accepts experts named one by one (`experts.3.up_proj.weight`, as files hold them) and fused
-    (`experts.gate_up_proj` [E, 2I, H], as transformers 5 holds them in memory).
+    Experts may be named one by one (`experts.3.up_proj.weight`), as most files hold them. They may also be
+    fused (`experts.gate_up_proj` [E, 2I, H]), as transformers 5 holds them in memory.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -49,7 +56,8 @@ class SafetensorsFolder:
             if missing:
                 raise ValueError(
                     f"model.path lacks shards that its index names: {', '.join(missing[:4])} "
-                    f"({len(missing)} of {len(set(self.files.values()))}) in {self.folder}; copy the folder again"
+                    f"({len(missing)} of {len(set(self.files.values()))}) in {self.folder}; copy the folder "
+                    "again"
                 )
         else:
             shards = sorted(self.folder.glob("*.safetensors"))
@@ -61,7 +69,10 @@ class SafetensorsFolder:
                     self.files |= dict.fromkeys(list(f.keys()), shard.name)
 
     def _locate(self, name: str) -> tuple[str, int | None, int]:
-        """(stored name, expert or None, which half of a fused gate_up)."""
+        """(stored name, expert or None, which half of a fused gate_up).
+
+        Example: experts.3.up_proj.weight in a fused folder is (experts.gate_up_proj, 3, 1).
+        """
         if name in self.files:
             return name, None, 0
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
@@ -71,8 +82,9 @@ class SafetensorsFolder:
             if fused in self.files:
                 return fused, int(number), int(part == "up")
         raise ValueError(
-            f"model.path has no tensor {name}: {self.folder} holds {len(self.files)} others; its config.json does not "
-            "describe its weights, or a shard is missing"
+            f"model.path has no tensor {name}: {self.folder} holds {len(self.files)} others; its config.json "
+            "does "
+            "not describe its weights, or a shard is missing"
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -99,6 +111,11 @@ class SafetensorsFolder:
 class Rule(Protocol):
     """How one megatron parameter and its HF tensors become each other."""
 
+    @property
+    def sharded(self) -> bool:
+        """Whether tensor ranks hold different parts of the parameter."""
+        ...
+
     def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
         """The shard of tensor rank `rank` of `size`."""
         ...
@@ -109,6 +126,7 @@ class Rule(Protocol):
 
 
 def _share(total: int, rank: int, size: int) -> slice:
+    """Rank 1 of 4 has rows 3 to 5 of 12."""
     part = total // size
     return slice(rank * part, (rank + 1) * part)
 
@@ -118,6 +136,11 @@ class Whole:
     """The same on every rank: norms, the router."""
 
     hf: str
+    """Name of the HF tensor."""
+
+    @property
+    def sharded(self) -> bool:
+        return False
 
     def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
         return source.read(self.hf)
@@ -128,10 +151,16 @@ class Whole:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut along `dim`: 0 for rows (embedding, head), 1 for columns (attention output, down projection)."""
+    """Cut along one dimension."""
 
     hf: str
+    """Name of the HF tensor."""
     dim: int
+    """0 for rows (embedding, head), 1 for columns (attention output, down projection)."""
+
+    @property
+    def sharded(self) -> bool:
+        return True
 
     def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
         share = _share(source.shape(self.hf)[self.dim], rank, size)
@@ -143,10 +172,20 @@ class Split:
 
 @dataclass(frozen=True)
 class GateUp:
-    """Gate and up projections stacked: every rank holds its rows of the gate, then its rows of the up."""
+    """Gate and up projections stacked.
+
+    Every rank holds its rows of the gate, then its rows of the up. Example: 4 rows each over two ranks give
+    g0 g1 u0 u1 | g2 g3 u2 u3.
+    """
 
     gate: str
+    """Name of the HF tensor of the gate projection."""
     up: str
+    """Name of the HF tensor of the up projection."""
+
+    @property
+    def sharded(self) -> bool:
+        return True
 
     def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
         share = _share(source.shape(self.gate)[0], rank, size)
@@ -159,17 +198,28 @@ class GateUp:
 
 @dataclass(frozen=True)
 class QKV:
-    """Queries, keys and values group by group: [q of group 0 .. np/ng heads, k 0, v 0, q of group 1, ...], cut by rows.
+    """Queries, keys and values stacked group by group and cut by rows.
 
-    np 4, ng 2: rows q0 q1 k0 v0 | q2 q3 k1 v1. One layer's three matrices are read whole; the model never is.
+    Example: np 4 heads in ng 2 groups over two ranks give q0 q1 k0 v0 | q2 q3 k1 v1. One layer's three
+    matrices are read whole on every rank.
     """
 
     q: str
+    """Name of the HF tensor of the queries, weight or bias."""
     k: str
+    """Name of the HF tensor of the keys."""
     v: str
+    """Name of the HF tensor of the values."""
     groups: int
+    """Query groups, which are the key-value heads: ng."""
     heads: int
+    """Query heads: np."""
     head_dim: int
+    """Rows per head: d."""
+
+    @property
+    def sharded(self) -> bool:
+        return True
 
     def load(self, source: TensorSource, rank: int, size: int) -> Tensor:
         q, k, v = (source.read(name) for name in (self.q, self.k, self.v))
@@ -186,17 +236,17 @@ class QKV:
             yield name, part.reshape(-1, *tail)
 
 
-def rule_for(name: str, model: Architecture) -> Rule:
-    """The rule of a parameter under its global name (layers and experts numbered over all ranks).
+def rule_for(name: str, model: ModelShape) -> Rule:
+    """The rule of a parameter under its global name, which numbers layers and experts over all ranks.
 
-    Names are megatron-core's, of both layer kinds: Transformer Engine keeps a norm inside the projection after it
-    (`linear_qkv.layer_norm_weight`), the local layers keep it apart (`input_layernorm.weight`).
+    Names are megatron-core's, of both kinds of layers. Transformer Engine keeps a norm inside the projection
+    after it (`linear_qkv.layer_norm_weight`), and the local layers keep it apart (`input_layernorm.weight`).
+
+    Raises ValueError for a parameter that no rule knows.
     """
-    outer = {
+    outer: dict[str, Rule] = {
         "embedding.word_embeddings.weight": Split("model.embed_tokens.weight", 0),
-        "output_layer.weight": Split(
-            "model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight", 0
-        ),
+        "output_layer.weight": Split("model.embed_tokens.weight" if model.tied else "lm_head.weight", 0),
         "decoder.final_layernorm.weight": Whole("model.norm.weight"),
     }
     if name in outer:
@@ -204,23 +254,24 @@ def rule_for(name: str, model: Architecture) -> Rule:
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     rule = _layer_rule(f"model.layers.{layer[1]}", layer[2], model) if layer else None
     if rule is None:
-        raise ValueError(f"no conversion for the megatron parameter {name} of {model.name}")
+        raise ValueError(f"no conversion for the megatron parameter {name} of {model.architecture}")
     return rule
 
 
-def _layer_rule(hf: str, name: str, model: Architecture) -> Rule | None:
+def _layer_rule(hf: str, name: str, model: ModelShape) -> Rule | None:
+    """The rule of parameter `name` of the layer that HF calls `hf`, or None."""
     attention, mlp = f"{hf}.self_attn", f"{hf}.mlp"
     qkv = re.fullmatch(r"self_attention\.linear_qkv\.(weight|bias)", name)
     if qkv:
         q, k, v = (f"{attention}.{p}_proj.{qkv[1]}" for p in "qkv")
-        return QKV(q, k, v, model.num_kv_heads, model.num_heads, model.head_dim)
+        return QKV(q, k, v, model.kv_heads, model.heads, model.head_dim)
     expert = re.fullmatch(
         r"mlp\.experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))", name
     )
     if expert:
         number, which = expert[1] or expert[4], expert[2] or expert[3]
         mlp, name = f"{mlp}.experts.{number}", f"mlp.linear_fc{which}.weight"
-    return {
+    rules: dict[str, Rule] = {
         "input_layernorm.weight": Whole(f"{hf}.input_layernorm.weight"),
         "self_attention.linear_qkv.layer_norm_weight": Whole(f"{hf}.input_layernorm.weight"),
         "self_attention.q_layernorm.weight": Whole(f"{attention}.q_norm.weight"),
@@ -231,4 +282,5 @@ def _layer_rule(hf: str, name: str, model: Architecture) -> Rule | None:
         "mlp.router.weight": Whole(f"{mlp}.gate.weight"),
         "mlp.linear_fc1.weight": GateUp(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
         "mlp.linear_fc2.weight": Split(f"{mlp}.down_proj.weight", 1),
-    }.get(name)
+    }
+    return rules.get(name)

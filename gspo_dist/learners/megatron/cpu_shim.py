@@ -1,7 +1,16 @@
-"""Makes megatron-core 0.16.1 run on a CPU with gloo. Does nothing where CUDA is present.
+"""Makes megatron-core 0.16.1 run on a CPU with gloo, by replacing parts of torch.cuda and of torch.Tensor.
 
-Upstream assumes CUDA in a few places even when asked for CPU initialisation; each stand-in below says where. They are
-process-wide, so a process that calls `install` should be a learner rank and nothing else.
+What: `install` replaces functions of `torch.cuda`, methods of `torch.Tensor` and `torch.nn.Module`, and names
+inside megatron-core's modules. megatron-core assumes CUDA in these places even when it is asked for CPU
+initialisation. Each stand-in below says where.
+
+Where: they hold for the whole process, so a process that calls `install` should be a learner rank and nothing
+else. Only `MegatronLearner` calls it.
+
+When: once, when the first learner of the process is made. Where CUDA is present it does nothing.
+
+Undone: never. What is made under them (streams, the tracker of random states) outlives a learner, so putting
+the originals back would leave a mixture. They go with the process.
 """
 
 from __future__ import annotations
@@ -13,9 +22,9 @@ from typing import Any, Self
 
 import torch
 
-# Modules that name device="cuda" in a factory call, or print a dtype as "torch.cuda.FloatTensor":
-#   schedules (token counters), optimizer and clip_grads (found_inf, norms), grad_scaler, distrib_optimizer,
-#   param_and_grad_buffer (the warm-up tensor), utils (norm reductions), moe_utils (loss tracker), state_dict_saver.
+# Modules that name device="cuda" in a factory call, or print a dtype as "torch.cuda.FloatTensor". They make
+# token counters (schedules), norms and found_inf flags (optimizer, clip_grads, utils), a warm-up tensor
+# (param_and_grad_buffer) and a loss tracker (moe_utils).
 NAMES_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.pipeline_parallel.p2p_communication",
@@ -58,9 +67,10 @@ class _NoStream:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """`torch` as the modules of NAMES_CUDA see it: factories read device="cuda" as the CPU; all else is torch's own.
+    """`torch` as the modules of NAMES_CUDA see it.
 
-    A name in each of those modules, not a TorchFunctionMode: a mode belongs to the thread that entered it.
+    Factories read device="cuda" as the CPU, and all else is torch's own. It is a name in each of those
+    modules and not a TorchFunctionMode, because a mode belongs to the thread that entered it.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -82,7 +92,7 @@ def on_cpu() -> bool:
 
 
 def install() -> None:
-    """Puts every stand-in in place, once. Returns at once where CUDA is present."""
+    """Puts every stand-in in place. Returns at once where CUDA is present. May be called again."""
     global _installed
     if _installed or not on_cpu():
         return
@@ -113,7 +123,7 @@ def _stand_in_for_tensor_methods() -> None:
     cls: Any = torch.Tensor
     # Embedding and output weights of a tied model, rotary indices, checkpoint tensors: moved with .cuda().
     cls.cuda = lambda self, *a, **k: self
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]  # as above
     # MoE dispatchers tie tensors to side streams.
     cls.record_stream = lambda self, *a: None
     # No driver, no pinned memory: rotary slices for context parallel ask for it by flag (a factory argument).
@@ -134,18 +144,20 @@ def _stand_in_for_megatron() -> None:
         module: Any = importlib.import_module(name)
         module.torch = _TorchOnCpu("torch")
     rng: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    # Without dropout no random number is drawn in a forward pass, and weights are loaded, not drawn: the tracker's
-    # forks and the states that activation recomputation saves protect nothing here.
+    # Without dropout no random number is drawn in a forward pass, and weights are loaded, not drawn. So the
+    # tracker's forks, and the states that activation recomputation saves, protect nothing here.
     rng.CudaRNGStatesTracker.fork = lambda self, *a, **k: contextlib.nullcontext()
     rng._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda *a, **k: None
     # Set to a Transformer Engine wrapper when TE imports, and left callable when it does not.
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = None
-    # Upstream turns split sizes into host arrays only when they are CUDA tensors; all_to_all wants host numbers.
+    # megatron-core turns split sizes into host arrays only when they are CUDA tensors. all_to_all
+    # wants host numbers.
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _split_sizes
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The sizes that the dispatcher asks for, on the host."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

@@ -1,8 +1,14 @@
-"""Checks a parallel layout against the model and the number of ranks, and knobs against each other and the machine,
-before anything starts. Pure arithmetic, so that `gspo plan` makes the same checks.
+"""Checks of a parallel layout and of the megatron knobs, before anything starts.
 
-Ranks are ordered as megatron-core orders them, fastest first: tensor, context, (expert,) data, pipeline. The experts
-have their own factorisation of the same ranks: expert_tensor x expert x expert_data x pipeline.
+A layout is checked against the model and the number of ranks, knobs against each other and the machine. All
+of it is arithmetic without torch, so that `gspo plan` makes the same checks before anything starts.
+
+Ranks are ordered as megatron-core orders them, fastest first: tensor, context, data, pipeline.
+The experts have a
+factorisation of their own of the same ranks: expert_tensor x expert x expert_data x pipeline.
+
+Example: 16 ranks with tensor 2, context 2, pipeline 2 and expert 4 have 16 / 8 = 2 data-parallel replicas,
+and 16 / (4 x 2) = 2 replicas of each expert.
 """
 
 from __future__ import annotations
@@ -10,8 +16,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from gspo_dist.checks import divisors
 from gspo_dist.config import LearnerConfig, MegatronConfig
-from gspo_dist.learners.megatron.architecture import Architecture
+from gspo_dist.models.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -19,13 +26,21 @@ class Layout:
     """A checked layout: every size divides what it must. Made by `check_layout`."""
 
     world_size: int
+    """Ranks in all."""
     tensor: int
+    """Ranks that share each matrix of attention and of dense feed-forward layers."""
     pipeline: int
+    """Stages that the layers are dealt to."""
     virtual_stages: int
+    """Model chunks per pipeline rank."""
     expert: int
+    """Ranks that the experts are dealt to."""
     expert_tensor: int
+    """Ranks that share each matrix of an expert."""
     context: int
+    """Ranks that share each sequence."""
     sequence_parallel: bool
+    """Whether tensor ranks also share the rows between their matrices."""
 
     @property
     def data(self) -> int:
@@ -33,38 +48,33 @@ class Layout:
         return self.world_size // (self.tensor * self.pipeline * self.context)
 
     @property
-    def expert_data(self) -> int:
-        """Replicas of each expert."""
-        return self.world_size // (self.expert_tensor * self.expert * self.pipeline)
-
-    @property
     def token_multiple(self) -> int:
-        """A context rank's tokens are padded to this: each cut gives tensor ranks equal rows (sequence parallel)."""
+        """A context rank's tokens are padded to this, so that tensor ranks get equal rows."""
         return self.tensor if self.sequence_parallel else 1
 
     @property
     def sequence_multiple(self) -> int:
-        """A sequence is padded to this, so that context ranks take two equal chunks each (early and late)."""
+        """A sequence is padded to this: each context rank takes an early and a late chunk of one length."""
         return 2 * self.context if self.context > 1 else 1
 
 
-def check_layout(config: MegatronConfig, model: Architecture, world_size: int) -> Layout:
+def check_layout(config: MegatronConfig, model: ModelShape, world_size: int) -> Layout:
     """The layout, or ValueError: which number does not divide which, and the divisors that would."""
-    sequence = config.sequence_parallel
-    sequence = config.tensor_parallel > 1 if sequence is None else sequence and config.tensor_parallel > 1
+    # null means: wherever it does something.
+    sequence = config.tensor_parallel > 1 and config.sequence_parallel is not False
     tp, pp, cp = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
-    _divides("tensor_parallel", tp, "num_attention_heads", model.num_heads)
-    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+    _divides("tensor_parallel", tp, "num_attention_heads", model.heads)
+    if model.kv_heads % tp and tp % model.kv_heads:
         raise ValueError(
             "learner.megatron.tensor_parallel must divide num_key_value_heads or be a multiple of it: got "
-            f"{tp} and {model.num_kv_heads}; try {_divisors(model.num_kv_heads)}"
+            f"{tp} and {model.kv_heads}; try {divisors(model.kv_heads)}"
         )
-    _divides("tensor_parallel", tp, "vocab_size", model.vocab_size)
-    _divides("tensor_parallel", tp, "intermediate_size", model.ffn_size)
+    _divides("tensor_parallel", tp, "vocab_size", model.vocab)
+    _divides("tensor_parallel", tp, "intermediate_size", model.ffn)
     if sequence:
-        _divides("tensor_parallel", tp, "hidden_size", model.hidden_size)
+        _divides("tensor_parallel", tp, "hidden_size", model.hidden)
     stages = pp * config.virtual_stages
-    _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.num_layers)
+    _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.layers)
     if tp * pp * cp == 0 or world_size % (tp * pp * cp):
         _refuse(
             "tensor_parallel x pipeline_parallel x context_parallel", tp * pp * cp, "world_size", world_size
@@ -82,17 +92,18 @@ def check_layout(config: MegatronConfig, model: Architecture, world_size: int) -
     )
 
 
-def _check_experts(config: MegatronConfig, model: Architecture, world_size: int, sequence: bool) -> None:
+def _check_experts(config: MegatronConfig, model: ModelShape, world_size: int, sequence: bool) -> None:
     ep, etp = config.expert_parallel, config.expert_tensor_parallel
-    if not model.num_moe_layers:
+    if not model.moe_layers:
         if ep > 1 or etp > 1:
             raise ValueError(
-                "learner.megatron.expert_parallel and expert_tensor_parallel need a mixture-of-experts model: got "
-                f"{ep} and {etp} for {model.name} without experts; set both to 1"
+                "learner.megatron.expert_parallel and expert_tensor_parallel need a mixture-of-experts "
+                "model: got "
+                f"{ep} and {etp} for {model.architecture} without experts; set both to 1"
             )
         return
     _divides("expert_parallel", ep, "num_experts", model.num_experts)
-    _divides("expert_tensor_parallel", etp, "moe_intermediate_size", model.expert_ffn_size)
+    _divides("expert_tensor_parallel", etp, "moe_intermediate_size", model.expert_ffn)
     shared = ep * etp * config.pipeline_parallel
     if world_size % shared:
         _refuse(
@@ -100,7 +111,8 @@ def _check_experts(config: MegatronConfig, model: Architecture, world_size: int,
         )
     if config.tensor_parallel > 1 and not sequence:
         raise ValueError(
-            "learner.megatron.sequence_parallel must be on for a mixture of experts with tensor_parallel > 1: got "
+            "learner.megatron.sequence_parallel must be on for a mixture of experts with tensor_parallel > "
+            "1: got "
             f"tensor_parallel {config.tensor_parallel} and sequence_parallel false; leave it null"
         )
     if config.expert_bias and config.aux_loss_coef:
@@ -110,13 +122,16 @@ def _check_experts(config: MegatronConfig, model: Architecture, world_size: int,
         )
     if config.token_dispatcher == "allgather" and ep * etp > config.tensor_parallel * config.context_parallel:
         raise ValueError(
-            "learner.megatron.token_dispatcher allgather cannot serve experts shared by data replicas, whose micro-batches "
-            f"differ in length: got expert_parallel {ep} x expert_tensor_parallel {etp} above tensor_parallel "
+            "learner.megatron.token_dispatcher allgather cannot serve experts shared by data replicas, whose "
+            "micro-batches "
+            f"differ in length: got expert_parallel {ep} x expert_tensor_parallel {etp} above "
+            "tensor_parallel "
             f"{config.tensor_parallel} x context_parallel {config.context_parallel}; use alltoall"
         )
     if config.token_dispatcher == "flex" and ep * etp == 1:
         raise ValueError(
-            "learner.megatron.token_dispatcher flex (DeepEP) sends tokens between expert ranks: got expert_parallel 1 and "
+            "learner.megatron.token_dispatcher flex (DeepEP) sends tokens between expert ranks: got "
+            "expert_parallel 1 and "
             "expert_tensor_parallel 1; use alltoall"
         )
     if config.token_dispatcher == "allgather" and config.pipeline_parallel > 1:
@@ -127,15 +142,17 @@ def _check_experts(config: MegatronConfig, model: Architecture, world_size: int,
 
 
 def have_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed. It is looked for and not imported."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
-    """ValueError for knobs that contradict each other or the machine, before anything starts."""
+    """Refuses knobs that contradict each other or the machine, with ValueError."""
     megatron = config.megatron
     if gpu and config.precision == "fp32":
         raise ValueError(
-            "learner=megatron needs learner.precision=bf16 on GPUs: got fp32, for which Transformer Engine (2.9, 2.10) has "
+            "learner=megatron needs learner.precision=bf16 on GPUs: got fp32, for which Transformer Engine "
+            "(2.9, 2.10) has "
             "no attention over packed sequences; use bf16, or learner=deepspeed"
         )
     if megatron.token_dispatcher == "flex" and not gpu:
@@ -146,7 +163,8 @@ def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
     for knob in ("precision_aware_optimizer", "optimizer_cpu_offload", "overlap_param_gather"):
         if getattr(megatron, knob) and not megatron.distributed_optimizer:
             raise ValueError(
-                f"learner.megatron.{knob} needs distributed_optimizer: got false; set distributed_optimizer=true"
+                f"learner.megatron.{knob} needs distributed_optimizer: got false; set "
+                "distributed_optimizer=true"
             )
     if megatron.overlap_param_gather and not megatron.overlap_grad_reduce:
         raise ValueError(
@@ -155,26 +173,24 @@ def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
 
 
 def check_transformer_engine() -> None:
-    """Raises ValueError where the learner's GPU form lacks it."""
+    """Raises ValueError where Transformer Engine is missing, which the learner needs on GPUs."""
     if not have_transformer_engine():
         raise ValueError(
-            "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it (it is compiled "
-            "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or `pip install "
-            "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
+            "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it "
+            "(it is compiled "
+            "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or "
+            "`pip install "
+            "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use "
+            "learner=deepspeed"
         )
 
 
 def _divides(knob: str, value: int, what: str, total: int) -> None:
     if total % value:
-        _refuse(knob, value, what, total, "divide")
+        _refuse(knob, value, what, total)
 
 
-def _refuse(knob: str, value: int, what: str, total: int, verb: str = "divide") -> None:
+def _refuse(knob: str, value: int, what: str, total: int) -> None:
     raise ValueError(
-        f"learner.megatron.{knob} must {verb} {what}: got {value} and {total}; try {_divisors(total)}"
+        f"learner.megatron.{knob} must divide {what}: got {value} and {total}; try {divisors(total)}"
     )
-
-
-def _divisors(total: int, most: int = 8) -> str:
-    found = [str(d) for d in range(1, total + 1) if total % d == 0]
-    return ", ".join(found[:most]) + (", ..." if len(found) > most else "")

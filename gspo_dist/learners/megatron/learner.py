@@ -1,9 +1,14 @@
 """The megatron-core learner: one rank of the process group, behind the learner's verbs.
 
-A micro-batch goes: `lay_out` (this context rank's rows) -> the pipeline schedule -> hidden states of the last stage ->
-log-probs over the tensor ranks' shards of the vocabulary -> the shared `micro_batch_loss`, whose sequence sums
-all-reduce over the context ranks -> megatron's gradient buffers, summed over data and context ranks, not averaged,
-because denominators are global.
+The way of a micro-batch:
+
+    lay_out            this context rank's rows
+    schedule           the pipeline, to the hidden states of the last stage
+    taken_logprobs     log-probs over the tensor ranks' shards of the vocabulary
+    micro_batch_loss   shared by all learners; its sequence sums all-reduce over the context ranks
+    gradient buffers   megatron's, summed over data and context ranks
+
+Gradients are summed and not averaged, because denominators are global.
 """
 
 from __future__ import annotations
@@ -43,7 +48,10 @@ from gspo_dist.weights.stream import buckets
 
 
 class _SumOverContext(torch.autograd.Function):
-    """Sum over the context ranks; the backward pass sums too, because the loss is the sum of the ranks' losses."""
+    """Sum over the context ranks.
+
+    The backward pass sums too, because the loss is the sum of the ranks' losses.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -59,9 +67,13 @@ class _SumOverContext(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Item:
+class _MicroBatch:
+    """A packed batch and this rank's share of it. It is what `routing.megatron` calls a MicroBatch."""
+
     batch: PackedBatch
+    """The batch of the whole replica."""
     rows: Rows
+    """This context rank's rows."""
 
     @property
     def source(self) -> Tensor:
@@ -69,7 +81,11 @@ class _Item:
 
 
 class MegatronLearner:
-    """Implements `Learner`. The default process group is initialised from the environment unless it is already."""
+    """Implements `Learner`.
+
+    The default process group is initialised from the environment unless it is already. On a CPU, making one
+    replaces parts of torch for the whole process (`cpu_shim`).
+    """
 
     def __init__(
         self,
@@ -82,6 +98,16 @@ class MegatronLearner:
         device: str = "cpu",
         seed: int = 0,
     ) -> None:
+        """
+        total_steps: optimiser steps of the whole run, for the learning rate's schedule.
+        temperature: of the log-probs.
+        keep_reference: whether to hold the starting policy for the KL term.
+        device: "cpu", or this rank's GPU.
+        seed: of megatron's random states, which nothing draws from.
+
+        Raises ValueError for a model, a layout or knobs that this learner cannot run, before a process group
+        is made or a tensor is read.
+        """
         self.config, self.temperature = config, temperature
         self.architecture = read_architecture(model_path)
         self.layout = check_layout(config.megatron, self.architecture, config.world_size)
@@ -105,14 +131,14 @@ class MegatronLearner:
         self._let_schedules_sync()
         self.routers = Routers(
             builder.routers(self.chunks),
-            self.architecture.moe_layers,
+            self.architecture.expert_layers,
             self.architecture.top_k,
             self.architecture.num_experts,
             recompute=builder.recomputes_routers(self.transformer),
             sequence_parallel=self.layout.sequence_parallel,
         )
         self.lr_factor = lr_factor(config.optimizer, total_steps)
-        self.saves = checkpoint.Saves(config.megatron.async_save)
+        self.writer = checkpoint.CheckpointWriter(config.megatron.async_save)
         self.policy_version = 0
         self.data_parallel_rank = mpu.get_data_parallel_rank()
         self.is_exporter = dist.get_rank() == 0
@@ -121,16 +147,18 @@ class MegatronLearner:
             ddp.zero_grad_buffer()
 
     def _join(self, config: LearnerConfig) -> None:
+        """Joins the default process group. ValueError when it has another number of ranks than configured."""
         if not dist.is_initialized():
             timeout = timedelta(seconds=config.timeout_s)
             dist.init_process_group("nccl" if self.gpu else "gloo", timeout=timeout)
         if dist.get_world_size() != config.world_size:
             raise ValueError(
-                f"learner.world_size must be the number of ranks: got {config.world_size} for {dist.get_world_size()}"
+                f"learner.world_size must be the number of ranks: got {config.world_size} for "
+                f"{dist.get_world_size()}"
             )
 
     def _frozen_copy(self, source: SafetensorsFolder) -> list[Any]:
-        """The starting policy for the KL term: own chunks, no gradients, no replay."""
+        """The starting policy for the KL term: chunks of its own, without gradients or replay."""
         chunks = builder.build_chunks(self.architecture, self.layout, self.transformer, gpu=self.gpu)
         load_weights(chunks, source, self.architecture)
         for chunk in chunks:
@@ -138,7 +166,7 @@ class MegatronLearner:
         return chunks
 
     def _let_schedules_sync(self) -> None:
-        """Hooks by which the schedules overlap reductions with the last micro-batch and gathers with the first."""
+        """Lets the schedules overlap reductions with the last micro-batch, and gathers with the first."""
         megatron, config = self.config.megatron, self.transformer
         if megatron.overlap_grad_reduce:
             no_sync = [ddp.no_sync for ddp in self.ddp]
@@ -147,23 +175,30 @@ class MegatronLearner:
             for ddp in self.ddp:
                 ddp.enable_forward_pre_hook()
 
-    # ---- forward passes -------------------------------------------------------------------------------------------
+    # ---- forward passes
+    # -------------------------------------------------------------------------------------------
 
-    def _items(self, batches: Sequence[PackedBatch]) -> list[_Item]:
+    def _items(self, batches: Sequence[PackedBatch]) -> list[_MicroBatch]:
         rank = mpu.get_context_parallel_rank()
-        return [_Item(batch, lay_out(batch, self.layout, rank, self.device)) for batch in batches]
+        return [_MicroBatch(batch, lay_out(batch, self.layout, rank, self.device)) for batch in batches]
 
     def _schedule(
         self,
         chunks: list[Any],
-        items: list[_Item],
-        finish: Callable[[_Item, Any, Tensor], Any],
+        items: list[_MicroBatch],
+        finish: Callable[[_MicroBatch, Any, Tensor], Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Runs the items through this rank's chunks; `finish(item, chunk, hidden)` on the last stage, in order."""
+        """Runs the items through this rank's chunks.
 
-        def forward_step(iterator: Iterator[_Item], wrapped: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        The last stage calls `finish(item, chunk, hidden)` for each item, in order.
+        Returns what `finish` returned last: a list on the last stage, and an empty one elsewhere. Collective.
+        """
+
+        def forward_step(
+            iterator: Iterator[_MicroBatch], wrapped: Any
+        ) -> tuple[Tensor, Callable[[Tensor], Any]]:
             item = next(iterator)
             chunk = getattr(wrapped, "module", wrapped)
             mask = item.rows.padding_mask(
@@ -189,11 +224,11 @@ class MegatronLearner:
             forward_only=forward_only,
         )
 
-    def _logprobs(self, item: _Item, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, t, H] -> log-probs and entropies [N] of this rank's trained tokens.
+    def _logprobs(self, item: _MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [1, t, H] -> log-probs and entropies [N] of this rank's trained tokens, in nats.
 
-        A rank without trained tokens still projects one row, and drops it: the head's weight must get a gradient
-        (zero) in every micro-batch, or an overlapped reduction waits for it for ever.
+        A rank without trained tokens still projects one row and drops it. The head's weight must get a
+        gradient in every micro-batch, be it zero, or an overlapped reduction waits for it for ever.
         """
         count = len(item.rows.labels)
         at, labels = item.rows.hidden_rows, item.rows.labels
@@ -202,7 +237,7 @@ class MegatronLearner:
         rows = hidden[0].index_select(0, at)
         parallel = None
         if self.layout.tensor > 1:
-            shard = self.architecture.vocab_size // self.layout.tensor
+            shard = self.architecture.vocab // self.layout.tensor
             parallel = VocabParallel(
                 mpu.get_tensor_model_parallel_group(),
                 mpu.get_tensor_model_parallel_rank() * shard,
@@ -216,6 +251,7 @@ class MegatronLearner:
             fp32_head=self.config.fp32_head,
             vocab_parallel=parallel,
         )
+        assert out.entropy is not None  # it was asked for: with_entropy is on unless turned off
         return out.logprobs[:count], out.entropy[:count]
 
     @torch.no_grad()
@@ -224,13 +260,14 @@ class MegatronLearner:
     ) -> list[LogprobOutput]:
         if reference and self.reference is None:
             raise ValueError("no reference is kept: set objective.kl_coef above 0")
-        chunks = self.reference if reference else self.ddp
+        chunks: list[Any] = self.reference if reference and self.reference is not None else self.ddp
         items = self._items(batches)
-        # The interleaved schedule needs a micro-batch a stage: copies fill up, their results are dropped.
+        # The interleaved schedule needs a micro-batch per stage. Copies fill up, and their
+        # results are dropped.
         fill = max(0, self.layout.pipeline - len(items)) if self.layout.virtual_stages > 1 else 0
         work = items + items[:1] * fill
 
-        def finish(item: _Item, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+        def finish(item: _MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             nothing = hidden.new_zeros(())
             return nothing, torch.zeros((), dtype=torch.int), self._logprobs(item, chunk, hidden)
 
@@ -243,12 +280,18 @@ class MegatronLearner:
         traces = self.routers.gather(recorder, items) if recorder is not None else [None] * len(items)
         return [LogprobOutput(v[0], v[1], trace) for v, trace in zip(values, traces, strict=True)]
 
-    def _assemble(self, items: list[_Item], results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """[2, T] a batch on every rank of the replica: summed over context ranks, sent from the last stage."""
+    def _assemble(self, items: list[_MicroBatch], results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Log-probs and entropies [2, T] per batch, on every rank of the replica.
+
+        They are summed over context ranks, each of which has some tokens and zeros elsewhere, and sent
+        from the last stage. Example: batches of 24 and 25 tokens lie at columns 0 to 23 and 24 to 48
+        of what is sent.
+        """
         sizes = [item.batch.num_tokens for item in items]
         flat = torch.zeros(2, sum(sizes), device=self.device)
         start = 0
-        for item, size, (logprobs, entropy) in zip(items, sizes, results) if results else ():
+        # Only the last stage has results.
+        for item, size, (logprobs, entropy) in zip(items, sizes, results, strict=True) if results else ():
             at = (item.rows.index + start).to(self.device)
             flat[0, at], flat[1, at] = logprobs.float(), entropy.float()
             start += size
@@ -262,26 +305,31 @@ class MegatronLearner:
             )
         return list(flat.cpu().split(sizes, dim=1))
 
-    # ---- training -------------------------------------------------------------------------------------------------
+    # ---- training
+    # -------------------------------------------------------------------------------------------------
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         if self.config.megatron.overlap_grad_reduce and self._accumulated:
             raise ValueError(
-                "learner.megatron.overlap_grad_reduce sends gradients during forward_backward: call it once an "
+                "learner.megatron.overlap_grad_reduce sends gradients during forward_backward: call it once "
+                "per "
                 "optim_step, or turn it off"
             )
         if self.layout.virtual_stages > 1 and len(batches) < self.layout.pipeline:
             raise ValueError(
-                "learner.megatron.virtual_stages needs at least pipeline_parallel micro-batches a mini-batch: got "
-                f"{len(batches)} and {self.layout.pipeline}; lower learner.token_budget or set virtual_stages=1"
+                "learner.megatron.virtual_stages needs at least pipeline_parallel micro-batches per "
+                "mini-batch: got "
+                f"{len(batches)} and {self.layout.pipeline}; lower learner.token_budget or set "
+                "virtual_stages=1"
             )
         self._accumulated += 1
         balance.start(self.chunks, batches, self.config.megatron)
         all_reduce = _SumOverContext.apply if self.layout.context > 1 else None
 
-        def finish(item: _Item, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Stat]]:
+        def finish(item: _MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Stat]]:
             logprobs, entropy = self._logprobs(item, chunk, hidden)
-            if not item.batch.loss_mask.any():  # a filler: runs like any micro-batch, trains nothing
+            # A filler runs like any micro-batch, so that collectives match, and trains nothing.
+            if not item.batch.loss_mask.any():
                 return logprobs.sum(), torch.zeros((), dtype=torch.int), {}
             loss, stats = micro_batch_loss(
                 logprobs, entropy, item.batch, spec, index=item.rows.index, all_reduce=all_reduce
@@ -292,7 +340,8 @@ class MegatronLearner:
         with self.routers.replaying(items):
             parts = self._schedule(self.ddp, items, finish, forward_only=False)
         stats = merge_stats(parts) if parts else {}
-        # One rank of each context shard speaks for its tensor twins; balance metrics come from the expert counts.
+        # One rank of each context shard speaks for its tensor twins; balance metrics come from
+        # the expert counts.
         if mpu.get_tensor_model_parallel_rank() or not mpu.is_pipeline_last_stage():
             stats = {}
         return stats | balance.stats(self.chunks, self.architecture)
@@ -308,37 +357,39 @@ class MegatronLearner:
         self._accumulated = 0
         self.policy_version += 1
         if self.gpu:
-            torch.cuda.synchronize()  # the step is over when this returns: its time is its own
+            # The step is over when this returns, so that its time is not counted as the next verb's.
+            torch.cuda.synchronize()
         return OptimStep(norm, lr, self.policy_version)
 
     def _gather_parameters(self) -> None:
-        """Completes gathers that overlap_param_gather left for the next forward pass."""
+        """Completes the gathers that overlap_param_gather left for the next forward pass."""
         if self.config.megatron.overlap_param_gather:
             for ddp in self.ddp:
                 ddp.start_param_sync(force_sync=True)
 
-    # ---- weights and checkpoints ----------------------------------------------------------------------------------
+    # ---- weights and checkpoints
+    # ----------------------------------------------------------------------------------
 
     def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
         self._gather_parameters()
         yield from buckets(export_weights(self.chunks, self.architecture, bucket_bytes), bucket_bytes)
 
     @property
-    def _trained(self) -> checkpoint.Trained:
-        return checkpoint.Trained(self.chunks, self.optimizer, self.architecture)
+    def _state(self) -> checkpoint.LearnerState:
+        return checkpoint.LearnerState(self.chunks, self.optimizer, self.architecture)
 
     def save(self, folder: Path) -> None:
         self._gather_parameters()
-        self.saves.save(self._trained, self.policy_version, folder)
+        self.writer.save(self._state, self.policy_version, folder)
 
     def load(self, folder: Path) -> None:
-        self.policy_version = checkpoint.load(self._trained, folder)
+        self.policy_version = checkpoint.load(self._state, folder)
 
     def wait_saved(self) -> None:
-        self.saves.wait()
+        self.writer.wait()
 
     def close(self) -> None:
         self.wait_saved()
-        self.saves.close()
+        self.writer.close()
         mpu.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,8 +1,9 @@
-"""Builds a megatron-core GPTModel for an HF architecture, one chunk a virtual stage, and its process groups.
+"""Builds a megatron-core GPTModel for an HF architecture, and its process groups.
 
-On a GPU the layers are Transformer Engine's (fused norms, flash attention over packed sequences, grouped GEMM, fused
-permutation and rotary code); on a CPU megatron-core's local ones with `modules` in the gaps. The model returns hidden
-states: `taken_logprobs` does the vocabulary projection, so that logits are never held.
+A rank has one chunk of the model per virtual stage. On a GPU the layers are Transformer Engine's: fused
+norms, flash attention over packed sequences, grouped GEMM, fused permutation and rotary code. On a CPU they
+are megatron-core's local ones, with `modules` in the gaps. The model returns hidden states. `taken_logprobs`
+does the vocabulary projection, so that logits are never held.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from torch import Tensor
 
 from gspo_dist.config import MegatronConfig
 from gspo_dist.learners.megatron import cpu_shim
-from gspo_dist.learners.megatron.architecture import Architecture
 from gspo_dist.learners.megatron.layout import Layout, have_transformer_engine
 from gspo_dist.learners.megatron.modules import CountingRouter, PackedAttention, RMSNorm
+from gspo_dist.models.shape import ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def start_groups(layout: Layout, timeout_s: float, seed: int = 0) -> None:
-    """Makes megatron's process groups inside the initialised default group (order: tensor, context, data, pipeline)."""
+    """Makes megatron's process groups inside the initialised default group. Call it once per default group.
+
+    seed: of megatron's random states, which nothing draws from without dropout.
+    """
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -38,6 +42,7 @@ def start_groups(layout: Layout, timeout_s: float, seed: int = 0) -> None:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        # megatron-core takes whole minutes, and 0 would mean no time at all.
         distributed_timeout_minutes=max(1, int(timedelta(seconds=timeout_s).total_seconds() // 60)),
         create_gloo_process_groups=False,
     )
@@ -45,31 +50,31 @@ def start_groups(layout: Layout, timeout_s: float, seed: int = 0) -> None:
 
 
 def transformer_config(
-    model: Architecture,
+    model: ModelShape,
     layout: Layout,
     config: MegatronConfig,
     precision: str,
     *,
     gpu: bool,
 ) -> TransformerConfig:
-    """megatron-core's config; `gpu` picks kernels, so that GPU settings are validated on any machine."""
+    """megatron-core's config.
+
+    gpu: picks kernels only, so that the settings of a GPU run are validated on any machine.
+    """
     dtype = DTYPES[precision]
-    # Named for dense models too: 0.16.1's default dispatcher refuses variable lengths even where nothing is dispatched.
-    moe = (
-        _moe_settings(model, config, gpu)
-        if model.num_moe_layers
-        else {"moe_token_dispatcher_type": "alltoall"}
-    )
+    # Named for dense models too: 0.16.1's default dispatcher refuses variable lengths where
+    # nothing is dispatched.
+    moe = _moe_settings(model, config, gpu) if model.moe_layers else {"moe_token_dispatcher_type": "alltoall"}
     built = TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
         kv_channels=model.head_dim,
-        ffn_hidden_size=model.ffn_size,
+        ffn_hidden_size=model.ffn,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.qk_norm,
+        qk_layernorm=model.qk_norm == "head",
         add_qkv_bias=model.qkv_bias,
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -98,27 +103,28 @@ def transformer_config(
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
         apply_rope_fusion=gpu and have_transformer_engine(),
-        # Virtual stages exchange both ways at once; with two pipeline ranks the batched exchange of 0.16.1 would pair
-        # one direction's message with the other's (both neighbours are the same rank).
+        # Virtual stages exchange both ways at once. With two pipeline ranks both neighbours are the same
+        # rank, and the batched exchange of 0.16.1 would pair one direction's message with the other's.
         overlap_p2p_comm=layout.virtual_stages > 1,
         batch_p2p_comm=layout.virtual_stages == 1,
         **_recompute_settings(model, config, gpu),
         **moe,
     )
     # 0.16.1 refuses the bias with softmax scores when the config is made; CountingRouter implements it.
-    built.moe_router_enable_expert_bias = bool(model.num_moe_layers and config.expert_bias)
+    built.moe_router_enable_expert_bias = bool(model.moe_layers and config.expert_bias)
     return built
 
 
-def _moe_settings(model: Architecture, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+def _moe_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+    """The experts' part of the config."""
     return {
         "num_moe_experts": model.num_experts,
-        "moe_ffn_hidden_size": model.expert_ffn_size,
+        "moe_ffn_hidden_size": model.expert_ffn,
         "moe_router_topk": model.top_k,
-        "moe_layer_freq": [int(has) for has in model.moe_layers],
-        # Softmax over the chosen k logits is the renormalised softmax over all; without renormalisation the
-        # softmax comes first.
-        "moe_router_pre_softmax": not model.renormalise_top_k,
+        "moe_layer_freq": [int(has) for has in model.expert_layers],
+        # The softmax over the chosen k logits is the renormalised softmax over all. Without renormalisation
+        # the softmax comes first.
+        "moe_router_pre_softmax": not model.renormalises_top_k,
         "moe_router_score_function": "softmax",
         "moe_router_dtype": None if config.router_dtype == "model" else config.router_dtype,
         "moe_router_load_balancing_type": "aux_loss" if config.aux_loss_coef else "none",
@@ -127,12 +133,14 @@ def _moe_settings(model: Architecture, config: MegatronConfig, gpu: bool) -> dic
         "moe_flex_dispatcher_backend": "deepep",
         "moe_grouped_gemm": config.grouped_gemm and gpu,
         "moe_permute_fusion": gpu and have_transformer_engine(),
-        # A fused router returns before it looks at replayed ids (routing.megatron hands the routers their handles).
+        # A fused router returns before it looks at replayed ids (routing.megatron hands the
+        # routers their handles).
         "moe_router_fusion": False,
     }
 
 
-def _recompute_settings(model: Architecture, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+def _recompute_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+    """Which activations the backward pass computes again."""
     if config.recompute == "none":
         return {}
     if config.recompute == "full":
@@ -141,8 +149,9 @@ def _recompute_settings(model: Architecture, config: MegatronConfig, gpu: bool) 
             "recompute_method": "uniform",
             "recompute_num_layers": config.recompute_num_layers,
         }
-    # Flash attention keeps no scores; on a GPU the large activations are the experts' (or the MLP's).
-    modules = ["core_attn"] if not gpu else ["moe_act", "layernorm"] if model.num_moe_layers else ["mlp"]
+    # Flash attention keeps no scores, so on a GPU the large activations are the experts' or the MLP's.
+    modules = ["core_attn"] if not gpu else ["moe_act", "layernorm"] if model.moe_layers else ["mlp"]
+    # 0.16.1 recomputes the activation alone in grouped experts only.
     if "moe_act" in modules and not config.grouped_gemm:
         modules = ["moe"]
     return {"recompute_granularity": "selective", "recompute_modules": modules}
@@ -170,9 +179,14 @@ def layer_spec(config: TransformerConfig, *, gpu: bool, vp_stage: int | None = N
 
 
 def build_chunks(
-    model: Architecture, layout: Layout, config: TransformerConfig, *, gpu: bool
+    model: ModelShape, layout: Layout, config: TransformerConfig, *, gpu: bool
 ) -> list[GPTModel]:
-    """This rank's part of the model, weights not loaded: one GPTModel a virtual stage, on the learner's device."""
+    """This rank's part of the model, one GPTModel per virtual stage, on the learner's device.
+
+    Weights are not loaded. ValueError for CPU layers where CUDA is present.
+    """
+    if not cpu_shim.on_cpu() and not gpu:
+        raise ValueError("the CPU layers were asked for where CUDA is present: build with gpu=True")
     chunks = []
     for stage in range(layout.virtual_stages):
         vp_stage = stage if layout.virtual_stages > 1 else None
@@ -181,11 +195,11 @@ def build_chunks(
         chunk = GPTModel(
             config,
             layer_spec(config, gpu=gpu, vp_stage=vp_stage),
-            vocab_size=model.vocab_size,
-            max_sequence_length=model.max_positions,
+            vocab_size=model.vocab,
+            max_sequence_length=model.context or 32768,  # unused by rotary positions
             pre_process=first,
             post_process=last,
-            share_embeddings_and_output_weights=model.tied_embeddings,
+            share_embeddings_and_output_weights=model.tied,
             position_embedding_type="rope",
             rotary_base=model.rope_theta,
             vp_stage=vp_stage,
@@ -193,21 +207,22 @@ def build_chunks(
         # Read by the schedules to match chunk and stage.
         chunk.vp_stage = vp_stage
         if last:
-            # The instance's forward, not a subclass: module hooks (parameter gathers) still run around it.
+            # The instance's forward is replaced and the module stays, because its hooks gather parameters.
             chunk.output_layer.forward = lambda hidden, **unused: (gather_rows(hidden, config), None)
         _mark(chunk)
         chunks.append(chunk.cuda() if gpu else chunk)
-    if not cpu_shim.on_cpu() and not gpu:
-        raise ValueError("the CPU layers were asked for where CUDA is present: build with gpu=True")
     return chunks
 
 
 def _mark(chunk: GPTModel) -> None:
-    """Completes the marks by which gradients are reduced and their norm counted; two gaps of 0.16.1.
+    """Completes the marks by which gradients are reduced and their norm is counted.
 
-    Weights get `tensor_model_parallel` while they are initialised, and these are not (they are loaded): without it the
-    norm leaves out all shards but the first. Experts get allreduce=False under expert_parallel > 1 only: with
-    tensor_parallel 2 and one expert rank their gradients would leave out the other tensor rank's tokens.
+    They fill two gaps of 0.16.1.
+
+    - Weights get `tensor_model_parallel` while they are initialised, and these are loaded instead. Without
+      the mark the norm leaves out all shards but the first.
+    - Experts get allreduce=False under expert_parallel > 1 only. With tensor_parallel 2 and one expert rank,
+      their gradients would leave out the other tensor rank's tokens.
     """
     cuts = (
         (tensor_parallel.ColumnParallelLinear, 0),
@@ -229,9 +244,10 @@ def _mark(chunk: GPTModel) -> None:
 
 
 def gather_rows(hidden: Tensor, config: TransformerConfig) -> Tensor:
-    """All rows on every tensor rank; the backward pass adds up the shards' parts (a reduce-scatter).
+    """[1, t / tensor, H] -> [1, t, H] on every tensor rank. The backward pass adds up the ranks' parts.
 
-    Without sequence parallelism every rank has all rows already, and `taken_logprobs` all-reduces the gradient.
+    Without sequence parallelism every rank has all rows already, and
+    `taken_logprobs` all-reduces the gradient.
     """
     if not config.sequence_parallel:
         return hidden

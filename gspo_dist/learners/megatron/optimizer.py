@@ -1,4 +1,4 @@
-"""megatron-core's DistributedDataParallel and optimiser, which run on a CPU too under the stand-ins of `cpu_shim`."""
+"""megatron-core's DistributedDataParallel and optimiser. With `cpu_shim` they run on a CPU too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gspo_dist.config import LearnerConfig
 
 
 def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[DistributedDataParallel]:
-    """One DDP a chunk: gradients are kept and summed in fp32 buffers."""
+    """One DDP per chunk, which keeps and sums gradients in fp32 buffers."""
     megatron = config.megatron
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -33,7 +33,11 @@ def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[Dis
 
 
 def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
-    """AdamW as the other learners run it: one weight decay for all parameters, fp32 master weights and moments."""
+    """AdamW as the other learners run it, with one weight decay for all parameters.
+
+    Master weights and moments are fp32. The moments are bf16 with precision_aware_optimizer,
+    unless they are offloaded.
+    """
     knobs, megatron = config.optimizer, config.megatron
     lower = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
     return MegatronOptimizerConfig(
@@ -49,9 +53,11 @@ def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
         params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         use_distributed_optimizer=megatron.distributed_optimizer,
         overlap_param_gather=megatron.overlap_param_gather,
-        # 0.16.1 offloads the master weights of this path only: of the other the moments alone, and resuming fails.
+        # 0.16.1 offloads master weights on this path only. On the other it offloads the moments alone,
+        # and resuming fails.
         use_precision_aware_optimizer=megatron.precision_aware_optimizer or megatron.optimizer_cpu_offload,
-        # Whole fp32 master weights: 0.16.1 saves the 16-bit remainders as if they were weights, and cannot load them.
+        # Master weights are whole fp32: 0.16.1 saves 16-bit remainders as if they were weights, and
+        # cannot load them.
         store_param_remainders=False,
         optimizer_cpu_offload=megatron.optimizer_cpu_offload,
         optimizer_offload_fraction=1.0 if megatron.optimizer_cpu_offload else 0.0,
@@ -61,8 +67,8 @@ def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: LearnerConfig) -> Any:
-    """Megatron's optimiser: dense and expert parameters have one each, chained, and one gradient norm together."""
-    # An empty mapping, not None: None means no weight decay on norms, which the other learners do not do.
+    """Megatron's optimiser: one for dense and one for expert parameters, chained, with one gradient norm."""
+    # An empty mapping, because None means no weight decay on norms, and the other learners decay them.
     optimizer = get_megatron_optimizer(
         optimizer_config(config), chunks, config_overrides={}, use_gloo_process_groups=False
     )
@@ -72,7 +78,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: LearnerConfig
 
 
 def _allocate(inner: Any) -> None:
-    """Gives torch's AdamW its moments at once: loading a checkpoint into an empty one fails in 0.16.1 (step is None)."""
+    """Gives torch's AdamW its moments at once.
+
+    0.16.1 cannot load a checkpoint into an empty one: its step is None.
+    """
     if not isinstance(inner, torch.optim.AdamW):
         return
     for group in inner.param_groups:
@@ -86,7 +95,10 @@ def _allocate(inner: Any) -> None:
 
 @torch.no_grad()
 def clipped_step(optimizer: Any, lr: float, policy_version: int) -> float:
-    """Clips by the global norm, steps at `lr`, returns the norm. FloatingPointError before a bad norm does harm."""
+    """Clips by the global norm, steps at `lr` and returns the norm. Collective.
+
+    Raises FloatingPointError for a norm that is not finite, before anything is changed.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.prepare_grads()

@@ -1,4 +1,4 @@
-"""Moves weights between HF files and this rank's parameters, and streams them out again for sync and export."""
+"""Moves weights from HF files to this rank's parameters, and streams them out for sync and export."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
-from gspo_dist.learners.megatron.architecture import Architecture
-from gspo_dist.learners.megatron.convert import QKV, GateUp, Split, TensorSource, rule_for
+from gspo_dist.learners.megatron.convert import TensorSource, rule_for
+from gspo_dist.models.shape import ModelShape
 
 _EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of this rank. `name` numbers layers over all stages, `expert` experts over all ranks."""
+    """One parameter of this rank."""
 
     name: str
+    """Its global name, which numbers layers over all stages and experts over all ranks."""
     layer: int
+    """Its layer in the whole model, -1 outside the layers."""
     expert: int | None
+    """Its expert in the whole model, None outside the experts."""
     split: bool
+    """Whether tensor ranks hold different parts of it."""
     shape: tuple[int, ...]
+    """Of this rank's part."""
     dtype: torch.dtype
+    """As it is held and sent."""
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -35,10 +41,15 @@ class Entry:
         return _EXPERT.sub(r"\1*", self.name) if self.expert is not None else self.name, self.split
 
 
-def named_parameters(chunks: Sequence[nn.Module], model: Architecture) -> Iterator[tuple[Entry, Tensor]]:
-    """This rank's parameters under global names, chunk after chunk."""
+def named_parameters(chunks: Sequence[Any], model: ModelShape) -> Iterator[tuple[Entry, Tensor]]:
+    """This rank's parameters under global names, chunk after chunk.
+
+    Example: expert rank 1 of 2 with 8 experts and pipeline stage 1 of 2 with 4 layers calls its
+    decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight
+    decoder.layers.2.mlp.experts.local_experts.7.linear_fc1.weight.
+    """
     first_expert = 0
-    if model.num_moe_layers:
+    if model.moe_layers:
         first_expert = mpu.get_expert_model_parallel_rank() * (
             model.num_experts // mpu.get_expert_model_parallel_world_size()
         )
@@ -53,12 +64,12 @@ def named_parameters(chunks: Sequence[nn.Module], model: Architecture) -> Iterat
             if found:
                 expert = first_expert + int(found[2])
                 name = name[: found.start(2)] + str(expert) + name[found.end(2) :]
-            split = isinstance(rule_for(name, model), (QKV, GateUp, Split))
+            split = rule_for(name, model).sharded
             yield Entry(name, layer, expert, split, tuple(parameter.shape), parameter.dtype), parameter
 
 
 @torch.no_grad()
-def load_weights(chunks: Sequence[nn.Module], source: TensorSource, model: Architecture) -> None:
+def load_weights(chunks: Sequence[nn.Module], source: TensorSource, model: ModelShape) -> None:
     """Fills this rank's parameters from HF tensors, one at a time, reading only what the rank owns.
 
     Raises ValueError for a tensor that is missing or has another shape than the config promises.
@@ -71,41 +82,47 @@ def load_weights(chunks: Sequence[nn.Module], source: TensorSource, model: Archi
         shard = rule_for(entry.name, model).load(source, rank, size)
         if shard.shape != parameter.shape:
             raise ValueError(
-                f"model.path: {entry.name} should be {list(parameter.shape)} on this rank by config.json: its weights "
-                f"give {list(shard.shape)}; the folder's config and weights are of different models"
+                f"model.path: {entry.name} should be {list(parameter.shape)} on this rank by config.json: "
+                "its "
+                f"weights give {list(shard.shape)}; the folder's config and weights are of different models"
             )
         parameter.copy_(shard)
 
 
 @torch.no_grad()
 def export_weights(
-    chunks: Sequence[nn.Module], model: Architecture, bucket_bytes: int, exporter: int = 0
+    chunks: Sequence[nn.Module], model: ModelShape, bucket_bytes: int, exporter: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """Streams HF-named full tensors on rank `exporter`; the ranks that hold its parts take part and yield nothing.
+    """Streams HF-named full tensors on rank `exporter`.
 
-    Per step: the same parameter of some experts (or one other parameter) is stacked, gathered over the tensor or the
-    expert ranks of one stage, and sent down the pipeline; about `bucket_bytes` are in flight.
+    Collective: all ranks take part, and the others yield nothing.
+
+    In each step the same parameter of some experts, or one other parameter, is stacked. It is
+    gathered over the tensor or the expert ranks of one stage, and sent down the pipeline. About
+    `bucket_bytes` are in flight.
+
+    Raises RuntimeError when two parameters map to one HF name.
     """
     mine = list(named_parameters(chunks, model))
     pipeline = mpu.get_pipeline_model_parallel_group()
     stages: list[Any] = [None] * dist.get_world_size(pipeline)
     dist.all_gather_object(stages, [entry for entry, _ in mine], group=pipeline)
     local = {entry.name: parameter for entry, parameter in mine}
-    # The ranks of the exporter's pipeline: one a stage, with the exporter's other coordinates.
+    # The ranks of this rank's pipeline: one per stage, with the same other coordinates.
     line = dist.get_process_group_ranks(pipeline)
     in_line = exporter in line
     heads = _pipeline_of(exporter)
     exported: set[str] = set()
     for stage, entries in enumerate(stages):
         for group_of in _steps(entries, bucket_bytes):
-            if model.tied_embeddings and group_of[0].name == "output_layer.weight":
+            if model.tied and group_of[0].name == "output_layer.weight":
                 continue  # the last stage's copy of the embedding
             gathered = None
             if stage == mpu.get_pipeline_model_parallel_rank():
                 gathered = _gather(group_of, local, heads[stage])
             if in_line and len(line) > 1:
                 gathered = _send_down(gathered, group_of, line[stage], pipeline)
-            if dist.get_rank() == exporter:
+            if dist.get_rank() == exporter and gathered is not None:
                 for name, tensor in _to_hf(group_of, gathered, model):
                     if name in exported:
                         raise RuntimeError(
@@ -116,13 +133,18 @@ def export_weights(
 
 
 def _pipeline_of(rank: int) -> list[int]:
-    """The ranks of `rank`'s pipeline, first stage first (ranks of one stage are consecutive in 0.16.1's order)."""
+    """The ranks of `rank`'s pipeline, first stage first.
+
+    Example: ranks 1 and 3 for rank 1 of 4 in two stages.
+
+    The ranks of one stage are consecutive in 0.16.1's order.
+    """
     per_stage = dist.get_world_size() // mpu.get_pipeline_model_parallel_world_size()
     return [rank % per_stage + s * per_stage for s in range(mpu.get_pipeline_model_parallel_world_size())]
 
 
 def _steps(entries: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
-    """Groups entries of one kind, as many as fit the bucket once gathered."""
+    """Groups entries of one kind, as many as fit the bucket once gathered, and at least one."""
     kinds: dict[tuple[str, bool], list[Entry]] = {}
     for entry in entries:
         kinds.setdefault(entry.kind, []).append(entry)
@@ -136,15 +158,19 @@ def _steps(entries: list[Entry], bucket_bytes: int) -> Iterator[list[Entry]]:
 
 
 def _group(entry: Entry) -> Any:
+    """The ranks that hold parts of `entry` and of its siblings on other expert ranks."""
     if entry.expert is None:
         return mpu.get_tensor_model_parallel_group()
     return mpu.get_expert_tensor_and_model_parallel_group()
 
 
 def _gather(entries: list[Entry], local: dict[str, Tensor], head: int) -> Tensor | None:
-    """[ranks, entries, ...]: the shards of all ranks that hold a part; None on ranks whose group is not `head`'s.
+    """[ranks, entries, ...]: the shards of all ranks that hold a part.
 
-    Expert entries are named by the pipeline head's experts; other expert ranks send theirs of the same places.
+    None on ranks whose group is not `head`'s.
+
+    Entries are named by the head's experts. Another expert rank finds none of these names among its own, and
+    sends the experts in the same places.
     """
     group = _group(entries[0])
     gathers = entries[0].expert is not None or entries[0].split
@@ -161,6 +187,7 @@ def _gather(entries: list[Entry], local: dict[str, Tensor], head: int) -> Tensor
 
 
 def _send_down(gathered: Tensor | None, entries: list[Entry], source: int, pipeline: Any) -> Tensor:
+    """What rank `source` gathered, on every rank of its pipeline."""
     if gathered is None:
         one = entries[0]
         width = _group(one).size() if one.expert is not None or one.split else 1
@@ -171,7 +198,12 @@ def _send_down(gathered: Tensor | None, entries: list[Entry], source: int, pipel
     return gathered
 
 
-def _to_hf(entries: list[Entry], gathered: Tensor, model: Architecture) -> Iterator[tuple[str, Tensor]]:
+def _to_hf(entries: list[Entry], gathered: Tensor, model: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """HF names and full tensors of gathered entries [ranks, entries, ...].
+
+    Example: 8 experts over 2 expert ranks, entries of experts 0 and 1. Row 0 of `gathered` holds experts 0
+    and 1, and row 1 holds experts 4 and 5.
+    """
     first = entries[0]
     if first.expert is None:
         for i, entry in enumerate(entries):

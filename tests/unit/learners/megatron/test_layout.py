@@ -1,8 +1,9 @@
-"""Layouts and architectures are checked before anything starts, without torch."""
+"""Layouts and knobs are checked before anything starts, without torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,48 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from gspo_dist.config import MegatronConfig
-from gspo_dist.learners.megatron.architecture import Architecture, from_hf, read_architecture
-from gspo_dist.learners.megatron.layout import check_layout
-
-QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 6144,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": False,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "hidden_act": "silu",
-}
+from gspo_dist.config import LearnerConfig, MegatronConfig
+from gspo_dist.learners.megatron.architecture import from_hf
+from gspo_dist.learners.megatron.layout import check_knobs, check_layout, check_transformer_engine
+from gspo_dist.models.shape import ModelShape
+from tests.unit.learners.megatron.qwen3 import QWEN3_30B
 
 
 @pytest.fixture
-def model() -> Architecture:
+def model() -> ModelShape:
     return from_hf(QWEN3_30B)
-
-
-def test_both_spellings_of_rope_read_alike(model: Architecture) -> None:
-    new = {k: v for k, v in QWEN3_30B.items() if k != "rope_theta"}
-    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 1000000.0}
-    assert from_hf(new) == model
-    assert model.rope_theta == 1e6
-
-
-def test_moe_layers_follow_step_and_exceptions() -> None:
-    config = QWEN3_30B | {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
-    assert from_hf(config).moe_layers == (False, True, False, False, False, True)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +33,10 @@ def test_moe_layers_follow_step_and_exceptions() -> None:
         (32, {"pipeline_parallel": 4, "virtual_stages": 3, "expert_parallel": 8}),
     ],
 )
-def test_published_layouts_pass_and_factor_the_ranks(model: Architecture, ranks: int, sizes: dict) -> None:
+def test_published_layouts_pass_and_factor_the_ranks(model: ModelShape, ranks: int, sizes: dict) -> None:
     layout = check_layout(MegatronConfig(**sizes), model, ranks)
     assert layout.data * layout.tensor * layout.context * layout.pipeline == ranks
-    assert layout.expert_data * layout.expert * layout.expert_tensor * layout.pipeline == ranks
+    assert ranks % (layout.expert * layout.expert_tensor * layout.pipeline) == 0
 
 
 @pytest.mark.parametrize(
@@ -76,7 +45,7 @@ def test_published_layouts_pass_and_factor_the_ranks(model: Architecture, ranks:
         (
             8,
             {"expert_parallel": 4, "tensor_parallel": 2, "token_dispatcher": "allgather"},
-            r"allgather cannot serve experts shared by data replicas.*expert_parallel 4 x .* above tensor_parallel 2 x",
+            r"allgather cannot serve experts shared by data .*expert_parallel 4 x .* above tensor_parallel 2 x",
         ),
         (
             8,
@@ -115,45 +84,27 @@ def test_published_layouts_pass_and_factor_the_ranks(model: Architecture, ranks:
         (2, {"pipeline_parallel": 2, "token_dispatcher": "allgather"}, r"use alltoall"),
     ],
 )
-def test_refusals_name_the_numbers(model: Architecture, ranks: int, sizes: dict, message: str) -> None:
+def test_refusals_name_the_numbers(model: ModelShape, ranks: int, sizes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(MegatronConfig(**sizes), model, ranks)
 
 
-def test_vocabulary_and_kv_heads_must_divide(model: Architecture) -> None:
+def test_vocabulary_and_kv_heads_must_divide(model: ModelShape) -> None:
     with pytest.raises(ValueError, match=r"vocab_size: got 2 and 151937; try 1, "):
-        check_layout(MegatronConfig(tensor_parallel=2), dataclasses.replace(model, vocab_size=151937), 2)
+        check_layout(MegatronConfig(tensor_parallel=2), dataclasses.replace(model, vocab=151937), 2)
     with pytest.raises(ValueError, match=r"num_key_value_heads or be a multiple of it: got 2 and 3"):
-        check_layout(MegatronConfig(tensor_parallel=2), dataclasses.replace(model, num_kv_heads=3), 2)
+        check_layout(MegatronConfig(tensor_parallel=2), dataclasses.replace(model, kv_heads=3), 2)
 
 
 def test_experts_are_refused_to_a_dense_model() -> None:
-    dense = from_hf(QWEN3_30B | {"architectures": ["Qwen3ForCausalLM"]})
-    assert dense.num_moe_layers == 0
-    with pytest.raises(ValueError, match=r"need a mixture-of-experts model: got 2 and 1"):
+    dense = from_hf(
+        QWEN3_30B | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_experts": 0}
+    )
+    assert dense.moe_layers == 0
+    with pytest.raises(
+        ValueError, match=r"need a mixture-of-experts model: got 2 and 1 for Qwen3ForCausalLM"
+    ):
         check_layout(MegatronConfig(expert_parallel=2), dense, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"architectures": ["GPT2LMHeadModel"]},
-            r"'GPT2LMHeadModel': it builds Qwen3MoeForCausalLM, Qwen3ForCausalLM",
-        ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_type 'default' only: got 'yarn'"),
-        ({"attention_bias": True}, r"no attention_bias"),
-        ({"use_sliding_window": True}, r"no sliding window"),
-    ],
-)
-def test_unsupported_models_are_refused_by_name(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_hf(QWEN3_30B | change)
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config.json is missing"):
-        read_architecture(tmp_path)
 
 
 def test_checks_need_no_torch(tmp_path: Path) -> None:
@@ -164,8 +115,34 @@ def test_checks_need_no_torch(tmp_path: Path) -> None:
         "from gspo_dist.learners.megatron.architecture import read_architecture\n"
         "from gspo_dist.learners.megatron.layout import check_layout\n"
         "from gspo_dist.config import MegatronConfig\n"
-        f"print(check_layout(MegatronConfig(expert_parallel=8), read_architecture({str(tmp_path)!r}), 8).expert_data)\n"
+        f"model = read_architecture({str(tmp_path)!r})\n"
+        "print(check_layout(MegatronConfig(expert_parallel=8), model, 8).data)\n"
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
+    assert done.stdout == "8\n"
+
+
+def test_knobs_that_contradict_are_refused() -> None:
+    def learner(**knobs: object) -> LearnerConfig:
+        return LearnerConfig(backend="megatron", megatron=MegatronConfig(**knobs))
+
+    with pytest.raises(ValueError, match=r"optimizer_cpu_offload needs a GPU"):
+        check_knobs(learner(optimizer_cpu_offload=True), gpu=False)
+    with pytest.raises(ValueError, match=r"precision_aware_optimizer needs distributed_optimizer"):
+        check_knobs(learner(precision_aware_optimizer=True, distributed_optimizer=False), gpu=True)
+    with pytest.raises(ValueError, match=r"overlap_param_gather needs overlap_grad_reduce"):
+        check_knobs(learner(overlap_param_gather=True), gpu=True)
+    with pytest.raises(ValueError, match=r"DeepEP\) needs a GPU: use alltoall"):
+        check_knobs(learner(token_dispatcher="flex", expert_parallel=2), gpu=False)
+
+
+def test_the_gpu_form_asks_for_transformer_engine_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"needs Transformer Engine on GPUs: .*learner=deepspeed"):
+        check_transformer_engine()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    check_transformer_engine()
+    config = LearnerConfig(backend="megatron", precision="fp32")
+    check_knobs(config, gpu=False)
+    with pytest.raises(ValueError, match=r"needs learner\.precision=bf16 on GPUs: got fp32"):
+        check_knobs(config, gpu=True)

@@ -1,0 +1,36 @@
+"""What a checkpoint leaves out, and what a resumed optimiser is given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo_dist.learners.megatron import checkpoint
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["distributed", "plain"])
+def test_resuming_gives_a_fused_adam_its_steps(nested: bool) -> None:
+    """It counts by group, and a fresh one has no count: bias correction would start again."""
+    given: list[dict] = []
+    part = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=[{}], state={}), load_state_dict=given.append
+    )
+    own = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}, {"lr": 0.2}]}
+    checkpoint._load_optimizer(part, {"optimizer": own} if nested else own, 7)
+    (state,) = given
+    assert [g["step"] for g in (state["optimizer"] if nested else state)["param_groups"]] == [7, 7]
+    assert list(own["state"][0]) == ["exp_avg"]  # FusedAdam refuses a step among a parameter's tensors
+
+
+def test_every_extra_state_of_a_grouped_linear_is_left_out() -> None:
+    part = {
+        "a.linear_fc1._extra_state": 0,
+        "a.linear_fc1._extra_state1": 1,
+        "a.linear_fc1._extra_state12": 2,
+        "a.linear_fc1.weight12": 3,
+        "a._extra_state_of.weight": 4,
+    }
+    checkpoint._drop_extra_state(part)
+    assert sorted(part.values()) == [3, 4]
