@@ -1,13 +1,14 @@
-"""Attention over packed sequences for HF models: no token of one sequence sees another, no padding outside attention.
+"""Attention over packed sequences for HF models: no token of one sequence sees a token of another.
 
-Registered with transformers as `gspo_packed`. In bf16 on CUDA it is torch's variable-length flash attention; elsewhere
-the sequences are padded to [S, heads, longest, dim] inside the attention alone, so that projections, experts and the LM
-head never compute padding.
+Registered with transformers as `gspo_packed`. In bf16 on CUDA it is torch's variable-length flash attention.
+Elsewhere the sequences are padded to [S, heads, longest, dim] inside the attention alone, so that
+projections, experts and the LM head never compute padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -18,15 +19,22 @@ NAME = "gspo_packed"
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the tokens of S packed sequences sit in a padded [S, longest] grid."""
+    """Where the tokens of S packed sequences sit in a padded [S, longest] grid.
+
+    Example: sequences of 2 and 3 tokens have cu_seqlens [0 2 5], longest 3 and slots [0 1 3 4 5];
+    slot 2 is padding.
+    """
 
     cu_seqlens: torch.Tensor
+    """[S + 1]: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]."""
     longest: int
+    """Tokens of the longest sequence."""
     slots: torch.Tensor
     """[T] int64: s * longest + position of every token."""
 
     @staticmethod
     def of(cu_seqlens: torch.Tensor, position_ids: torch.Tensor) -> PackedLayout:
+        """From a packed batch's borders [S + 1] and positions [T]."""
         lengths = cu_seqlens.diff().long()
         longest = int(lengths.max())
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -44,7 +52,8 @@ def packed_attention(
     packed: PackedLayout | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, T, dim]; key, value [1, kv_heads, T, dim] -> ([1, T, heads, dim], None); causal by sequence."""
+    """query [1, heads, T, dim]; key, value [1, kv_heads, T, dim] -> ([1, T, heads, dim],
+    None); causal by sequence."""
     if packed is None:
         raise ValueError(f"attention {NAME!r} needs the packed layout: call the model through PolicyModel")
     if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32 kernel
@@ -59,12 +68,16 @@ def _flash(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # The kernel wants as many key heads as query heads (torch 2.13).
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     cu = packed.cu_seqlens.to(q.device, torch.int32)
-    out = varlen_attn(q, k, v, cu, cu, packed.longest, packed.longest, scale=scaling, window_size=(-1, 0))
+    # A tensor, because neither the log-sum-exp nor auxiliary output is asked for.
+    out: Any = varlen_attn(
+        q, k, v, cu, cu, packed.longest, packed.longest, scale=scaling, window_size=(-1, 0)
+    )
     return out[None]
 
 
@@ -85,10 +98,10 @@ def _padded(
         pad(q), pad(k), pad(v), is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
     out = out.transpose(1, 2).reshape(rows * packed.longest, q.shape[1], -1)
-    return (out if full else out.index_select(0, packed.slots))[
-        None
-    ]  # twice as quick to differentiate as out[slots]
+    # index_select: twice as quick to differentiate as out[slots]
+    return (out if full else out.index_select(0, packed.slots)).unsqueeze(0)
 
 
 AttentionInterface.register(NAME, packed_attention)
+# No mask is ever built: the layout alone says who sees whom.
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def scatter_output(
 
 
 class EagerLearner:
-    """Implements `Learner` with torch.optim.AdamW on fp32 master weights (the weights themselves in fp32)."""
+    """Implements `Learner` with torch.optim.AdamW on fp32 master weights, whatever the weights' precision."""
 
     data_parallel_rank = 0
     is_exporter = True
@@ -48,6 +49,12 @@ class EagerLearner:
         keep_reference: bool = False,
         device: str = "cpu",
     ) -> None:
+        """total_steps: optimiser steps of the whole run, which the schedule is stretched over.
+        temperature: what the engines sample with.
+        keep_reference: keeps a frozen copy of the starting policy for the KL term.
+
+        Raises ValueError for a model folder that cannot be trained.
+        """
         self.config = config
         self.device = torch.device(device)
         self.policy_version = 0
@@ -62,6 +69,7 @@ class EagerLearner:
         if keep_reference:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        # Also in fp32, where they are plain copies: one update path, and one checkpoint format, for both.
         self.masters = [p.detach().float().clone() for p in self.parameters]
         self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
         for i, parameter in enumerate(self.parameters):
@@ -76,9 +84,11 @@ class EagerLearner:
         """Sums gradients in fp32 whatever the weights' precision, micro-batch after micro-batch."""
 
         def collect(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None  # torch calls this hook right after it has filled it
             grad = parameter.grad.float()
-            self.gradients[i] = grad if self.gradients[i] is None else self.gradients[i].add_(grad)
-            parameter.grad = None
+            total = self.gradients[i]
+            self.gradients[i] = grad if total is None else total.add_(grad)
+            parameter.grad = None  # or the next micro-batch would be added in the weights' precision
 
         return collect
 
@@ -116,10 +126,11 @@ class EagerLearner:
                 f"gradient norm is {norm.item()} at policy version {self.policy_version}"
             )
         clip = self.config.optimizer.grad_clip
+        # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which DeepSpeed and Megatron follow.
         scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad.mul_(scale)
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.schedule.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -169,8 +180,11 @@ class EagerLearner:
 
 def replaying(
     hf: torch.nn.Module, batch: PackedBatch, adapter: ModuleType = routers
-) -> AbstractContextManager:
-    """The replay block of a batch that carries a trace; no block where it carries none. adapter: of `hf`'s routers."""
+) -> AbstractContextManager[Any]:
+    """The replay block of a batch that carries a trace, and an empty block for one that carries none.
+
+    adapter: the module of gspo_dist.routing that knows `hf`'s routers.
+    """
     if batch.routing is None:
         return contextlib.nullcontext()
     return adapter.replay(hf, batch.routing, tokens=batch.num_tokens)
@@ -184,7 +198,13 @@ def hf_logprobs(
     record_routing: bool,
     adapter: ModuleType = routers,
 ) -> LogprobOutput:
-    """One forward pass of `call` (the policy, or an engine around it), replaying or recording as the batch asks."""
+    """One forward pass without loss, replaying the batch's trace if it has one.
+
+    call: the policy, or an engine around it.
+    hf: the HF model inside `call`, whose routers are hooked.
+    record_routing: whether the output carries the experts of this pass.
+    adapter: the module of gspo_dist.routing that knows `hf`'s routers.
+    """
     index = trained_index(batch)
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaying(hf, batch, adapter))

@@ -13,44 +13,102 @@ from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput
 from gspo_dist.weights.export import write_hf_folder
-from gspo_dist.weights.send import SentReport, make_transport, send_weights
+from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 from gspo_dist.weights.stream import NamedTensor
 
 
 class LearnerGroup(Protocol):
-    """All ranks of the learner as one; data is a mini-batch split by data-parallel rank."""
+    """All ranks of the learner as one. The trainer drives it; data is a mini-batch split by replica.
 
-    policy_version: int
+    Every verb returns when all ranks have done it. Where ranks are processes, every verb may also raise what
+    the group's transport of calls raises: a dead rank, by name, and a rank that has not answered within
+    `learner.timeout_s`. After an error the ranks may differ, so the group can only be closed.
+    """
 
-    def start(self) -> None: ...
+    @property
+    def policy_version(self) -> int:
+        """Completed optimiser steps."""
+        ...
+
+    def start(self) -> None:
+        """Builds every rank's learner; the first verb, once. Raises ValueError for
+        settings that cannot run."""
+        ...
 
     def logprobs(
         self, mini: MiniBatch, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
-        """outputs[rank][i] of micro_batches[rank][i]."""
+        """`Learner.logprobs` of a mini-batch: outputs[replica][i] is of micro_batches[replica][i].
+
+        Changes nothing, so it may be called any number of times. Raises as `Learner.logprobs` does.
+        """
         ...
 
-    def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]: ...
+    def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
+        """Adds the gradient of a mini-batch's loss; returns the stats of all ranks, merged, on the host.
 
-    def optim_step(self) -> OptimStep: ...
+        A second call before `optim_step` adds a second mini-batch to the step. Raises FloatingPointError,
+        naming the rollout, when a log-prob or the loss is not finite.
+        """
+        ...
 
-    def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport: ...
+    def optim_step(self) -> OptimStep:
+        """Makes one optimiser step and counts `policy_version` up. Once per mini-batch.
 
-    def export(self, source: Path, target: Path) -> int: ...
+        Raises FloatingPointError when the gradient's norm is not finite, before the weights move.
+        """
+        ...
 
-    def save(self, folder: Path) -> None: ...
+    def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
+        """Publishes the current weights to all engines, and returns when all have loaded every bucket.
 
-    def load(self, folder: Path, policy_version: int) -> None: ...
+        engines: by name; the same ones at every call, because the first call connects to them. May be called
+        again. Raises WeightSyncError when an engine took something else than was sent, and what an engine
+        raised. Then the engines hold a mixture of versions: publish again before they generate.
+        """
+        ...
 
-    def wait_saved(self) -> None: ...
+    def export(self, source: Path, target: Path) -> int:
+        """Writes the weights as an HF folder, with `source`'s config and tokenizer; returns how many tensors.
 
-    def empty_cache(self) -> None: ...
+        Changes nothing in the learner. The folder appears whole. Raises ValueError when `target` exists and
+        is not empty, so a second call needs another target.
+        """
+        ...
 
-    def peak_memory(self) -> dict[str, dict[str, int]]: ...
+    def save(self, folder: Path) -> None:
+        """Starts the save of every rank's state to `folder`, which must exist and be visible to every rank.
 
-    def close(self) -> None: ...
+        Complete after `wait_saved`. Raises ValueError when a rank does not see the folder, OSError when
+        a disk is full.
+        """
+        ...
+
+    def load(self, folder: Path, policy_version: int) -> None:
+        """Restores what `save` wrote; `policy_version` is the one that was saved. May be called again.
+
+        Raises ValueError for a checkpoint that is torn, of another model, or of a layout that cannot be read.
+        """
+        ...
+
+    def wait_saved(self) -> None:
+        """Returns when every started save is on disk; at once when none is. Raises what a save raised."""
+        ...
+
+    def empty_cache(self) -> None:
+        """Gives GPU memory that only the allocator holds to a colocated engine. May be called at any time."""
+        ...
+
+    def peak_memory(self) -> dict[str, dict[str, int]]:
+        """Peak bytes by process and kind since the start; empty where another part counts them."""
+        ...
+
+    def close(self) -> None:
+        """Ends the learners and frees what they hold. The last verb; a second call does nothing."""
+        ...
 
 
+# Of an export, which sends nothing: large enough for few gathers, small beside a host's memory.
 EXPORT_BUCKET_BYTES = 256 << 20
 
 
@@ -61,14 +119,16 @@ def hf_items(learner: Learner) -> Iterator[NamedTensor]:
 
 
 class LocalLearnerGroup:
-    """One learner in this process; delivers weights by calling the engines' methods."""
+    """One learner in this process. Delivers weights by calling the engines' methods."""
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
-        self.transport: Any = None
+        self.transport: Transport | None = None
+        self.closed = False
 
     @property
     def policy_version(self) -> int:
+        """The learner's own count."""
         return self.learner.policy_version
 
     def start(self) -> None:
@@ -89,20 +149,26 @@ class LocalLearnerGroup:
 
     def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
         if self.transport is None:
-            if sync.transport != "shm":
-                raise ValueError(
-                    f"a run in one process syncs through shared memory: got rollout.weight_sync.transport "
-                    f"{sync.transport}; unset cluster.in_process"
-                )
-            self.transport = make_transport(sync.transport, check=sync.check)
-            for i, engine in enumerate(engines.values()):
-                engine.init_weight_sync(self.transport.init_info(i))
-            self.transport.connect()
-        return send_weights(
-            self.learner.weights(sync.bucket_bytes),
-            self.transport,
-            lambda info: [e.update_weights(info) for e in engines.values()],
-        )
+            self.transport = self._connect(sync, engines)
+
+        def deliver(info: dict[str, Any]) -> None:
+            for engine in engines.values():
+                engine.update_weights(info)
+
+        return send_weights(self.learner.weights(sync.bucket_bytes), self.transport, deliver)
+
+    def _connect(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> Transport:
+        """Opens the transport with every engine; once per run."""
+        if sync.transport != "shm":
+            raise ValueError(
+                f"a run in one process syncs through shared memory: got rollout.weight_sync.transport "
+                f"{sync.transport}; unset cluster.in_process"
+            )
+        transport = make_transport(sync.transport, check=sync.check)
+        for i, engine in enumerate(engines.values()):
+            engine.init_weight_sync(transport.init_info(i))
+        transport.connect()
+        return transport
 
     def export(self, source: Path, target: Path) -> int:
         return write_hf_folder(hf_items(self.learner), source, target)
@@ -124,6 +190,9 @@ class LocalLearnerGroup:
         return {}
 
     def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
         if self.transport is not None:
             self.transport.close()
         self.learner.close()

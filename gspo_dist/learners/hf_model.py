@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gspo_dist.learners import attention
 from gspo_dist.learners.head.logprobs import taken_logprobs
@@ -16,17 +17,28 @@ from gspo_dist.types import PackedBatch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class LogprobHead(nn.Linear):
-    """The LM head, computing log-probs of given tokens instead of logits.
+class LogprobHead(nn.Module):
+    """Stands where HF's LM head stood and gives log-probs of given tokens instead of logits.
 
-    A module of its own (same parameter name as HF's head), so that ZeRO-3 gathers its weight when it is called.
+    Its parameters are the replaced head's own objects under the same names. So the state dict, the
+    tying with the embedding and the optimiser see no difference, and ZeRO-3 gathers the weight when
+    this module is called.
     """
 
-    temperature: float = 1.0
-    fp32_head: bool = True
+    weight: torch.Tensor
+    """[V, H], a parameter."""
+    bias: torch.Tensor | None
+    """[V], a parameter, where the head has one."""
+
+    def __init__(self, head: nn.Linear, temperature: float, fp32_head: bool) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.register_parameter("bias", head.bias)
+        self.temperature = temperature
+        self.fp32_head = fp32_head
 
     def forward(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [N, H], token_ids [N] -> logprobs [N] float32, entropy [N] float32 (detached)."""
+        """hidden [N, H], token_ids [N] -> logprobs [N] float32, entropy [N] float32 (detached), in nats."""
         out = taken_logprobs(
             hidden,
             self.weight,
@@ -35,20 +47,24 @@ class LogprobHead(nn.Linear):
             temperature=self.temperature,
             fp32_head=self.fp32_head,
         )
+        assert out.entropy is not None  # taken_logprobs computes it unless told otherwise
         return out.logprobs, out.entropy
 
 
 class PolicyModel(nn.Module):
-    """Wraps an HF causal LM (`hf`); `forward` takes a packed batch's tensors so that engines can wrap it in turn."""
+    """Wraps an HF causal LM. `forward` takes a packed batch's tensors, so that engines can
+    wrap it in turn."""
 
-    def __init__(self, hf: nn.Module, temperature: float = 1.0, fp32_head: bool = True) -> None:
+    hf: PreTrainedModel
+    """The model that was wrapped, its head replaced by a `LogprobHead`."""
+
+    def __init__(self, hf: PreTrainedModel, temperature: float = 1.0, fp32_head: bool = True) -> None:
         super().__init__()
-        self.hf = hf
         head = hf.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"model must have a linear LM head: got {type(head).__name__}")
-        head.__class__ = LogprobHead
-        head.temperature, head.fp32_head = temperature, fp32_head
+        hf.set_output_embeddings(LogprobHead(head, temperature, fp32_head))
+        self.hf = hf
 
     def forward(
         self,
@@ -57,7 +73,11 @@ class PolicyModel(nn.Module):
         cu_seqlens: torch.Tensor,
         index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T], [T], [S + 1], [N] (places of the wanted tokens) -> their log-probs and entropies, [N] float32 each."""
+        """[T], [T], [S + 1], [N] (places of the wanted tokens) -> their log-probs and entropies, [N] float32.
+
+        Example: tokens [5 6 7 8] of one sequence and index [2, 3] give log p(7 | 5 6) and log p(8 | 5 6 7),
+        from the hidden states at places 1 and 2.
+        """
         layout = attention.PackedLayout.of(cu_seqlens, position_ids)
         out = self.hf.model(
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=layout
@@ -78,7 +98,7 @@ def model_inputs(batch: PackedBatch, index: torch.Tensor, device: torch.device) 
 
 
 def check_model_folder(path: str | Path) -> Path:
-    """Refuses a folder that cannot be an HF model, before anything heavy starts."""
+    """The folder of an HF model. Raises ValueError for one that cannot be, before anything heavy starts."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"model.path must be a folder with an HF model: {folder} does not exist")
@@ -88,8 +108,6 @@ def check_model_folder(path: str | Path) -> Path:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        import json
-
         needed = set(json.loads(index.read_text())["weight_map"].values())
         missing = sorted(name for name in needed if not (folder / name).is_file())
         if missing:
@@ -103,7 +121,7 @@ def check_model_folder(path: str | Path) -> Path:
     return folder
 
 
-def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
 
 
@@ -114,21 +132,27 @@ def load_policy(
     temperature: float = 1.0,
     fp32_head: bool = True,
     activation_checkpointing: bool = False,
-    make: Callable[[Path, PretrainedConfig, torch.dtype], nn.Module] | None = None,
+    make: Callable[[Path, PretrainedConfig, torch.dtype], PreTrainedModel] | None = None,
 ) -> PolicyModel:
-    """Loads an HF folder for training: packed attention, no dropout surprises, weights in `precision`.
+    """Loads an HF folder for training: packed attention, weights in `precision` ("fp32" or "bf16").
 
-    make: builds the HF model with attention `gspo_packed` instead of `from_pretrained` (sharded learners).
+    temperature, fp32_head: of the `LogprobHead`.
+    activation_checkpointing: layers are computed again in the backward instead of kept.
+    make: builds the HF model with attention `gspo_packed`, for learners that shard it. None:
+        `from_pretrained`.
+
+    Raises ValueError for a folder that is no HF model, and for an attention that packing would change.
     """
     folder = check_model_folder(path)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise ValueError(
-            f"model {folder} uses sliding-window attention ({config.sliding_window}), which the packed attention does "
-            "not have; use a model with full attention"
+            f"model {folder} uses sliding-window attention ({config.sliding_window}), which the packed "
+            "attention does not have; use a model with full attention"
         )
     hf = (make or _from_pretrained)(folder, config, DTYPES[precision])
     if activation_checkpointing:
+        # The reentrant kind would lose the gradient of layers whose input needs none (frozen embeddings).
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()
     return PolicyModel(hf, temperature, fp32_head)

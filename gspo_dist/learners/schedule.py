@@ -9,7 +9,10 @@ from gspo_dist.config import OptimizerConfig
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """factor(k): share of the peak learning rate at optimiser step k (0-based): warm-up k+1/warmup, then the schedule.
+    """factor(k) is the share of the peak learning rate that optimiser step k (0-based) uses.
+
+    Warm-up: (k + 1) / warmup_steps, so that step 0 already moves. Then the schedule, from 1 down to
+    min_lr_ratio at step total_steps, which no step has, and min_lr_ratio after it (constant stays at 1).
 
     Worked example: warmup 2, linear, total 6, min_lr_ratio 0 -> 1/2, 1, 1, 3/4, 1/2, 1/4.
     """
@@ -17,6 +20,7 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
+        # at least 1: a run may be all warm-up
         span = max(1, total_steps - config.warmup_steps)
         done = min(1.0, (step - config.warmup_steps) / span)
         if config.schedule == "linear":

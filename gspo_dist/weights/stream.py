@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 NamedTensor = tuple[str, torch.Tensor]
 
 
-def buckets(weights: Iterable[NamedTensor], bucket_bytes: int) -> Iterator[list[NamedTensor]]:
-    """Groups tensors, in order, into lists of about `bucket_bytes`; a larger tensor travels alone."""
+def buckets(
+    weights: Iterable[NamedTensor],
+    bucket_bytes: int,
+    nbytes: Callable[[torch.Tensor], int] = lambda tensor: tensor.nbytes,
+) -> Iterator[list[NamedTensor]]:
+    """Groups tensors, in order, into lists of at most `bucket_bytes`; a larger tensor travels alone.
+
+    nbytes: what a tensor counts. A sharded parameter counts what it will take once it is gathered.
+    """
     bucket: list[NamedTensor] = []
     size = 0
     for name, tensor in weights:
-        if bucket and size + tensor.nbytes > bucket_bytes:
+        if bucket and size + nbytes(tensor) > bucket_bytes:
             yield bucket
             bucket, size = [], 0
         bucket.append((name, tensor))
-        size += tensor.nbytes
+        size += nbytes(tensor)
     if bucket:
         yield bucket
 

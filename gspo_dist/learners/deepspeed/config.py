@@ -1,4 +1,4 @@
-"""From `LearnerConfig` to DeepSpeed's own configuration, refusing what cannot run before anything heavy
+"""From `LearnerConfig` to DeepSpeed's own configuration; what cannot run is refused before anything
 starts."""
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ AUTOEP_MODEL_TYPES = ("qwen3_moe", "qwen2_moe")
 def import_deepspeed(device: str) -> ModuleType:
     """Imports deepspeed for `device`, quietly.
 
-    DeepSpeed 0.19.8 picks its accelerator once, on import, and takes CUDA or a missing one by what is
-    installed: the environment variable is the only way to say CPU.
+    DeepSpeed 0.19.8 picks its accelerator once, on import, by what is installed. The environment variable is
+    the only way to say CPU.
     """
     os.environ["DS_ACCELERATOR"] = "cpu" if device == "cpu" else "cuda"
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On a CPU, 0.19.8 compiles a shared-memory all-reduce at the first init_distributed: it needs a compiler and
-    # minutes, and two runs that build it together leave a library that does not load. gloo needs none of it.
+    # On a CPU, 0.19.8 compiles a shared-memory all-reduce at the first init_distributed. It needs a
+    # compiler and minutes, and two runs that build it together leave a library that does not load. gloo
+    # needs none of it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO 3 calls collectives under names that torch 2.13 renamed, and says so at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -35,7 +36,7 @@ def import_deepspeed(device: str) -> ModuleType:
 
 
 def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
-    """Raises ValueError for settings that DeepSpeed cannot run for `model` on `device`."""
+    """Raises ValueError for settings that DeepSpeed cannot run for `model` on `device` ("cpu" or "cuda")."""
     ds = config.deepspeed
     on_gpu = device != "cpu"
     if ds.offload_optimizer and ds.zero_stage == 0:
@@ -50,8 +51,8 @@ def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
     if ds.expert_parallel == 1:
         return
     if ds.zero_stage == 0:
-        # Its clipping averages the ranks' norms instead of summing the squares of the experts' shards
-        # (0.19.8).
+        # Its clipping averages the ranks' norms, where the squares of the experts' shards
+        # should sum (0.19.8).
         raise ValueError(
             "learner.deepspeed.expert_parallel needs zero_stage 1 to 3: got zero_stage 0 and expert_parallel "
             f"{ds.expert_parallel}; raise zero_stage or set expert_parallel=1"
@@ -76,10 +77,11 @@ def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
 def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = True) -> dict[str, Any]:
     """DeepSpeed's configuration for the policy's engine, or (`trains` False) for the frozen reference's.
 
-    Accumulation is unmanaged: every `backward` adds, `step` is the boundary, so that mini-batches may hold
+    Accumulation is unmanaged: every `backward` adds and `step` is the boundary, so that mini-batches may hold
     any number of micro-batches. Gradients accumulate and travel in fp32 whatever the weights' precision.
     """
     ds, opt = config.deepspeed, config.optimizer
+    # Stages 1 and 2 shard what a reference does not have (optimiser states, gradients).
     stage = ds.zero_stage if trains or ds.zero_stage == 3 else 0
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": config.world_size > 1 and stage >= 2}
     if ds.offload_params:
@@ -87,6 +89,7 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
     if ds.offload_optimizer and trains:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     out: dict[str, Any] = {
+        # DeepSpeed demands the two numbers; unmanaged accumulation uses neither.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -96,11 +99,11 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
     }
     if config.precision == "bf16":
         out["bf16"] = {"enabled": True}
-        if stage > 0:  # stage 0 has no fp32 accumulation in 0.19.8: its gradients accumulate in bf16
+        if stage > 0:  # stage 0 has no fp32 accumulation (0.19.8): its gradients accumulate in bf16
             out["data_types"] = {"grad_accum_dtype": "fp32"}
     if trains:
-        # torch's AdamW, the eager learner's; DeepSpeed's CPUAdam (compiled on first use) only where states
-        # live in host memory, which is what it is for.
+        # torch's AdamW, as in the eager learner. DeepSpeed's CPUAdam (compiled on first use) only where
+        # states live in host memory, which is what it is for.
         kernel = {} if ds.offload_optimizer else {"torch_adam": True}
         out["optimizer"] = {
             "type": "AdamW",
@@ -112,6 +115,7 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
                 **kernel,
             },
         }
+        # ZeRO 0 in fp32 has a bare torch optimiser, which the learner clips itself.
         out["gradient_clipping"] = opt.grad_clip if stage or config.precision == "bf16" else 0.0
     if ds.expert_parallel > 1:
         out["expert_parallel"] = autoep_section(ds.expert_parallel, ds.grouped_mm, model)
@@ -119,11 +123,11 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
 
 
 def autoep_section(size: int, grouped_mm: bool, model: ModelShape) -> dict[str, Any]:
-    """AutoEP for an HF model that sits in `PolicyModel` as `hf`."""
+    """AutoEP for an HF model that sits in `PolicyModel` as `hf`, its experts over `size` ranks."""
     return {
         "enabled": True,
         "autoep_size": size,
-        "preset_model": "qwen3_moe",
+        "preset_model": "qwen3_moe",  # names of Qwen3-MoE's modules, which Qwen2-MoE shares
         "moe_layer_pattern": r"hf\.model\.layers\.\d+\.mlp",
         "use_grouped_mm": grouped_mm,
         # The preset renormalises whatever the model says (0.19.8); Qwen2-MoE does not.

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from gspo_dist.weights.stream import NamedTensor, unfuse_experts
+from gspo_dist.learners.hf_model import PolicyModel
+from gspo_dist.weights.stream import NamedTensor, buckets, unfuse_experts
 
 HF_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""AutoEP's names of the expert projections -> HF's."""
 HF_MODULE = {
     ".router.gate.": ".gate.",
     ".shared_experts.": ".shared_expert.",
     ".shared_experts_gate.": ".shared_expert_gate.",
 }
-Named = tuple[str, torch.nn.Parameter]
+"""AutoEP's names of the other MoE modules -> HF's."""
 
 
 def hf_name(name: str) -> str:
-    """`hf.model.layers.0.mlp.router.gate.weight` (in the engine) -> `model.layers.0.mlp.gate.weight` (in a
-    file)."""
+    """The engine's name of a parameter -> the file's.
+
+    Example: `hf.model.layers.0.mlp.router.gate.weight` -> `model.layers.0.mlp.gate.weight`.
+    """
     name = name.removeprefix("hf.")
     for ours, theirs in HF_MODULE.items():
         name = name.replace(ours, theirs)
@@ -29,73 +33,60 @@ def hf_name(name: str) -> str:
 
 
 def full_weights(
-    policy: torch.nn.Module, *, exporter: bool, bucket_bytes: int, zero: Any
+    policy: PolicyModel, *, exporter: bool, bucket_bytes: int, zero: Any
 ) -> Iterator[NamedTensor]:
-    """Full tensors on the exporting rank (rank 0), nothing on the others. Collective: exhaust it on every
-    rank.
+    """Full tensors on the exporting rank (rank 0), nothing on the others. Collective: every rank exhausts it.
 
-    zero: the `deepspeed.zero` module when parameters are partitioned (stage 3), else None. At most about
-    `bucket_bytes` (or one parameter, where it is larger) is gathered at once.
+    zero: the `deepspeed.zero` module when parameters are partitioned (stage 3), else None.
+
+    At most about `bucket_bytes` (or one parameter, where it is larger) is gathered at once.
     """
     tied = bool(getattr(policy.hf.config, "tie_word_embeddings", False))
-    dense: list[Named] = []
-    experts: list[tuple[str, torch.nn.Parameter, Any]] = []
+    experts: dict[str, tuple[torch.nn.Parameter, Any]] = {}
     for module_name, module in policy.named_modules():
-        group = module.ep_group if getattr(module, "_is_autoep_layer", False) else None
-        if group is not None:
-            experts += [
-                (f"{module_name}.experts.{w}", getattr(module.experts, w), group) for w in HF_PROJECTION
-            ]
-    sharded = {name for name, _, _ in experts}
-    for name, parameter in policy.named_parameters():
-        if name not in sharded and not (tied and name == "hf.lm_head.weight"):
-            dense.append((name, parameter))
-    for part in _parts(dense, bucket_bytes):
+        if getattr(module, "_is_autoep_layer", False):
+            for w in HF_PROJECTION:
+                experts[f"{module_name}.experts.{w}"] = (getattr(module.experts, w), module.ep_group)
+    dense: list[NamedTensor] = [
+        (name, parameter)
+        for name, parameter in policy.named_parameters()
+        if name not in experts and not (tied and name == "hf.lm_head.weight")
+    ]
+    for part in buckets(dense, bucket_bytes, _full_bytes):
         tensors = _gather(part, zero)
         if exporter:
             for name, tensor in tensors:
                 yield from unfuse_experts(hf_name(name), tensor)
-        del tensors
-    for name, parameter, group in experts:
+        del tensors  # before the next part is gathered
+    for name, (parameter, group) in experts.items():
         ((_, local),) = _gather([(name, parameter)], zero)
         yield from _expert_weights(hf_name(name), local, group, exporter, bucket_bytes)
         del local
 
 
-def _bytes(parameter: torch.nn.Parameter) -> int:
+def _full_bytes(parameter: torch.Tensor) -> int:
+    """Under ZeRO 3 a parameter holds nothing between calls; `ds_numel` is DeepSpeed's note of its size."""
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
-def _parts(parameters: Iterable[Named], bucket_bytes: int) -> Iterator[list[Named]]:
-    part: list[Named] = []
-    size = 0
-    for name, parameter in parameters:
-        if part and size + _bytes(parameter) > bucket_bytes:
-            yield part
-            part, size = [], 0
-        part.append((name, parameter))
-        size += _bytes(parameter)
-    if part:
-        yield part
-
-
-def _gather(part: list[Named], zero: Any) -> list[NamedTensor]:
-    """The whole parameters. Under ZeRO-3 the tensors outlive the gathering: DeepSpeed drops its own
-    reference only."""
+def _gather(part: list[NamedTensor], zero: Any) -> list[NamedTensor]:
+    """The whole parameters, detached."""
     if zero is None:
         return [(name, parameter.detach()) for name, parameter in part]
+    # The tensors outlive the block: on leaving it DeepSpeed drops its own reference only.
     with zero.GatheredParameters([parameter for _, parameter in part]):
         return [(name, parameter.detach()) for name, parameter in part]
 
 
 def _expert_weights(
-    name: str, local: torch.Tensor, group: Any, exporter: bool, bucket_bytes: int
+    name: str, local: torch.Tensor, group: dist.ProcessGroup, exporter: bool, bucket_bytes: int
 ) -> Iterator[NamedTensor]:
-    """local [E_local, ...] of this rank -> every expert's tensor on the exporter, some experts of each rank
-    at a time.
+    """local [E_local, ...] of this rank -> every expert's tensor on the exporter, some of each
+    rank at a time.
 
-    Rank r of an expert-parallel group holds experts r * E_local .. (r + 1) * E_local - 1. Only the
-    exporter's group (ranks 0 .. expert_parallel - 1) takes part; the other groups hold copies.
+    Rank r of an expert-parallel group holds experts r * E_local .. (r + 1) * E_local - 1. Example: 8 experts
+    on 2 ranks, 2 at a time: 0, 1 (of rank 0), 4, 5 (of rank 1), then 2, 3, 6, 7. Only the exporter's group
+    (ranks 0 .. expert_parallel - 1) takes part, because the other groups hold copies.
     """
     members = dist.get_process_group_ranks(group)
     if 0 not in members:

@@ -33,12 +33,11 @@ TAG = "deepspeed"
 
 
 class DeepSpeedLearner:
-    """Implements `Learner` with a DeepSpeed engine around `PolicyModel`; every rank is a data-parallel
-    replica.
+    """Implements `Learner` with a DeepSpeed engine around `PolicyModel`. Every rank is a replica.
 
-    ZeRO 0 to 3; with `expert_parallel` above 1 AutoEP spreads the experts of every MoE layer over that many
-    ranks. fp32 weights, or bf16 weights with fp32 masters, fp32 gradient accumulation (ZeRO 1 to 3) and fp32
-    reduction.
+    ZeRO 0 to 3. With `expert_parallel` above 1 AutoEP spreads the experts of every MoE layer over
+    that many ranks. Weights are fp32, or bf16 with fp32 masters, fp32 gradient accumulation (ZeRO 1
+    to 3) and fp32 reduction.
     """
 
     def __init__(
@@ -55,7 +54,12 @@ class DeepSpeedLearner:
         master_addr: str = "127.0.0.1",
         master_port: int = 29500,
     ) -> None:
-        """Collective. Raises ValueError for settings that cannot run, before the process group is made."""
+        """total_steps, temperature, keep_reference: as for `EagerLearner`.
+        rank, world_size: this process of the learner's processes.
+        master_addr, master_port: where they meet.
+
+        Collective. Raises ValueError for settings that cannot run, before the process group is made.
+        """
         if world_size != config.world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"rank and world_size must fit learner.world_size {config.world_size}: got {rank} and "
@@ -64,7 +68,7 @@ class DeepSpeedLearner:
         self.shape = read_shape(check_model_folder(model_path))
         check(config, self.shape, device)
         self.config = config
-        # an index is needed by torch.cuda.set_device; Ray shows each rank its own GPU alone
+        # torch.cuda.set_device needs an index. It is 0, because Ray shows each rank its own GPU alone.
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
         self.rank = self.data_parallel_rank = rank
         self.world_size = world_size
@@ -82,8 +86,8 @@ class DeepSpeedLearner:
             self.engine.optimizer.register_step_pre_hook(self._clip_plain)
 
     def _join(self, master_addr: str, master_port: int) -> None:
-        # DeepSpeed 0.19.8 reads these whatever it is told by argument; without LOCAL_RANK its engine does
-        # not start.
+        # DeepSpeed 0.19.8 reads these whatever it is told by argument. Without LOCAL_RANK its engine
+        # does not start.
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -157,8 +161,8 @@ class DeepSpeedLearner:
                     error = raised
                 self._agree(error)
                 # DeepSpeed divides the ranks' summed gradients by the number of ranks, dense and expert
-                # weights alike (0.19.8); denominators are global here, so the sum is wanted. No division by
-                # micro-batches.
+                # weights alike (0.19.8). Denominators are global here, so the sum is wanted, and no division
+                # by the number of micro-batches either.
                 self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
             parts.append(stats)
         return merge_stats(parts)
@@ -169,16 +173,18 @@ class DeepSpeedLearner:
             group["lr"] = lr
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
-        # The norm is of all ranks' gradients, so all ranks raise together. DeepSpeed marks a bad one by inf
-        # or -1.
+        # The norm is of all ranks' gradients, so all ranks raise together. DeepSpeed marks a bad one by
+        # inf or -1.
         if not 0 <= norm < float("inf"):
             raise FloatingPointError(f"gradient norm is not finite at policy version {self.policy_version}")
         self.policy_version += 1
         return OptimStep(norm, lr, self.policy_version)
 
     def _clip_plain(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """ZeRO 0 in fp32 has a bare torch optimiser, whose norm DeepSpeed does not report: clip here (all
-        replicas hold the same summed gradient)."""
+        """Clips for ZeRO 0 in fp32, whose bare torch optimiser reports no norm to DeepSpeed.
+
+        All replicas hold the same summed gradient then, so each clips alone. The 1e-6 is the eager learner's.
+        """
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
@@ -190,7 +196,7 @@ class DeepSpeedLearner:
             torch._foreach_mul_(gradients, min(1.0, clip / (float(self._plain_norm) + 1e-6)))
 
     def _same_count(self, micro_batches: int) -> None:
-        """Ranks that run unequal numbers of micro-batches would wait for each other until the timeout."""
+        """Raises ValueError on every rank when they got unequal numbers: they would wait for each other."""
         least_most = torch.tensor([-micro_batches, micro_batches], device=self.device)
         dist.all_reduce(least_most, dist.ReduceOp.MAX)
         if int(least_most.sum()):
@@ -200,8 +206,7 @@ class DeepSpeedLearner:
             )
 
     def _agree(self, error: Exception | None) -> None:
-        """Raises on every rank when one rank has an error: the others would hang in the backward's
-        collectives."""
+        """Raises on every rank when one has an error: the others would hang in the backward's collectives."""
         bad = torch.tensor(int(error is not None), device=self.device)
         dist.all_reduce(bad, dist.ReduceOp.MAX)
         if not int(bad):

@@ -1,8 +1,8 @@
 """Builds a ZeRO-3 model that is partitioned from its first parameter on and filled one parameter at a time.
 
-`from_pretrained` holds the whole model in the memory of every rank (with transformers' own ZeRO-3 switch
-too: it fuses the experts of the whole checkpoint before it partitions), which a host of eight ranks does not
-have for a model that ZeRO-3 is worth using for.
+`from_pretrained` holds the whole model in the memory of every rank. So it does with transformers' own ZeRO-3
+switch, which fuses the experts of the whole checkpoint before it partitions. A host of eight ranks does not
+have that memory for a model that ZeRO-3 is worth using for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from gspo_dist.learners.attention import NAME
@@ -53,10 +53,9 @@ class Checkpoint:
 
 
 def expert_parts(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, slice]]]:
-    """Names in the file of a fused expert parameter's parts, and where each goes; nothing for other
-    parameters.
+    """The names in a file of a fused expert parameter's parts, and where each goes; nothing for others.
 
-    `mlp.experts.gate_up_proj` [E, 2 I, H] holds `mlp.experts.3.up_proj.weight` at [3, I:].
+    Example: `mlp.experts.gate_up_proj` [E, 2 I, H] holds `mlp.experts.3.up_proj.weight` at [3, I:].
     """
     stem, _, leaf = name.rpartition(".")
     if len(shape) != 3 or leaf not in ("gate_up_proj", "down_proj"):
@@ -84,8 +83,7 @@ def copy_into(target: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
 
 
 def _renew_rotary(hf: nn.Module) -> None:
-    """Builds the rotary tables again, outside zero.Init, which rounds every new tensor to the weights'
-    precision."""
+    """Builds the rotary tables again: zero.Init had rounded them to the weights' precision."""
     device = next(buffer for buffer in hf.buffers()).device
     for name, module in list(hf.named_modules()):
         if not list(module.buffers(recurse=False)):
@@ -104,17 +102,18 @@ def load_partitioned(
     folder: Path,
     config: PretrainedConfig,
     dtype: torch.dtype,
-) -> nn.Module:
-    """The HF causal LM of `folder`, its parameters partitioned over all ranks. Collective; rank 0 reads the
-    files.
+) -> PreTrainedModel:
+    """The HF causal LM of `folder`, its parameters partitioned over all ranks. Rank 0 reads the files.
 
-    settings: the engine's configuration. Raises ValueError on every rank when weights are missing.
+    settings: the engine's configuration.
+
+    Collective. Raises ValueError on every rank when weights are missing.
     """
-    # Without `dtype`, which zero.Init gets wrong on hosts without fp16 (0.19.8): the settings name it. Its
+    # Without `dtype`, which zero.Init gets wrong on hosts without fp16 (0.19.8); the settings name it. Its
     # "memory efficient" linear layer would replace torch's in the whole process.
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-    hf.tie_weights()  # zero.Init made the tied head a parameter of its own
+    hf.tie_weights()  # zero.Init had made the tied head a parameter of its own
     _renew_rotary(hf)
     checkpoint = Checkpoint(folder) if dist.get_rank() == 0 else None
     error: ValueError | None = None
@@ -125,7 +124,7 @@ def load_partitioned(
                     copy_into(parameter.data, name, checkpoint)
                 except ValueError as raised:
                     error = raised  # told to all ranks below: a rank that left now would hang the others
-    errors = [error]
+    errors: list[ValueError | None] = [error]
     dist.broadcast_object_list(errors, src=0)
     if errors[0] is not None:
         raise errors[0]
