@@ -1,5 +1,5 @@
-"""Laws of the reference learner: what a step does, whatever the packing; what a checkpoint keeps; what it
-exports."""
+"""Laws of the reference learner: what a step does whatever the packing, what a checkpoint
+keeps, what it exports."""
 
 from __future__ import annotations
 
@@ -111,7 +111,10 @@ def test_first_adamw_step_is_the_closed_form(model: Path) -> None:
     learner = make(model, weight_decay=0.1)
     before = [m.clone() for m in learner.masters]
     learner.forward_backward([near(learner, batch((0, 1, 2)))], spec())
-    grads = [torch.zeros_like(m) if g is None else g.clone() for m, g in zip(before, learner.gradients)]
+    grads = [
+        torch.zeros_like(m) if g is None else g.clone()
+        for m, g in zip(before, learner.gradients, strict=True)
+    ]
     step = learner.optim_step()
     assert step.grad_norm == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-6)
     assert (step.lr, step.policy_version) == (1e-3, 1)
@@ -128,7 +131,7 @@ def test_clipping_scales_the_gradient_and_reports_the_norm_before(model: Path) -
         before = [m.clone() for m in learner.masters]
         learner.forward_backward([near(learner, batch((0, 1, 2)))], spec())
         norms.append(learner.optim_step().grad_norm)
-        moved.append(torch.cat([(m - b).flatten() for m, b in zip(learner.masters, before)]))
+        moved.append(torch.cat([(m - b).flatten() for m, b in zip(learner.masters, before, strict=True)]))
     assert norms[0] == norms[1] > 1e-2
     assert float(moved[1].norm() / moved[0].norm()) == pytest.approx(1e-3 / norms[0], rel=1e-3)
 
@@ -216,16 +219,16 @@ def test_a_gradient_that_is_not_finite_stops_the_step(model: Path) -> None:
     before = [m.clone() for m in learner.masters]
     learner.forward_backward([near(learner, batch((0, 1)))], spec())
     learner.gradients[0][0] = float("inf")
-    with pytest.raises(FloatingPointError, match="gradient norm is .* at policy version 0"):
+    with pytest.raises(FloatingPointError, match=r"gradient norm is .* at policy version 0"):
         learner.optim_step()
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters))
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters, strict=True))
     assert learner.policy_version == 0
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 5000, 1 << 30])
 def test_export_is_the_saved_model(model: Path, bucket_bytes: int) -> None:
-    """Names and values of the folder that HF wrote: experts one by one, nothing twice, buckets within their
-    size."""
+    """Names and values of the folder that HF wrote: experts one by one, nothing
+    twice, buckets within bounds."""
     want = load_file(model / "model.safetensors")
     got: dict[str, torch.Tensor] = {}
     for bucket in make(model).weights(bucket_bytes):

@@ -167,6 +167,16 @@ def test_the_packed_attention_refuses_a_call_without_its_layout(tmp_path: Path) 
         policy.hf.model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
 
 
+def test_the_head_keeps_its_names_and_the_tying(tmp_path: Path) -> None:
+    folder = save("qwen3", tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    names = [name for name, _ in hf.named_parameters()]
+    policy = load_policy(folder, "fp32")
+    assert [name for name, _ in policy.hf.named_parameters()] == names
+    assert policy.hf.state_dict().keys() == hf.state_dict().keys()
+    assert policy.hf.lm_head.weight is policy.hf.get_input_embeddings().weight
+
+
 def test_a_model_without_a_linear_head_is_refused() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.set_output_embeddings(torch.nn.Identity())
@@ -184,7 +194,7 @@ def test_sliding_window_attention_is_refused(tmp_path: Path) -> None:
 def test_broken_model_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         check_model_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         check_model_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="safetensors"):
@@ -192,7 +202,7 @@ def test_broken_model_folders_are_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "one.safetensors").write_text("")
-    with pytest.raises(ValueError, match="two.safetensors"):
+    with pytest.raises(ValueError, match=r"two\.safetensors"):
         check_model_folder(tmp_path)
     (tmp_path / "two.safetensors").write_text("")
     with pytest.raises(ValueError, match="tokenizer"):

@@ -1,0 +1,107 @@
+"""What DeepSpeed is told, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+
+from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
+from gspo_dist.learners.deepspeed.config import check, engine_config
+from gspo_dist.models.shape import ModelShape, shape_from_config
+
+
+def shape(model: PretrainedConfig) -> ModelShape:
+    return shape_from_config(model.to_dict())
+
+
+MOE = shape(Qwen3MoeConfig(num_experts=12, norm_topk_prob=True))
+
+
+def config(world_size: int = 4, precision: str = "fp32", **ds: object) -> LearnerConfig:
+    return LearnerConfig(
+        backend="deepspeed",
+        world_size=world_size,
+        precision=precision,
+        deepspeed=DeepSpeedConfig(**ds),
+        optimizer=OptimizerConfig(lr=3e-6, grad_clip=0.7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ds", "model", "device", "message"),
+    [
+        ({"offload_optimizer": True}, MOE, "cpu", "offload_optimizer needs a GPU host: got device 'cpu'"),
+        ({"offload_params": True, "zero_stage": 3}, MOE, "cpu", "offload_params needs a GPU host"),
+        ({"grouped_mm": True}, MOE, "cpu", "grouped_mm needs a GPU host"),
+        (
+            {"offload_optimizer": True, "zero_stage": 0},
+            MOE,
+            "cuda",
+            "offload_optimizer needs zero_stage 1 to 3: got 0",
+        ),
+        ({"expert_parallel": 2, "zero_stage": 0}, MOE, "cpu", "expert_parallel needs zero_stage 1 to 3"),
+        ({"expert_parallel": 2}, shape(Qwen3Config()), "cpu", "must be 1 for a qwen3 model: got 2"),
+        ({"expert_parallel": 8}, MOE, "cpu", "must divide num_experts: got 8 and 12; try 1, 2, 4"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused(ds: dict, model: ModelShape, device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(config(world_size=8, **ds), model, device)
+
+
+def test_settings_that_can_run_pass() -> None:
+    check(config(zero_stage=3, expert_parallel=4), MOE, "cpu")
+    check(config(zero_stage=3, offload_optimizer=True, offload_params=True, grouped_mm=True), MOE, "cuda")
+
+
+def test_gradients_accumulate_and_travel_in_fp32() -> None:
+    for stage in (1, 2, 3):
+        out = engine_config(config(precision="bf16", zero_stage=stage), MOE)
+        assert out["bf16"]["enabled"]
+        assert out["data_types"]["grad_accum_dtype"] == "fp32"
+        assert out["communication_data_type"] == "fp32"
+        assert out["managed_gradient_accumulation"] is False
+        assert out["zero_optimization"]["stage"] == stage
+        assert out["gradient_clipping"] == 0.7
+
+
+def test_the_reference_has_no_optimiser_and_is_sharded_as_the_policy() -> None:
+    for stage, expected in ((0, 0), (1, 0), (2, 0), (3, 3)):
+        ep = 2 if stage else 1
+        out = engine_config(config(zero_stage=stage, expert_parallel=ep), MOE, trains=False)
+        assert "optimizer" not in out
+        assert out["zero_optimization"]["stage"] == expected
+        assert ("expert_parallel" in out) == (ep > 1)
+
+
+def test_gate_weights_are_renormalised_exactly_where_the_model_does() -> None:
+    for model, norm in ((MOE, True), (shape(Qwen2MoeConfig(num_experts=12, norm_topk_prob=False)), False)):
+        assert engine_config(config(expert_parallel=2), model)["expert_parallel"]["route_norm"] is norm
+
+
+def test_the_optimiser_is_torchs_adamw_with_the_runs_numbers() -> None:
+    for offload in (False, True):
+        out = engine_config(config(zero_stage=2, offload_optimizer=offload), MOE)
+        kernel = {} if offload else {"torch_adam": True}
+        numbers = {"lr": 3e-6, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+        assert out["optimizer"] == {"type": "AdamW", "params": numbers | kernel}
+
+
+def test_only_a_bare_torch_optimiser_is_left_to_the_learner_to_clip() -> None:
+    clips = {
+        (stage, precision): engine_config(config(precision=precision, zero_stage=stage), MOE)[
+            "gradient_clipping"
+        ]
+        for stage in (0, 1)
+        for precision in ("fp32", "bf16")
+    }
+    assert clips == {(0, "fp32"): 0.0, (0, "bf16"): 0.7, (1, "fp32"): 0.7, (1, "bf16"): 0.7}
+
+
+def test_offloading_is_of_what_the_reference_has() -> None:
+    settings = config(zero_stage=3, offload_optimizer=True, offload_params=True)
+    policy = engine_config(settings, MOE)["zero_optimization"]
+    reference = engine_config(settings, MOE, trains=False)["zero_optimization"]
+    assert policy["offload_optimizer"] == policy["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert reference["offload_param"] == policy["offload_param"]
+    assert "offload_optimizer" not in reference

@@ -1,0 +1,74 @@
+"""Weights leave the engine under the file's names, gathered a bucket at a time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from gspo_dist.learners.deepspeed.export import full_weights, hf_name
+from gspo_dist.learners.hf_model import PolicyModel
+
+
+@pytest.mark.parametrize(
+    ("engine", "file"),
+    [
+        ("hf.model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("hf.model.layers.3.mlp.router.gate.weight", "model.layers.3.mlp.gate.weight"),
+        ("hf.model.layers.3.mlp.gate.weight", "model.layers.3.mlp.gate.weight"),
+        (
+            "hf.model.layers.1.mlp.shared_experts.up_proj.weight",
+            "model.layers.1.mlp.shared_expert.up_proj.weight",
+        ),
+        ("hf.model.layers.1.mlp.shared_experts_gate.weight", "model.layers.1.mlp.shared_expert_gate.weight"),
+        ("hf.model.layers.2.self_attn.q_norm.weight", "model.layers.2.self_attn.q_norm.weight"),
+    ],
+)
+def test_names_in_the_engine_become_names_in_the_file(engine: str, file: str) -> None:
+    assert hf_name(engine) == file
+
+
+def policy(tied: bool) -> PolicyModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return PolicyModel(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, tie_word_embeddings=tied)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_leaves_once_and_a_tied_head_does_not(tied: bool) -> None:
+    model = policy(tied)
+    got = list(full_weights(model, exporter=True, bucket_bytes=2000, zero=None))
+    want = {name.removeprefix("hf."): p for name, p in model.named_parameters()}
+    assert [name for name, _ in got] == list(want)
+    assert ("lm_head.weight" in want) == (not tied)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in got)
+    assert not any(tensor.requires_grad for _, tensor in got)
+
+
+def test_only_the_exporter_yields() -> None:
+    assert list(full_weights(policy(False), exporter=False, bucket_bytes=2000, zero=None)) == []
+
+
+def test_no_more_than_a_bucket_is_gathered_at_once() -> None:
+    """Sizes as ZeRO 3 leaves them: a partitioned parameter is empty, and `ds_numel` says what it would be."""
+    model = policy(False)
+    sizes = {}
+    for parameter in model.parameters():
+        sizes[id(parameter)] = parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    gathered: list[int] = []
+
+    @contextmanager
+    def gather(parameters: list):
+        gathered.append(sum(4 * sizes[id(p)] for p in parameters))
+        yield
+
+    zero = SimpleNamespace(GatheredParameters=gather)
+    list(full_weights(model, exporter=True, bucket_bytes=3000, zero=zero))
+    assert sum(gathered) == 4 * sum(sizes.values())
+    assert max(gathered) <= 3000
+    assert len(gathered) < len(sizes)
