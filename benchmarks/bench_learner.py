@@ -30,7 +30,9 @@ from gspo_dist.models.shape import shape_from_config
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.planner import Gpu, find_gpu
-from gspo_dist.trainer.setup.build import Processes, resolve_device
+from gspo_dist.trainer.setup.checks import resolve_device
+from gspo_dist.trainer.setup.processes import Processes
+from gspo_dist.trainer.step_metrics import packing_metrics
 from gspo_dist.types import Completion, Prompt, Rollout
 
 CPU_LAYOUTS = {
@@ -121,7 +123,7 @@ def batches(config: RunConfig, rollouts: list[Rollout]) -> MiniBatch:
     return pack(
         rollouts,
         rewards,
-        ranks=config.learner.data_parallel,
+        replicas=config.learner.data_parallel,
         token_budget=config.learner.token_budget,
         mini_batches=1,
         max_completion_length=config.rollout.max_completion_tokens,
@@ -142,7 +144,7 @@ def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int
         update, passes = [], []
         for i in range(repeats + 2):
             start = time.perf_counter()
-            group.logprobs(mini)
+            group.logprobs(mini.micro_batches)
             middle = time.perf_counter()
             group.forward_backward(mini, spec)
             group.optim_step()
@@ -154,7 +156,7 @@ def measure(config: RunConfig, model: str, rollouts: list[Rollout], repeats: int
         "update_tokens_per_s": mini.num_tokens / statistics.median(update),
         "logprobs_tokens_per_s": mini.num_tokens / statistics.median(passes),
         "peak_bytes_per_rank": max(m.get("gpu", m["host"]) for m in memory.values()),
-        "padding": 1.0 - mini.efficiency(config.learner.token_budget),
+        "padding": 1.0 - packing_metrics([mini], config.learner.token_budget)["packing/efficiency"],
         "tokens": mini.num_tokens,
     }
 

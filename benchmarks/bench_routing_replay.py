@@ -52,7 +52,7 @@ from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import pack_sequences
 from gspo_dist.routing.replay import RouteFeeder, RouteRecorder, RouterShape, check_trace
 from gspo_dist.routing.trace import RoutingTrace, replay_bytes, trace_bytes
-from gspo_dist.trainer.setup.build import make_learner
+from gspo_dist.trainer.setup.factories import make_learner
 from gspo_dist.types import Completion, PackedBatch, Prompt, Rollout
 
 QWEN = {"moe_layers": 48, "top_k": 8, "num_experts": 128}  # Qwen3-30B-A3B's config.json

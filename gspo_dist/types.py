@@ -99,13 +99,14 @@ class Rollout:
 class PackedBatch:
     """One micro-batch of one data-parallel rank: S whole sequences laid end to end in T tokens, no padding.
 
-    Entry t of every [T] field speaks of token t itself: `old_logprobs[t]` is log p(token t | the tokens before it in
-    its sequence), which a model computes from the hidden state at t - 1. With prompt (5, 6) and completion (7, 8):
-    token_ids = [5 6 7 8], position_ids = [0 1 2 3], loss_mask = [F F T T], rollout_logprobs = [0 0 lp(7) lp(8)].
+    Entry t of every [T] field speaks of token t itself: `old_logprobs[t]` is log p(token t | the tokens
+    before it in its sequence), which a model computes from the hidden state at t - 1. With prompt (5, 6) and
+    completion (7, 8): token_ids = [5 6 7 8], position_ids = [0 1 2 3], loss_mask = [F F T T],
+    rollout_logprobs = [0 0 lp(7) lp(8)].
 
-    cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its place in
-    the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T] float32 or None.
-    routing: expert ids by input token, or None; when present, the learner replays it.
+    cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its
+    place in the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T]
+    float32 or None. routing: expert ids by input token, or None; when present, the learner replays it.
     """
 
     token_ids: torch.Tensor
@@ -127,6 +128,16 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return int(self.rollout_index.numel())
 
+    def rows(self, sequence: int) -> slice:
+        """The tokens of one sequence (0..S-1): `token_ids[batch.rows(1)]`."""
+        return slice(int(self.cu_seqlens[sequence]), int(self.cu_seqlens[sequence + 1]))
+
+    def has_trained_tokens(self, sequence: int) -> bool:
+        """Whether the sequence teaches anything: False for the masked copies that fill
+        idle replicas (`packing.pack`).
+        """
+        return bool(self.loss_mask[self.rows(sequence)].any())
+
     def sequence_ids(self) -> torch.Tensor:
         """[T] int64: the sequence (0..S-1) of every token."""
         return torch.repeat_interleave(torch.arange(self.num_sequences), self.cu_seqlens.diff().long())
@@ -140,8 +151,8 @@ class PackedBatch:
 class LogprobOutput:
     """What one forward pass says of a packed batch.
 
-    logprobs [T] float32 (0 where loss_mask is False); entropy [T] float32, of the same next-token distributions;
-    routing: the expert ids this pass used, when it was asked to record them.
+    logprobs [T] float32 (0 where loss_mask is False); entropy [T] float32, of the same next-token
+    distributions; routing: the expert ids this pass used, when it was asked to record them.
     """
 
     logprobs: torch.Tensor
@@ -151,7 +162,9 @@ class LogprobOutput:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """How to sample: `n` completions a prompt, at most `max_tokens` each; `seed` makes every completion repeatable."""
+    """How to sample: `n` completions a prompt, at most `max_tokens` each; `seed` makes
+    every completion repeatable.
+    """
 
     n: int
     max_tokens: int

@@ -16,7 +16,7 @@ from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import Stat, merge_stats
-from gspo_dist.packing import MiniBatch
+from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
@@ -189,13 +189,13 @@ class RayLearnerGroup:
         }
         self.replica_of = self.actors.gather(refs, max(START_TIMEOUT_S, self.config.timeout_s))
 
-    def _scatter(self, method: str, mini: MiniBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _scatter(self, method: str, micro_batches: MicroBatches, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Calls `method(micro_batches of its replica, ...)` on every rank.
 
         Each replica's data is stored once. Example: four ranks, tensor parallel 2, replica_of = learner-0: 0,
         learner-1: 0, learner-2: 1, learner-3: 1. The first two read the same stored micro_batches[0].
         """
-        parts = [ray.put(list(micro_batches)) for micro_batches in mini.micro_batches]
+        parts = [ray.put(list(batches)) for batches in micro_batches]
         refs = {
             name: getattr(self.actors.handles[name], method).remote(parts[replica], *args, **kwargs)
             for name, replica in self.replica_of.items()
@@ -203,16 +203,16 @@ class RayLearnerGroup:
         return self.actors.gather(refs, self.config.timeout_s)
 
     def logprobs(
-        self, mini: MiniBatch, *, record_routing: bool = False, reference: bool = False
+        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
-        answers = self._scatter("logprobs", mini, record_routing=record_routing, reference=reference)
+        answers = self._scatter("logprobs", micro_batches, record_routing=record_routing, reference=reference)
         outputs: dict[int, list[LogprobOutput]] = {}
         for name, replica in self.replica_of.items():
             outputs.setdefault(replica, answers[name])  # the ranks of a replica give the same answer
-        return [outputs[replica] for replica in range(len(mini.micro_batches))]
+        return [outputs[replica] for replica in range(len(micro_batches))]
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
-        return merge_stats(list(self._scatter("forward_backward", mini, spec).values()))
+        return merge_stats(list(self._scatter("forward_backward", mini.micro_batches, spec).values()))
 
     def optim_step(self) -> OptimStep:
         step = self.actors.call_all("optim_step", timeout=self.config.timeout_s)["learner-0"]

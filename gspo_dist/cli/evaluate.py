@@ -15,7 +15,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _evaluate(config: RunConfig) -> None:
-    from gspo_dist.trainer.tools import evaluate_model
+    from gspo_dist.trainer.evaluate import evaluate_model
 
     for name, value in sorted(evaluate_model(config).items()):
         print(f"{name:40s} {value:.4f}")

@@ -21,7 +21,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _export(run_dir: Path, target: Path) -> None:
-    from gspo_dist.trainer.tools import export_run
+    from gspo_dist.trainer.export import export_run
 
     done = export_run(run_dir, target)
     print(f"{done['folder']}: {done['tensors']} tensors after step {done['step']}")

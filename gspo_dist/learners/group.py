@@ -10,7 +10,7 @@ from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import Stat
-from gspo_dist.packing import MiniBatch
+from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.types import LogprobOutput
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
@@ -36,9 +36,9 @@ class LearnerGroup(Protocol):
         ...
 
     def logprobs(
-        self, mini: MiniBatch, *, record_routing: bool = False, reference: bool = False
+        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
-        """`Learner.logprobs` of a mini-batch: outputs[replica][i] is of micro_batches[replica][i].
+        """`Learner.logprobs` of every replica: outputs[replica][i] is of micro_batches[replica][i].
 
         Changes nothing, so it may be called any number of times. Raises as `Learner.logprobs` does.
         """
@@ -135,9 +135,9 @@ class LocalLearnerGroup:
         """The learner was built with the group."""
 
     def logprobs(
-        self, mini: MiniBatch, *, record_routing: bool = False, reference: bool = False
+        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
-        (batches,) = mini.micro_batches
+        (batches,) = micro_batches
         return [self.learner.logprobs(batches, record_routing=record_routing, reference=reference)]
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:

@@ -1,1 +1,3 @@
-"""The trainer: one readable step (loop), what it collects, the contract of the log-probs, the checked weight sync."""
+"""The trainer: one readable step (loop), what it collects, the contract of the log-probs, the
+checked weight sync.
+"""

@@ -8,14 +8,21 @@ from contextlib import contextmanager
 
 
 class StepClock:
-    """`with clock("collect"):` adds to time/collect_s; what no block covers is time/other_s."""
+    """`with clock("collect"):` adds to time/collect_s. What no block covers is time/other_s."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a step: nothing is spent yet."""
         self.started = time.perf_counter()
         self.spans: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Counts the seconds of the block under `name`, also when it raises. Blocks must not lie
+        inside each other.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -23,7 +30,7 @@ class StepClock:
             self.spans[name] = self.spans.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each span, of the whole step, and of the rest."""
+        """Seconds of each span so far, of the whole step so far, and of the rest."""
         whole = time.perf_counter() - self.started
         out = {f"time/{name}_s": seconds for name, seconds in self.spans.items()}
         out["time/step_s"] = whole

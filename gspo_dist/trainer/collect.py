@@ -1,25 +1,50 @@
-"""Collecting a rollout batch: sample groups, judge them, and describe them."""
+"""Collecting a rollout batch: which prompts, how they are sampled, and their completions as judged rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from gspo_dist.evaluation.suite import evaluate
-from gspo_dist.objectives.diagnostics import advantage_statistics, degenerate_group_share, length_by_outcome
 from gspo_dist.rewards.pool import RewardPool
+from gspo_dist.trainer.run import Run
 from gspo_dist.types import Completion, Prompt, Rollout, SamplingSpec
 
 
-def judge(
+def collect(run: Run, step: int) -> list[Rollout]:
+    """The judged rollouts of step `step` (1 is the first), group after group, in the order of
+    the prompt cursor.
+
+    Group and rollout ids count over the whole run: they seed the sampling, so a step's rollouts do not depend
+    on how the run got there. Raises what engines and rewards raise; the cursor has moved then, and a resumed
+    run takes the same prompts again because the checkpoint holds the cursor of the step before.
+    """
+    count = run.config.rollout.prompts_per_step
+    first_group = (step - 1) * count
+    with run.clock("collect"):
+        prompts = run.cursor.next(count)
+        groups = run.pool.generate(
+            prompts, sampling_of(run, step), range(first_group, first_group + len(prompts))
+        )
+    with run.clock("reward"):
+        return judged(run.rewards, prompts, groups, first_group)
+
+
+def sampling_of(run: Run, step: int) -> SamplingSpec:
+    """How to sample `step`: routes travel only where R3 replays them or the flip metric measures them."""
+    wanted = run.config.objective.routing_replay == "r3" or run.flips.due(step)
+    return replace(run.sampling, record_routing=run.sampling.record_routing and wanted)
+
+
+def judged(
     rewards: RewardPool,
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[Completion]],
     first_group_id: int,
 ) -> list[Rollout]:
-    """Sampled groups as scored rollouts, group after group. Ids count on from `first_group_id`."""
+    """Sampled groups as rollouts with their rewards.
+
+    Example: first_group_id 3 and two groups of 2 give group ids [3, 3, 4, 4] and rollout ids [6, 7, 8, 9].
+    """
     size = len(groups[0])
     items = [
         ((first_group_id + g) * size + i, prompt, completion)
@@ -28,80 +53,6 @@ def judge(
     ]
     verdicts = rewards.judge(items)
     return [
-        Rollout(rollout_id, first_group_id + n // size, prompt, completion, reward, parts)
-        for n, ((rollout_id, prompt, completion), (reward, parts)) in enumerate(
-            zip(items, verdicts, strict=True)
-        )
+        Rollout(rollout_id, first_group_id + n // size, prompt, completion, verdict.reward, verdict.parts)
+        for n, ((rollout_id, prompt, completion), verdict) in enumerate(zip(items, verdicts, strict=True))
     ]
-
-
-def describe(rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version: int) -> dict[str, float]:
-    """rollout/*, reward/* and advantage/* metrics of a batch."""
-    rewards = np.array([r.reward for r in rollouts])
-    lengths = np.array([len(r.completion) for r in rollouts])
-    truncated = np.array([r.completion.finish_reason == "length" for r in rollouts])
-    oldest = min(int(r.completion.policy_versions.min()) for r in rollouts)
-    out = {
-        "rollout/reward_mean": float(rewards.mean()),
-        "rollout/reward_std": float(rewards.std()),
-        "rollout/completion_tokens_mean": float(lengths.mean()),
-        "rollout/completion_tokens_max": float(lengths.max()),
-        "rollout/truncated_fraction": float(truncated.mean()),
-        "rollout/degenerate_group_fraction": degenerate_group_share(
-            rewards, np.array([r.group_id for r in rollouts])
-        ),
-        "rollout/staleness": float(policy_version - oldest),
-    }
-    out |= advantage_statistics(advantages)
-    out |= length_by_outcome(lengths, rewards >= 1.0)
-    parts = {key for r in rollouts for key in r.reward_parts}
-    for key in sorted(parts):
-        name = "reward/timeout_fraction" if key == "timeout" else f"reward/{key}"
-        out[name] = float(np.mean([r.reward_parts.get(key, 0.0) for r in rollouts]))
-    return out
-
-
-def probe_sequences(sampled: Sequence[tuple[Prompt, Completion]]) -> list[tuple[np.ndarray, int]]:
-    """(tokens, start of the completion) for the log-prob probe of a weight sync."""
-    return [(np.concatenate([p.token_ids, c.token_ids]), len(p.token_ids)) for p, c in sampled]
-
-
-def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int) -> list[dict[str, Any]]:
-    """A few rollouts as rows for samples.jsonl: evenly spaced over the batch."""
-    places = (
-        np.unique(np.linspace(0, len(rollouts) - 1, num=min(count, len(rollouts)), dtype=int))
-        if count
-        else []
-    )
-    return [
-        {
-            "rollout_id": rollouts[i].rollout_id,
-            "prompt": rollouts[i].prompt.text,
-            "completion": rollouts[i].completion.text,
-            "answer": rollouts[i].prompt.answer,
-            "reward": rollouts[i].reward,
-            "advantage": float(advantages[i]),
-            "tokens": len(rollouts[i].completion),
-            "finish_reason": rollouts[i].completion.finish_reason,
-        }
-        for i in places
-    ]
-
-
-def evaluate_with(
-    generate: Callable[[Sequence[Prompt], SamplingSpec], list[list[Completion]]],
-    rewards: RewardPool,
-    prompts: Sequence[Prompt],
-    spec: SamplingSpec,
-) -> dict[str, float]:
-    """Held-out metrics (eval/heldout/*) with the run's engines and reward processes."""
-    judged: dict[int, float] = {}
-
-    def sample(chosen: list[Prompt], asked: SamplingSpec) -> list[list[Completion]]:
-        groups = generate(chosen, asked)
-        items = [(-1, p, c) for p, group in zip(chosen, groups, strict=True) for c in group]
-        judged.update({id(c): v.reward for (_, _, c), v in zip(items, rewards.judge(items), strict=True)})
-        return groups
-
-    result = evaluate(sample, prompts, lambda _, completion: judged[id(completion)], spec)
-    return result.metrics() | {"eval/heldout/accuracy": result.accuracy}

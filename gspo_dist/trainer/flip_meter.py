@@ -1,101 +1,112 @@
 """Live routing flips of a step, on a small sample of its rollouts, whether or not replay is on.
 
-engine: the engine's experts while sampling against the learner's before the update (train-inference flips).
-update: the learner's experts before the step against those after each mini-batch (the paper's "about 10%" of section
-5.3 is that after one update).
+engine: the experts that the engine used while sampling against the learner's before the update. update: the
+learner's experts before the step against those after each mini-batch. The paper's "about 10%" (GSPO, section
+5.3) is that comparison after one update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 from gspo_dist.config import FlipsConfig
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.metrics.heatmap import draw_heatmap
 from gspo_dist.metrics.stat import results
-from gspo_dist.packing import MiniBatch, take_sequences
+from gspo_dist.packing import MicroBatches, MiniBatch
+from gspo_dist.probes import take_sequences
 from gspo_dist.routing.flips import FlipHistory, FlipStats, flip_stats, sample_sequences
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import LogprobOutput, PackedBatch, Rollout
 
 Outputs = list[list[LogprobOutput]]
 
+TITLES = {
+    "engine": "share of activated experts that differ: engine against learner",
+    "update": "share of activated experts that differ: before against after a step's updates",
+}
+
 
 class FlipMeter:
-    """Records the sample's routes before the update and after each mini-batch. Off for dense models."""
+    """Records the sample's routes before the update and after each mini-batch. Off for dense models.
+
+    The verbs of a measured step, in order: `begin`, `after_mini_batch` for each, `finish_step`. On other
+    steps they do nothing, and `metrics` is empty.
+    """
 
     def __init__(
-        self, config: FlipsConfig, learner: LearnerGroup, seed: int, moe_layers: int, ranks: int
+        self, config: FlipsConfig, learner: LearnerGroup, seed: int, moe_layers: int, replicas: int
     ) -> None:
         self.config = config
         self.learner = learner
         self.seed = seed
-        self.ranks = ranks
+        self.replicas = replicas
         self.enabled = config.every > 0 and moe_layers > 0
-        self.history = (
-            {kind: FlipHistory(moe_layers) for kind in ("engine", "update")} if self.enabled else {}
-        )
-        self.metrics: dict[str, float] = {}
-        self.sample: MiniBatch | None = None
+        self.history = {kind: FlipHistory(moe_layers) for kind in TITLES} if self.enabled else {}
+        self.step = 0
+        self.sample: MicroBatches | None = None
+        """The sampled sequences of the step under way, or None where it is not measured."""
+        self.before: Outputs = []
+        """Their routes under the policy that the step started with."""
+        self.last: FlipStats | None = None
+        """The comparison after the newest mini-batch."""
+        self._metrics: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
-        """Whether `step` is measured."""
-        return self.enabled and step % self.config.every == 0
+        """Whether `step` is measured: the first one, and every `flips.every`-th after it."""
+        return self.enabled and (step - 1) % self.config.every == 0
 
     def begin(self, step: int, mini_batches: Sequence[MiniBatch], rollouts: Sequence[Rollout]) -> None:
         """Chooses the sample and records its routes under the old policy."""
-        self.metrics, self.sample, self.step = {}, None, step
+        self.step, self.sample, self.last, self._metrics = step, None, None, {}
         if not self.due(step):
             return
-        wanted = set(sample_sequences(range(len(rollouts)), self.config.sequences, seed=self.seed, step=step))
+        wanted = set(
+            sample_sequences(range(len(rollouts)), self.config.sequences, seed=self.seed, step=step - 1)
+        )
         picks = [
-            (batch.with_(routing=None), s)
+            (batch.with_(routing=None), sequence)
             for mini in mini_batches
-            for rank in mini.micro_batches
-            for batch in rank
-            for s, index in enumerate(batch.rollout_index.tolist())
-            if index in wanted
-            and batch.loss_mask[int(batch.cu_seqlens[s]) : int(batch.cu_seqlens[s + 1])].any()
+            for batch, sequence in mini.sequences()
+            if int(batch.rollout_index[sequence]) in wanted
         ]
-        self.sample = take_sequences(picks, ranks=self.ranks)
+        self.sample = take_sequences(picks, replicas=self.replicas)
         self.before = self.learner.logprobs(self.sample, record_routing=True)
         engine = self._against_engine(rollouts)
         if engine is not None and engine.rows:
-            self.metrics |= results(engine.stats("routing/engine"))
-            self.history["engine"].append(step + 1, engine.by_layer)
+            self._metrics |= results(engine.stats("routing/engine"))
+            self.history["engine"].append(step, engine.by_layer)
 
     def after_mini_batch(self, index: int) -> None:
         """Compares the sample's routes under the updated policy with those before the step."""
         if self.sample is None:
             return
         after = self.learner.logprobs(self.sample, record_routing=True)
-        flips = _total(
-            flip_stats(b.routing, a.routing)
-            for batch, b, a in zip(self._batches(), _flat(self.before), _flat(after), strict=True)
-            if batch.loss_mask.any()  # not the masked copies that fill idle ranks
+        self.last = _total(
+            flip_stats(_trace(old), _trace(new))
+            for (batch, old), (_, new) in zip(self._paired(self.before), self._paired(after), strict=True)
+            if batch.loss_mask.any()  # not the masked copies that fill idle replicas
         )
-        self.metrics[f"routing/update/flip_fraction/mini_batch_{index}"] = flips.fraction
-        self.metrics |= results(flips.stats("routing/update") | flips.layer_stats("routing/update"))
-        self.last = flips
+        self._metrics[f"routing/update/flip_fraction/mini_batch_{index}"] = self.last.fraction
+        self._metrics |= results(self.last.stats("routing/update") | self.last.layer_stats("routing/update"))
 
-    def end(self) -> None:
+    def finish_step(self) -> None:
         """Keeps the step's last comparison for the heat map."""
-        if self.sample is not None:
-            self.history["update"].append(self.step + 1, self.last.by_layer)
+        if self.last is not None:
+            self.history["update"].append(self.step, self.last.by_layer)
 
-    def _against_engine(self, rollouts: Sequence[Rollout]) -> FlipStats | None:
-        parts = []
-        for batch, output in zip(self._batches(), _flat(self.before), strict=True):
-            traces = [rollouts[i].completion.routing for i in batch.rollout_index.tolist()]
-            if any(t is None for t in traces):
-                return None
-            if batch.loss_mask.any():
-                parts.append(flip_stats(RoutingTrace.concat(traces), output.routing))
-        return _total(parts)
+    def metrics(self) -> dict[str, float]:
+        """routing/engine/* and routing/update/* of the step; empty where it was not measured."""
+        return dict(self._metrics)
 
-    def _batches(self) -> list[PackedBatch]:
-        return [b for rank in self.sample.micro_batches for b in rank]
+    def save(self, folder: Path) -> None:
+        """Writes the rates measured so far as flips_engine.npz and flips_update.npz."""
+        for kind, history in self.history.items():
+            if len(history):
+                history.save(folder / f"flips_{kind}.npz")
 
     def restore(self, folder: Path, step: int) -> None:
         """Takes up the history that an interrupted run left in `folder`, up to the step it resumes from."""
@@ -107,36 +118,41 @@ class FlipMeter:
                     if at <= step:
                         history.append(at, rates)
 
-    def save(self, folder: Path) -> None:
-        """Writes what was measured so far."""
-        for kind, history in self.history.items():
-            if len(history):
-                history.save(folder / f"flips_{kind}.npz")
-
     def draw(self, folder: Path) -> list[Path]:
-        """Heat maps (layer by step) of what was measured, as PNG and NPZ."""
-        paths = []
+        """Saves, and draws heat maps (layer by step) as flips_engine.png and flips_update.png;
+        returns the pictures.
+        """
         self.save(folder)
+        paths = []
         for kind, history in self.history.items():
             if len(history):
-                draw_heatmap(folder / f"flips_{kind}.png", history.steps, history.rates, title=TITLES[kind])
                 paths.append(folder / f"flips_{kind}.png")
+                draw_heatmap(paths[-1], history.steps, history.rates, title=TITLES[kind])
         return paths
 
+    def _against_engine(self, rollouts: Sequence[Rollout]) -> FlipStats | None:
+        """The engine's routes against the learner's; None where the engine recorded none."""
+        parts = []
+        for batch, output in self._paired(self.before):
+            traces = [rollouts[i].completion.routing for i in batch.rollout_index.tolist()]
+            recorded = [trace for trace in traces if trace is not None]
+            if len(recorded) < len(traces):
+                return None
+            if batch.loss_mask.any():
+                parts.append(flip_stats(RoutingTrace.concat(recorded), _trace(output)))
+        return _total(parts)
 
-TITLES = {
-    "engine": "share of activated experts that differ: engine against learner",
-    "update": "share of activated experts that differ: before against after a step's updates",
-}
+    def _paired(self, outputs: Outputs) -> Iterator[tuple[PackedBatch, LogprobOutput]]:
+        """Each micro-batch of the sample with its output."""
+        assert self.sample is not None
+        for batches, outs in zip(self.sample, outputs, strict=True):
+            yield from zip(batches, outs, strict=True)
 
 
-def _flat(outputs: Outputs) -> list[LogprobOutput]:
-    return [o for rank in outputs for o in rank]
+def _trace(output: LogprobOutput) -> RoutingTrace:
+    assert output.routing is not None  # every pass of this module records
+    return output.routing
 
 
-def _total(parts) -> FlipStats:
-    parts = list(parts)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _total(parts: Iterable[FlipStats]) -> FlipStats:
+    return reduce(add, parts)

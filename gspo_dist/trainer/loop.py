@@ -1,97 +1,173 @@
 """READ FIRST: one run of reinforcement learning, from a cold-start policy to a better one.
 
-    prompts -> collect (engines, rewards) -> advantages -> pack -> old log-probs
-            -> per mini-batch: forward_backward, optim_step -> publish to the engines -> log, save
+    collect   prompts -> completions (engines) -> rewards
+    learn     advantages -> pack -> old log-probs -> per mini-batch: forward_backward, optim_step
+    publish   the new weights to the engines, checked
+    then      log, evaluate, save
 
-Setup is in build.py, the old log-probs and their guard in contract.py, the weight sync in sync.py.
+`step` counts from 1. What is logged, evaluated and saved under a step is the state after it. Random draws of
+a step take its index, step - 1.
+
+The verbs stand here and in collect.py; their parts have modules of their own: old_logprobs.py and guard.py
+(where old log-probs come from), publisher.py (the weight sync), step_metrics.py (what is reported),
+checkpointing.py, heldout.py. Everything is put together in setup/build.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
 import numpy as np
 
-from gspo_dist.metrics.stat import merge_stats
 from gspo_dist.objectives.advantages import group_advantages
-from gspo_dist.packing import pack
-from gspo_dist.trainer.clock import StepClock
-from gspo_dist.trainer.collect import describe, judge, probe_sequences, sample_rows
+from gspo_dist.packing import MiniBatch, pack
+from gspo_dist.trainer import step_metrics
+from gspo_dist.trainer.checkpointing import checkpoint_due, commit, save, what_is_saved
+from gspo_dist.trainer.collect import collect
+from gspo_dist.trainer.heldout import evaluate, evaluation_due
+from gspo_dist.trainer.publisher import PROBE_SEQUENCES, probe_sequences
 from gspo_dist.trainer.run import Run
-from gspo_dist.trainer.step_metrics import mini_batch_metrics, update_metrics
+from gspo_dist.trainer.step_metrics import Metrics, StepMetrics
+from gspo_dist.trainer.summary import finish
+from gspo_dist.types import Completion, Prompt, Rollout
 
 
 def train(run: Run) -> dict[str, object]:
     """Trains from the run's first step to its last; returns the summary that is also written to summary.json."""
-    run.sync.publish(
-        run.probe_sequences()
-    )  # a resumed learner is ahead of the model folder that the engines loaded
-    run.evaluate(run.first_step)
-    for step in range(run.first_step, run.config.steps):
-        try:
-            row = train_step(run, step)
-        except FloatingPointError as error:
-            error.add_note(f"at step {step + 1}, policy version {run.learner.policy_version}; {run.saved()}")
-            raise
-        if run.evaluation_due(step + 1):
-            row |= run.evaluate(step + 1, log=False)
-        run.log(step + 1, row)
-        run.commit_saved()
-        if run.checkpoint_due(step + 1):
-            run.save(step + 1)
-    return run.finish()
+    start(run)
+    for step in range(run.completed_steps + 1, run.config.steps + 1):
+        run_step(run, step)
+    return finish(run)
 
 
-def train_step(run: Run, step: int) -> dict[str, float]:
-    """One rollout batch and its mini-batches of learning; returns the step's metrics."""
-    config, clock = run.config, StepClock()
+def run_step(run: Run, step: int) -> None:
+    """Collects, learns, publishes; then logs, evaluates and saves what is due."""
+    with failures_say_what_is_saved(run, step):
+        run.clock.restart()
+        rollouts = collect(run, step)
+        metrics = learn(run, rollouts, step)
+        metrics.sync = publish(run, [(r.prompt, r.completion) for r in rollouts[:PROBE_SEQUENCES]])
+        run.tokens_seen += sum(len(r.completion) for r in rollouts)
+        metrics.speed = step_metrics.speed_metrics(run.clock.metrics(), rollouts, run.tokens_seen)
+        if evaluation_due(run, step):
+            metrics.evaluation = evaluate(run)
+        log(run, metrics, step)
+        commit(run)
+        if checkpoint_due(run, step):
+            save(run, step)
 
-    with clock("collect"):
-        prompts = run.cursor.next(config.rollout.prompts_per_step)
-        first_group = step * config.rollout.prompts_per_step
-        groups = run.pool.generate(
-            prompts, run.sampling_of(step), range(first_group, first_group + len(prompts))
-        )
-    with clock("reward"):
-        rollouts = judge(run.rewards, prompts, groups, first_group)
 
-    with clock("pack"):
-        advantages = group_advantages(
+def start(run: Run) -> None:
+    """Gives the engines the learner's weights, and evaluates a run that begins.
+
+    A resumed learner is ahead of the model folder that the engines loaded. A resumed run
+    was evaluated already.
+    """
+    spec = replace(run.sampling, n=1, record_routing=False)
+    groups = run.pool.generate(run.probe_prompts, spec, range(len(run.probe_prompts)))
+    publish(run, [(prompt, group[0]) for prompt, group in zip(run.probe_prompts, groups, strict=True)])
+    if run.completed_steps == 0 and run.heldout:
+        run.sinks.log(0, evaluate(run))
+
+
+def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
+    """One batch of learning: its mini-batches, one optimiser step each. Returns what the step reports so far.
+
+    Raises FloatingPointError that names the rollout when a log-prob or a loss is not finite.
+    """
+    policy_version = run.learner.policy_version
+    with run.clock("pack"):
+        advantages, mini_batches = prepare(run, rollouts, step)
+    with learner_awake(run):
+        with run.clock("old_logprobs"):
+            mini_batches = run.old_logprobs.prepare(mini_batches, rollouts, step)
+        with run.clock("flips"):
+            run.flips.begin(step, mini_batches, rollouts)
+        stats, optim = [], []
+        for index, mini in enumerate(mini_batches):
+            spec = run.guard.loss_spec(mini, index, recomputed=run.old_logprobs.recomputed)
+            with run.clock("attach_routes"):
+                routed = run.old_logprobs.with_routes(mini, rollouts)
+            with run.clock("update"):
+                stats.append(run.learner.forward_backward(routed, spec))
+                optim.append(run.learner.optim_step())
+            del routed  # its copy of the traces; the rollouts hold the batch's
+            run.guard.observe(stats[-1], index)
+            with run.clock("flips"):
+                run.flips.after_mini_batch(index)
+        run.flips.finish_step()
+
+    mode = run.config.objective.routing_replay
+    replay = step_metrics.replay_metrics(mode, mini_batches, rollouts, recomputed=run.old_logprobs.recomputed)
+    return StepMetrics(
+        rollouts=step_metrics.rollout_metrics(rollouts, advantages, policy_version),
+        packing=step_metrics.packing_metrics(mini_batches, run.config.learner.token_budget),
+        update=step_metrics.update_metrics(stats, optim),
+        old_logprobs=run.old_logprobs.metrics() | run.guard.metrics(),
+        routing=run.flips.metrics() | replay,
+        samples=step_metrics.sample_rows(rollouts, advantages, run.config.logger.samples_per_step),
+    )
+
+
+def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[np.ndarray, list[MiniBatch]]:
+    """(advantages [rollouts], mini-batches packed with them)."""
+    config = run.config
+    advantages = np.asarray(
+        group_advantages(
             np.array([r.reward for r in rollouts]),
             np.array([r.group_id for r in rollouts]),
             config.objective.advantage_name,
         )
-        mini_batches = pack(
-            rollouts,
-            advantages,
-            ranks=config.learner.data_parallel,
-            token_budget=config.learner.token_budget,
-            mini_batches=config.mini_batches,
-            max_completion_length=config.rollout.max_completion_tokens,
-            seed=(config.seed, step),
-        )
-    with run.learning():
-        with clock("old_logprobs"):
-            mini_batches = run.contract.prepare(mini_batches, rollouts, step)
-        with clock("flips"):
-            run.flips.begin(step, mini_batches, rollouts)
+    )
+    mini_batches = pack(
+        rollouts,
+        advantages.tolist(),
+        replicas=config.learner.data_parallel,
+        token_budget=config.learner.token_budget,
+        mini_batches=config.mini_batches,
+        max_completion_length=config.rollout.max_completion_tokens,
+        seed=(config.seed, step - 1),
+    )
+    return advantages, mini_batches
 
-        parts, row = [], {}
-        for index, mini in enumerate(mini_batches):
-            with clock("update"):
-                routed = run.contract.replayed(mini, rollouts)
-                stats = run.learner.forward_backward(routed, run.contract.loss_spec(mini, index))
-                optim = run.learner.optim_step()
-            run.contract.observe(stats, index)
-            row |= mini_batch_metrics(stats, index)
-            parts.append((stats, optim))
-            with clock("flips"):
-                run.flips.after_mini_batch(index)
 
-    with clock("sync"):
-        row |= run.sync.publish(probe_sequences([(r.prompt, r.completion) for r in rollouts[:4]]))
+def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:
+    """The learner's weights to every engine, checked; log-probs of `sampled` are compared when a probe is due."""
+    with run.clock("sync"):
+        return run.publisher.publish(probe_sequences(sampled))
 
-    row |= describe(rollouts, advantages, run.learner.policy_version - len(mini_batches))
-    row |= update_metrics(merge_stats([stats for stats, _ in parts]), [optim for _, optim in parts])
-    row |= run.contract.metrics | run.flips.metrics | run.batch_metrics(rollouts, mini_batches)
-    row |= run.speed(clock.metrics(), rollouts)
-    run.sinks.samples(step + 1, sample_rows(rollouts, advantages, config.logger.samples_per_step))
-    return row
+
+def log(run: Run, metrics: StepMetrics, step: int) -> None:
+    """The step's numbers and samples to the sinks, with the time that is left at the pace so far."""
+    pace = (time.perf_counter() - run.started) / (step - run.completed_steps)
+    row = metrics.row() | {"time/left_s": pace * (run.config.steps - step)}
+    run.sinks.samples(step, metrics.samples)
+    run.sinks.log(step, row)
+
+
+@contextlib.contextmanager
+def learner_awake(run: Run) -> Iterator[None]:
+    """While the learner works: colocated engines sleep, and their GPUs' memory is the learner's.
+
+    They come out of the block with their weights awake, which the publication overwrites. It wakes the rest.
+    """
+    if not run.config.cluster.colocated:
+        yield
+        return
+    run.pool.sleep()
+    yield
+    run.learner.empty_cache()
+    run.pool.wake_up(weights_only=True)
+
+
+@contextlib.contextmanager
+def failures_say_what_is_saved(run: Run, step: int) -> Iterator[None]:
+    """Whatever ends a step, its error says where the run was and what of it is safe on disk."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at step {step}, policy version {run.learner.policy_version}; {what_is_saved(run)}")
+        raise

@@ -1,43 +1,138 @@
-"""Statistics of a step as the numbers that are logged."""
+"""What one step reports: a record with one part per source, and the functions that make the parts.
+
+Names, units and meanings of all keys are in metrics/names.py.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
 from gspo_dist.learners.learner import OptimStep
-from gspo_dist.metrics.stat import Stat, results
-from gspo_dist.objectives.diagnostics import ratio_quantiles
+from gspo_dist.metrics.stat import Stat, merge_stats, results
+from gspo_dist.objectives.diagnostics import (
+    advantage_statistics,
+    degenerate_group_share,
+    length_by_outcome,
+    ratio_quantiles,
+)
 from gspo_dist.objectives.mismatch import mismatch_metrics
+from gspo_dist.packing import MiniBatch
+from gspo_dist.routing.trace import RoutingTrace, replay_bytes
+from gspo_dist.types import Rollout
+
+Metrics = Mapping[str, float]
 
 COUNTS = ("objective/tokens", "objective/sequences")
-"""Sums that are meant over the whole step."""
+"""Sums that are meant over the whole step; every other sum is of one mini-batch and is averaged over them."""
 BY_MINI_BATCH = ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative", "approx_kl_k3")
+CORRECT_AT = 1.0
+"""The reward from which a completion counts as right where its length is reported (all built-in rewards pay
+0 or 1).
+"""
 
 
-def mini_batch_metrics(stats: Mapping[str, Stat], index: int) -> dict[str, float]:
-    """The clip fractions of one mini-batch: off-policyness grows with its index."""
+@dataclass
+class StepMetrics:
+    """All numbers of a step, by where they come from. `row` joins them for the sinks."""
+
+    rollouts: Metrics
+    """rollout/*, reward/*, advantage/*: the batch that was collected."""
+    packing: Metrics
+    """packing/*: how the batch fills its micro-batches."""
+    update: Metrics
+    """objective/*, mismatch/*, learner/*: the mini-batches of learning."""
+    old_logprobs: Metrics
+    """old_logprobs/* and guard/*: where the old log-probs came from, and their offset."""
+    routing: Metrics
+    """routing/*: live flip rates, and what replay costs in bytes."""
+    sync: Metrics = field(default_factory=dict)
+    """sync/* and time/sync/*: the publication of the new weights."""
+    speed: Metrics = field(default_factory=dict)
+    """time/* and perf/*."""
+    evaluation: Metrics = field(default_factory=dict)
+    """eval/*: held-out metrics, where the step ended with an evaluation."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """A few rollouts as rows for samples.jsonl; not numbers, so not in `row`."""
+
+    def row(self) -> dict[str, float]:
+        """All numbers as one mapping. Raises ValueError when two parts report one name: one would
+        hide the other.
+        """
+        out: dict[str, float] = {}
+        for part in (getattr(self, f.name) for f in fields(self) if f.name != "samples"):
+            twice = out.keys() & part.keys()
+            if twice:
+                raise ValueError(f"a step must report every metric once: got {min(twice)} from two parts")
+            out |= part
+        return out
+
+
+def rollout_metrics(
+    rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version: int
+) -> dict[str, float]:
+    """rollout/*, reward/* and advantage/* of a batch. policy_version: the learner's, before it learns
+    from the batch.
+
+    rollout/staleness is that version less the oldest version that sampled a token of the batch,
+    in optimiser steps.
+    """
+    rewards = np.array([r.reward for r in rollouts])
+    lengths = np.array([len(r.completion) for r in rollouts])
+    truncated = np.array([r.completion.finish_reason == "length" for r in rollouts])
+    oldest = min(int(r.completion.policy_versions.min()) for r in rollouts)
+    out = {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std()),
+        "rollout/completion_tokens_mean": float(lengths.mean()),
+        "rollout/completion_tokens_max": float(lengths.max()),
+        "rollout/truncated_fraction": float(truncated.mean()),
+        "rollout/degenerate_group_fraction": degenerate_group_share(
+            rewards, np.array([r.group_id for r in rollouts])
+        ),
+        "rollout/staleness": float(policy_version - oldest),
+    }
+    out |= advantage_statistics(advantages)
+    out |= length_by_outcome(lengths, rewards >= CORRECT_AT)
+    for key in sorted({key for r in rollouts for key in r.reward_parts}):
+        name = "reward/timeout_fraction" if key == "timeout" else f"reward/{key}"
+        out[name] = float(np.mean([r.reward_parts.get(key, 0.0) for r in rollouts]))
+    return out
+
+
+def packing_metrics(mini_batches: Sequence[MiniBatch], token_budget: int) -> dict[str, float]:
+    """packing/*: micro-batches of the step, and the share of their token budgets that holds tokens."""
+    launched = sum(1 for mini in mini_batches for _ in mini.batches())
+    held = sum(mini.num_tokens for mini in mini_batches)
     return {
-        f"objective/mini_batch_{index}/{name}": stats[f"objective/{name}"].result()
-        for name in BY_MINI_BATCH
-        if f"objective/{name}" in stats
+        "packing/micro_batches": float(launched),
+        "packing/efficiency": held / (launched * token_budget),
     }
 
 
-def update_metrics(stats: Mapping[str, Stat], optim: Sequence[OptimStep]) -> dict[str, float]:
-    """objective/*, mismatch/*, moe/* and learner/* metrics over all mini-batches of a step."""
+def update_metrics(
+    by_mini_batch: Sequence[Mapping[str, Stat]], optim: Sequence[OptimStep]
+) -> dict[str, float]:
+    """objective/*, mismatch/* and learner/* over the mini-batches of a step: their statistics
+    and optimiser steps.
+
+    Clip fractions are also reported by mini-batch, because off-policyness grows with its index.
+    """
+    stats = merge_stats([dict(s) for s in by_mini_batch])
     out = {
-        name: value
-        for name, value in results(dict(stats)).items()
-        if not name.startswith(("mismatch/", "moment/"))
+        name: value for name, value in results(stats).items() if not name.startswith(("mismatch/", "moment/"))
     }
     for name in [n for n, stat in stats.items() if n in out and stat.reduce == "sum" and n not in COUNTS]:
-        out[name] /= len(optim)  # sums of one mini-batch, averaged over the step's
+        out[name] /= len(optim)
     if "values/sequence_log_ratio" in stats:
         ratios = np.exp(stats["values/sequence_log_ratio"].value.numpy())
         out |= {f"objective/sequence_{name}": value for name, value in ratio_quantiles(ratios).items()}
+    # Mean and mean square merge exactly over ranks and mini-batches; a reader wants mean
+    # and standard deviation.
     mean, square = (
         out.pop("objective/sequence_log_ratio_mean"),
         out.pop("objective/sequence_log_ratio_square"),
@@ -46,7 +141,72 @@ def update_metrics(stats: Mapping[str, Stat], optim: Sequence[OptimStep]) -> dic
     out["objective/log_ratio_std"] = math.sqrt(max(square - mean * mean, 0.0))
     if any(name.startswith("mismatch/") for name in stats):
         out |= mismatch_metrics({n: s for n, s in stats.items() if n.startswith(("mismatch/", "moment/"))})
+    for index, own in enumerate(by_mini_batch):
+        for name in BY_MINI_BATCH:
+            if f"objective/{name}" in own:
+                out[f"objective/mini_batch_{index}/{name}"] = own[f"objective/{name}"].result()
     out["learner/grad_norm"] = sum(o.grad_norm for o in optim) / len(optim)
     out["learner/lr"] = optim[-1].lr
     out["learner/policy_version"] = float(optim[-1].policy_version)
     return out
+
+
+def replay_metrics(
+    mode: str, mini_batches: Sequence[MiniBatch], rollouts: Sequence[Rollout], *, recomputed: bool
+) -> dict[str, float]:
+    """routing/replay_*: bytes of the traces that this step replays, by where they lie and travel;
+    empty for `none`.
+
+    R2's traces are in the mini-batches, R3's in the rollouts. recomputed: the step ran a pass
+    for old log-probs.
+    """
+    if mode == "none":
+        return {}
+    held = (
+        [batch.routing for mini in mini_batches for batch in mini.batches()]
+        if mode == "r2"
+        else [rollout.completion.routing for rollout in rollouts]
+    )
+    traces: list[RoutingTrace] = [trace for trace in held if trace is not None]
+    total, tokens = sum(t.nbytes for t in traces), sum(len(t) for t in traces)
+    cost = replay_bytes(mode, total, recompute_old_logprobs=recomputed)
+    return {
+        "routing/replay_bytes": float(total),
+        "routing/replay_bytes_per_token": total / tokens,
+        "routing/native_row_fraction": sum(t.unknown_rows for t in traces) / tokens,
+        **{f"routing/replay_{kind}_bytes": float(count) for kind, count in asdict(cost).items()},
+    }
+
+
+def speed_metrics(times: Metrics, rollouts: Sequence[Rollout], tokens_seen: int) -> dict[str, float]:
+    """time/* as given, and perf/*: tokens per second of the step, of sampling and of learning.
+
+    tokens_seen: completion tokens of the whole run so far, this step's included.
+    """
+    completion = sum(len(r.completion) for r in rollouts)
+    return dict(times) | {
+        "perf/tokens_per_s": completion / times["time/step_s"],
+        "perf/collect_tokens_per_s": completion / times["time/collect_s"],
+        "perf/update_tokens_per_s": sum(r.num_tokens for r in rollouts) / times["time/update_s"],
+        "rollout/completion_tokens_total": float(tokens_seen),
+    }
+
+
+def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int) -> list[dict[str, Any]]:
+    """`count` rollouts as rows for samples.jsonl, evenly spaced over the batch."""
+    if not count:
+        return []
+    places = np.unique(np.linspace(0, len(rollouts) - 1, num=min(count, len(rollouts)), dtype=int))
+    return [
+        {
+            "rollout_id": rollouts[i].rollout_id,
+            "prompt": rollouts[i].prompt.text,
+            "completion": rollouts[i].completion.text,
+            "answer": rollouts[i].prompt.answer,
+            "reward": rollouts[i].reward,
+            "advantage": float(advantages[i]),
+            "tokens": len(rollouts[i].completion),
+            "finish_reason": rollouts[i].completion.finish_reason,
+        }
+        for i in places.tolist()
+    ]

@@ -42,6 +42,7 @@ FLOORS = {
     "planner": 1,
     "types": 1,
     "packing": 1,
+    "probes": 1,
     "objectives": 0,
     "models": 0,
     "checks": 0,

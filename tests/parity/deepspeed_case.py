@@ -103,7 +103,7 @@ def make_mini_batches(ranks: int = 2) -> list[MiniBatch]:
         out += pack(
             rollouts,
             advantages,
-            ranks=ranks,
+            replicas=ranks,
             token_budget=budget,
             mini_batches=1,
             max_completion_length=24,

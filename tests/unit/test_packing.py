@@ -1,4 +1,4 @@
-"""Packing: nothing is cut, nothing is lost, every rank runs as many micro-batches, denominators are global."""
+"""Packing: nothing is cut, nothing is lost, every replica runs as many micro-batches, denominators are global."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_dist.packing import balanced_bins, from_sequences, pack, split_mini_batches, take_sequences, unpack
+from gspo_dist.packing import balanced_bins, pack, split_mini_batches, unpack
+from gspo_dist.probes import from_sequences, take_sequences
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, Rollout
 
@@ -38,7 +39,7 @@ def test_worked_example_of_the_alignment():
     (mini,) = pack(
         [rollout(0, 2, 2), rollout(1, 1, 3, mask=[True, False, True])],
         [0.5, -1.0],
-        ranks=1,
+        replicas=1,
         token_budget=16,
         mini_batches=1,
         max_completion_length=8,
@@ -62,15 +63,17 @@ def test_worked_example_of_the_alignment():
 @settings(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=4, max_size=40),
-    ranks=st.integers(1, 4),
+    replicas=st.integers(1, 4),
     extra=st.integers(0, 60),
 )
-def test_every_sequence_is_in_one_bin_within_the_budget_and_ranks_run_equal_counts(lengths, ranks, extra):
+def test_every_sequence_is_in_one_bin_within_the_budget_and_replicas_run_equal_counts(
+    lengths, replicas, extra
+):
     budget = max(lengths) + extra
-    bins = balanced_bins(lengths, ranks, budget)
-    assert sorted(i for rank in bins for b in rank for i in b) == list(range(len(lengths)))
-    assert len({len(rank) for rank in bins}) == 1
-    assert all(sum(lengths[i] for i in b) <= budget for rank in bins for b in rank)
+    bins = balanced_bins(lengths, replicas, budget)
+    assert sorted(i for replica in bins for b in replica for i in b) == list(range(len(lengths)))
+    assert len({len(replica) for replica in bins}) == 1
+    assert all(sum(lengths[i] for i in b) <= budget for replica in bins for b in replica)
 
 
 def test_a_long_tail_packs_to_over_95_percent():
@@ -78,18 +81,24 @@ def test_a_long_tail_packs_to_over_95_percent():
     lengths = np.minimum(rng.lognormal(6.5, 1.0, 2048).astype(int) + 1, 16384).tolist()
     bins = balanced_bins(lengths, 8, 16384)
     assert len(bins[0]) == -(-sum(lengths) // (8 * 16384))  # no layout of whole micro-batches needs fewer
-    assert sum(lengths) / (sum(len(rank) for rank in bins) * 16384) > 0.95
-    loads = [sum(lengths[i] for b in rank for i in b) for rank in bins]
+    assert sum(lengths) / (sum(len(replica) for replica in bins) * 16384) > 0.95
+    loads = [sum(lengths[i] for b in replica for i in b) for replica in bins]
     assert max(loads) / min(loads) < 1.02
 
 
-def test_ranks_without_a_sequence_run_a_masked_copy():
+def test_replicas_without_a_sequence_run_a_masked_copy():
     rollouts = [rollout(i, 2, 6, group=0) for i in range(3)]
     (mini,) = pack(
-        rollouts, [1.0, 2.0, 3.0], ranks=2, token_budget=8, mini_batches=1, max_completion_length=6, seed=(0,)
+        rollouts,
+        [1.0, 2.0, 3.0],
+        replicas=2,
+        token_budget=8,
+        mini_batches=1,
+        max_completion_length=6,
+        seed=(0,),
     )
-    assert [len(rank) for rank in mini.micro_batches] == [2, 2]
-    batches = [b for rank in mini.micro_batches for b in rank]
+    assert [len(replica) for replica in mini.micro_batches] == [2, 2]
+    batches = [b for replica in mini.micro_batches for b in replica]
     assert sorted(int(b.loss_mask.sum()) for b in batches) == [0, 6, 6, 6]
     assert mini.denominators.tokens == 18
     values: dict[int, np.ndarray] = {}
@@ -121,12 +130,12 @@ def test_taken_sequences_keep_their_tokens_and_traces():
         rollout(2, 1, 3, routing=traces[2]),
     ]
     (mini,) = pack(
-        rollouts, [1, 2, 3], ranks=1, token_budget=64, mini_batches=1, max_completion_length=8, seed=(0,)
+        rollouts, [1, 2, 3], replicas=1, token_budget=64, mini_batches=1, max_completion_length=8, seed=(0,)
     )
     assert mini.micro_batches[0][0].routing is None  # held once, by the rollouts, until they are asked for
     ((batch,),) = mini.with_traces(rollouts).micro_batches
-    taken = take_sequences([(batch, 2), (batch, 0)], ranks=1)
-    ((small,),) = taken.micro_batches
+    taken = take_sequences([(batch, 2), (batch, 0)], replicas=1)
+    ((small,),) = taken
     found = unpack(small, small.token_ids.float())
     np.testing.assert_array_equal(found[2], rollouts[2].completion.token_ids)
     np.testing.assert_array_equal(found[0], rollouts[0].completion.token_ids)
@@ -136,10 +145,10 @@ def test_taken_sequences_keep_their_tokens_and_traces():
 
 
 def test_bare_sequences_are_scored_from_their_start_and_never_at_their_first_token():
-    mini = from_sequences([(np.array([4, 5, 6, 7]), 2), (np.array([8, 9]), 0)], ranks=2)
+    mini = from_sequences([(np.array([4, 5, 6, 7]), 2), (np.array([8, 9]), 0)], replicas=2)
     values: dict[int, list[float]] = {}
-    for rank in mini.micro_batches:
-        for batch in rank:
+    for replica in mini:
+        for batch in replica:
             values |= {k: v.tolist() for k, v in unpack(batch, batch.token_ids.float()).items()}
     assert values == {0: [6.0, 7.0], 1: [9.0]}
 
@@ -148,12 +157,12 @@ def test_bare_sequences_are_scored_from_their_start_and_never_at_their_first_tok
     ("change", "message"),
     [
         ({"token_budget": 7}, r"token_budget must hold every sequence: got 7 for one of 8 tokens"),
-        ({"ranks": 5}, r"a rollout for every rank: got 2 for 5 ranks"),
+        ({"replicas": 5}, r"a rollout for every replica: got 2 for 5 replicas"),
         ({"mini_batches": 3}, r"mini_batches must be at most the number of groups in the batch: got 3 and 1"),
     ],
 )
 def test_bad_layouts_are_refused(change, message):
-    args = {"ranks": 1, "token_budget": 16, "mini_batches": 1, "max_completion_length": 8, "seed": (0,)}
+    args = {"replicas": 1, "token_budget": 16, "mini_batches": 1, "max_completion_length": 8, "seed": (0,)}
     with pytest.raises(ValueError, match=message):
         pack([rollout(0, 2, 6), rollout(1, 2, 2)], [1.0, 1.0], **(args | change))
 
@@ -163,7 +172,7 @@ def test_a_rollout_without_a_trained_token_is_named():
         pack(
             [rollout(0, 2, 2), rollout(1, 2, 2, mask=[False, False])],
             [1.0, 1.0],
-            ranks=1,
+            replicas=1,
             token_budget=16,
             mini_batches=1,
             max_completion_length=8,
@@ -184,7 +193,7 @@ def test_a_rollout_without_a_trained_token_is_named():
 def test_a_truncated_or_missing_trace_is_named(routing, message):
     rollouts = [rollout(0, 2, 2, routing=routing)]
     (mini,) = pack(
-        rollouts, [1.0], ranks=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,)
+        rollouts, [1.0], replicas=1, token_budget=16, mini_batches=1, max_completion_length=8, seed=(0,)
     )
     with pytest.raises(ValueError, match=message):
         mini.with_traces(rollouts)
@@ -201,7 +210,7 @@ def test_sequence_ids_follow_the_boundaries():
     (mini,) = pack(
         [rollout(0, 1, 1), rollout(1, 2, 3)],
         [1, 1],
-        ranks=1,
+        replicas=1,
         token_budget=9,
         mini_batches=1,
         max_completion_length=8,

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.loop import train
-from gspo_dist.trainer.setup.build import _factories, _process_env, _transport, build
+from gspo_dist.trainer.setup.build import build
+from gspo_dist.trainer.setup.checks import resolve_transport
+from gspo_dist.trainer.setup.factories import engine_factory
+from gspo_dist.trainer.setup.processes import process_env
 from tests.unit.trainer.test_loop import config, model, reward_file  # noqa: F401
 
 
@@ -43,7 +46,7 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
     watched(engine, books, "generate", "logprobs_of", "update_weights")
     watched(run.learner, books, "logprobs", "forward_backward", "optim_step", "empty_cache")
     run.config = replace(run.config, cluster=replace(run.config.cluster, colocated=True))
-    run.sync.colocated = True
+    run.publisher.colocated = True
     try:
         train(run)
     finally:
@@ -59,11 +62,11 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
 def test_what_a_gpu_host_gives_to_a_reference_engine_and_a_cpu_run(model, reward_file, tmp_path) -> None:  # noqa: F811
     c = config(model, reward_file, tmp_path / "run")
     c = replace(c, cluster=replace(c.cluster, in_process=False))
-    assert _factories(c, str(model), "cuda", 2)[1].keywords["device"] == "cpu"
-    assert _transport(c, "cuda") == "shm"
+    assert engine_factory(c, str(model), "cuda", 2).keywords["device"] == "cpu"
+    assert resolve_transport(c, "cuda") == "shm"
     vllm = replace(c, rollout=replace(c.rollout, engine="vllm"))
-    assert _factories(vllm, str(model), "cuda", 2)[1].keywords["device"] == "cuda"
-    assert _transport(vllm, "cuda") == "nccl"
+    assert engine_factory(vllm, str(model), "cuda", 2).keywords["device"] == "cuda"
+    assert resolve_transport(vllm, "cuda") == "nccl"
     # Ray leaves a host's GPUs visible to actors that ask for none.
-    assert {env["CUDA_VISIBLE_DEVICES"] for env in _process_env(c, "cpu").values()} == {""}
-    assert all("CUDA_VISIBLE_DEVICES" not in env for env in _process_env(c, "cuda").values())
+    assert {env["CUDA_VISIBLE_DEVICES"] for env in process_env(c, "cpu").values()} == {""}
+    assert all("CUDA_VISIBLE_DEVICES" not in env for env in process_env(c, "cuda").values())

@@ -1,0 +1,90 @@
+"""Small batches that run beside the training batch: samples of it, and bare sequences to
+compare log-probs on.
+
+They have micro-batches like a mini-batch, and no denominators: nothing is trained on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gspo_dist.packing import MicroBatches, masked_copy
+from gspo_dist.partition import longest_first
+from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import PackedBatch
+
+
+def take_sequences(picks: Sequence[tuple[PackedBatch, int]], *, replicas: int) -> MicroBatches:
+    """Single sequences (batch, index in it) cut out of packed batches, one micro-batch per replica,
+    dealt by length.
+
+    Fewer sequences than replicas: the others run masked copies of the first, because every replica must run.
+    Example: sequences of 5, 3 and 4 tokens on 2 replicas give micro-batches of 5 and 7 tokens.
+    """
+    singles = [_cut(batch, sequence) for batch, sequence in picks]
+    while len(singles) < replicas:
+        singles.append(masked_copy(singles[0]))
+    bins = longest_first([single.num_tokens for single in singles], replicas)
+    assert bins is not None  # no capacity was asked for
+    return tuple((_join([singles[i] for i in members]),) for members in bins)
+
+
+def from_sequences(sequences: Sequence[tuple[np.ndarray, int]], *, replicas: int) -> MicroBatches:
+    """Bare sequences (token ids, start) with the tokens from `start` on marked: those whose log-probs
+    are asked for.
+
+    The first token of a sequence is never marked, because nothing predicts it. rollout_index counts the
+    sequences. Example: [([4, 5, 6, 7], 2)] on one replica marks tokens 6 and 7.
+    """
+    picks = []
+    for i, (tokens, start) in enumerate(sequences):
+        count = len(tokens)
+        zeros = torch.zeros(count)
+        batch = PackedBatch(
+            token_ids=torch.as_tensor(np.asarray(tokens, np.int64)),
+            position_ids=torch.arange(count),
+            cu_seqlens=torch.tensor([0, count], dtype=torch.int32),
+            loss_mask=torch.arange(count) >= max(1, start),
+            advantages=zeros,
+            rollout_logprobs=zeros,
+            rollout_index=torch.tensor([i]),
+        )
+        picks.append((batch, 0))
+    return take_sequences(picks, replicas=replicas)
+
+
+_PER_TOKEN = ("token_ids", "position_ids", "loss_mask", "advantages", "rollout_logprobs")
+_OPTIONAL = ("old_logprobs", "ref_logprobs")
+_APART = ("cu_seqlens", "rollout_index", "routing")  # a test holds that these are all of PackedBatch
+
+
+def _cut(batch: PackedBatch, sequence: int) -> PackedBatch:
+    """One sequence of a packed batch as a batch of its own."""
+    rows = batch.rows(sequence)
+    kept = {name: getattr(batch, name) for name in _OPTIONAL}
+    return PackedBatch(
+        **{name: getattr(batch, name)[rows] for name in _PER_TOKEN},
+        **{name: None if values is None else values[rows] for name, values in kept.items()},
+        cu_seqlens=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
+        rollout_index=batch.rollout_index[sequence : sequence + 1],
+        routing=None if batch.routing is None else batch.routing[rows],
+    )
+
+
+def _join(parts: Sequence[PackedBatch]) -> PackedBatch:
+    """Packed batches laid end to end. An optional field is kept when every part has it."""
+    lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
+    optional = {name: [getattr(part, name) for part in parts] for name in _OPTIONAL}
+    traces = [part.routing for part in parts if part.routing is not None]
+    return PackedBatch(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _PER_TOKEN},
+        **{
+            n: None if any(v is None for v in values) else torch.cat(values) for n, values in optional.items()
+        },
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]),
+        rollout_index=torch.cat([part.rollout_index for part in parts]),
+        routing=RoutingTrace.concat(traces) if len(traces) == len(parts) else None,
+    )

@@ -1,0 +1,75 @@
+"""Saving a run's state after a step, and continuing from it."""
+
+from __future__ import annotations
+
+from gspo_dist.checkpoint import Checkpoint
+from gspo_dist.trainer.run import Run, UnfinishedSave
+
+
+def checkpoint_due(run: Run, step: int) -> bool:
+    """Whether the state after `step` is saved: on the schedule, and at the end if `checkpoint.save_last`."""
+    config = run.config.checkpoint
+    if step == run.config.steps:
+        return config.save_last
+    return bool(config.every and step % config.every == 0)
+
+
+def save(run: Run, step: int) -> None:
+    """Saves the state after `step`. An asynchronous save becomes real in a later `commit`; the last
+    one waits here.
+    """
+    commit(run)
+    run.flips.save(run.run_dir)
+    folder = run.store.begin(step)
+    run.learner.save(folder / "learner")
+    state = {
+        "policy_version": run.learner.policy_version,
+        "cursor": run.cursor.state_dict(),
+        "guard": run.guard.state_dict(),
+        "tokens_seen": run.tokens_seen,
+        "seconds": run.seconds,
+        "published": run.publisher.published,
+        "first_evaluation": run.first_evaluation,
+        "last_evaluation": run.last_evaluation,
+    }
+    run.unfinished_save = UnfinishedSave(folder, step, state)
+    if not run.config.learner.saves_asynchronously or step == run.config.steps:
+        commit(run)
+
+
+def commit(run: Run) -> None:
+    """Makes the unfinished checkpoint real, once every rank has written its part; does nothing without one.
+
+    The loop calls it a step after an asynchronous save, so that the step hides the writing.
+    """
+    if run.unfinished_save is None:
+        return
+    unfinished = run.unfinished_save
+    run.learner.wait_saved()
+    run.last_checkpoint = run.store.commit(unfinished.folder, unfinished.step, unfinished.state)
+    run.unfinished_save = None
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Continues from `checkpoint`: every part takes up what `save` kept of it."""
+    state = checkpoint.state
+    run.learner.load(checkpoint.learner, state["policy_version"])
+    run.cursor.load_state_dict(state["cursor"])
+    run.guard.load_state_dict(state["guard"])
+    run.tokens_seen = state["tokens_seen"]
+    run.seconds_before = state["seconds"]
+    run.publisher.published = (
+        state["published"] - 1
+    )  # the first publication of a resumed run repeats the last one
+    run.first_evaluation = dict(state["first_evaluation"])
+    run.last_evaluation = dict(state["last_evaluation"])
+    run.flips.restore(run.run_dir, checkpoint.step)
+    run.completed_steps = checkpoint.step
+    run.last_checkpoint = checkpoint.folder
+
+
+def what_is_saved(run: Run) -> str:
+    """What of this run is safe on disk, for an error message."""
+    if run.last_checkpoint is None:
+        return f"no checkpoint was saved yet (checkpoint.every = {run.config.checkpoint.every})"
+    return f"saved: {run.last_checkpoint}"

@@ -1,0 +1,42 @@
+"""Held-out evaluation inside a run, with the run's own engines and rewards."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from gspo_dist.evaluation.runner import evaluate_heldout
+from gspo_dist.trainer.run import Run
+
+EVALUATION_IDS = 1 << 40
+"""Request ids of an evaluation start here: they seed the sampling, and a training run never counts this far,
+so that an evaluation neither repeats nor shifts the draws of training.
+"""
+
+
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether held-out prompts are sampled after `step`: on the schedule, and at the end."""
+    every = run.config.evaluation.every
+    return bool(run.heldout) and (step == run.config.steps or bool(every and step % every == 0))
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Held-out metrics of the policy that the engines hold (eval/heldout/*), remembered as the run's newest."""
+    config = run.config.evaluation
+    spec = replace(
+        run.sampling,
+        n=config.samples,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=run.config.seed + 1,
+        record_routing=False,
+    )
+    start = time.perf_counter()
+    ids = range(EVALUATION_IDS, EVALUATION_IDS + len(run.heldout))
+    row = evaluate_heldout(
+        lambda prompts, asked: run.pool.generate(prompts, asked, ids), run.rewards, run.heldout, spec
+    )
+    row["time/evaluation_s"] = time.perf_counter() - start
+    run.last_evaluation = row
+    run.first_evaluation = run.first_evaluation or row
+    return row

@@ -1,0 +1,102 @@
+"""Checks of a run that are cheap, made before any process starts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from gspo_dist.checks import divisors
+from gspo_dist.config import ClusterConfig, RunConfig
+
+
+def load_tokenizer(model: str) -> Any:
+    """The HF tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def resolve_device(cluster: ClusterConfig) -> str:
+    """`auto` is cuda where there is a GPU: in the cluster that is joined (its head may have none), else
+    on this host.
+
+    Raises ValueError when cuda is asked for and absent.
+    """
+    device = cluster.device
+    if cluster.address is not None and not cluster.in_process:
+        from gspo_dist.actors.placement import cluster_gpus, start_ray
+
+        start_ray(cluster)
+        present, where = cluster_gpus() > 0, "Ray reports none in the cluster"
+    else:
+        import torch
+
+        present, where = torch.cuda.is_available(), "torch sees none on this host"
+    if device == "cuda" and not present:
+        raise ValueError(f"cluster.device=cuda needs a GPU: {where}; use cpu or auto")
+    return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def resolve_transport(config: RunConfig, device: str) -> str:
+    """How weights travel: nccl between GPUs; shared memory where learner and engines share a host, a GPU
+    or a process.
+
+    NCCL takes no two ranks of one communicator on one GPU, so colocated engines read shared memory too; the
+    reference engine has no NCCL side. Raises ValueError when nccl is asked for where it cannot work.
+    """
+    asked, cluster = config.rollout.weight_sync.transport, config.cluster
+    shares = cluster.colocated or cluster.in_process or config.rollout.engine == "reference"
+    if asked == "nccl" and (shares or device != "cuda"):
+        raise ValueError(
+            "rollout.weight_sync.transport=nccl needs learner and engines on different GPUs: got device "
+            f"{device}, engine {config.rollout.engine}, colocated {cluster.colocated}, in_process "
+            f"{cluster.in_process}; use auto or shm"
+        )
+    return ("shm" if shares or device != "cuda" else "nccl") if asked == "auto" else asked
+
+
+def check_backend(config: RunConfig, device: str) -> None:
+    """The learner's own rules about its knobs on this device. Raises ValueError."""
+    if config.learner.backend == "megatron":
+        from gspo_dist.learners.megatron.layout import check_knobs, check_transformer_engine
+
+        check_knobs(config.learner, gpu=device == "cuda")
+        if device == "cuda":
+            check_transformer_engine()
+
+
+def check_model(config: RunConfig, model: str) -> int:
+    """Cross-checks of config and model folder. Returns the number of MoE layers (0 for a dense model).
+
+    Raises ValueError for what cannot work: a context that is too short, replay without experts, a layout that
+    does not divide the model.
+    """
+    from gspo_dist.learners.hf_model import check_model_folder
+
+    hf = json.loads((check_model_folder(model) / "config.json").read_text())
+    context = hf.get("max_position_embeddings")
+    if context and config.rollout.max_model_len > context:
+        raise ValueError(
+            f"rollout.max_prompt_tokens + max_completion_tokens must fit the model's context: got "
+            f"{config.rollout.max_model_len} for {context}; shorten them"
+        )
+    experts = hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts") or 0
+    layers = int(hf["num_hidden_layers"]) if experts else 0
+    if not experts and config.objective.routing_replay != "none":
+        raise ValueError(
+            f"objective.routing_replay={config.objective.routing_replay} needs a mixture-of-experts model: "
+            f"{hf.get('architectures')} has no experts; set it to none"
+        )
+    if config.learner.backend == "deepspeed" and config.learner.deepspeed.expert_parallel > 1:
+        ep = config.learner.deepspeed.expert_parallel
+        if not experts or experts % ep:
+            raise ValueError(
+                f"learner.deepspeed.expert_parallel must divide num_experts: got {ep} and {experts}; try "
+                f"{divisors(experts) if experts else '1'}"
+            )
+    if config.learner.backend == "megatron":
+        from gspo_dist.learners.megatron.architecture import read_architecture
+        from gspo_dist.learners.megatron.layout import check_layout
+
+        check_layout(config.learner.megatron, read_architecture(model), config.learner.world_size)
+    return layers

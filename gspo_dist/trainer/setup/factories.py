@@ -1,0 +1,205 @@
+"""From names to classes: the one place that compares a backend's, an engine's or a sink's name.
+
+`make_learner` and `make_engine` run in the processes that they build for, so each backend is imported
+only there. Their partial applications travel to those processes, which is why both are plain functions
+of plain arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig, WeightSyncConfig
+from gspo_dist.config.mapping import to_mapping
+from gspo_dist.host import thread_share
+from gspo_dist.learners.learner import Learner
+from gspo_dist.metrics.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink
+from gspo_dist.objectives.objective import Objective, get_objective
+from gspo_dist.rollout.engine import EngineInfo, RolloutEngine
+from gspo_dist.trainer.setup.checks import resolve_transport
+from gspo_dist.types import SamplingSpec
+
+
+def make_learner(
+    config: LearnerConfig,
+    model_path: str,
+    *,
+    total_steps: int,
+    temperature: float,
+    keep_reference: bool,
+    device: str,
+    rank: int = 0,
+    world_size: int = 1,
+    master_addr: str = "127.0.0.1",
+    master_port: int = 0,
+) -> Learner:
+    """One rank's learner. total_steps: optimiser steps of the whole run, for the learning-rate schedule."""
+    cap_threads(config.threads or thread_share(world_size), device)
+    common: dict[str, Any] = {
+        "total_steps": total_steps,
+        "temperature": temperature,
+        "keep_reference": keep_reference,
+        "device": device,
+    }
+    if config.backend == "eager":
+        from gspo_dist.learners.eager import EagerLearner
+
+        return EagerLearner(config, model_path, **common)
+    group: dict[str, Any] = {
+        "rank": rank,
+        "world_size": world_size,
+        "master_addr": master_addr,
+        "master_port": master_port,
+    }
+    if config.backend == "deepspeed":
+        from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
+
+        return DeepSpeedLearner(config, model_path, **common, **group)
+    from gspo_dist.learners.megatron.learner import MegatronLearner
+
+    # Megatron-core reads its rendezvous from the environment, and takes no arguments for it.
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": master_addr,
+        "MASTER_PORT": str(master_port),
+    }
+    return MegatronLearner(config, model_path, **common)
+
+
+def make_engine(
+    config: RolloutConfig,
+    model_path: str,
+    *,
+    name: str,
+    device: str,
+    seed: int,
+    record_routing: bool,
+    threads: int,
+    sleep_mode: bool,
+    transport: str,
+) -> RolloutEngine:
+    """One engine. transport: how weights reach it; sleep_mode: it can give its GPU memory up while
+    the learner works.
+    """
+    if config.engine == "reference":
+        from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
+
+        return ReferenceEngine(
+            config,
+            HFPolicy(model_path),
+            name=name,
+            device=device,
+            record_routing=record_routing,
+            sleep_mode=sleep_mode,
+            transport=transport,
+        )
+    from gspo_dist.rollout.vllm.engine import VllmEngine
+
+    return VllmEngine(
+        config,
+        model_path,
+        name=name,
+        device=device,
+        seed=seed,
+        record_routing=record_routing,
+        threads=threads,
+        sleep_mode=sleep_mode,
+        transport=transport,
+    )
+
+
+def make_objective(config: RunConfig) -> Objective:
+    """The bound, checked objective of a run. Raises ValueError for an unknown name or parameter."""
+    chosen = config.objective
+    return get_objective(
+        chosen.name,
+        aggregation=chosen.aggregation,
+        kl_coef=chosen.kl_coef,
+        kl_estimator=chosen.kl_estimator,
+        allow_wide_clip=chosen.allow_wide_clip,
+        **chosen.params,
+    )
+
+
+def learner_factory(config: RunConfig, model: str, device: str) -> Callable[..., Learner]:
+    """What builds a rank's learner in the rank's process; it lacks the rank and the address to meet at."""
+    return functools.partial(
+        make_learner,
+        config.learner,
+        model,
+        total_steps=config.steps * config.mini_batches,
+        temperature=config.rollout.temperature,
+        keep_reference=config.objective.kl_coef > 0,
+        device=device,
+    )
+
+
+def engine_factory(
+    config: RunConfig, model: str, device: str, moe_layers: int
+) -> Callable[..., RolloutEngine]:
+    """What builds an engine in its process; it lacks the engine's name."""
+    return functools.partial(
+        make_engine,
+        config.rollout,
+        model,
+        device="cpu" if config.rollout.engine == "reference" else device,
+        seed=config.seed,
+        record_routing=records_routing(config, moe_layers),
+        threads=config.rollout.threads or thread_share(config.rollout.engines),
+        sleep_mode=config.cluster.colocated,
+        transport=resolve_transport(config, device),
+    )
+
+
+def records_routing(config: RunConfig, moe_layers: int) -> bool:
+    """Engines record where R3 needs it, and where the live flip metric can use it."""
+    return config.objective.routing_replay == "r3" or (config.flips.every > 0 and moe_layers > 0)
+
+
+def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
+    """How a run samples. Raises ValueError when R3 is asked of an engine that cannot record expert choices."""
+    if config.objective.routing_replay == "r3" and not info.can_record_routing:
+        raise ValueError(
+            f"routing_replay=r3 needs an engine that records expert choices: {info.name} cannot; use r2 with "
+            "old_logprobs=recompute"
+        )
+    return SamplingSpec(
+        n=config.rollout.group_size,
+        max_tokens=config.rollout.max_completion_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        seed=config.seed,
+        stop_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
+        record_routing=records_routing(config, info.moe_layers) and info.can_record_routing,
+    )
+
+
+def resolved_weight_sync(config: RunConfig, device: str) -> WeightSyncConfig:
+    """The weight sync's knobs with `transport: auto` replaced by what it means here."""
+    return replace(config.rollout.weight_sync, transport=resolve_transport(config, device))
+
+
+def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int) -> Sinks:
+    """Where a run reports: metrics.jsonl and samples.jsonl always, the console and W&B as configured."""
+    sinks: list[Sink] = [JsonlSink(run_dir, completed_steps)]
+    if config.logger.console:
+        sinks.append(ConsoleSink(config.steps, completed_steps))
+    if config.logger.wandb.mode != "off":
+        identity = (run_dir / "run_id").read_text()
+        sinks.append(WandbSink(config.logger.wandb, run_dir, to_mapping(config), identity))
+    return Sinks(sinks)
+
+
+def cap_threads(threads: int, device: str) -> None:
+    """Limits torch's threads on a CPU, where several processes share the cores."""
+    if device == "cpu":
+        import torch
+
+        torch.set_num_threads(threads)
