@@ -7,6 +7,7 @@ They have micro-batches like a mini-batch, and no denominators: nothing is train
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,10 +65,12 @@ _APART = ("cu_seqlens", "rollout_index", "routing")  # a test holds that these a
 def _cut(batch: PackedBatch, sequence: int) -> PackedBatch:
     """One sequence of a packed batch as a batch of its own."""
     rows = batch.rows(sequence)
-    kept = {name: getattr(batch, name) for name in _OPTIONAL}
+    fields: dict[str, Any] = {name: getattr(batch, name)[rows] for name in _PER_TOKEN}
+    for name in _OPTIONAL:
+        values = getattr(batch, name)
+        fields[name] = None if values is None else values[rows]
     return PackedBatch(
-        **{name: getattr(batch, name)[rows] for name in _PER_TOKEN},
-        **{name: None if values is None else values[rows] for name, values in kept.items()},
+        **fields,
         cu_seqlens=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
         rollout_index=batch.rollout_index[sequence : sequence + 1],
         routing=None if batch.routing is None else batch.routing[rows],
@@ -77,13 +80,13 @@ def _cut(batch: PackedBatch, sequence: int) -> PackedBatch:
 def _join(parts: Sequence[PackedBatch]) -> PackedBatch:
     """Packed batches laid end to end. An optional field is kept when every part has it."""
     lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
-    optional = {name: [getattr(part, name) for part in parts] for name in _OPTIONAL}
+    fields: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in _PER_TOKEN}
+    for name in _OPTIONAL:
+        values = [getattr(part, name) for part in parts]
+        fields[name] = None if any(v is None for v in values) else torch.cat(values)
     traces = [part.routing for part in parts if part.routing is not None]
     return PackedBatch(
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _PER_TOKEN},
-        **{
-            n: None if any(v is None for v in values) else torch.cat(values) for n, values in optional.items()
-        },
+        **fields,
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()]),
         rollout_index=torch.cat([part.rollout_index for part in parts]),
         routing=RoutingTrace.concat(traces) if len(traces) == len(parts) else None,

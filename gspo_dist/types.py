@@ -67,15 +67,23 @@ class Completion:
         return _completion, (arrays, self.finish_reason, self.text, self.routing)
 
 
-_COLUMNS = {
-    "token_ids": np.int64, "loss_mask": np.bool_, "logprobs": np.float32, "policy_versions": np.int32,
-}  # fmt: skip
+_COLUMNS: dict[str, type[np.generic]] = {
+    "token_ids": np.int64,
+    "loss_mask": np.bool_,
+    "logprobs": np.float32,
+    "policy_versions": np.int32,
+}
 
 
-def _completion(columns: tuple[bytes, ...], *rest: Any) -> Completion:
-    """What `Completion.__reduce__` wrote; its arrays are read-only, as all that Ray delivers."""
-    arrays = (np.frombuffer(data, dtype) for data, dtype in zip(columns, _COLUMNS.values(), strict=True))
-    return Completion(*arrays, *rest)
+def _completion(
+    columns: tuple[bytes, ...], finish_reason: str, text: str, routing: RoutingTrace | None
+) -> Completion:
+    """What `Completion.__reduce__` wrote; its arrays are read-only, like all that Ray delivers."""
+    arrays: dict[str, np.ndarray] = {
+        name: np.frombuffer(data, dtype)
+        for (name, dtype), data in zip(_COLUMNS.items(), columns, strict=True)
+    }
+    return Completion(**arrays, finish_reason=finish_reason, text=text, routing=routing)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from gspo_dist.checks import divisors
 from gspo_dist.config import ClusterConfig, RunConfig
+from gspo_dist.models.shape import read_shape
 
 
 def load_tokenizer(model: str) -> Any:
@@ -73,30 +73,28 @@ def check_model(config: RunConfig, model: str) -> int:
     """
     from gspo_dist.learners.hf_model import check_model_folder
 
-    hf = json.loads((check_model_folder(model) / "config.json").read_text())
-    context = hf.get("max_position_embeddings")
-    if context and config.rollout.max_model_len > context:
+    check_model_folder(model)
+    shape = read_shape(model)
+    if shape.context and config.rollout.max_model_len > shape.context:
         raise ValueError(
-            f"rollout.max_prompt_tokens + max_completion_tokens must fit the model's context: got "
-            f"{config.rollout.max_model_len} for {context}; shorten them"
+            "rollout.max_prompt_tokens + max_completion_tokens must fit the model's context: got "
+            f"{config.rollout.max_model_len} for {shape.context}; shorten them"
         )
-    experts = hf.get("num_experts") or hf.get("num_local_experts") or hf.get("n_routed_experts") or 0
-    layers = int(hf["num_hidden_layers"]) if experts else 0
-    if not experts and config.objective.routing_replay != "none":
+    if not shape.moe_layers and config.objective.routing_replay != "none":
         raise ValueError(
             f"objective.routing_replay={config.objective.routing_replay} needs a mixture-of-experts model: "
-            f"{hf.get('architectures')} has no experts; set it to none"
+            f"{shape.architecture} has no experts; set it to none"
         )
-    if config.learner.backend == "deepspeed" and config.learner.deepspeed.expert_parallel > 1:
-        ep = config.learner.deepspeed.expert_parallel
-        if not experts or experts % ep:
+    parallel = config.learner.deepspeed.expert_parallel
+    if config.learner.backend == "deepspeed" and parallel > 1:
+        if not shape.num_experts or shape.num_experts % parallel:
             raise ValueError(
-                f"learner.deepspeed.expert_parallel must divide num_experts: got {ep} and {experts}; try "
-                f"{divisors(experts) if experts else '1'}"
+                f"learner.deepspeed.expert_parallel must divide num_experts: got {parallel} and "
+                f"{shape.num_experts}; try {divisors(shape.num_experts) or 1}"
             )
     if config.learner.backend == "megatron":
         from gspo_dist.learners.megatron.architecture import read_architecture
         from gspo_dist.learners.megatron.layout import check_layout
 
         check_layout(config.learner.megatron, read_architecture(model), config.learner.world_size)
-    return layers
+    return shape.moe_layers
