@@ -95,8 +95,8 @@ def test_it_is_a_learner_group_around_a_learner() -> None:
 
 
 def test_the_one_replicas_batches_and_options_reach_the_learner(group: LocalLearnerGroup) -> None:
-    assert group.logprobs(mini(("x", "y")), record_routing=True) == [["output"]]
-    group.logprobs(mini(("x",)), reference=True)
+    assert group.logprobs((("x", "y"),), record_routing=True) == [["output"]]
+    group.logprobs((("x",),), reference=True)
     stats = group.forward_backward(mini(("z",)), "spec")  # type: ignore[arg-type]
     assert group.learner.asked == [(("x", "y"), True, False), (("x",), False, True), (("z",), "spec")]
     assert stats["objective/loss"].result() == 2.5
@@ -104,7 +104,7 @@ def test_the_one_replicas_batches_and_options_reach_the_learner(group: LocalLear
 
 def test_a_mini_batch_for_two_replicas_is_not_for_one_learner(group: LocalLearnerGroup) -> None:
     with pytest.raises(ValueError, match="too many values"):
-        group.logprobs(mini(("x",), ("y",)))
+        group.logprobs((("x",), ("y",)))
 
 
 def test_the_version_is_the_learners(group: LocalLearnerGroup) -> None:
