@@ -17,8 +17,7 @@ from gspo_dist.types import PackedBatch
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What one mini-batch optimises. Raises ValueError when both an offset and the own mean are to be taken
-    out."""
+    """What one mini-batch optimises. Raises ValueError for an offset together with own_mean."""
 
     objective: Objective
     """Surrogate, aggregation and KL term."""
@@ -38,15 +37,16 @@ class LossSpec:
     def __post_init__(self) -> None:
         if self.own_mean and self.offset:
             raise ValueError(
-                f"a loss takes out an offset or the micro-batch's own mean: got offset={self.offset} and own_mean; "
-                "leave one of them out"
+                f"a loss takes out an offset or the micro-batch's own mean: got offset={self.offset} and "
+                "own_mean=True; leave one of them out"
             )
 
 
 def trained_index(batch: PackedBatch) -> torch.Tensor:
-    """[N] int64: places in the packed batch of the trained tokens. The hidden state that predicts t sits at t
+    """Places of the trained tokens in the packed batch, int64 [N]. The hidden state that predicts t sits at t
     - 1.
 
+    Example: sequences of 3 and 2 tokens, of which the last 2 and the last 1 are trained, give [1, 2, 4].
     Raises ValueError when the first token of a sequence is marked: nothing predicts it.
     """
     index = batch.loss_mask.nonzero().flatten()
@@ -54,8 +54,8 @@ def trained_index(batch: PackedBatch) -> torch.Tensor:
     if batch.loss_mask[starts].any():
         which = int(batch.loss_mask[starts].nonzero()[0])
         raise ValueError(
-            f"loss_mask must be False on the first token of a sequence (nothing predicts it): sequence {which} of the "
-            "micro-batch starts with a trained token; give it a prompt"
+            f"loss_mask must be False on the first token of a sequence (nothing predicts it): sequence "
+            f"{which} of the micro-batch starts with a trained token; give it a prompt"
         )
     return index
 
@@ -71,16 +71,17 @@ def micro_batch_loss(
 ) -> tuple[torch.Tensor, dict[str, Stat]]:
     """This rank's share of the mini-batch loss, and its stats.
 
-    logprobs [N] float32 with gradient, entropy [N]: of the tokens at `index` (default: all trained tokens).
-    Under context parallelism `index` holds this rank's trained tokens and `all_reduce` sums over the ranks
-    that share the sequences. Sums of losses and merges of stats over micro-batches and ranks give the
-    mini-batch's.
-    Raises FloatingPointError naming the rollout when a log-prob or the loss is not finite.
+    Sums of the losses and merges of the stats, over micro-batches and ranks, give those of the mini-batch.
+    logprobs: [N] float32 nats, with gradient; entropy: [N] nats. Both belong to the tokens at `index`, by
+    default all trained tokens. Under context parallelism `index` holds this rank's trained tokens, and
+    `all_reduce` sums over the ranks that share the sequences.
+    Raises FloatingPointError naming the rollout of a log-prob that is not finite, or those of such a loss.
     """
     if index is None:
         index = trained_index(batch)
     device = logprobs.device
-    if all_reduce is None and not len(index):  # a filler: its graph must run backward like the other ranks'
+    if all_reduce is None and not len(index):
+        # A filler levels the number of micro-batches. Its graph must run backward as on the other ranks.
         return logprobs.sum() * 0.0, {}
     ids = batch.sequence_ids()[index]
     segments = Segments(ids.to(device), batch.num_sequences, all_reduce)
@@ -88,7 +89,7 @@ def micro_batch_loss(
     old = rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs[index].to(device)
     advantages = batch.advantages[index].to(device)
     ref = None if batch.ref_logprobs is None else batch.ref_logprobs[index].to(device)
-    _refuse_non_finite(logprobs.detach(), ids, batch, "logprobs")
+    _refuse_non_finite(logprobs.detach(), ids, batch)
     correction = mismatch.correction(
         spec.correction.name,
         old,
@@ -123,11 +124,12 @@ def micro_batch_loss(
     return result.loss, stats
 
 
-def _refuse_non_finite(values: torch.Tensor, ids: torch.Tensor, batch: PackedBatch, name: str) -> None:
-    bad = ~torch.isfinite(values)
+def _refuse_non_finite(logprobs: torch.Tensor, ids: torch.Tensor, batch: PackedBatch) -> None:
+    """FloatingPointError that names the rollout of the first log-prob, [N], that is not finite."""
+    bad = ~torch.isfinite(logprobs)
     if bad.any():
         at = int(bad.nonzero()[0])
         rollout = int(batch.rollout_index[ids[at]])
         raise FloatingPointError(
-            f"{name} of rollout {rollout} are not finite: {values[at].item()} at trained token {at}"
+            f"logprobs of rollout {rollout} are not finite: {logprobs[at].item()} at trained token {at}"
         )

@@ -3,7 +3,7 @@ combine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +14,23 @@ REDUCTIONS = ("mean", "sum", "min", "max", "concat")
 
 @dataclass(frozen=True, eq=False)
 class Stat:
-    """A sufficient statistic; value and weight are detached float64 scalars.
+    """A sufficient statistic; value and weight are detached and float64.
 
-    mean: value = sum of w x, weight = sum of w; sum: value = sum; min, max: value = the extreme (+-inf when
-    empty). For sum, min and max the weight counts the items. concat: value [n] keeps the items themselves, for what
-    does not merge (quantiles); ranks that hold parts of the same sequences repeat them, which moves no quantile.
+    Example: the mean of [1, 3] is value 4 and weight 2. Merged with the mean of [8], value 8 and weight 1, it
+    is value 12 and weight 3, whose result is 4: the mean of all three.
+    Raises ValueError for an unknown reduction.
     """
 
     value: Tensor
+    """mean: the sum of w x. sum: the sum. min, max: the extreme, +-inf when empty. concat: the items
+    themselves, [n]."""
     weight: Tensor
+    """mean: the sum of w. Else: how many items there were."""
     reduce: str
+    """mean | sum | min | max | concat.
+
+    concat is for what does not merge, such as quantiles. Ranks that hold parts of the same sequences repeat
+    their items, which moves no quantile."""
 
     def __post_init__(self) -> None:
         if self.reduce not in REDUCTIONS:
@@ -35,6 +42,7 @@ class Stat:
         x = x.detach()
         if weight is None:
             return cls(_total(x), _scalar(x.numel(), x), "mean")
+        # Bools are counted as bools, see _total; `*` would make them integers.
         both_bool = x.dtype == torch.bool and weight.dtype == torch.bool
         weighted = x & weight if both_bool else x * weight
         return cls(_total(weighted), _total(weight), "mean")
@@ -66,7 +74,7 @@ class Stat:
         return Stat(self.value.cpu(), self.weight.cpu(), self.reduce)
 
     def result(self) -> float:
-        """The number to log; nan for a mean, min or max over nothing. ValueError for concat, which has many."""
+        """The number to log; nan for a mean, min or max over nothing. Raises ValueError for concat."""
         if self.reduce == "concat":
             raise ValueError(
                 f"a concat stat is no single number: it holds {self.value.numel()}; read its value"
@@ -82,7 +90,7 @@ class Stat:
 def merge_stats(parts: Sequence[dict[str, Stat]]) -> dict[str, Stat]:
     """The statistics of the union of the parts; a name may be missing from some of them.
 
-    ValueError if a name has two reductions.
+    Raises ValueError if a name has two reductions.
     """
     merged: dict[str, Stat] = {}
     for part in parts:
@@ -98,28 +106,6 @@ def _merge(name: str, a: Stat, b: Stat) -> Stat:
         return Stat(torch.cat([a.value, b.value]), a.weight + b.weight, a.reduce)
     combine = {"min": torch.minimum, "max": torch.maximum}.get(a.reduce, torch.add)
     return Stat(combine(a.value, b.value), a.weight + b.weight, a.reduce)
-
-
-def all_reduce_stats(stats: dict[str, Stat], all_reduce: Callable[[Tensor, str], Tensor]) -> dict[str, Stat]:
-    """The statistics over all ranks: all_reduce(tensor, "sum" | "min" | "max") is called at most three times.
-    Those of kind concat, whose sizes differ, are left out.
-
-    Every rank must pass the same names. Ranks that hold parts of a sequence count as ranks too.
-    """
-    names = sorted(name for name, stat in stats.items() if stat.reduce != "concat")
-    added = [name for name in names if stats[name].reduce in ("mean", "sum")]
-    # The weights always add, so they travel with the values that add: one call.
-    packed = torch.stack([stats[name].value for name in added] + [stats[name].weight for name in names])
-    totals = all_reduce(packed, "sum")
-    values = dict(zip(added, totals[: len(added)]))
-    weights = dict(zip(names, totals[len(added) :]))
-    for op in ("min", "max"):
-        extremes = [name for name in names if stats[name].reduce == op]
-        if extremes:
-            values.update(
-                zip(extremes, all_reduce(torch.stack([stats[name].value for name in extremes]), op))
-            )
-    return {name: Stat(values[name], weights[name], stats[name].reduce) for name in names}
 
 
 def results(stats: dict[str, Stat]) -> dict[str, float]:

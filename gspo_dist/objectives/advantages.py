@@ -3,59 +3,58 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from gspo_dist.checks import choose
 from gspo_dist.objectives.specs import ADVANTAGES
 
-Array = np.ndarray | torch.Tensor
-
 
 def group_advantages(
-    rewards: Array, group_ids: Array, kind: str, *, std: str = "population", eps: float = 1e-6
-) -> Array:
-    """One advantage per rollout, [R], of the type given (numpy float64, or a tensor of the rewards' dtype).
+    rewards: np.ndarray, group_ids: np.ndarray, kind: str, *, eps: float = 1e-6
+) -> np.ndarray:
+    """One advantage per rollout, float64 [R].
 
     group_std      (r - mean) / (std + eps)         GRPO, GSPO: arXiv 2402.03300, 2507.18071 eq 3
-    group_mean     r - mean                         Dr. GRPO, MiniRL
-    leave_one_out  r - mean of the others           RLOO; = G/(G-1) (r - mean)
+    group_mean     r - mean                         Dr. GRPO, MiniRL: arXiv 2503.20783, 2512.01374
+    leave_one_out  r - mean of the others           RLOO: arXiv 2402.14740; = G/(G-1) (r - mean)
     none           r
-    rewards: finite [R]; group_ids: [R], equal ids are siblings, in any order.
-    std: the papers write std({r_1..r_G}), the deviation of the group itself, hence "population" (divide by
-    G): the advantages of a group then have mean square 1 whatever G. "sample" (divide by G - 1), which
-    implementations that call torch.std get, is smaller by sqrt((G-1)/G): 3% at G = 16.
-    A group of one, or of equal rewards, gets exactly 0 from the first three kinds: equality is tested on the
-    rewards, for a deviation that is only rounding would be blown up to 1.
-    Example: rewards 1, 0, 0, 0 in one group: group_mean .75, -.25, -.25, -.25; leave_one_out 1, -1/3, -1/3,
-    -1/3.
+
+    rewards are finite, [R]; group_ids are [R], equal ids are siblings, in any order. std divides by G: the
+    papers write std({r_1..r_G}), the deviation of the group itself. The advantages of a group then have mean
+    square 1 whatever G. An implementation that divides by G - 1, as torch.std does, gets advantages smaller
+    by sqrt((G-1)/G), which is 3% at G = 16.
+    A group of one, or of equal rewards, gets exactly 0 from the first three kinds.
+    Example: rewards 1, 0, 0, 0 in one group. group_mean gives 0.75, -0.25, -0.25, -0.25; leave_one_out gives
+    1, -1/3, -1/3, -1/3.
+    Raises ValueError for an unknown kind, a negative eps, another shape, or a reward that is not finite.
     """
     choose("advantage", kind, ADVANTAGES)
-    choose("std", std, ("population", "sample"))
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0: got {eps}")
     r, inverse, groups = _by_group(rewards, group_ids)
     if kind == "none":
-        return _like(rewards, r)
+        return r
     size = np.bincount(inverse, minlength=groups)
     mean = np.bincount(inverse, r, groups) / size
+    # Equality is tested on the rewards: a deviation that is only rounding would be blown up to 1 below.
     centred = np.where(_degenerate(r, inverse, groups)[inverse], 0.0, r - mean[inverse])
-    others = np.maximum(size - 1, 1)
     if kind == "leave_one_out":
+        others = np.maximum(size - 1, 1)
         centred = centred * (size / others)[inverse]
     elif kind == "group_std":
         square = np.bincount(inverse, centred * centred, groups)
-        deviation = np.sqrt(square / (size if std == "population" else others)) + eps
+        deviation = np.sqrt(square / size) + eps
         centred = centred / np.where(deviation > 0, deviation, 1.0)[inverse]
-    return _like(rewards, centred)
+    return centred
 
 
-def degenerate_group_share(rewards: Array, group_ids: Array) -> float:
-    """Share of groups whose rewards are all equal (a group of one is): they teach nothing."""
+def degenerate_group_share(rewards: np.ndarray, group_ids: np.ndarray) -> float:
+    """Share of groups whose rewards are all equal, which teach nothing; a group of one is such a group."""
     return float(_degenerate(*_by_group(rewards, group_ids)).mean())
 
 
-def _by_group(rewards: Array, group_ids: Array) -> tuple[np.ndarray, np.ndarray, int]:
-    r, ids = _numpy(rewards).astype(np.float64), _numpy(group_ids)
+def _by_group(rewards: np.ndarray, group_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rewards as float64 [R], the group of each as an index [R], and the number of groups."""
+    r, ids = np.asarray(rewards).astype(np.float64), np.asarray(group_ids)
     if r.ndim != 1 or r.size == 0:
         raise ValueError(f"rewards must be [R] with R >= 1: got {list(r.shape)}")
     if ids.shape != r.shape:
@@ -68,18 +67,8 @@ def _by_group(rewards: Array, group_ids: Array) -> tuple[np.ndarray, np.ndarray,
 
 
 def _degenerate(r: np.ndarray, inverse: np.ndarray, groups: int) -> np.ndarray:
+    """bool [groups]: whether all rewards of the group are equal."""
     low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
     np.minimum.at(low, inverse, r)
     np.maximum.at(high, inverse, r)
     return low == high
-
-
-def _numpy(x: Array) -> np.ndarray:
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-
-
-def _like(rewards: Array, values: np.ndarray) -> Array:
-    if not isinstance(rewards, torch.Tensor):
-        return values
-    dtype = rewards.dtype if rewards.dtype.is_floating_point else torch.float32
-    return torch.as_tensor(values, dtype=dtype, device=rewards.device)

@@ -1,43 +1,43 @@
-"""Token <-> sequence: which of S sequences each of N trained tokens belongs to, and how a loss per token becomes
-this rank's share of the mini-batch loss.
+"""The sequence of every trained token, and how a loss per token becomes a share of the mini-batch loss.
 
-An aggregation maps loss [N] to a scalar; its denominators are global and passed in. Summed over micro-batches,
-data-parallel and context-parallel ranks, the scalars give the loss of the mini-batch, and so do the gradients: sum
-them, do not average them.
+N trained tokens of S sequences. An aggregation maps loss [N] to a scalar; its denominators are global and
+passed in. The scalars of all micro-batches, data-parallel and context-parallel ranks add up to the loss of
+the mini-batch, and so do the gradients: sum them, do not average them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+# --- segments ---
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
     """The sequence of every trained token.
 
-    ids: int64 [N], values in [0, count), any order. count: S.
-    all_reduce: under context parallelism each rank holds a part of every sequence; this is the differentiable
-    sum over those ranks, whose backward is a sum over them too (the loss is the sum of the ranks' local
-    losses). It must not change its argument. It is called once here with float64 counts, so all ranks must
-    build their Segments together.
-
-    lengths: int64 [S], trained tokens of each sequence over all ranks; local_lengths: those held here.
-    Example: ids [0, 0, 1] and count 2: lengths [2, 1]; mean([1., 3., 5.]) = [2., 5.]; expand([7., 8.]) = [7.,
-    7., 8.].
-
-    Raises ValueError for wrong shape or type, ids out of range, or a sequence without a trained token
-    (named).
+    Example: ids [0, 0, 1] and count 2 have the lengths [2, 1]. mean([1., 3., 5.]) is [2., 5.], and
+    expand([7., 8.]) is [7., 7., 8.].
+    Raises ValueError for a wrong shape or type, ids out of range, or a sequence without a trained token,
+    which it names.
     """
 
     ids: Tensor
+    """int64 [N], values in [0, count), in any order."""
     count: int
+    """S, the number of sequences."""
     all_reduce: Callable[[Tensor], Tensor] | None = None
+    """The sum over the context-parallel ranks, each of which holds a part of every sequence.
+
+    It is differentiable, and its backward is a sum over the ranks too, because the loss is the sum of their
+    local losses. It must not change its argument. It is called here once with float64 counts, so that all
+    ranks must build their Segments together."""
     lengths: Tensor = field(init=False, repr=False)
-    local_lengths: Tensor = field(init=False, repr=False)
+    """int64 [S], trained tokens of each sequence over all ranks."""
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 1 or self.ids.dtype != torch.int64:
@@ -58,17 +58,11 @@ class Segments:
                 f"{self.count} ({len(empty)} in all); drop such completions before packing"
             )
         object.__setattr__(self, "lengths", whole)
-        object.__setattr__(self, "local_lengths", local)
-
-    @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Segments:
-        """Segments of sequences that lie one after another: [2, 1] gives ids [0, 0, 1]."""
-        counts = torch.as_tensor(list(lengths), dtype=torch.int64, device=device)
-        return cls(torch.repeat_interleave(torch.arange(len(counts), device=device), counts), len(counts))
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of x [N] over the tokens of each sequence, over all ranks: [S]; differentiable."""
         self.check(x, "x")
+        # A sum of thousands of 16-bit terms would lose whole tokens.
         x = x.to(torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
         total = x.new_zeros(self.count).index_add(0, self.ids, x)
         return total if self.all_reduce is None else self.all_reduce(total)
@@ -93,16 +87,22 @@ class Segments:
             )
 
 
+# --- aggregations ---
+
+
 @dataclass(frozen=True)
 class Denominators:
     """Counts of the whole mini-batch, over all micro-batches and ranks.
 
-    sequences: completions; tokens: trained tokens; max_completion_length: the configured limit, in tokens.
+    Raises ValueError for a count below 1, or fewer tokens than sequences.
     """
 
     sequences: int
+    """Completions."""
     tokens: int
+    """Trained tokens."""
     max_completion_length: int
+    """The configured limit, in tokens."""
 
     def __post_init__(self) -> None:
         for name in ("sequences", "tokens", "max_completion_length"):
@@ -119,25 +119,25 @@ class Denominators:
 
 
 def token_mean(loss: Tensor, segments: Segments, denominators: Denominators) -> Tensor:
-    """Sum over tokens / tokens of the mini-batch (DAPO): long completions weigh more."""
+    """Sum over tokens / tokens of the mini-batch: long completions weigh more. DAPO, arXiv 2503.14476."""
     segments.check(loss, "loss")
     return loss.sum() / denominators.tokens
 
 
 def sequence_mean(loss: Tensor, segments: Segments, denominators: Denominators) -> Tensor:
-    """Mean over the tokens of each sequence, then over the sequences (GRPO, GSPO)."""
+    """Mean over the tokens of each sequence, then over sequences. GRPO, GSPO: arXiv 2507.18071 eq 2 and 5."""
     segments.check(loss, "loss")
     return (loss * segments.expand(1.0 / segments.lengths.to(loss.dtype))).sum() / denominators.sequences
 
 
 def sequence_sum(loss: Tensor, segments: Segments, denominators: Denominators) -> Tensor:
-    """Sum over the tokens of each sequence, mean over the sequences (MiniRL, REINFORCE)."""
+    """Sum over the tokens of each sequence, mean over the sequences. MiniRL, arXiv 2512.01374; REINFORCE."""
     segments.check(loss, "loss")
     return loss.sum() / denominators.sequences
 
 
 def constant_length(loss: Tensor, segments: Segments, denominators: Denominators) -> Tensor:
-    """Sum over tokens / max_completion_length, mean over the sequences (Dr. GRPO)."""
+    """Sum over tokens / max_completion_length, mean over the sequences. Dr. GRPO, arXiv 2503.20783."""
     segments.check(loss, "loss")
     return loss.sum() / (denominators.sequences * denominators.max_completion_length)
 
@@ -148,3 +148,4 @@ AGGREGATE: dict[str, Callable[[Tensor, Segments, Denominators], Tensor]] = {
     "sequence_sum": sequence_sum,
     "constant_length": constant_length,
 }
+"""Aggregation by name: (loss [N], segments, denominators) -> scalar."""

@@ -1,18 +1,11 @@
-"""Numbers that say whether a batch can teach: advantages, ratios, groups, lengths. Numpy arrays in, floats
-out.
-
-The entropy of the policy needs logits, so the learner gives it.
-"""
+"""Numbers that say whether the policy can learn from a batch: advantages, ratios, lengths. Numpy in, floats
+out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-
-from gspo_dist.objectives.advantages import degenerate_group_share
-
-__all__ = ["advantage_statistics", "degenerate_group_share", "length_by_outcome", "ratio_quantiles"]
 
 
 def _vector(name: str, x: np.ndarray) -> np.ndarray:
@@ -39,17 +32,24 @@ def advantage_statistics(advantages: np.ndarray) -> dict[str, float]:
 def ratio_quantiles(
     ratio: np.ndarray, quantiles: Sequence[float] = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
 ) -> dict[str, float]:
-    """Quantiles of the ratio, linear between order statistics; quantiles do not merge: give all values at
-    once."""
+    """Quantiles of the ratio, [R], linear between order statistics.
+
+    Quantiles of parts do not merge, so give the values of all ranks at once. Raises ValueError for a quantile
+    outside [0, 1].
+    """
     values = _vector("ratio", ratio).astype(np.float64)
     if any(not 0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles must lie in [0, 1]: got {list(quantiles)}")
-    return {f"ratio/q{100 * q:g}": float(v) for q, v in zip(quantiles, np.quantile(values, quantiles))}
+    found = np.quantile(values, quantiles)
+    return {f"ratio/q{100 * q:g}": float(value) for q, value in zip(quantiles, found, strict=True)}
 
 
 def length_by_outcome(lengths: np.ndarray, correct: np.ndarray) -> dict[str, float]:
-    """Mean completion length in tokens of correct and wrong rollouts (nan when there is none), and their
-    share."""
+    """Mean completion length in tokens of correct and of wrong rollouts, and the share of correct ones.
+
+    lengths: [R] tokens; correct: bool [R]. A mean over no rollout is nan. Raises ValueError when `correct` is
+    not bool or has another length.
+    """
     n, good = _vector("lengths", lengths).astype(np.float64), _vector("correct", correct)
     if good.shape != n.shape or good.dtype != np.bool_:
         raise ValueError(f"correct must be bool [R={n.size}]: got {good.dtype} {list(good.shape)}")

@@ -1,16 +1,17 @@
 """The one table of legal combinations: objective x old_logprobs x routing_replay x correction x guard_action.
 
-Standard library only. `check` refuses a combination with the rule, what was got and the way out;
-`format_table` prints all of them. The words:
-old_logprobs "rollout": the engine's log-probs are the old policy (nothing to run); "recompute": the learner
-runs a forward pass over the batch before the first mini-batch. guard_action: what happens when the mismatch
-moves the mean log ratio off centre: "recentre" subtracts it, "recompute" switches old_logprobs for the steps
-concerned.
+`check` refuses a combination with the rule, what was got and the way out; `format_table` prints all of them.
+Standard library only. The words:
+
+    old_logprobs   "rollout": the engine's log-probs are the old policy, and nothing has to run.
+                   "recompute": the learner runs a forward pass over the batch before the first mini-batch.
+    guard_action   what happens when the mismatch moves the mean log ratio off centre. "recentre" subtracts
+                   it; "recompute" switches old_logprobs for the steps concerned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -35,33 +36,46 @@ class Combination:
     """One choice on every axis."""
 
     objective: str
+    """A name of OBJECTIVE_SPECS, or the import path of a user's own."""
     old_logprobs: str
+    """One of OLD_LOGPROBS."""
     routing_replay: str
+    """One of ROUTING_REPLAY."""
     correction: str
+    """A name of CORRECTIONS."""
     guard_action: str
+    """One of GUARD_ACTIONS."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that some combinations break. Reason: why; way_out: what to set instead."""
+    """A rule that some combinations break."""
 
     name: str
+    """What messages call it."""
     reason: str
+    """Why the combination means nothing, or not what it says."""
     way_out: str
+    """What to set instead."""
     broken: Callable[[Combination], bool]
+    """Whether a combination breaks it."""
     fields: tuple[str, ...]
+    """The axes that it reads, which the message shows."""
 
 
 def _one_value_per_sequence(objective: str) -> bool:
-    """Whether a known objective has one value per sequence (gspo, gspo_token, gmpo)."""
+    """Whether a known objective has one value per sequence: gspo, gspo_token, gmpo. A user's own: False."""
     spec = OBJECTIVE_SPECS.get(objective)
     return spec is not None and spec.aggregations == ("sequence_mean",)
 
 
 def _without_clip(objective: str) -> bool:
+    """Whether a known objective has no hard clip: sapo, reinforce. A user's own: False."""
     spec = OBJECTIVE_SPECS.get(objective)
     return spec is not None and spec.clip is None
 
+
+# --- the rules ---
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -129,11 +143,12 @@ def check(
     advantage: str | None = None,
     allow_wide_clip: bool = False,
 ) -> None:
-    """ValueError with every broken rule, what was got and the way out; silent when the combination is legal.
+    """Returns when the combination is legal.
 
     objective: a known name, or a user's import path ("package.module:NAME"), which only the general rules
     bind. params: the objective's parameters, checked by name and range. aggregation, advantage: None means
     its own.
+    Raises ValueError with every broken rule, what was got and the way out.
     """
     spec = None if ":" in str(objective) else OBJECTIVE_SPECS[choose("objective", objective, OBJECTIVE_SPECS)]
     combination = Combination(
@@ -169,7 +184,11 @@ def check_settings(
     clip_high: float | None,
     allow_wide_clip: bool,
 ) -> None:
-    """The two rules on an objective's own settings; ValueError when one is broken. aggregation: None means its own."""
+    """The two rules on an objective's own settings. aggregation: None means its own.
+
+    Raises ValueError for an aggregation with another meaning than the paper's, and for a clip of token size
+    on a sequence ratio.
+    """
     chosen = choose("aggregation", aggregation or spec.aggregation, AGGREGATIONS)
     if chosen not in spec.aggregations:
         raise ValueError(
@@ -191,27 +210,7 @@ def _message(rule: Rule, combination: Combination) -> str:
     return f"{rule.name}: {rule.reason}: got {got}; {rule.way_out}"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A combination with its verdict; rule is None when it is legal, else the first rule that it breaks."""
-
-    combination: Combination
-    rule: Rule | None
-
-    @property
-    def legal(self) -> bool:
-        return self.rule is None
-
-
-def table(objectives: Sequence[str] = tuple(OBJECTIVE_SPECS)) -> list[Row]:
-    """Every combination, in the order of the axes."""
-    rows = []
-    for values in product(objectives, OLD_LOGPROBS, ROUTING_REPLAY, CORRECTIONS, GUARD_ACTIONS):
-        combination = Combination(*values)
-        broken = broken_rules(combination)
-        rows.append(Row(combination, broken[0] if broken else None))
-    return rows
-
+# --- the table ---
 
 AXES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVE_SPECS),
@@ -220,22 +219,50 @@ AXES: dict[str, tuple[str, ...]] = {
     "correction": tuple(CORRECTIONS),
     "guard_action": GUARD_ACTIONS,
 }
+"""Axis -> its values."""
 
 
-def collapsed() -> list[tuple[dict[str, tuple[str, ...]], Rule | None]]:
-    """The table as few boxes (a tuple of values on each axis) that do not overlap and together cover it
-    exactly."""
-    boxes = [
+@dataclass(frozen=True)
+class Row:
+    """A combination with its verdict."""
+
+    combination: Combination
+    """One choice on every axis."""
+    rule: Rule | None
+    """The first rule that it breaks; None when it is legal."""
+
+
+def table() -> list[Row]:
+    """Every combination of the built-in objectives, in the order of the axes."""
+    rows = []
+    for values in product(*AXES.values()):
+        combination = Combination(*values)
+        broken = broken_rules(combination)
+        rows.append(Row(combination, broken[0] if broken else None))
+    return rows
+
+
+Box = dict[str, tuple[str, ...]]
+"""A tuple of values on each axis: all combinations of them."""
+
+
+def collapsed() -> list[tuple[Box, Rule | None]]:
+    """The table as few boxes with one verdict each, which do not overlap and together cover it exactly.
+
+    Example: three combinations that differ only in guard_action and are all legal become one box with three
+    values on that axis.
+    """
+    boxes: list[tuple[Box, Rule | None]] = [
         ({axis: (value,) for axis, value in asdict(row.combination).items()}, row.rule) for row in table()
     ]
+    # One pass per axis joins the boxes that agree on all the others.
     for axis in ("guard_action", "correction", "routing_replay", "old_logprobs", "objective"):
-        merged: dict[tuple[object, ...], tuple[dict[str, tuple[str, ...]], Rule | None]] = {}
+        merged: dict[tuple[object, ...], tuple[Box, Rule | None]] = {}
         for box, rule in boxes:
             rest = tuple(values for name, values in box.items() if name != axis)
             key = (rest, rule.name if rule else None)
-            if key in merged:
-                box = {**box, axis: merged[key][0][axis] + box[axis]}
-            merged[key] = (box, rule)
+            before = merged[key][0][axis] if key in merged else ()
+            merged[key] = ({**box, axis: before + box[axis]}, rule)
         boxes = list(merged.values())
     return boxes
 
@@ -253,8 +280,8 @@ def format_table() -> str:
         f"clip never binds on a sequence ratio."
     )
     lines += ["", f"| {' | '.join(AXES)} | verdict |", "|---" * (len(AXES) + 1) + "|"]
-    for box, rule in sorted(collapsed(), key=lambda item: RULES.index(item[1]) + 1 if item[1] else 0):
+    for box, broken in sorted(collapsed(), key=lambda item: RULES.index(item[1]) + 1 if item[1] else 0):
         cells = ["any" if set(box[axis]) == set(AXES[axis]) else ", ".join(box[axis]) for axis in AXES]
-        verdict = "legal" if rule is None else f"refused: rule {RULES.index(rule) + 1}"
+        verdict = "legal" if broken is None else f"refused: rule {RULES.index(broken) + 1}"
         lines.append(f"| {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """The policy objectives, each as a loss per trained token.
 
-Arguments of all: logprobs [N] (with gradient), old_logprobs [N], advantages [N], segments. r_t is the token
-ratio exp(logprobs - old_logprobs), A_t the advantage, |y| the trained tokens of the sequence, sg the stopped
-gradient. Sequence-level objectives give every token of a sequence the same value, so that `sequence_mean`
-returns exactly the value of the paper and context-parallel ranks can add up their parts.
+Arguments of all: logprobs [N] (with gradient), old_logprobs [N], advantages [N], segments (N tokens of S
+sequences); log-probs in nats. In the formulas r_t is the token ratio exp(logprobs - old_logprobs), A_t the
+advantage, |y| the number of trained tokens of the sequence, and sg the stopped gradient. A sequence-level
+objective gives every token of a sequence the same value: `sequence_mean` then returns exactly the value of
+the paper, and context-parallel ranks can add up their parts.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from torch import Tensor
 
 from gspo_dist.objectives.aggregate import Segments
 
-# exp(20) = 4.9e8: finite in float32 and beyond any ratio that still carries information. Outside, the
-# gradient is 0.
 LOG_RATIO_LIMIT = 20.0
+"""Log ratios are held within this size. exp(20) = 4.9e8 is finite in float32 and beyond any ratio that still
+carries information. Outside of it the gradient is 0."""
+
+
+# --- what the objectives share ---
 
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """An objective before aggregation. N trained tokens.
-
-    loss: [N], to minimise, with gradient; ratio: [N], the ratio that was clipped (constant in a sequence for
-    sequence-level objectives); clipped_low, clipped_high: bool [N], the tokens on which that bound binds.
-    """
+    """An objective before aggregation. N trained tokens."""
 
     loss: Tensor
+    """[N], to minimise, with gradient."""
     ratio: Tensor
+    """[N], the ratio that was clipped; constant in a sequence for sequence-level objectives."""
     clipped_low: Tensor
+    """bool [N], the tokens on which the lower bound binds."""
     clipped_high: Tensor
+    """bool [N], the tokens on which the upper bound binds."""
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -40,14 +44,17 @@ def bounded_exp(log_ratio: Tensor) -> Tensor:
 
 
 def binding(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """Where the clip takes the gradient away: below 1 - clip_low with A < 0, above 1 + clip_high with A >
-    0."""
+    """Where the clip takes the gradient away, two bool [N].
+
+    The lower bound binds where the ratio is below 1 - clip_low and A < 0, the upper one where it is above
+    1 + clip_high and A > 0.
+    """
     return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Surrogate:
-    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), written as the ratio with its binding bound put
-    in."""
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), [N]."""
+    # Written as the ratio with its binding bound put in, which tells at once where it binds.
     low, high = binding(ratio, advantages, clip_low, clip_high)
     used = ratio.masked_fill(low, 1.0 - clip_low).masked_fill(high, 1.0 + clip_high)
     return Surrogate(-used * advantages, ratio.detach(), low, high)
@@ -66,18 +73,26 @@ def require_constant(advantages: Tensor, segments: Segments, objective: str) -> 
 
 
 def no_clip(ratio: Tensor) -> Tensor:
-    """A clip mask of an objective that has no bound on that side."""
+    """bool [N], all False: the clip mask of an objective that has no bound on that side."""
     return torch.zeros_like(ratio, dtype=torch.bool)
 
 
+# --- one value per sequence: GSPO, GMPO ---
+
+
 def gspo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
     """GSPO, arXiv 2507.18071 eq 5-7: min(s A, clip(s) A), s = exp(1/|y| sum_t (log pi - log pi_old)).
 
-    Gradient where unclipped (eq 10): s A / |y| sum_t grad log pi(y_t). ValueError if A varies within a
-    sequence.
+    Gradient where unclipped (eq 10): s A / |y| sum_t grad log pi(y_t).
+    Raises ValueError if A varies within a sequence.
     """
     require_constant(advantages, segments, "gspo")
     ratio = segments.expand(bounded_exp(segments.mean(logprobs - old_logprobs)))
@@ -85,26 +100,64 @@ def gspo(
 
 
 def gspo_token(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
     """GSPO-token, arXiv 2507.18071 eq 13-14: min(s_t A_t, clip(s_t) A_t), s_t = sg[s] pi(y_t) / sg[pi(y_t)].
 
     Equal to GSPO in value and gradient when A_t is constant in the sequence (eq 17); takes A_t per token.
     """
+    # exp(logprobs - logprobs.detach()) is 1 in value and passes the gradient of each token's own log-prob.
     sequence = segments.mean((logprobs - old_logprobs).detach())
     ratio = segments.expand(bounded_exp(sequence)) * torch.exp(logprobs - logprobs.detach())
     return clipped_surrogate(ratio, advantages, clip_low, clip_high)
 
 
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
+    """GMPO, arXiv 2507.20673: A exp(1/|y| sum_t l_t), a geometric mean of token ratios clipped in log space.
+
+    l_t = min(log r_t, clip_high) if A > 0, else max(log r_t, -clip_low): only the side that binds is clipped.
+    A clipped token loses its own gradient only.
+    Raises ValueError if A varies within a sequence.
+    """
+    require_constant(advantages, segments, "gmpo")
+    log_ratio = logprobs - old_logprobs
+    low, high = (log_ratio < -clip_low) & (advantages < 0), (log_ratio > clip_high) & (advantages > 0)
+    used = log_ratio.masked_fill(low, -clip_low).masked_fill(high, clip_high)
+    ratio = segments.expand(bounded_exp(segments.mean(used)))
+    return Surrogate(-ratio * advantages, ratio.detach(), low, high)
+
+
+# --- token ratios: GRPO and its kin ---
+
+
 def grpo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float, dual_clip: float | None = None,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Surrogate:
     """GRPO, arXiv 2402.03300 and 2507.18071 eq 2-3: min(r_t A_t, clip(r_t) A_t).
 
-    dual_clip c (arXiv 1912.09729): for A_t < 0 the term is max(that, c A_t), so a ratio above c has no
-    gradient; such tokens count as clipped_high.
+    dual_clip c (arXiv 1912.09729): for A_t < 0 the term is max(that, c A_t), so that a ratio above c has no
+    gradient. Such tokens count as clipped_high.
     """
     ratio = bounded_exp(logprobs - old_logprobs)
     plain = clipped_surrogate(ratio, advantages, clip_low, clip_high)
@@ -116,61 +169,63 @@ def grpo(
 
 
 def dapo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
     """DAPO, arXiv 2503.14476: GRPO's term with the upper bound raised, aggregated by `token_mean`."""
     return clipped_surrogate(bounded_exp(logprobs - old_logprobs), advantages, clip_low, clip_high)
 
 
 def dr_grpo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
     """Dr. GRPO, arXiv 2503.20783: GRPO's term with A = R - mean R, aggregated by `constant_length`."""
     return clipped_surrogate(bounded_exp(logprobs - old_logprobs), advantages, clip_low, clip_high)
 
 
 def cispo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
     """CISPO, arXiv 2506.13585: sg[clip(r_t, 1 - clip_low, 1 + clip_high)] A_t log pi(y_t).
 
-    The weight is clipped, never the gradient, whatever the sign of A_t; clipped tokens are counted likewise.
-    The paper switches the lower bound off (clip_low = 1) and tunes the upper; the default caps the weight at
-    5.
+    The weight is clipped, never the gradient, whatever the sign of A_t, and clipped tokens are counted
+    likewise. The paper switches the lower bound off (clip_low = 1) and tunes the upper one. The default caps
+    the weight at 5.
     """
     ratio = bounded_exp((logprobs - old_logprobs).detach())
     weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return Surrogate(-weight * advantages * logprobs, ratio, ratio < 1.0 - clip_low, ratio > 1.0 + clip_high)
 
 
-def gmpo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
-    """GMPO, arXiv 2507.20673: A exp(1/|y| sum_t l_t), l_t = min(log r_t, clip_high) if A > 0, else
-    max(log r_t, -clip_low): the geometric mean of token ratios that are clipped in log space on the side that
-    binds.
-
-    A clipped token loses its own gradient only. ValueError if A varies within a sequence.
-    """
-    require_constant(advantages, segments, "gmpo")
-    log_ratio = logprobs - old_logprobs
-    low, high = (log_ratio < -clip_low) & (advantages < 0), (log_ratio > clip_high) & (advantages > 0)
-    used = log_ratio.masked_fill(low, -clip_low).masked_fill(high, clip_high)
-    ratio = segments.expand(bounded_exp(segments.mean(used)))
-    return Surrogate(-ratio * advantages, ratio.detach(), low, high)
-
-
 def sapo(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    tau_positive: float, tau_negative: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    tau_positive: float,
+    tau_negative: float,
+) -> Surrogate:
     """SAPO, arXiv 2511.20347: f(r_t) A_t, f(r) = 4/tau sigmoid(tau (r - 1)), tau by the sign of A_t.
 
-    f'(r) = sech^2(tau (r - 1) / 2): a soft gate, 1 at r = 1, in place of the clip; nothing counts as clipped.
+    f'(r) = sech^2(tau (r - 1) / 2) is a soft gate in place of the clip, 1 at r = 1; nothing is clipped.
     """
     ratio = bounded_exp(logprobs - old_logprobs)
     tau = torch.full_like(ratio, tau_negative).masked_fill(advantages > 0, tau_positive)
@@ -179,13 +234,18 @@ def sapo(
 
 
 def minirl(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments, *,
-    clip_low: float, clip_high: float,
-) -> Surrogate:  # fmt: skip
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
     """MiniRL, arXiv 2512.01374: M_t sg[r_t] A_t log pi(y_t); M_t = 0 where the clip binds, else 1.
 
-    The truncated weight pi_old / mu of the paper is the correction `token_truncate` (cap 5), passed as
-    weights.
+    The truncated weight pi_old / mu of the paper is the correction `token_truncate` (cap 5), which
+    `Objective.loss` multiplies in.
     """
     ratio = bounded_exp((logprobs - old_logprobs).detach())
     low, high = binding(ratio, advantages, clip_low, clip_high)
@@ -194,7 +254,6 @@ def minirl(
 
 
 def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments) -> Surrogate:
-    """REINFORCE with importance weight: sg[r_t] A_t log pi(y_t); the baseline lives in A (leave_one_out:
-    RLOO)."""
+    """REINFORCE with importance weight: sg[r_t] A_t log pi(y_t). arXiv 2402.14740 with leave_one_out."""
     ratio = bounded_exp((logprobs - old_logprobs).detach())
     return Surrogate(-ratio * advantages * logprobs, ratio, no_clip(ratio), no_clip(ratio))

@@ -22,8 +22,7 @@ from gspo_dist.objectives.specs import check_correction
 
 
 class Correction(NamedTuple):
-    """What the mismatch does to the policy loss of each token. N trained tokens; both tensors are
-    detached."""
+    """What the mismatch does to the policy loss of each token. Both tensors are detached."""
 
     weights: Tensor
     """[N], multiplied into the loss of a token."""
@@ -90,8 +89,7 @@ def correction(
 
 @torch.no_grad()
 def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, segments: Segments) -> dict[str, Stat]:
-    """Sufficient statistics of the mismatch, from [N] log-probs: merge them, then read them with
-    `mismatch_metrics`."""
+    """Sufficient statistics of the mismatch, from [N] log-probs; `mismatch_metrics` reads their merge."""
     segments.check(old_logprobs, "old_logprobs")
     segments.check(rollout_logprobs, "rollout_logprobs")
     # float64: the moments below are differences of nearly equal sums.

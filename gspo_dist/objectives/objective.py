@@ -43,8 +43,10 @@ class ObjectiveResult:
 
 @dataclass(frozen=True)
 class Objective:
-    """A surrogate with what is fixed about it. Raises ValueError for an unknown parameter or a bad KL
-    coefficient."""
+    """A surrogate with what is fixed about it, its parameters and its KL term.
+
+    Raises ValueError for an unknown parameter or estimator, and for a KL coefficient below 0.
+    """
 
     spec: ObjectiveSpec
     """Name, aggregation, advantage estimator, default parameters and kind of clip."""
@@ -175,9 +177,9 @@ def _stats(
     correction: Correction | None,
     offset: float,
 ) -> dict[str, Stat]:
-    """What the loss saw. log_ratio [N] is raw (the offset is not taken out); ratio_* are those that were
-    clipped.
+    """What the loss saw. log_ratio [N] is raw: the offset is not taken out.
 
+    ratio_* are of the ratio that was clipped.
     sequence_* are means over sequences of the mean over their tokens. A rank that holds a part of a sequence
     counts that part, so the sums are exact under any layout.
     """

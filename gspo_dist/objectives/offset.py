@@ -28,14 +28,12 @@ from gspo_dist.objectives.specs import GUARD_ACTIONS, OFFSET_ESTIMATORS
 
 @dataclass(frozen=True)
 class Clip:
-    """The clip of an objective: two distances from ratio 1. Raises ValueError when it leaves no room on a
-    side."""
+    """The clip of an objective: two distances from ratio 1. Raises ValueError when one leaves no room."""
 
     low: float
-    """Lower distance: the bound is 1 - low, or exp(-low) in log space. 1 turns the lower bound of a ratio
-    off."""
+    """Lower distance. The bound is 1 - low, so 1 turns it off; in log space it is exp(-low)."""
     high: float
-    """Upper distance: the bound is 1 + high, or exp(high) in log space."""
+    """Upper distance. The bound is 1 + high; in log space it is exp(high)."""
     log_space: bool = False
     """Whether the distances are taken on the log ratio (gmpo)."""
 
@@ -61,8 +59,7 @@ class Clip:
         return self.high if self.log_space else math.log1p(self.high)
 
     def widths(self, mean_log_ratio: float) -> float:
-        """An offset divided by the distance from ratio 1 to the bound on its side, both as logarithms;
-        signed.
+        """An offset in widths: divided by the distance from ratio 1 to the bound on its side, in logarithms.
 
         -1 means that a sequence of average mismatch sits exactly on the lower bound before any learning.
         Example: -1.5e-3 with low 3e-4 is -4.9993 widths. Raises ValueError when the offset is not finite.
@@ -148,8 +145,7 @@ def _estimate(mean: float, squared_deviations: float, count: int, population: in
 def choose_subset(sequences: int, fraction: float, seed: int) -> list[int]:
     """Sorted indices of a random subset, drawn without replacement and fixed by the seed.
 
-    Its size is round(fraction * sequences), but at least 2 where there are 2: one sequence has no standard
-    error.
+    Its size is round(fraction * sequences), but at least 2 where there are 2: one has no standard error.
     """
     if sequences < 1 or not 0 < fraction <= 1:
         raise ValueError(f"sequences must be >= 1 and fraction in (0, 1]: got {sequences} and {fraction}")
@@ -207,8 +203,7 @@ class GuardConfig:
     """What to do when engine log-probs move the sequence ratio off centre (objectives/offset.py)."""
 
     action: str = "warn"
-    """off | warn | recentre (take the offset out) | recompute (old_logprobs), while the offset is past
-    `threshold`."""
+    """off | warn | recentre (take the offset out) | recompute (old_logprobs), past the threshold."""
     threshold: float = 1.0
     """Size of the offset at the first mini-batch, in clip widths on either side, from which the guard acts.
     It rests again below half of it."""
@@ -262,8 +257,10 @@ class MismatchGuard:
         self.ema = EmaOffset(config.ema_decay)
 
     def observe(self, measured: OffsetEstimate) -> GuardDecision:
-        """The decision on one step's measured offset (estimator ema: on the running mean). Call it once per
-        step."""
+        """The decision on one step's measured offset; with the estimator ema, on the running mean.
+
+        Call it once per step: every call counts as a step.
+        """
         config = self.config
         estimate = self.ema.update(measured) if config.estimator == "ema" else measured
         widths = self.clip.widths(estimate.offset)
@@ -309,14 +306,14 @@ class MismatchGuard:
 
 
 def make_guard(config: GuardConfig, clip: Clip | None) -> MismatchGuard | None:
-    """The guard of an objective with this clip; None when it is off, or has nothing to measure the offset in.
+    """The guard of an objective with this clip; None when it is off or has nothing to measure an offset in.
 
     Raises ValueError when the guard is to act (recentre, recompute) and the objective has no clip.
     """
     if clip is None and config.action in ("recentre", "recompute"):
         raise ValueError(
-            f"objective.guard.action must be off or warn for an objective without a clip, in whose widths the "
-            f"offset is measured: got {config.action}; give the objective clip_low and clip_high, or set "
+            f"objective.guard.action must be off or warn for an objective without a clip, in whose widths "
+            f"the offset is measured: got {config.action}; give the objective clip_low and clip_high, or set "
             f"objective.guard.action=warn"
         )
     return None if clip is None or config.action == "off" else MismatchGuard(config, clip)

@@ -1,5 +1,4 @@
-"""Names, defaults and parameter rules of the objectives, without torch, so that a configuration is checked
-early.
+"""Names, defaults and parameter rules of the objectives. Without torch, so that a config is checked early.
 
 `objective` binds the names here to the functions of `losses`, and `legality` says which of them go together.
 """
@@ -48,24 +47,24 @@ token ratios never binds on it.
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """What is fixed about an objective before any tensor exists. Raises ValueError for an unknown name on an
-    axis."""
+    """What is fixed about an objective before any tensor exists.
+
+    Raises ValueError for an unknown aggregation, advantage estimator or kind of clip.
+    """
 
     name: str
     """What messages and reports call it."""
     aggregation: str
     """Its own: token_mean | sequence_mean | sequence_sum | constant_length (`aggregate`)."""
     advantage: str = "group_std"
-    """The estimator that it was published with: group_std | group_mean | leave_one_out | none
-    (`advantages`)."""
+    """The estimator it was published with: group_std | group_mean | leave_one_out | none."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The parameters of its surrogate and their values."""
     sequence_level: bool = False
     """Whether the ratio that is clipped is the sequence's."""
     clip: str | None = "ratio"
     """How clip_low and clip_high are read, where it has them: "ratio" (bounds 1 - low and 1 + high), "log"
-    (bounds -low and high on the log ratio), or None (no hard clip). The guard measures its offset in this
-    clip."""
+    (bounds -low and high on the log ratio), or None (no hard clip). The guard's offset is measured in it."""
     aggregations: tuple[str, ...] = AGGREGATIONS
     """Those with which the value keeps the meaning of the paper."""
     source: str = ""
@@ -172,8 +171,7 @@ def _number(owner: str, field: str, value: object) -> float:
 
 
 def check_clip(owner: str, clip_low: object, clip_high: object, *, log_space: bool = False) -> None:
-    """Both are positive distances (epsilons) from no change, with clip_low <= clip_high (or clip_low = 1:
-    off).
+    """Both are positive distances (epsilons) from no change, with clip_low <= clip_high unless clip_low is 1.
 
     With a ratio clip the bounds are 1 - clip_low and 1 + clip_high, so clip_low lies in (0, 1]. In log space
     (gmpo) they are exp(-clip_low) and exp(clip_high). Raises ValueError that names the owner and the field.

@@ -14,12 +14,8 @@ import numpy as np
 
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.stat import Stat, merge_stats, results
-from gspo_dist.objectives.diagnostics import (
-    advantage_statistics,
-    degenerate_group_share,
-    length_by_outcome,
-    ratio_quantiles,
-)
+from gspo_dist.objectives.advantages import degenerate_group_share
+from gspo_dist.objectives.diagnostics import advantage_statistics, length_by_outcome, ratio_quantiles
 from gspo_dist.objectives.mismatch import mismatch_metrics
 from gspo_dist.packing import MiniBatch
 from gspo_dist.routing.trace import RoutingTrace, replay_bytes
