@@ -1,5 +1,4 @@
-"""One rank of a real context-parallel group: holds a part of every sequence, prints its share of loss and
-gradient.
+"""One rank of a real context-parallel group: holds a part of every sequence, saves its share of the loss.
 
 Arguments: rank, world size, rendezvous file, input file (torch.save of a dict), output file.
 """
@@ -11,7 +10,6 @@ import sys
 import torch
 import torch.distributed as dist
 
-from gspo_dist.metrics.stat import all_reduce_stats, results
 from gspo_dist.objectives import Denominators, Segments, get_objective
 
 
@@ -29,12 +27,6 @@ class SumOverRanks(torch.autograd.Function):
         return total
 
 
-def over_ranks(x: torch.Tensor, op: str) -> torch.Tensor:
-    y = x.clone()
-    dist.all_reduce(y, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
-    return y
-
-
 def main() -> None:
     rank, world = int(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world)
@@ -49,8 +41,7 @@ def main() -> None:
             lp, data["old"][mine], data["advantages"][mine], segments, denominators, offset=data["offset"]
         )
         result.loss.backward()
-        stats = results(all_reduce_stats(result.stats, over_ranks))
-        out[name] = {"loss": result.loss.detach(), "grad": lp.grad, "stats": stats}
+        out[name] = {"loss": result.loss.detach(), "grad": lp.grad, "stats": result.stats}
     torch.save(out, sys.argv[5])
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Engine against learner: corrections, metrics, the offset estimators and the guard."""
+"""The clip as a unit, the estimators of the offset, and the guard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gspo_dist.objectives import Denominators, Segments, get_objective
-from gspo_dist.objectives.mismatch import correction, mismatch_metrics, mismatch_stats
 from gspo_dist.objectives.offset import (
     Clip,
     EmaOffset,
@@ -19,130 +18,17 @@ from gspo_dist.objectives.offset import (
     OffsetEstimate,
     batch_offset,
     choose_subset,
+    make_guard,
     offset_from_moments,
 )
+from tests.unit.objectives.cases import F64, of_lengths
 
-F64 = torch.float64
 GSPO_CLIP = Clip(3e-4, 4e-4)
 
 
 def gaussian_log_ratio(kl, tokens):
     """Mean and std of log s for independent token log ratios N(-kl, 2 kl)."""
     return -kl, math.sqrt(2.0 * kl / tokens)
-
-
-def subset_offset(learner, rollout, segments, population):
-    return batch_offset(segments.mean(learner - rollout).tolist(), population=population)
-
-
-def three_sequences():
-    """Ratios by hand: sequence 0: 2, .5; sequence 1: 4, 1e-5, 1; sequence 2: 1.1."""
-    ratio = torch.tensor([2.0, 0.5, 4.0, 1e-5, 1.0, 1.1], dtype=F64)
-    rollout = torch.tensor([-0.9, -1.0, -2.0, -0.2, -0.3, -1.0], dtype=F64)
-    adv = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 2.0], dtype=F64)
-    return rollout + ratio.log(), rollout, adv, Segments.from_lengths([2, 3, 1])
-
-
-P1 = 4e-5  # product of sequence 1
-CASES = {
-    "token_truncate": ({}, [2.0, 0.5, 2.0, 1e-5, 1.0, 1.1], [1, 1, 1, 1, 1, 1]),
-    "token_mask": ({"low": 0.5, "high": 3.0}, [2.0, 0.5, 4.0, 1e-5, 1.0, 1.1], [1, 1, 0, 0, 1, 1]),
-    "sequence_truncate": ({"high": 1.05}, [1.0, 1.0, P1, P1, P1, 1.05], [1, 1, 1, 1, 1, 1]),
-    "sequence_mask": ({"low": 1e-3, "high": 1.05}, [1.0, 1.0, P1, P1, P1, 1.1], [1, 1, 0, 0, 0, 0]),
-    "geometric_reject": ({"low": 0.9, "high": 1.05}, [1.0] * 6, [1, 1, 0, 0, 0, 0]),
-    "veto": ({}, [1.0] * 6, [1, 1, 0, 0, 0, 1]),
-    "opsm": ({}, [1.0] * 6, [1, 1, 0, 0, 0, 1]),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_corrections_by_hand(name):
-    old, rollout, adv, segments = three_sequences()
-    if name == "token_mask":  # keep the exact bound .5 away from rounding
-        old = old + 1e-12
-    bounds, weights, keep = CASES[name]
-    got = correction(name, old, rollout, adv, segments, **bounds)
-    torch.testing.assert_close(got.weights, torch.tensor(weights, dtype=F64), rtol=1e-10, atol=0)
-    assert got.keep.tolist() == [bool(k) for k in keep]
-
-
-def test_opsm_needs_a_negative_advantage_and_reads_the_current_policy():
-    old, rollout, adv, segments = three_sequences()
-    assert correction("opsm", old, rollout, adv.abs(), segments).keep.all()
-    assert correction("opsm", rollout, rollout, adv, segments).keep.all()
-    assert correction("opsm", rollout, rollout, adv, segments, logprobs=old).keep.tolist() == [
-        True, True, False, False, False, True,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_mismatch_no_correction(name):
-    _, rollout, adv, segments = three_sequences()
-    got = correction(name, rollout, rollout, adv, segments)
-    assert got.weights.tolist() == [1.0] * 6
-    assert got.keep.all()
-
-
-@pytest.mark.parametrize(
-    ("name", "bounds", "message"),
-    [
-        ("token_truncte", {}, "correction.*did you mean 'token_truncate'"),
-        ("token_truncate", {"low": 0.5}, "token_truncate has no parameter 'low'"),
-        ("none", {"high": 2.0}, "none has no parameter 'high'"),
-        ("token_mask", {"low": 2.0, "high": 3.0}, "token_mask must accept the ratio 1"),
-        ("token_truncate", {"high": 0.5}, "token_truncate must accept the ratio 1"),
-        ("veto", {"low": -1.0}, "veto: low"),
-        ("geometric_reject", {"high": math.inf}, "geometric_reject.high must be a finite number"),
-    ],
-)
-def test_bad_corrections_name_the_field(name, bounds, message):
-    old, rollout, adv, segments = three_sequences()
-    with pytest.raises(ValueError, match=message):
-        correction(name, old, rollout, adv, segments, **bounds)
-    with pytest.raises(ValueError, match="rollout_logprobs"):
-        correction("none", old, rollout[:2], adv, segments)
-
-
-def test_metrics_against_numpy():
-    rng = np.random.default_rng(0)
-    lengths = [4, 9, 1, 30]
-    ids = np.repeat(np.arange(4), lengths)
-    q = -3 * rng.random(44)
-    p = q + 0.5 * rng.normal(size=44)
-    got = mismatch_metrics(mismatch_stats(torch.tensor(p), torch.tensor(q), Segments(torch.tensor(ids), 4)))
-    d = p - q
-    means = np.array([d[ids == i].mean() for i in range(4)])
-    sums = np.array([d[ids == i].sum() for i in range(4)])
-    w = np.exp(d)
-    expected = {
-        "kl": -d.mean(),
-        "k3_kl": (w - d - 1).mean(),
-        "chi2_token": (w**2).mean() - 1,
-        "chi2_sequence": np.exp(2 * sums).mean() - 1,
-        "log_ratio_mean": means.mean(),
-        "log_ratio_std": means.std(),
-        "ppl_ratio": np.exp(-means).mean(),
-        "extreme_fraction": (np.maximum(w, 1 / w) > 2).mean(),
-        "abs_log_ratio_mean": np.abs(d).mean(),
-        "abs_log_ratio_max": np.abs(d).max(),
-        "token_mult_prob_error": np.exp(np.abs(d)).mean(),
-        "abs_prob_difference_mean": np.abs(np.exp(p) - np.exp(q)).mean(),
-        "abs_prob_difference_max": np.abs(np.exp(p) - np.exp(q)).max(),
-        "ess": 1 / ((w / w.mean()) ** 2).mean(),
-        "probability_correlation": np.corrcoef(np.exp(p), np.exp(q))[0, 1],
-    }
-    assert {k.removeprefix("mismatch/") for k in got} == set(expected)
-    for key, value in expected.items():
-        assert got[f"mismatch/{key}"] == pytest.approx(value, rel=1e-10), key
-
-
-def test_equal_logprobs_are_a_perfect_match():
-    q = -torch.rand(20, dtype=F64, generator=torch.Generator().manual_seed(0))
-    got = mismatch_metrics(mismatch_stats(q, q, Segments.from_lengths([5, 15])))
-    one = {"mismatch/ppl_ratio", "mismatch/token_mult_prob_error", "mismatch/ess"}
-    for key, value in got.items():
-        expected = 1.0 if key in one or key.endswith("correlation") else 0.0
-        assert value == pytest.approx(expected, abs=1e-12), key
 
 
 def test_clip_widths():
@@ -159,9 +45,17 @@ def test_clip_widths():
 
 @pytest.mark.parametrize(
     ("kl", "tokens", "share"),
-    [(1.5e-3, 2048, 0.84), (1.5e-3, 8192, 0.98), (5e-4, 2048, 0.61), (5e-4, 8192, 0.72), (2e-4, 2048, 0.41),
-     (2e-4, 8192, 0.33), (5e-5, 2048, 0.13), (5e-5, 8192, 0.01)],
-)  # fmt: skip
+    [
+        (1.5e-3, 2048, 0.84),
+        (1.5e-3, 8192, 0.98),
+        (5e-4, 2048, 0.61),
+        (5e-4, 8192, 0.72),
+        (2e-4, 2048, 0.41),
+        (2e-4, 8192, 0.33),
+        (5e-5, 2048, 0.13),
+        (5e-5, 8192, 0.01),
+    ],
+)
 def test_closed_form_of_the_share_of_clipped_negative_sequences(kl, tokens, share):
     negative, positive = GSPO_CLIP.expected_shares(*gaussian_log_ratio(kl, tokens))
     assert negative == pytest.approx(share, abs=0.005)
@@ -177,7 +71,7 @@ def test_clipped_shares_at_mismatch_kl_follow_the_gaussian_closed_form(kl, token
     log_ratio = torch.randn(sequences * tokens, generator=rng) * math.sqrt(2 * kl) - kl
     rollout = -torch.rand(sequences * tokens, generator=rng)
     sign = 1.0 - 2.0 * (torch.arange(sequences) % 2)
-    segments = Segments.from_lengths([tokens] * sequences)
+    segments = of_lengths(*[tokens] * sequences)
     adv, denominators = segments.expand(sign), Denominators(sequences, sequences * tokens, tokens)
     objective = get_objective("gspo")
     mean, std = gaussian_log_ratio(kl, tokens)
@@ -188,7 +82,7 @@ def test_clipped_shares_at_mismatch_kl_follow_the_gaussian_closed_form(kl, token
         return got, stats
 
     got, stats = shares(0.0)
-    for value, expected in zip(got, GSPO_CLIP.expected_shares(mean, std)):
+    for value, expected in zip(got, GSPO_CLIP.expected_shares(mean, std), strict=True):
         assert abs(value - expected) < 4 * math.sqrt(expected * (1 - expected) / (sequences / 2)) + 1e-3
     measured = stats["objective/sequence_log_ratio_mean"].result()
     assert measured == pytest.approx(-kl, abs=4 * std / math.sqrt(sequences))
@@ -196,7 +90,7 @@ def test_clipped_shares_at_mismatch_kl_follow_the_gaussian_closed_form(kl, token
     assert math.sqrt(square - measured**2) == pytest.approx(std, rel=4 / math.sqrt(2 * sequences))
 
     got, _ = shares(measured)
-    for value, expected in zip(got, GSPO_CLIP.expected_shares(0.0, std)):
+    for value, expected in zip(got, GSPO_CLIP.expected_shares(0.0, std), strict=True):
         assert abs(value - expected) < 4 * math.sqrt(expected * (1 - expected) / (sequences / 2)) + 1e-3
 
 
@@ -231,7 +125,7 @@ def test_offset_from_moments_is_the_batch_estimate():
 def test_subset_offset_is_unbiased_and_its_standard_error_is_honest():
     rng = torch.Generator().manual_seed(2)
     lengths = torch.randint(1, 30, (64,), generator=rng).tolist()
-    segments = Segments.from_lengths(lengths)
+    segments = of_lengths(*lengths)
     rollout = -torch.rand(sum(lengths), generator=rng, dtype=F64)
     learner = rollout - 2e-3 + 0.02 * torch.randn(sum(lengths), generator=rng, dtype=F64)
     truth = segments.mean(learner - rollout).mean().item()
@@ -241,12 +135,12 @@ def test_subset_offset_is_unbiased_and_its_standard_error_is_honest():
         assert len(chosen) == 8
         take = torch.isin(segments.ids, chosen)
         part = Segments(torch.searchsorted(chosen, segments.ids[take]), 8)
-        estimate = subset_offset(learner[take], rollout[take], part, population=64)
+        estimate = batch_offset(part.mean(learner[take] - rollout[take]).tolist(), population=64)
         offsets.append(estimate.offset)
         errors.append(estimate.standard_error)
     assert abs(np.mean(offsets) - truth) < 4 * np.std(offsets) / math.sqrt(1500)
     assert np.mean(np.square(errors)) == pytest.approx(np.var(offsets), rel=0.12)
-    everything = subset_offset(learner, rollout, segments, population=64)
+    everything = batch_offset(segments.mean(learner - rollout).tolist(), population=64)
     assert everything.offset == pytest.approx(truth, rel=1e-12)
     assert everything.standard_error == 0.0
     assert choose_subset(64, 0.125, 3) == choose_subset(64, 0.125, 3) != choose_subset(64, 0.125, 4)
@@ -338,3 +232,74 @@ def test_guard_state_survives_json_and_continues_identically():
 def test_bad_inputs_name_the_field(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_objective_without_a_clip_has_no_guard_and_may_not_ask_it_to_act():
+    assert make_guard(GuardConfig(action="warn"), None) is None
+    assert make_guard(GuardConfig(action="off"), GSPO_CLIP) is None
+    made = make_guard(GuardConfig(action="recompute", threshold=3.0), GSPO_CLIP)
+    assert (made.clip, made.config.action, made.config.threshold) == (GSPO_CLIP, "recompute", 3.0)
+    for action in ("recentre", "recompute"):
+        with pytest.raises(ValueError, match=f"off or warn.*got {action}; give the objective clip_low"):
+            make_guard(GuardConfig(action=action), None)
+
+
+def test_the_guard_acts_from_the_threshold_and_rests_below_half_of_it():
+    width = math.log1p(4e-4)
+    g = guard(action="recompute", threshold=2.0)
+    assert g.config.release == 1.0
+    actions = [g.observe(estimate(w * width)).action for w in (1.99, 2.01, 1.01, 0.99, 1.99)]
+    assert actions == ["none", "recompute", "recompute", "none", "none"]
+
+
+def test_the_guard_acts_on_the_running_mean_when_asked_to():
+    """Decay .5: after 0 and -3e-3 the mean is (.25 * 0 + .5 * -3e-3) / .75 = -2e-3."""
+    g = guard(action="recentre", estimator="ema", ema_decay=0.5)
+    assert g.observe(estimate(0.0)).action == "none"
+    assert g.observe(estimate(-3e-3)).offset == pytest.approx(-2e-3, rel=1e-12)
+
+
+def test_an_offset_within_two_errors_of_zero_is_noise():
+    for error, action in ((0.51e-3, "none"), (0.49e-3, "recentre")):
+        assert guard(action="recentre").observe(estimate(1e-3, error=error)).action == action
+
+
+def test_log_space_bounds_are_distances_of_the_log_ratio():
+    clip = Clip(3.0, 0.5, log_space=True)
+    assert (clip.log_low, clip.log_high) == (-3.0, 0.5)
+    assert Clip(1.0, 1.0).log_low == -math.inf
+    assert clip.expected_shares(0.0, 0.5)[1] == pytest.approx(0.158655253931457, rel=1e-12)  # P(z > 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log_space"),
+    [
+        (0.0, 1.0, False),
+        (1.1, 2.0, False),
+        (0.5, 0.0, False),
+        (0.5, math.inf, False),
+        (math.nan, 1.0, False),
+        (0.0, 1.0, True),
+        (math.inf, 1.0, True),
+        (1.0, 0.0, True),
+    ],
+)
+def test_a_clip_without_room_is_refused(low, high, log_space):
+    with pytest.raises(ValueError, match="clip_low must lie in"):
+        Clip(low, high, log_space=log_space)
+
+
+def test_moments_that_are_no_numbers_are_refused():
+    for moments in ((math.nan, 0.0, 4), (0.0, math.inf, 4), (0.0, 0.0, 0)):
+        with pytest.raises(ValueError, match="moments must be finite"):
+            offset_from_moments(*moments)
+    rounded = offset_from_moments(0.1, 0.1**2 * (1 - 1e-15), 3)  # rounding may not make the variance negative
+    assert rounded.spread == pytest.approx(0.0, abs=1e-8)
+
+
+def test_a_subset_has_its_share_but_at_least_two_of_two():
+    assert len(choose_subset(100, 0.25, 0)) == 25
+    assert len(choose_subset(100, 0.001, 0)) == 2
+    assert choose_subset(1, 0.001, 0) == [0]
+    assert choose_subset(3, 1.0, 7) == [0, 1, 2]
+    assert choose_subset(50, 0.2, 1) == sorted(set(choose_subset(50, 0.2, 1)))

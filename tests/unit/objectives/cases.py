@@ -1,13 +1,40 @@
-"""Ragged random batches, and every objective written a second time as plain Python loops over floats."""
+"""What the tests of the objectives share.
+
+Ragged random batches, every objective written a second time as plain loops over floats, and threads that
+stand for context-parallel ranks.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from gspo_dist.objectives import Denominators, Segments
+
+F64 = torch.float64
+LIMIT = 40
+
+
+def of_lengths(*lengths):
+    """Segments of sequences that lie one after another: 2, 1 gives ids [0, 0, 1]."""
+    counts = torch.tensor(lengths)
+    return Segments(torch.repeat_interleave(torch.arange(len(counts)), counts), len(counts))
+
+
+def run(objective, t, count, **kwargs):
+    denominators = Denominators(count, t.ids.numel(), LIMIT)
+    return objective.loss(t.logprobs, t.old, t.advantages, Segments(t.ids, count), denominators, **kwargs)
+
+
+def same_numbers(a: dict[str, float], b: dict[str, float]) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value == pytest.approx(b[key], rel=1e-10, abs=1e-12, nan_ok=True), key
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ def _sequence_terms(
 ) -> tuple[float, list[float]]:
     """(value of the sequence, d value / d logprob_t)."""
     n = len(lp)
-    logs = [x - y for x, y in zip(lp, old)]
+    logs = [x - y for x, y in zip(lp, old, strict=True)]
     if name in ("gspo", "gspo_token"):
         s = math.exp(sum(logs) / n)
         value = min(s * a, _clip(s, 1 - p["clip_low"], 1 + p["clip_high"]) * a)
@@ -99,7 +126,7 @@ def _sequence_terms(
     assert name == "gmpo"
     kept = [min(x, p["clip_high"]) if a > 0 else max(x, -p["clip_low"]) for x in logs]
     g = math.exp(sum(kept) / n)
-    return g * a, [g * a / n if k == x else 0.0 for k, x in zip(kept, logs)]
+    return g * a, [g * a / n if k == x else 0.0 for k, x in zip(kept, logs, strict=True)]
 
 
 def reference(
@@ -108,7 +135,7 @@ def reference(
     """(loss, gradient per token) of the whole batch by loops."""
     sequences, tokens = len(batch.lp), sum(batch.lengths)
     loss, grads = 0.0, []
-    for lp, old, a in zip(batch.lp, batch.old, batch.adv):
+    for lp, old, a in zip(batch.lp, batch.old, batch.adv, strict=True):
         n = len(lp)
         if name in ("gspo", "gspo_token", "gmpo"):
             assert aggregation == "sequence_mean"
@@ -122,18 +149,57 @@ def reference(
             "sequence_sum": 1 / sequences,
             "constant_length": 1 / (limit * sequences),
         }[aggregation]
-        for x, y in zip(lp, old):
+        for x, y in zip(lp, old, strict=True):
             value, grad = _token_terms(name, x, y, a, params)
             loss -= scale * value
             grads.append(-scale * grad)
     return loss, grads
 
 
-@pytest.fixture
-def ragged():
-    return make_batch
+class Ranks:
+    """Threads as ranks: an all-reduce whose backward is an all-reduce, by a shared list and a barrier."""
 
+    def __init__(self, world: int) -> None:
+        self.world, self.slots = world, [None] * world
+        self.barrier = threading.Barrier(world, timeout=60)
 
-@pytest.fixture
-def by_loops():
-    return reference
+    def sum(self, rank: int, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        self.slots[rank] = x.detach().clone()
+        self.barrier.wait()
+        stacked = torch.stack(self.slots)
+        total = {"sum": stacked.sum(0), "min": stacked.amin(0), "max": stacked.amax(0)}[op]
+        self.barrier.wait()
+        return total
+
+    def differentiable(self, rank: int):
+        group = self
+
+        class Reduce(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return group.sum(rank, x)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return group.sum(rank, grad)
+
+        return Reduce.apply
+
+    def run(self, work) -> list:
+        out, errors = [None] * self.world, []
+
+        def body(rank):
+            try:
+                out[rank] = work(rank)
+            except BaseException as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        if errors:
+            raise errors[0]
+        return out
