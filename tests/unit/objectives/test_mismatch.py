@@ -47,6 +47,25 @@ def test_corrections_by_hand(name):
     assert got.keep.tolist() == [bool(k) for k in keep]
 
 
+def test_no_correction_is_none_but_its_inputs_are_checked():
+    old, rollout, adv, segments = three_sequences()
+    assert correction("none", old, rollout, adv, segments) is None
+
+
+def test_a_veto_of_zero_drops_nothing():
+    old, rollout, adv, segments = three_sequences()
+    assert correction("veto", old, rollout, adv, segments, low=0.0).keep.all()
+
+
+def test_a_correction_carries_no_gradient():
+    old, rollout, adv, segments = three_sequences()
+    old.requires_grad_()
+    for name, (bounds, _, _) in CASES.items():
+        got = correction(name, old, rollout, adv, segments, **bounds)
+        assert not got.weights.requires_grad
+        assert not got.keep.requires_grad
+
+
 def test_opsm_needs_a_negative_advantage_and_reads_the_current_policy():
     old, rollout, adv, segments = three_sequences()
     assert correction("opsm", old, rollout, adv.abs(), segments).keep.all()
