@@ -20,7 +20,8 @@ from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.types import LogprobOutput, PackedBatch
-from gspo_dist.weights.stream import buckets, hf_named_weights
+from gspo_dist.weights.names import hf_named_weights
+from gspo_dist.weights.stream import buckets
 
 
 def scatter_output(

@@ -1,1 +1,1 @@
-"""Rollout engines: what samples completions and says how likely they were."""
+"""Rollout engines: they sample completions, say how likely they were, and take new weights."""

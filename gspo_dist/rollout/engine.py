@@ -1,4 +1,13 @@
-"""The rollout engine's protocol: sample, score, and take new weights. One engine is one process (or one GPU group)."""
+"""The rollout engine's protocol: sample, say log-probs, take new weights. One engine is one process or one
+group of GPUs.
+
+The life of an engine:
+
+    init_weight_sync                                       once
+    start_weight_update, update_weights ..., finish_weight_update   for every publication
+    generate, logprobs_of                                  between publications, never during one
+    sleep, wake_up                                         where learner and engine share GPUs
+"""
 
 from __future__ import annotations
 
@@ -13,67 +22,160 @@ from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 @dataclass(frozen=True)
 class SyncReceipt:
-    """What an engine says after a weight update: its version and the checksum of every tensor as it arrived."""
+    """What an engine says after a weight update."""
 
     policy_version: int
+    """The version that it now samples under."""
     checksums: Mapping[str, int]
+    """Checksum of every tensor as it arrived, by name. Empty when checks are off."""
     tensors: int
+    """Number of tensors that arrived."""
     bytes: int
+    """Bytes that arrived."""
     seconds_checking: float
+    """Seconds that the checks took."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Facts about an engine for checks and reports."""
+    """Facts about an engine, for checks and reports."""
 
     name: str
+    """Its name in messages, such as engine-0."""
     device: str
+    """cpu or cuda."""
     max_model_len: int
+    """Tokens of prompt and completion that fit."""
     vocab_size: int
+    """Token ids are below this."""
     num_experts: int
+    """Routed experts per layer; 0 for a dense model."""
     moe_layers: int
+    """Layers with routed experts."""
     top_k: int
+    """Experts per token."""
     can_record_routing: bool
+    """Whether it was started to return routed experts."""
     workers: int
+    """GPUs that it spans. Each takes part in an nccl weight sync."""
 
 
 class RolloutEngine(Protocol):
     """Samples groups of completions under one version of the weights."""
 
     policy_version: int
+    """Completed optimiser steps of the weights that it samples under."""
 
-    def info(self) -> EngineInfo: ...
+    def info(self) -> EngineInfo:
+        """Facts about the engine. The same at every call."""
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        """`spec.n` completions for each prompt, in order. `request_ids` (one a prompt) and `spec.seed` fix the random
-        stream of every completion, whichever engine runs it. Raises ValueError for a prompt over the context."""
+        """`spec.n` completions of each prompt, in order: answer[i][j] is completion j of prompt i.
+
+        `request_ids` (one per prompt) and `spec.seed` fix the random numbers of every completion, whichever
+        engine runs it and in whatever company. The same call twice gives the same completions, unless
+        `spec.seed` is None.
+
+        ValueError: a prompt that is empty or too long, a number of request ids other than that of
+        prompts, or routes from an engine that was not started to record them. WeightSyncError: in the
+        middle of a weight update.
+        """
         ...
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log-probs [len - 1] float32 of every token after the first, under the engine's weights and sampling
-        temperature: the probe of a weight sync. Sequences of 2 to max_model_len - 1 tokens."""
+        """Log-probs [len - 1] float32 of every token after the first, in nats, at the
+        engine's sampling temperature.
+
+        They are what the weights say now, computed afresh: the probe of a weight sync. It changes nothing and
+        may be called again. ValueError: a sequence of fewer than 2 or more than max_model_len - 1 tokens.
+        WeightSyncError: in the middle of a weight update.
+        """
         ...
 
-    def init_weight_sync(self, init_info: Mapping[str, Any]) -> None: ...
+    def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
+        """Meets the learner. Called once, with what `Transport.init_info` gave for this engine, before
+        the first update.
 
-    def start_weight_update(self) -> None: ...
+        Raises what the transport raises; the engine can then take no weights.
+        """
+        ...
+
+    def start_weight_update(self) -> None:
+        """Opens a publication. WeightSyncError: one is open already, or an earlier one broke off."""
+        ...
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        """Takes one bucket (the info says where it lies) and loads it."""
+        """Takes one bucket (the info says where it lies) and loads it. Called once for every
+        bucket, in order.
+
+        WeightSyncError: no publication is open, a tensor came twice, or the model has no place for one.
+        ValueError: the bucket is not there or is torn. After an error the engine holds half an update and
+        refuses to work.
+        """
         ...
 
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
-        """Makes the new weights effective, drops caches of the old ones, and reports what arrived."""
+        """Closes the publication: the new weights count, caches of the old ones are dropped, what
+        arrived is reported.
+
+        WeightSyncError: no publication is open, it broke off, or tensors that the model needs did not arrive.
+        """
         ...
 
     def sleep(self) -> None:
-        """Frees device memory while the learner works (colocated)."""
+        """Frees device memory while the learner works (colocated). Sleeping twice is allowed.
+
+        ValueError: the engine was not started for it.
+        """
         ...
 
     def wake_up(self, weights_only: bool = False) -> None:
-        """Takes its memory back, all that still sleeps of it, or the weights alone: then it can be updated, not used."""
+        """Takes back the memory that still sleeps. Waking twice is allowed.
+
+        weights_only: takes back the memory of the weights, and leaves the cache asleep. The engine can then
+        be updated, but it cannot sample. ValueError: the engine was not started for it.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the engine. Nothing else may be called afterwards."""
+        ...
+
+
+def check_request(
+    info: EngineInfo, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
+) -> None:
+    """Raises ValueError for a request that the engine cannot serve (see `RolloutEngine.generate`)."""
+    if len(request_ids) != len(prompts):
+        raise ValueError(
+            f"generate needs one request id per prompt: got {len(request_ids)} for {len(prompts)}"
+        )
+    if spec.record_routing and not info.can_record_routing:
+        raise ValueError(
+            f"{info.name} was not started to record routing, but the sampling spec asks for it: "
+            "set objective.routing_replay=r3 before the engines start"
+        )
+    for prompt in prompts:
+        if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > info.max_model_len:
+            raise ValueError(
+                f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
+                f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
+                f"{info.max_model_len}; raise rollout.max_prompt_tokens or leave the prompt out"
+            )
+
+
+def check_sequences(info: EngineInfo, sequences: Sequence[np.ndarray]) -> None:
+    """Raises ValueError for a sequence that has no log-probs or is too long (see
+    `RolloutEngine.logprobs_of`).
+
+    The limit is one token below the context, because vLLM gives log-probs of a prompt only while it samples
+    one token after it.
+    """
+    for i, ids in enumerate(sequences):
+        if not 2 <= len(ids) < info.max_model_len:
+            raise ValueError(
+                f"sequence {i} must have 2 to {info.max_model_len - 1} tokens for log-probs: got {len(ids)}"
+            )

@@ -1,62 +1,107 @@
-"""The rollout pool's protocol as the trainer sees it, the balancing of prompts, and the pool of one local engine."""
+"""The rollout pool's protocol as the trainer sees it, the balancing of prompts, and the pool of
+one local engine.
+"""
 
 from __future__ import annotations
 
-import heapq
+import resource
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from gspo_dist.partition import longest_first
 from gspo_dist.rollout.engine import EngineInfo, RolloutEngine, SyncReceipt
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 
 class RolloutPool(Protocol):
-    """Engines as one."""
+    """All engines as one. A verb reaches every engine and returns when all have answered.
+
+    Every verb raises what an engine raises, with the engine's name. Where engines are processes, it also
+    raises when one has died or does not answer in time.
+    """
 
     @property
-    def engines(self) -> Mapping[str, Any]: ...
+    def engines(self) -> Mapping[str, Any]:
+        """Name -> what a learner delivers weights to: an engine, or its Ray actor."""
+        ...
 
-    def start(self) -> EngineInfo: ...
+    def start(self) -> EngineInfo:
+        """Waits until every engine is up and returns the facts of the first; the others are
+        alike. Called once.
+        """
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
-    ) -> list[list[Completion]]: ...
+    ) -> list[list[Completion]]:
+        """`RolloutEngine.generate` with the prompts spread over the engines by `balance`; answers
+        in their order.
+        """
+        ...
 
-    def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]: ...
+    def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
+        """Engine name -> log-probs of the same sequences, because each holds weights of its own.
+        May be repeated.
 
-    def start_weight_update(self, timeout: float) -> None: ...
+        timeout: seconds to wait for the slowest engine.
+        """
+        ...
 
-    def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]: ...
+    def start_weight_update(self, timeout: float) -> None:
+        """Opens a publication on every engine. WeightSyncError: one is open already."""
+        ...
 
-    def sleep(self) -> None: ...
+    def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
+        """Closes the publication; engine name -> what arrived there. WeightSyncError: none is open, or
+        it broke off.
+        """
+        ...
 
-    def wake_up(self, weights_only: bool = False) -> None: ...
+    def sleep(self) -> None:
+        """Frees the engines' device memory. Sleeping twice is allowed. ValueError: they were not
+        started for it.
+        """
+        ...
 
-    def peak_memory(self) -> dict[str, dict[str, int]]: ...
+    def wake_up(self, weights_only: bool = False) -> None:
+        """Takes back the memory that still sleeps, or that of the weights alone. Waking twice is allowed.
 
-    def close(self) -> None: ...
+        ValueError: the engines were not started for it.
+        """
+        ...
+
+    def peak_memory(self) -> dict[str, dict[str, int]]:
+        """Process -> {"host": bytes, and on GPUs "device": bytes}: the most that it has held so far."""
+        ...
+
+    def close(self) -> None:
+        """Ends every engine. A second call does nothing that the first did not."""
+        ...
 
 
 def balance(prompt_lengths: Sequence[int], engines: int, spec: SamplingSpec) -> list[list[int]]:
-    """rows[engine] = prompts it samples: the heaviest first to the least loaded, ties to the first.
+    """rows[engine] = the prompts that it samples, in their order: the heaviest first, each to
+    the least loaded.
 
-    The work of a prompt is its prefill once and `n` completions of unknown length, taken at the limit: with equal
-    prompts every engine gets as many groups. Depends on lengths alone, so that a run can be repeated exactly.
+    The work of a prompt is its prefill, once, and `n` completions of unknown length, each taken at the
+    limit. So with equal prompts every engine gets as many groups. It depends on lengths alone, so a run can
+    be repeated exactly.
+
+    Example: lengths [10, 40, 20] with n=1 and max_tokens=100 on two engines are works of 110, 140 and 120.
+    Engine 0 gets the prompt of 140, engine 1 those of 120 and 110: [[1], [0, 2]].
     """
     work = [length + spec.n * spec.max_tokens for length in prompt_lengths]
-    heap = [(0, e) for e in range(engines)]
-    rows: list[list[int]] = [[] for _ in range(engines)]
-    for i in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        load, e = heapq.heappop(heap)
-        rows[e].append(i)
-        heapq.heappush(heap, (load + work[i], e))
-    return [sorted(r) for r in rows]
+    rows = longest_first(work, engines)
+    assert rows is not None  # only a capacity can make it None
+    return [sorted(row) for row in rows]
 
 
 class LocalRolloutPool:
-    """One engine in this process."""
+    """Implements `RolloutPool` with one engine in this process; a call cannot be ended, so
+    timeouts do nothing.
+    """
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
@@ -89,8 +134,7 @@ class LocalRolloutPool:
         self.engine.wake_up(weights_only)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
-        import resource
-
+        # Linux counts the peak in KiB.
         return {"process": {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}}
 
     def close(self) -> None:

@@ -1,14 +1,15 @@
 """The reference engine: an HF model in float32 on the CPU, which recomputes every prefix for every token.
 
-It is for tests and small models, where it lets the whole loop run under pytest without vLLM. It loads the whole
-model in float32 (a model of 30B parameters would take 122 GB) and its time grows with the square of the length,
-so it is no engine for a real run, and a dry run does not start it. Like a real engine it takes weight syncs
-through shared memory, returns the log-probs of the distribution that it samples from, and records routes.
+It is for tests and small models, where it lets the whole loop run under pytest without vLLM. It loads the
+whole model in float32, so a model of 30B parameters would take 122 GB, and its time grows with the square
+of the length. It is no engine for a real run, and a dry run does not start it. Like a real engine it
+takes weight syncs through shared memory, returns the log-probs of the distribution that it samples from,
+and records routes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,24 +17,35 @@ import numpy as np
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
+from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
 from gspo_dist.rollout.seeds import request_key, sample_keys, uniforms
+from gspo_dist.routing.huggingface import GATES
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import host_checksum
+from gspo_dist.weights.folder import ModelFolder
+from gspo_dist.weights.names import FileNames, stored_tensors
 from gspo_dist.weights.shm import map_bucket
-from gspo_dist.weights.stream import NamedTensor, hf_named_weights
+from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.verify import WeightSyncError
 
 
 class Policy(Protocol):
-    """What the reference engine samples from."""
+    """What the reference engine samples from. n rows, T tokens, V vocabulary, L MoE layers, K
+    experts per token.
+    """
 
     vocab_size: int
+    """V."""
     num_experts: int
+    """Routed experts per layer; 0 for a dense model."""
     moe_layers: int
+    """L."""
     top_k: int
+    """K."""
     eos_ids: frozenset[int]
+    """Tokens that end a completion."""
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """Next-token logits [n, V] after rows [n, T] of token ids, all of one length."""
@@ -47,30 +59,45 @@ class Policy(Protocol):
         """Expert ids [T, L, K] of one row [T]."""
         ...
 
-    def load(self, weights: Sequence[NamedTensor]) -> None: ...
+    def check_bucket(self, layout: BucketLayout, engine: str) -> None:
+        """WeightSyncError, with the engine's name: a tensor of the bucket has no place."""
+        ...
 
-    def text(self, token_ids: np.ndarray) -> str: ...
+    def load(self, weights: Sequence[NamedTensor]) -> None:
+        """Copies the tensors to their places."""
+        ...
+
+    def check_whole(self, arrived: Iterable[str], engine: str) -> None:
+        """WeightSyncError, with the engine's name: a tensor that the policy needs is not among
+        the arrived names.
+        """
+        ...
+
+    def text(self, token_ids: np.ndarray) -> str:
+        """The tokens as text, special tokens left out."""
+        ...
 
 
 class HFPolicy:
-    """An HF causal LM in float32, recomputed from scratch for every token (tiny models only)."""
+    """An HF causal LM in float32. ValueError: a weight file of the folder is torn or missing."""
 
     def __init__(self, folder: str | Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        self.folder = ModelFolder(folder)
         self.hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.places = dict(hf_named_weights(self.hf))
+        self.places = places(self.hf)
         config = self.hf.config
         eos = config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         tokenizer_eos = self.tokenizer.eos_token_id
         self.eos_ids = frozenset(eos + ([] if tokenizer_eos is None else [tokenizer_eos]))
         self.vocab_size = int(config.vocab_size)
-        self.routers = [m for m in self.hf.modules() if type(m).__name__.endswith("TopKRouter")]
+        self.routers = [m for m in self.hf.modules() if type(m).__name__ in GATES]
         self.moe_layers = len(self.routers)
-        self.num_experts = int(getattr(config, "num_experts", 0) or 0) if self.routers else 0
-        self.top_k = int(getattr(config, "num_experts_per_tok", 0) or 0) if self.routers else 0
+        self.num_experts = int(self.routers[0].num_experts) if self.routers else 0
+        self.top_k = int(self.routers[0].top_k) if self.routers else 0
 
     @torch.no_grad()
     def logits(self, rows: np.ndarray) -> np.ndarray:
@@ -82,6 +109,7 @@ class HFPolicy:
 
     def routes(self, row: np.ndarray) -> np.ndarray:
         chosen: list[torch.Tensor] = []
+        # A router of transformers returns (logits, weights, ids).
         hooks = [r.register_forward_hook(lambda m, args, out: chosen.append(out[2])) for r in self.routers]
         try:
             self.all_logits(row)
@@ -90,26 +118,60 @@ class HFPolicy:
                 hook.remove()
         return torch.stack(chosen, dim=1).numpy()
 
+    def check_bucket(self, layout: BucketLayout, engine: str) -> None:
+        self.folder.check_shapes(dict(zip(layout.names, layout.shapes, strict=True)), engine)
+
     @torch.no_grad()
     def load(self, weights: Sequence[NamedTensor]) -> None:
         for name, tensor in weights:
-            if name not in self.places:
-                raise WeightSyncError(f"the model has no weight {name}")
-            self.places[name].copy_(tensor)
+            stored, index = self.places[name]
+            stored.view(-1)[index] = tensor.to(stored.dtype)
+
+    def check_whole(self, arrived: Iterable[str], engine: str) -> None:
+        self.folder.check_whole(arrived, engine)
 
     def text(self, token_ids: np.ndarray) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
+def places(hf: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Name in the folder -> the tensor in memory, and where its elements lie there (indices into it, flat).
+
+    transformers knows the way from memory to the folder for whole tensors. Sent along it, the numbers 0, 1,
+    2, ... say where every element came from. Example: of a fused gate_up_proj [2, 4, 3] the tensor
+    experts.1.up_proj.weight [2, 3] is at the indices [[18, 19, 20], [21, 22, 23]].
+    """
+    names, found = FileNames(hf), {}
+    tensors = dict(stored_tensors(hf))
+    for group in names.groups():
+        if len(group) > 1:
+            raise ValueError(
+                f"the reference engine cannot update {group[0]}, which the folder joins with {group[1]}: "
+                "use rollout=vllm"
+            )
+        stored = tensors[group[0]]
+        numbers = torch.arange(stored.numel()).view(stored.shape)
+        for name, index in names.split(group[0], numbers):
+            found[name] = (stored, index)
+    return found
+
+
 def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """[..., V] float64 log-probs after the temperature (0 counts as 1: greedy log-probs are untempered)."""
+    """Logits [..., V] -> log-probs [..., V] float64 after the temperature.
+
+    A temperature of 0 (greedy) counts as 1, so that greedy log-probs are the model's own.
+    """
     x = logits.astype(np.float64) / (temperature or 1.0)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def truncate(logprobs: np.ndarray, top_p: float) -> np.ndarray:
-    """Nucleus: keeps the most likely tokens [n, V] until their mass reaches top_p, renormalised."""
+    """Nucleus: keeps the most likely tokens of each row [n, V] until their mass reaches
+    top_p, and renormalises.
+
+    Example: probabilities 0.5, 0.3, 0.15, 0.05 with top_p = 0.7 keep the first two, as 0.625 and 0.375.
+    """
     if top_p >= 1.0:
         return logprobs
     order = np.argsort(-logprobs, axis=-1, kind="stable")
@@ -145,19 +207,19 @@ class ReferenceEngine:
         self.policy = policy
         self.policy_version = 0
         self.check = True
-        self.checksums: dict[str, int] | None = None
-        self.bytes = self.tensors = 0
+        self.arrived: dict[str, int] | None = None
+        """Name -> checksum (0 when checks are off) of the publication that is open; None when none is."""
+        self.bytes = 0
 
     def info(self) -> EngineInfo:
-        p = self.policy
         return EngineInfo(
             name=self.name,
             device="cpu",
             max_model_len=self.config.max_model_len,
-            vocab_size=p.vocab_size,
-            num_experts=p.num_experts,
-            moe_layers=p.moe_layers,
-            top_k=p.top_k,
+            vocab_size=self.policy.vocab_size,
+            num_experts=self.policy.num_experts,
+            moe_layers=self.policy.moe_layers,
+            top_k=self.policy.top_k,
             can_record_routing=self.record_routing,
             workers=1,
         )
@@ -166,29 +228,15 @@ class ReferenceEngine:
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
         self._require_idle()
-        if len(request_ids) != len(prompts):
-            raise ValueError(
-                f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}"
-            )
-        if spec.record_routing and not self.record_routing:
-            raise ValueError(
-                f"{self.name} was not started to record routing, but the sampling spec asks for it"
-            )
-        for prompt in prompts:
-            if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > self.config.max_model_len:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
-                    f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
-                    f"{self.config.max_model_len}"
-                )
+        check_request(self.info(), prompts, spec, request_ids)
         return [
             self._sample(prompt, spec, request_key(spec.seed, request_id))
             for prompt, request_id in zip(prompts, request_ids, strict=True)
         ]
 
     def _sample(self, prompt: Prompt, spec: SamplingSpec, key: int) -> list[Completion]:
-        """A group side by side: rows [n, T] have one length, since finished ones are sampled on and cut
-        later.
+        """One group side by side. Finished rows are sampled on and cut later, so that all rows
+        have one length.
         """
         stop = self.policy.eos_ids | set(spec.stop_token_ids)
         keys = sample_keys(key, np.arange(spec.n))
@@ -201,6 +249,8 @@ class ReferenceEngine:
             if spec.temperature == 0.0:
                 token = table.argmax(axis=-1)
             else:
+                # Inverse transform sampling. The target is scaled by the last sum, which is 1 only
+                # up to rounding.
                 cumulative = np.exp(table).cumsum(axis=-1)
                 target = uniforms(keys, np.full(spec.n, t))[:, None] * cumulative[:, -1:]
                 token = np.minimum((cumulative <= target).sum(axis=-1), self.policy.vocab_size - 1)
@@ -222,9 +272,11 @@ class ReferenceEngine:
     def _completion(
         self, prompt: Prompt, row: np.ndarray, logprobs: np.ndarray, ended: bool, spec: SamplingSpec
     ) -> Completion:
+        """row [P + N] prompt and completion, logprobs [N] -> the record."""
         ids, n = row[len(prompt.token_ids) :], len(logprobs)
         trace = None
         if spec.record_routing:
+            # The last token is sampled and never fed back, so it has no route, as in vLLM.
             experts = self.policy.routes(row[:-1]).astype(id_dtype(self.policy.num_experts))
             trace = RoutingTrace.from_engine(experts, len(row), self.policy.num_experts)
         return Completion(
@@ -239,15 +291,16 @@ class ReferenceEngine:
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._require_idle()
-        scored = []
+        check_sequences(self.info(), sequences)
+        found = []
         for ids in sequences:
             ids = np.asarray(ids, dtype=np.int64)
             table = log_softmax(self.policy.all_logits(ids)[:-1], self.config.temperature)
-            scored.append(np.take_along_axis(table, ids[1:, None], axis=-1)[:, 0].astype(np.float32))
-        return scored
+            found.append(np.take_along_axis(table, ids[1:, None], axis=-1)[:, 0].astype(np.float32))
+        return found
 
     def _require_idle(self) -> None:
-        if self.checksums is not None:
+        if self.arrived is not None:
             raise WeightSyncError(
                 f"{self.name} is in the middle of a weight update: call finish_weight_update first"
             )
@@ -257,26 +310,29 @@ class ReferenceEngine:
 
     def start_weight_update(self) -> None:
         self._require_idle()
-        self.checksums, self.bytes, self.tensors = {}, 0, 0
+        self.arrived, self.bytes = {}, 0
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        if self.checksums is None:
+        if self.arrived is None:
             raise WeightSyncError(
                 f"{self.name} got a weight bucket outside an update: call start_weight_update first"
             )
         tensors = map_bucket(update_info)
-        if self.check:
-            self.checksums.update({name: host_checksum(tensor) for name, tensor in tensors})
-        self.bytes += sum(t.nbytes for _, t in tensors)
-        self.tensors += len(tensors)
+        self.policy.check_bucket(BucketLayout.from_dict(update_info["layout"]), self.name)
+        for name, tensor in tensors:
+            if name in self.arrived:
+                raise WeightSyncError(f"{self.name} got {name} twice in one update")
+            self.arrived[name] = host_checksum(tensor) if self.check else 0
+            self.bytes += tensor.nbytes
         self.policy.load(tensors)
 
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
-        if self.checksums is None:
+        if self.arrived is None:
             raise WeightSyncError(f"{self.name} has no weight update to finish")
-        arrived, self.checksums = self.checksums, None
+        self.policy.check_whole(self.arrived, self.name)
+        arrived, self.arrived = self.arrived, None
         self.policy_version = policy_version
-        return SyncReceipt(policy_version, arrived, self.tensors, self.bytes, 0.0)
+        return SyncReceipt(policy_version, arrived if self.check else {}, len(arrived), self.bytes, 0.0)
 
     def sleep(self) -> None:
         raise ValueError(f"{self.name} cannot sleep: it holds no device memory")

@@ -1,9 +1,9 @@
-"""Random numbers by counter: the uniform of a token depends on (seed, request, sample, position) and nothing
-else.
+"""Random numbers by counter: the uniform of a token depends on (seed, request, sample, position) and
+on nothing else.
 
-So a completion is the same whichever engine runs it, in whatever batch, before or after a preemption, and no
-generator has a state to save. The mixer is splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014),
-vectorised.
+So a completion is the same whichever engine runs it, in whatever batch, before or after a
+preemption, and no generator has a state to save. The mixer is splitmix64's finaliser (Steele, Lea,
+Flood, OOPSLA 2014), vectorised.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ import secrets
 
 import numpy as np
 
+# splitmix64's constants: the increment of its state, the two multipliers, the shifts.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+_S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
+# A float64 has 53 bits of fraction, so the lowest 11 of 64 are dropped.
+_S11 = np.uint64(11)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser of uint64 words: a bijection with full avalanche."""
+    """splitmix64's finaliser of uint64 words [N]: a bijection in which every input bit moves half
+    of the output's.
+    """
     x = (x ^ (x >> _S30)) * _M1
     x = (x ^ (x >> _S27)) * _M2
     return x ^ (x >> _S31)
 
 
 def request_key(seed: int | None, request_id: int) -> int:
-    """The 64-bit key of a request; without a seed, one that nobody can repeat."""
+    """The 64-bit key of a request. Without a seed it is one that nobody can repeat."""
     if seed is None:
         return secrets.randbits(64)
     words = np.array([seed & (2**64 - 1), request_id & (2**64 - 1)], dtype=np.uint64)
@@ -33,13 +38,15 @@ def request_key(seed: int | None, request_id: int) -> int:
 
 
 def sample_keys(key: int, samples: np.ndarray) -> np.ndarray:
-    """Keys [N] uint64 of the samples (0..n-1) of one request."""
+    """Keys [N] uint64 of the samples [N] (0, 1, ..., n - 1) of one request."""
     return mix(np.array([key], dtype=np.uint64) + (samples.astype(np.uint64) + np.uint64(1)) * _GAMMA)
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Uniforms [N] float64 in [0, 1) for tokens `positions` [N] of the samples `keys` [N]; 53 random bits
-    each.
+    """Uniforms [N] float64 in [0, 1), 53 random bits each.
+
+    keys [N] uint64 are those of the samples, positions [N] the index of each sample's token
+    in its completion.
     """
     words = mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
     return (words >> _S11).astype(np.float64) * 2.0**-53

@@ -1,1 +1,32 @@
-"""Weight sync: learner to engines, streamed in buckets, versioned and checked."""
+"""Weight sync: the learner's weights reach every engine in buckets, under a version, and what
+arrived is checked.
+
+The map of one publication. `trainer.publisher` drives it; the numbers give the order.
+
+    learner (its exporter rank)                              every engine
+    ---------------------------                              ------------
+    0. Transport.init_info, connect  <------- once ------->  init_weight_sync
+                                                         1.  start_weight_update
+    2. Learner.weights               (stream, names)
+    3. Transport.stage               (bucket, checksum)
+    4. Transport.send                ---- the bytes ---->
+    5. deliver(update_info)          ---- where they are ->  update_weights
+    6. Transport.release             <---- all answered ---
+                                                         7.  finish_weight_update(version) -> SyncReceipt
+    8. verify_receipt                (verify)
+    9. check_probe, when it is due   (verify)
+
+Steps 2 to 6 repeat for every bucket (`send.send_weights`). While the engines load one bucket, the learner
+gathers and stages the next, so at most two buckets are alive.
+
+Which file has which verb:
+
+- `names`: parameters of an HF model in memory -> the names and tensors of its model folder.
+- `folder`: what a model folder holds, read from the heads of its safetensors files.
+- `stream`: tensors -> buckets.
+- `bucket`: named tensors laid end to end in one flat buffer. `checksum`: one number per tensor.
+- `transport`: the protocol of the sender's side. `shm` and `nccl` implement it.
+- `send`: the loop over buckets. `verify`: the verdicts. `export`: the same stream as an HF folder, read back.
+- The engine's side is in `rollout.vllm.receivers` and `rollout.reference`. How the engines are reached is in
+  `learners.group` (one process) and `actors.learner_group` (Ray).
+"""

@@ -1,52 +1,160 @@
-"""A stream of HF-named weights as an HF folder: safetensors shards, their index, and the source's config and tokenizer."""
+"""A learner's weights as an HF folder, read back and compared before anybody can use it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from gspo_dist.weights.checksum import host_checksum
+from gspo_dist.weights.folder import ModelFolder, read_folder
 from gspo_dist.weights.stream import NamedTensor, buckets
+from gspo_dist.weights.verify import WeightSyncError, check_probe
 
 SHARD_BYTES = 4 << 30
+"""Bytes of a weight file, the largest that is held in memory at once."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt")
 
+log = logging.getLogger(__name__)
 
-def write_hf_folder(
-    weights: Iterable[NamedTensor],
-    source: Path,
-    target: Path,
-    dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> int:
-    """Writes `target`, one shard in memory at a time; returns the number of tensors. The folder appears whole.
 
-    source: the model folder whose config and tokenizer files are copied. dtype: of the written tensors (null: as
-    streamed). Raises ValueError when `target` exists and is not empty.
+def write_hf_folder(weights: Iterable[NamedTensor], source: Path, target: Path) -> int:
+    """Writes `target` from a learner's stream; returns the number of tensors that the learner brought.
+
+    source: the folder that the run started from. Its config and tokenizer are copied, and the weights must be
+    exactly its tensors by name and shape. Tensors of it that transformers does not load are copied unchanged,
+    which is logged. A tied head that the source holds beside the embedding is written again beside it.
+
+    The folder is written beside `target`, read back, compared with what was streamed (names, dtypes,
+    shapes, checksums), and only then appears, whole. ValueError: `target` is not empty, or there is no
+    room. WeightSyncError: a tensor is missing, has no place in the source, or reads back otherwise. Nothing
+    is left behind then.
     """
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"the folder to export to must be new or empty: {target} is not")
+    folder = ModelFolder(source)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    skip = shutil.ignore_patterns(*WEIGHT_FILES)
-    shutil.copytree(source, partial, ignore=skip)
+    try:
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+        sent = _write_shards(weights, folder, partial)
+        verify_folder(partial, sent)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return len(sent) - len(set(sent) - folder.streamed)
+
+
+def _write_shards(weights: Iterable[NamedTensor], folder: ModelFolder, target: Path) -> dict[str, int]:
+    """Writes the stream and what the source adds to it; returns the checksum of every tensor written."""
+    sent: dict[str, int] = {}
     index: dict[str, str] = {}
     total = 0
-    for number, shard in enumerate(buckets(weights, shard_bytes), start=1):
-        name = f"model-{number:05d}.safetensors"
-        # contiguous clones: streamed tensors may be views of one fused parameter, which safetensors refuses
-        tensors = {key: t.to(dtype or t.dtype).detach().cpu().contiguous().clone() for key, t in shard}
-        save_file(tensors, partial / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
-        total += sum(t.nbytes for t in tensors.values())
+
+    def write(tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal total
+        nbytes = sum(t.nbytes for t in tensors.values())
+        free = shutil.disk_usage(target).free
+        if free < nbytes:
+            raise ValueError(
+                f"no room for the export: the next file needs {nbytes / 2**20:.0f} MiB, and {target.parent} "
+                f"has {free / 2**20:.0f} MiB free; make room or export to another disk"
+            )
+        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+        sent.update({key: host_checksum(t) for key, t in tensors.items()})
+        total += nbytes
+
+    for shard in buckets(weights, SHARD_BYTES):
+        folder.check_shapes({name: tuple(t.shape) for name, t in shard}, "the export")
+        again = [name for name, _ in shard if name in sent]
+        if again:
+            raise WeightSyncError(f"the learner exported {again[0]} twice")
+        # Contiguous clones: streamed tensors may be views of one fused parameter, which safetensors refuses.
+        tensors = {name: t.cpu().contiguous().clone() for name, t in shard}
+        if folder.twin is not None and folder.twin[1] in tensors:
+            tensors[folder.twin[0]] = tensors[folder.twin[1]].clone()
+        write(tensors)
+    folder.check_whole(sent, "the export")
+    kept = sorted(folder.ignored - set(sent))
+    if kept:
+        log.warning(
+            "%d tensors that transformers does not load are copied from %s unchanged: %s ...",
+            len(kept),
+            folder.path,
+            kept[0],
+        )
+        for part in buckets(((name, folder.read(name)) for name in kept), SHARD_BYTES):
+            write(dict(part))
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
-    (partial / "model.safetensors.index.json").write_text(text + "\n")
-    if target.exists():
-        target.rmdir()
-    os.replace(partial, target)
-    return len(index)
+    (target / "model.safetensors.index.json").write_text(text + "\n")
+    return sent
+
+
+def verify_folder(folder: Path, sent: dict[str, int]) -> None:
+    """Reads a written folder back. WeightSyncError: its tensors are not those of `sent`
+    (name -> `host_checksum`).
+    """
+    stored = read_folder(folder)
+    odd = sorted(set(stored) ^ set(sent))
+    if odd:
+        raise WeightSyncError(
+            f"the export reads back with other tensors than were written, among them {odd[0]}"
+        )
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with safe_open(folder / file, "pt") as f:
+            for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
+                if host_checksum(f.get_tensor(name)) != sent[name]:
+                    raise WeightSyncError(
+                        f"{name} reads back from {folder / file} with other bytes: check the disk"
+                    )
+
+
+@torch.no_grad()
+def probe_folder(
+    folder: Path,
+    sequences: Sequence[tuple[np.ndarray, int]],
+    learner_logprobs: Sequence[np.ndarray],
+    tolerance: float,
+    *,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, float]:
+    """Compares the learner's log-probs with those of transformers' own forward over an exported folder.
+
+    sequences: (token ids, where the compared part starts), as the probe of a weight sync has them.
+    learner_logprobs: of the tokens from there on. dtype: in which the folder is computed, best the learner's
+    own. Returns mean and largest |difference| in nats.
+
+    WeightSyncError: the folder lacks weights that transformers needs or holds others, or the
+    mean passes `tolerance`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if loaded[fault]:
+            raise WeightSyncError(
+                f"transformers reads {folder} with {len(loaded[fault])} {fault.replace('_', ' ')}: "
+                f"{sorted(map(str, loaded[fault]))[0]}"
+            )
+    hf.eval()
+    theirs = []
+    for tokens, start in sequences:
+        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))
+        table = (hf(ids[None], use_cache=False).logits[0].float() / temperature).log_softmax(-1)
+        first = max(1, start)  # the first token has no log-prob
+        theirs.append(table[first - 1 : -1].gather(1, ids[first:, None])[:, 0].numpy())
+    return check_probe(theirs, learner_logprobs, tolerance, engine=f"the exported folder {folder.name}")

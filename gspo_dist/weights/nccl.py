@@ -1,8 +1,9 @@
-"""The nccl transport: buckets as one broadcast each from the learner's exporter to every engine worker, GPU
-to GPU.
+"""The nccl transport: each bucket is one broadcast from the learner's exporter to every engine worker,
+GPU to GPU.
 
-Stands on vLLM's NCCL weight transfer (a process group of its own, learner rank 0, workers after it) and sends
-a whole bucket in one call: 18,000 expert tensors of a 30B model one by one would pay 18,000 launches.
+It uses the process group of vLLM's NCCL weight transfer: the learner is rank 0, the workers come after
+it. A whole bucket goes in one call, because the 18,000 expert tensors of a 30B model one by one would pay
+for 18,000 launches.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import device_checksum
-from gspo_dist.weights.shm import Staged
 from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.transport import Staged
 from gspo_dist.weights.verify import WeightSyncError
 
 if TYPE_CHECKING:
@@ -24,16 +25,24 @@ if TYPE_CHECKING:
 
 
 def require_nccl(group: Any) -> None:
-    """vLLM 0.30's communicator that found no NCCL is only `disabled`, and its broadcasts then do nothing."""
+    """Raises WeightSyncError when `group` found no NCCL.
+
+    vLLM 0.30 only marks such a communicator as `disabled`, and its broadcasts then do nothing.
+    """
     if group.disabled:
         raise WeightSyncError(
-            "the nccl transport found no NCCL that vLLM can use: unset VLLM_DISABLE_PYNCCL, check VLLM_NCCL_SO_PATH, or "
-            "set rollout.weight_sync.transport=shm"
+            "the nccl transport found no NCCL that vLLM can use: unset VLLM_DISABLE_PYNCCL, check "
+            "VLLM_NCCL_SO_PATH, or set rollout.weight_sync.transport=shm"
         )
 
 
 class NcclTransport:
-    """Sender side: implements `Transport`. `engine_workers`: GPUs of one engine (its tensor_parallel)."""
+    """Implements `Transport`.
+
+    master_address, master_port: where the group meets, on the learner's host. engines: how many there
+    are. engine_workers: GPUs per engine (its tensor_parallel). check: compute checksums. ValueError:
+    see the messages.
+    """
 
     name = "nccl"
 
@@ -67,8 +76,9 @@ class NcclTransport:
         return 1 + self.engines * self.engine_workers
 
     def init_info(self, engine_index: int) -> dict[str, Any]:
-        """What engine `engine_index` is told once; its workers join at rank 1 + engine_index x
-        engine_workers.
+        """The group, and the rank at which the engine's first worker joins.
+
+        Example: 3 engines of 2 workers each make a group of 7; the engines begin at the ranks 1, 3 and 5.
         """
         if not 0 <= engine_index < self.engines:
             raise ValueError(f"engine index must be in 0..{self.engines - 1}: got {engine_index}")
@@ -81,7 +91,9 @@ class NcclTransport:
         }
 
     def connect(self) -> None:
-        """Joins the group as rank 0; returns once every engine has (they join in `init_weight_sync`)."""
+        """Joins the group as rank 0. It returns once every engine has joined, which they
+        do in `init_weight_sync`.
+        """
         if not torch.cuda.is_available():
             raise ValueError(
                 "the nccl transport needs a GPU on the learner: set rollout.weight_sync.transport=shm"
@@ -96,12 +108,12 @@ class NcclTransport:
             }
         )
         require_nccl(self.group)
-        # A stream of its own: staging the next bucket must not queue behind a broadcast whose receivers may
-        # be dead.
+        # A stream of its own: staging the next bucket must not queue behind a broadcast whose receivers
+        # may be dead.
         self.stream = torch.cuda.Stream()
 
     def stage(self, bucket: Sequence[NamedTensor]) -> Staged:
-        """Packs one bucket on the GPU."""
+        """Packs one bucket on the GPU and sums what lies there, so that a bad copy shows too."""
         layout = BucketLayout.of(bucket)
         flat = torch.empty(max(layout.nbytes, 1), dtype=torch.uint8, device="cuda")
         layout.fill(flat, bucket)
@@ -122,11 +134,12 @@ class NcclTransport:
         self.group.broadcast(staged.handle, src=0, stream=self.stream)
 
     def release(self, staged: Staged) -> None:
-        """Keeps the memory from being reused before the broadcast has read it; the reference then goes with
-        the caller's `Staged`.
+        """Keeps the memory from being used again before the broadcast has read it.
+
+        The buffer itself goes with the caller's `Staged`.
         """
         staged.handle.record_stream(self.stream)
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the group; a second call does nothing."""
         self.group = None

@@ -1,70 +1,52 @@
-"""Sending weights: stages the learner's next bucket while the engines load the one before."""
+"""Sending weights: the next bucket is staged while the engines load the one before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from gspo_dist.weights.nccl import NcclTransport
-from gspo_dist.weights.shm import ShmTransport, Staged
+from gspo_dist.weights.shm import ShmTransport
 from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.transport import Staged, Transport
 from gspo_dist.weights.verify import WeightSyncError
-
-
-class Transport(Protocol):
-    """How a bucket's bytes travel. A bucket is staged, delivered (the engines are told, and answer),
-    released.
-    """
-
-    name: str
-
-    def init_info(self, engine_index: int) -> dict[str, Any]:
-        """The argument of engine `engine_index`'s `init_weight_sync`."""
-        ...
-
-    def connect(self) -> None:
-        """Meets the engines; called while they run `init_weight_sync`."""
-        ...
-
-    def stage(self, bucket: Sequence[NamedTensor]) -> Staged: ...
-
-    def send(self, staged: Staged) -> None:
-        """Starts what must run beside the engines' receive; must not wait for them."""
-        ...
-
-    def release(self, staged: Staged) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class SentReport:
-    """What one publication sent: checksum of every tensor (empty when checks are off), counts, and the seconds that
-    checking took.
-    """
+    """What one publication sent."""
 
     checksums: dict[str, int]
+    """Checksum of every tensor, by name. Empty when checks are off."""
     tensors: int
+    """Number of tensors."""
     bytes: int
+    """Bytes of all tensors."""
     seconds_checking: float
+    """Seconds that the checksums took."""
 
 
 def send_weights(
-    weights: Iterable[Sequence[NamedTensor]], transport: Transport, deliver: Callable[[dict[str, Any]], None]
+    weights: Iterable[Sequence[NamedTensor]],
+    transport: Transport,
+    deliver: Callable[[dict[str, Any]], object],
 ) -> SentReport:
-    """Sends every bucket; runs on the learner's exporter rank.
+    """Sends every bucket of `weights`; runs on the learner's exporter rank, once for each publication.
 
-    `deliver(update_info)` has all engines take one bucket (`RolloutEngine.update_weights`) and returns when
-    all have; it owns the timeout. While it waits, the next bucket is gathered and staged: at most two are
-    alive. Whatever fails, nothing staged is left behind. Raises `WeightSyncError` for a tensor sent twice and
-    whatever `deliver` does.
+    `deliver(update_info)` has all engines take one bucket (`RolloutEngine.update_weights`) and returns
+    when all have. It owns the timeout. While it waits, the next bucket is gathered and staged, so at most
+    two are alive.
+
+    Raises WeightSyncError for a tensor that is sent twice, and whatever `weights`, `transport` or `deliver`
+    raise. Whatever fails, nothing staged is left behind; the engines then hold a part of the update and must
+    not be used.
     """
     checksums: dict[str, int] = {}
     seen: set[str] = set()
     total_bytes, checking = 0, 0.0
-    flying: tuple[Staged, Future[None]] | None = None
+    flying: tuple[Staged, Future[object]] | None = None
     executor = ThreadPoolExecutor(1, thread_name_prefix="weight-delivery")
     alive: list[Staged] = []
     try:
@@ -82,13 +64,14 @@ def send_weights(
                 flying[1].result()
                 transport.release(flying[0])
                 alive.pop(0)
+            # The engines are told first: a broadcast returns only when they have entered it.
             flying = (staged, executor.submit(deliver, staged.update_info))
             transport.send(staged)
         if flying is not None:
             flying[1].result()
     finally:
-        # Without waiting: a delivery that hangs has its own timeout, and the error at hand must get out
-        # first.
+        # Without waiting: a delivery that hangs has a timeout of its own, and the error at hand must
+        # get out first.
         executor.shutdown(wait=False)
         for staged in alive:
             transport.release(staged)
@@ -96,7 +79,10 @@ def send_weights(
 
 
 def make_transport(name: str, *, check: bool = True, **where: Any) -> Transport:
-    """shm (no further arguments) or nccl (master_address, master_port, engines, engine_workers)."""
+    """The transport by its name: shm (no further arguments) or nccl (the arguments of `NcclTransport`).
+
+    ValueError: another name, or arguments that the transport does not take.
+    """
     if name == "shm":
         if where:
             raise ValueError(f"the shm transport takes no {sorted(where)}")

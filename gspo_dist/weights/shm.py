@@ -1,8 +1,9 @@
-"""The shm transport: buckets as files in shared memory, for engines on the learner's host (CPU hosts, tests).
+"""The shm transport: buckets are files in shared memory, for engines on the learner's host
+(CPU hosts, tests).
 
-The sender writes a file, the engines map it (no copy) and load from the mapping; once all have answered, the
-sender unlinks it. An engine may still hold a mapping then (a layer whose tensors span two buckets is loaded
-with the second one): its pages live until it lets go, which is why a file is never written twice.
+The sender writes a file. The engines map it without copying and load from the mapping. Once all have
+answered, the sender unlinks it. An engine may still hold a mapping then, because a layer whose tensors span
+two buckets is loaded with the second one. Its pages live until it lets go, so a file is never written twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,24 @@ import torch
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.transport import Staged
 
 FOLDER = Path("/dev/shm")
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A bucket ready to be delivered: what the engines are told, and what the sender knows of it."""
-
-    update_info: dict[str, Any]
-    checksums: dict[str, int]
-    nbytes: int
-    seconds_checking: float
-    handle: Any = None
+"""Memory that looks like files: no disk is written."""
 
 
 def _pid_namespace() -> int:
-    """Containers may share /dev/shm and not their process ids: only one's own dead can be told."""
+    """Containers may share /dev/shm but not process ids, so a process can tell only the dead of
+    its own namespace.
+    """
     return os.stat("/proc/self/ns/pid").st_ino
 
 
 def create_file(path: Path, nbytes: int) -> None:
-    """Makes a file with all its pages reserved: tmpfs would kill the writer (SIGBUS) where they run out
-    later.
+    """Makes a file of `nbytes` with all its pages reserved.
+
+    Without that, tmpfs kills the writer (SIGBUS) where the pages run out. ValueError: there is no room; no
+    file is left.
     """
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
@@ -64,7 +59,7 @@ def create_file(path: Path, nbytes: int) -> None:
 
 
 class ShmTransport:
-    """Sender side: implements `Transport`."""
+    """Implements `Transport`. check: compute checksums. folder: where the buckets are written."""
 
     name = "shm"
 
@@ -76,21 +71,25 @@ class ShmTransport:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Removes the buckets of senders that were killed: memory that nobody else would give back."""
+        """Removes the buckets of senders that were killed: nobody else would give their memory back."""
         for path in self.folder.glob(f"gspo-{_pid_namespace()}-*-*"):
             sender = path.name.split("-")[2]
             if sender.isdigit() and not Path("/proc", sender).exists():
                 path.unlink(missing_ok=True)
 
     def init_info(self, engine_index: int) -> dict[str, Any]:
-        """What engine `engine_index` is told once, before the first update."""
+        """The same for every engine: files need no rank."""
         return {"check": self.check}
 
     def connect(self) -> None:
-        """Nothing to meet: files need no rendezvous."""
+        """Nothing to meet, because files need no rendezvous."""
 
     def stage(self, bucket: Sequence[NamedTensor]) -> Staged:
-        """Writes one bucket to a new file. Checksums are of the source where that is in host memory."""
+        """Writes one bucket to a new file.
+
+        Checksums are of the source where that is in host memory, so that a torn copy shows; a GPU's tensors
+        are summed in the file.
+        """
         layout = BucketLayout.of(bucket)
         path = self.folder / f"{self.prefix}-{self.count}"
         self.count += 1
@@ -111,7 +110,7 @@ class ShmTransport:
         return Staged(info, checksums, sum(t.nbytes for _, t in bucket), seconds, path)
 
     def send(self, staged: Staged) -> None:
-        """Nothing to push: the engines read the file."""
+        """Nothing to push, because the engines read the file."""
 
     def release(self, staged: Staged) -> None:
         """Unlinks the bucket's file."""
@@ -124,8 +123,10 @@ class ShmTransport:
 
 
 def map_bucket(update_info: Mapping[str, Any]) -> list[NamedTensor]:
-    """Receiver side: the tensors of a bucket, mapped from its file (private: writing to them changes no one
-    else's).
+    """The receiver's side: the tensors of a bucket, mapped from its file.
+
+    The mapping is private: writing to a tensor changes nobody else's. ValueError: no such file on this host,
+    or a file that is shorter than its layout says.
     """
     path, layout = update_info["path"], BucketLayout.from_dict(update_info["layout"])
     try:

@@ -1,4 +1,4 @@
-"""Weights as a stream of HF-named tensors in buckets: never two full copies in memory."""
+"""Weights as a stream of named tensors in buckets, so that never two full copies are in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def buckets(
     bucket_bytes: int,
     nbytes: Callable[[torch.Tensor], int] = lambda tensor: tensor.nbytes,
 ) -> Iterator[list[NamedTensor]]:
-    """Groups tensors, in order, into lists of at most `bucket_bytes`; a larger tensor travels alone.
+    """Groups named tensors, in order, into buckets of at most `bucket_bytes`. A larger tensor travels alone.
 
     nbytes: what a tensor counts. A sharded parameter counts what it will take once it is gathered.
+
+    Example: tensors of 40, 40, 30 and 200 bytes under 100 give [40, 40], [30], [200].
     """
     bucket: list[NamedTensor] = []
     size = 0
@@ -28,19 +30,6 @@ def buckets(
         size += nbytes(tensor)
     if bucket:
         yield bucket
-
-
-def hf_named_weights(hf: torch.nn.Module) -> Iterator[NamedTensor]:
-    """The weights of an in-memory HF model under checkpoint names (one expert, one tensor), detached, not copied.
-
-    transformers 5 fuses experts in memory (`experts.gate_up_proj` [E, 2I, H], `experts.down_proj` [E, H, I]); files
-    and engines name them one by one (`experts.3.up_proj.weight`), which is what travels.
-    """
-    tied = bool(getattr(hf.config, "tie_word_embeddings", False))
-    for name, parameter in hf.named_parameters():
-        if tied and name == "lm_head.weight":
-            continue
-        yield from unfuse_experts(name, parameter.detach())
 
 
 def unfuse_experts(name: str, tensor: torch.Tensor, first_expert: int = 0) -> Iterator[NamedTensor]:

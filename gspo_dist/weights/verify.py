@@ -1,5 +1,5 @@
-"""Verdicts on a weight sync: did every engine get what was sent, and does it compute what the learner
-computes?
+"""Verdicts on a weight sync: did every engine get what was sent, and does it compute what
+the learner computes?
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ class WeightSyncError(RuntimeError):
 class Receipt(Protocol):
     """What `verify_receipt` reads of an engine's `SyncReceipt`."""
 
-    policy_version: int
-    checksums: Mapping[str, int]
+    @property
+    def policy_version(self) -> int:
+        """The version that the engine now samples under."""
+        ...
+
+    @property
+    def checksums(self) -> Mapping[str, int]:
+        """Checksum of every tensor as it arrived, by name."""
+        ...
 
 
 def verify_receipt(
     sent: Mapping[str, int], receipt: Receipt, expected_version: int, *, engine: str = "engine"
 ) -> None:
-    """Raises `WeightSyncError` on the first tensor that is missing, extra or different, or on another
-    version.
+    """Compares an engine's receipt with what was sent.
+
+    WeightSyncError, with the engine's name: another version, or the first tensor that is missing,
+    different or extra.
     """
     if receipt.policy_version != expected_version:
         raise WeightSyncError(
@@ -56,7 +65,12 @@ def verify_receipt(
 def probe_difference(
     engine_logprobs: Sequence[np.ndarray], learner_logprobs: Sequence[np.ndarray]
 ) -> tuple[float, float]:
-    """Mean and largest |engine - learner| over all tokens, in nats. Sequences pair up; lengths must agree."""
+    """Mean and largest |engine - learner| over all tokens, in nats.
+
+    Sequences pair up: engine_logprobs[i] and learner_logprobs[i] are [n_i] log-probs of the same tokens. The
+    mean is over tokens, so a long sequence counts for more. ValueError: the lengths differ, or there is
+    nothing to compare.
+    """
     if len(engine_logprobs) != len(learner_logprobs) or not engine_logprobs:
         raise ValueError(
             f"a probe compares equally many sequences, at least one: got {len(engine_logprobs)} and "

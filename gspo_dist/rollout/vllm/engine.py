@@ -1,4 +1,4 @@
-"""vLLM 0.30 behind the rollout engine's protocol: synchronous, in this process, token ids in and out."""
+"""The engine over vLLM 0.30: synchronous, in this process, token ids in and out."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ import numpy as np
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
+from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
 from gspo_dist.rollout.seeds import request_key
 from gspo_dist.rollout.vllm.plugin import BACKENDS, register
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.weights.bucket import BucketLayout
+from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.verify import WeightSyncError
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 CPU_BLOCK = 32
-"""Tokens of a KV block on a CPU; vLLM's own (128) is longer than most prompts."""
+"""Tokens of a KV block on a CPU. vLLM's own (128) is longer than most prompts, which then share nothing."""
 GPU_BLOCK = 16
-"""vLLM's own."""
+"""Tokens of a KV block on a GPU: vLLM's own."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def prepare_process(device: str, threads: int, precision: str) -> None:
-    """Environment that vLLM reads on import; call before. A variable that the user has set is kept."""
+    """Sets what vLLM reads from the environment on import, so call it before; a variable that is set
+    already is kept.
+
+    threads: CPU threads of this engine; 0 leaves them alone. precision: fp32 or bf16.
+    """
     defaults = {
         # The engine core runs in this process: no second interpreter to start, no tensors through a socket.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -55,10 +61,11 @@ def prepare_process(device: str, threads: int, precision: str) -> None:
 
 
 class VllmEngine:
-    """Implements `RolloutEngine`.
+    """Implements `RolloutEngine` with one `vllm.LLM` in this process.
 
-    One `vllm.LLM` in this process; with tensor_parallel > 1 (GPU hosts) its workers are processes of their
-    own. `record_routing` makes vLLM return routed experts. `sleep_mode` (GPU hosts) prepares `sleep`.
+    With tensor_parallel > 1 (GPU hosts) its workers are processes of their own. record_routing: vLLM returns
+    routed experts. sleep_mode (GPU hosts): prepares `sleep`. transport: shm or nccl. ValueError: the settings
+    do not fit the host or the model, or a weight file of the folder is torn.
     """
 
     def __init__(
@@ -87,16 +94,20 @@ class VllmEngine:
             raise ValueError(f"engine transport must be one of {sorted(BACKENDS)}: got {transport!r}")
         self.config, self.name, self.device = config, name, device
         self.record_routing, self.sleep_mode, self.transport = record_routing, sleep_mode, transport
-        # Prompts of a group share their prefix, in whole blocks and all but the last token: where no prompt is longer than
-        # a block there is nothing to share, and vLLM would keep its books of it for every token. Routes survive it: vLLM
-        # keeps them by physical KV slot, so a cached block brings its rows along (checked in
-        # tests/integration/test_vllm_engine.py).
+        # Prompts of a group share their prefix, in whole blocks and without the last token. Where no prompt
+        # is longer than a block there is nothing to share, and vLLM would keep its books of it for every
+        # token. Routes survive sharing: vLLM keeps them by physical KV slot, so a cached block brings its
+        # rows along (checked in tests/integration/test_vllm_engine.py).
         self.prefix_caching = config.max_prompt_tokens > (CPU_BLOCK if device == "cpu" else GPU_BLOCK)
         self.policy_version = 0
         self._updating = False
         self._broken: str | None = None
+        self._arrived: set[str] = set()
+        # Before vLLM starts: it says of a torn file only that a header is too large, and of no file
+        # which it was.
+        self.folder = ModelFolder(model_path)
         prepare_process(device, threads, config.precision)
-        self.llm = self._start(Path(model_path).expanduser(), seed)
+        self.llm = self._start(self.folder.path, seed)
         self.tokenizer = self.llm.get_tokenizer()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
         self._info = self._describe()
@@ -106,12 +117,12 @@ class VllmEngine:
             )
 
     def _start(self, model_path: Path, seed: int) -> LLM:
-        """Builds the LLM. `vllm.LLM` on a CPU replaces torch.set_num_threads by a no-op: put back for other
-        users.
+        """Builds the LLM. On a CPU it replaces torch.set_num_threads by one that does nothing, which
+        is put back.
         """
         config = self.config
         set_num_threads = torch.set_num_threads
-        from vllm import LLM
+        from vllm import LLM  # late: `prepare_process` has set what it reads
         from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform
 
@@ -141,7 +152,7 @@ class VllmEngine:
         }
         if self.device == "cpu":
             # On a CPU vLLM takes "GPU memory utilisation" of the host's memory and refuses to start when that
-            # is not free; with an explicit KV cache the share is not used for anything else.
+            # is not free. With an explicit KV cache the share is not used for anything else, so it is small.
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
             arguments["gpu_memory_utilization"] = 0.05
             arguments["block_size"] = CPU_BLOCK
@@ -150,6 +161,9 @@ class VllmEngine:
             arguments["enable_sleep_mode"] = self.sleep_mode
             if config.tensor_parallel > 1:
                 arguments["distributed_executor_backend"] = "mp"
+        if self.folder.has_untold_head:
+            # vLLM believes the config, which says tied, and would compute with the embedding as its head.
+            arguments["hf_overrides"] = {"tie_word_embeddings": False}
         try:
             return LLM(**arguments)
         finally:
@@ -174,6 +188,7 @@ class VllmEngine:
         return self._info
 
     def _require_usable(self) -> None:
+        """WeightSyncError: the weights are not those of one version."""
         if self._broken is not None:
             raise WeightSyncError(f"{self.name} holds half-loaded weights ({self._broken}): restart it")
         if self._updating:
@@ -185,7 +200,7 @@ class VllmEngine:
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
         self._require_usable()
-        self._check_request(prompts, spec, request_ids)
+        check_request(self._info, prompts, spec, request_ids)
         if not prompts:
             return []
         from vllm import SamplingParams
@@ -214,27 +229,6 @@ class VllmEngine:
         ]
         return completions
 
-    def _check_request(
-        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
-    ) -> None:
-        if len(request_ids) != len(prompts):
-            raise ValueError(
-                f"generate needs one request id a prompt: got {len(request_ids)} for {len(prompts)}"
-            )
-        if spec.record_routing and not self.record_routing:
-            raise ValueError(
-                f"{self.name} was not started to record routing, but the sampling spec asks for it: "
-                "set objective.routing_replay=r3 before the engines start"
-            )
-        limit = self._info.max_model_len
-        for prompt in prompts:
-            if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > limit:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
-                    f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
-                    f"{limit}; raise rollout.max_prompt_tokens or leave the prompt out"
-                )
-
     def _completions(
         self,
         prompt: Prompt,
@@ -243,8 +237,9 @@ class VllmEngine:
         logprobs: np.ndarray,
         spec: SamplingSpec,
     ) -> list[Completion]:
-        """One prompt's completions; `tokens`, `logprobs` [n.., max_tokens] are the sampler's rows of this
-        prompt.
+        """One prompt's completions.
+
+        tokens, logprobs [at least n, max_tokens] are the sampler's rows from this prompt's first on.
         """
         texts = self.tokenizer.batch_decode([o.token_ids for o in output.outputs], skip_special_tokens=True)
         completions = []
@@ -269,8 +264,11 @@ class VllmEngine:
         return completions
 
     def _trace(self, prompt: Prompt, rows: np.ndarray | None, completion: int) -> RoutingTrace:
-        """vLLM's [P + N - 1, all layers, top_k] ids as a trace over the MoE layers; the last token has no
-        row.
+        """vLLM's ids [P + N - 1, all layers, top_k] as a trace over the MoE layers. The last token
+        has no row.
+
+        Example: a prompt of 3 and a completion of 2 tokens come as 4 rows, of which a model with a dense
+        layer 0 and two MoE layers keeps the columns 1 and 2. The trace has 5 rows, the last unknown.
         """
         total = len(prompt.token_ids) + completion
         if rows is None or len(rows) != total - 1:
@@ -281,30 +279,22 @@ class VllmEngine:
         return RoutingTrace.from_engine(rows[:, self.moe_layers], total, self._info.num_experts)
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The last position is not scored by one more token than the context holds: sequences may fill it but
-        one.
-        """
         self._require_usable()
+        check_sequences(self._info, sequences)
         if not sequences:
             return []
         from vllm import SamplingParams
 
-        for i, ids in enumerate(sequences):
-            if not 2 <= len(ids) < self._info.max_model_len:
-                raise ValueError(
-                    f"sequence {i} to score must have 2 to {self._info.max_model_len - 1} tokens: "
-                    f"got {len(ids)}"
-                )
         self.llm.collective_rpc("gspo_prompt_temperature", args=(self.config.temperature,))
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         inputs = [{"prompt_token_ids": [int(t) for t in ids]} for ids in sequences]
-        scored = []
+        found = []
         for ids, output in zip(sequences, self.llm.generate(inputs, params, use_tqdm=False), strict=True):
-            entries = output.prompt_logprobs
-            scored.append(
+            entries = output.prompt_logprobs  # one per token; None for the first, which nothing precedes
+            found.append(
                 np.array([entries[t][int(ids[t])].logprob for t in range(1, len(ids))], dtype=np.float32)
             )
-        return scored
+        return found
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
         self.llm.init_weight_transfer_engine({"init_info": dict(init_info)})
@@ -312,15 +302,18 @@ class VllmEngine:
     def start_weight_update(self) -> None:
         self._require_usable()
         self.llm.start_weight_update()
-        self._updating = True
+        self._updating, self._arrived = True, set()
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         if not self._updating:
             raise WeightSyncError(
                 f"{self.name} got a weight bucket outside an update: call start_weight_update first"
             )
+        layout = BucketLayout.from_dict(update_info["layout"])
         try:
+            self.folder.check_shapes(dict(zip(layout.names, layout.shapes, strict=True)), self.name)
             self.llm.update_weights({"update_info": dict(update_info)})
+            self._arrived.update(layout.names)
         except BaseException as e:
             self._broken = repr(e)
             raise
@@ -331,6 +324,7 @@ class VllmEngine:
                 f"{self.name} has no whole weight update to finish: {self._broken or 'none started'}"
             )
         try:
+            self.folder.check_whole(self._arrived, self.name)
             self.llm.finish_weight_update(weight_version=str(policy_version))
             reports = self.llm.collective_rpc("gspo_sync_report")
             # Cached keys and values are the old policy's.
@@ -357,9 +351,7 @@ class VllmEngine:
         )
 
     def sleep(self) -> None:
-        """Level 1: weights to host memory, KV cache dropped. Level 2 would lose the weights if no sync
-        followed.
-        """
+        """Level 1: the weights go to host memory, the KV cache is dropped. Level 2 would lose the weights."""
         if not self.sleep_mode:
             raise ValueError(f"{self.name} cannot sleep: it needs cluster.colocated=true and a GPU host")
         self.llm.reset_prefix_cache()
@@ -371,5 +363,5 @@ class VllmEngine:
         self.llm.wake_up(["weights"] if weights_only else None)
 
     def close(self) -> None:
-        """Stops the engine core and gives its memory back."""
+        """Stops the engine core and gives its memory back. Call it once."""
         self.llm.llm_engine.engine_core.shutdown()

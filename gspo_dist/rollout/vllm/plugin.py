@@ -1,16 +1,16 @@
-"""vLLM plug-in (entry point `vllm.general_plugins`): registers the weight-transfer engines of gspo_dist.
-
-vLLM calls `register` in each of its processes, possibly more than once.
-"""
+"""The vLLM plug-in (entry point `vllm.general_plugins`): tells vLLM of the receivers of a weight sync."""
 
 from __future__ import annotations
 
 BACKENDS = {"shm": ("gspo_shm", "ShmReceiver"), "nccl": ("gspo_nccl", "NcclReceiver")}
-"""Transport -> name of the vLLM backend, class in `gspo_dist.rollout.vllm.receivers`."""
+"""Transport -> vLLM's name of the backend, class in `receivers`."""
 
 
 def register() -> None:
-    """Adds the backends to vLLM's factory, by name: nothing is imported until an engine asks for one."""
+    """Adds the receivers to vLLM's factory by name, so that nothing is imported until an engine asks for one.
+
+    vLLM calls it in each of its processes, possibly more than once; a second call does nothing.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as Factory
 
     for backend, class_name in BACKENDS.values():

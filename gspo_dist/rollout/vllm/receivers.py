@@ -1,9 +1,9 @@
-"""The engine side of a weight sync, inside vLLM's workers: receive a bucket, check it, load it, repair,
-prove.
+"""The engine's side of a weight sync, inside vLLM's workers: receive a bucket, sum it, load
+it, repair, prove.
 
-Written for vllm 0.30.0. Each receiver is a vLLM weight-transfer engine; loading goes through vLLM's layerwise
-reload (weights are buffered until a layer is whole, processed as at first load, then copied into the tensors
-in use).
+Written for vllm 0.30.0. Each receiver is a vLLM weight-transfer engine. Loading goes through vLLM's layerwise
+reload: weights wait until a layer is whole, are processed as at first load, and are then copied into the
+tensors in use.
 """
 
 from __future__ import annotations
@@ -33,23 +33,31 @@ from gspo_dist.weights.verify import WeightSyncError
 
 @dataclass
 class Arrivals:
-    """What one update brought: checksum of every tensor, and how it was found in the model afterwards."""
+    """What one update brought, and how much of it was found in the model afterwards."""
 
     checksums: dict[str, int] = field(default_factory=dict)
+    """Checksum of every tensor, by name. Empty when checks are off."""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    """Dtype of every tensor, by name."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of every tensor, by name."""
     bytes: int = 0
+    """Bytes of all tensors."""
     proven: int = 0
+    """Parameters that were compared with what arrived, bit by bit, after loading."""
     seconds_checking: float = 0.0
+    """Seconds that checksums and proofs took."""
 
 
 class CheckedReceiver(WeightTransferEngine):
-    """The part that transports share. Subclasses say how a bucket's tensors come in (`incoming`)."""
+    """What the transports share. A subclass says how the tensors of a bucket come in (`incoming`)."""
 
     checksum: Checksum
+    """The transport's, the same on both sides."""
     check = True
+    """Whether to compute checksums."""
     repack_experts = True
-    """False only in the test that shows what the work-around below prevents."""
+    """False only in the test that shows what `repack_cpu_experts` prevents."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,7 +75,7 @@ class CheckedReceiver(WeightTransferEngine):
         self.model.load_weights(list(self.noted(self.incoming(update_info))))
 
     def noted(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-        """Passes tensors on, writing down what arrived before the model touches it."""
+        """Passes tensors on and writes down what arrived, before the model touches it."""
         got = self.arrivals
         for name, tensor in tensors:
             if name in got.shapes:
@@ -92,11 +100,11 @@ class CheckedReceiver(WeightTransferEngine):
             self.arrivals.seconds_checking += time.perf_counter() - start
 
     def prove_loaded(self) -> None:
-        """Compares parameters that the model keeps as they were sent (embeddings, norms, router) with what
-        arrived.
+        """Compares the parameters that the model keeps as they were sent (embeddings, norms, router).
 
-        Fused, sharded, packed and cast parameters have no tensor to compare; the log-prob probe covers them.
-        A padded vocabulary is compared over its real rows.
+        Fused, sharded, packed and cast parameters have no tensor of their own to compare with; the log-prob
+        probe covers them. A padded vocabulary is compared over its real rows. WeightSyncError: a parameter
+        differs from what arrived.
         """
         got = self.arrivals
         for name, parameter in self.model.named_parameters():
@@ -127,9 +135,10 @@ class CheckedReceiver(WeightTransferEngine):
 
 
 def repack_cpu_experts(model: torch.nn.Module) -> None:
-    """vllm 0.30.0 packs CPU expert weights for its kernel at first load only (`_setup_kernel` of
-    unquantized_fused_moe_method.py skips it when the kernel exists); a reload leaves them unpacked, and
-    logits are silently wrong. This does it again for every MoE layer.
+    """Packs the expert weights of every MoE layer for vLLM's CPU kernel.
+
+    vllm 0.30.0 does so at first load only, since `_setup_kernel` of unquantized_fused_moe_method.py skips it
+    when the kernel exists. A reload would leave the weights unpacked, and logits would be wrong in silence.
     """
     for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
@@ -139,43 +148,49 @@ def repack_cpu_experts(model: torch.nn.Module) -> None:
 
 
 def repack_cpu_tied_head(model: torch.nn.Module) -> None:
-    """vllm 0.30.0 computes with a packed copy of a CPU layer's weight. A head tied to the embedding receives
-    no weight of its own, so a reload never packs it again: logits would keep the old head. This packs it from
-    the new weight.
+    """Packs a head that is tied to the embedding from the new weight.
+
+    vllm 0.30.0 computes with a packed copy of a CPU layer's weight. A tied head receives no weight of its
+    own, so a reload never packs it again, and logits would keep the old head.
     """
     embeddings = {
         m.weight.data_ptr()
         for m in model.modules()
         if isinstance(m, VocabParallelEmbedding) and not is_head(m)
     }
-    for head in filter(is_head, model.modules()):
+    heads: list[Any] = [m for m in model.modules() if is_head(m)]
+    for head in heads:
         if head.weight.data_ptr() in embeddings:
             head.quant_method.process_weights_after_loading(head)
 
 
 def is_head(module: torch.nn.Module) -> bool:
-    """True for the LM head (in vLLM a kind of vocabulary embedding)."""
+    """True for the LM head, which vLLM makes a kind of vocabulary embedding."""
     return isinstance(module, ParallelLMHead)
 
 
 @dataclass
 class ShmInitInfo(WeightTransferInitInfo):
-    """check: compute checksums."""
+    """What `ShmTransport.init_info` sends."""
 
     check: bool = True
+    """Whether to compute checksums."""
 
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """A bucket's file, the host it lies on, and its layout."""
+    """What `ShmTransport.stage` says of a bucket."""
 
     path: str
+    """Its file."""
     host: str
+    """The host on which the file lies, for messages."""
     layout: dict[str, Any]
+    """`BucketLayout.to_dict`."""
 
 
 class ShmReceiver(CheckedReceiver):
-    """Maps buckets written by `ShmTransport`."""
+    """Maps the buckets that `ShmTransport` writes."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
@@ -188,28 +203,29 @@ class ShmReceiver(CheckedReceiver):
         return map_bucket({"path": update_info.path, "host": update_info.host, "layout": update_info.layout})
 
     def prove_loaded(self) -> None:
-        # On a GPU host the parameters lie elsewhere than the bytes that arrived; only host tensors can be
-        # compared.
+        # The checksum of this transport is of host memory, where a GPU's parameters do not lie.
         if self.device.type == "cpu":
             super().prove_loaded()
 
 
 @dataclass(kw_only=True)
 class NcclInitInfo(NCCLWeightTransferInitInfo):
-    """vLLM's own rendezvous fields, and check."""
+    """What `NcclTransport.init_info` sends: the fields of vLLM's own rendezvous, and one more."""
 
     check: bool = True
+    """Whether to compute checksums."""
 
 
 @dataclass
 class NcclUpdateInfo(WeightTransferUpdateInfo):
-    """The layout of the bucket that the next broadcast carries."""
+    """What `NcclTransport.stage` says of the bucket that the next broadcast carries."""
 
     layout: dict[str, Any]
+    """`BucketLayout.to_dict`."""
 
 
 class NcclReceiver(CheckedReceiver):
-    """Takes part in `NcclTransport`'s broadcasts."""
+    """Takes part in the broadcasts of `NcclTransport`."""
 
     init_info_cls = NcclInitInfo
     update_info_cls = NcclUpdateInfo

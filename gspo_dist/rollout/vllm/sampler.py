@@ -1,12 +1,14 @@
 """The sampler that `VllmEngine` puts into vLLM's workers: repeatable by counter, and quick.
 
-vLLM's own per-request seeds cost a generator a row and an exponential draw a vocabulary entry, and on a CPU
-die when a long prompt is prefilled in chunks (vllm 0.30.0 rewinds them with `Generator.set_offset`, which CPU
-generators lack). Here one uniform a token is enough: token = first index whose cumulative probability passes
-it. Log-probs stay in a buffer beside the sampler until the batch ends, which spares vLLM's dict of `Logprob`
-objects for every token. Measured on one core (0.56M-parameter MoE in fp32, 64 sequences of 32 tokens, eager):
-12,000-13,000 tokens/s against 9,500 with vLLM's seeds and log-probs (10,800 without seeds), and the first
-call takes 0.2 s instead of 2 to 4 s, since nothing is compiled.
+vLLM's own seeds per request cost one generator per row and one exponential draw per vocabulary entry. On a
+CPU they die when a long prompt is prefilled in chunks, because vllm 0.30.0 rewinds them with
+`Generator.set_offset`, which CPU generators lack. Here one uniform per token is enough: the token is the
+first index whose cumulative probability passes it.
+
+Log-probs stay in a buffer beside the sampler until the batch ends, which spares vLLM's dict of `Logprob`
+objects for every token. Measured on one core (a MoE of 0.56M parameters in fp32, 64 sequences of 32 tokens,
+eager): 12,000 to 13,000 tokens/s, against 9,500 with vLLM's seeds and log-probs and 10,800 without seeds. The
+first call takes 0.2 s instead of 2 to 4 s, since nothing is compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from vllm.v1.sample.sampler import Sampler
 from gspo_dist.rollout.seeds import sample_keys, uniforms
 
 EXTRA = "gspo"
-"""Key in `SamplingParams.extra_args`: (request key, first slot, number of samples)."""
+"""Key in `SamplingParams.extra_args`; its value is (request key, first slot, number of samples)."""
 GREEDY_BELOW = 1e-5
 """vLLM's own threshold: a lower temperature means greedy."""
 PROMPT_ROWS = 1024
@@ -31,7 +33,7 @@ PROMPT_ROWS = 1024
 
 
 class KeyedSampler(Sampler):
-    """Replaces `model_runner.sampler` (model runner V1). One instance a worker."""
+    """Replaces `model_runner.sampler` (model runner V1). Each worker has one."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(logprobs_mode="processed_logprobs")
@@ -43,7 +45,9 @@ class KeyedSampler(Sampler):
         self.begin(0, 1)  # `logprobs_of` samples too, and may be the first to
 
     def begin(self, slots: int, max_tokens: int) -> None:
-        """Room for a batch of `slots` completions; one more slot takes rows of requests that are not ours."""
+        """Makes room for `slots` completions, and for one more row, which takes what requests
+        of others sample.
+        """
         device = self.runner.device
         self.logprobs = torch.zeros(slots + 1, max_tokens, device=device)
         self.tokens = torch.zeros(slots + 1, max_tokens, dtype=torch.int32, device=device)
@@ -56,10 +60,12 @@ class KeyedSampler(Sampler):
         self.begin(0, 1)
         return out
 
-    def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """vLLM calls this for prompt log-probs, which it leaves untempered: `logprobs_of` sets the temperature.
+    def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, V] of prompt tokens -> log-probs [rows, V] float32, at the
+        temperature of `logprobs_of`.
 
-        vLLM 0.30 passes all prompt tokens of a request at once: in blocks of rows, no second float32 copy is held.
+        vLLM calls it and would leave them untempered. It passes all prompt tokens of a request at once
+        (0.30), so the work is done in blocks of rows: no second float32 copy of all logits is held.
         """
         out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         for rows, logprobs in zip(logits.split(PROMPT_ROWS), out.split(PROMPT_ROWS), strict=True):
@@ -73,7 +79,7 @@ class KeyedSampler(Sampler):
         predict_bonus_token: bool = False,
         logprobs_mode_override: str | None = None,
     ) -> SamplerOutput:
-        """logits [rows, vocabulary] -> one token a row; its log-prob goes to the row's slot."""
+        """logits [rows, V] -> one token per row; its log-prob goes to the row's slot."""
         meta = sampling_metadata
         if meta.max_num_logprobs is not None or meta.logprob_token_ids:
             raise ValueError(
@@ -105,15 +111,17 @@ class KeyedSampler(Sampler):
         return ids.clamp_(max=logprobs.shape[1] - 1)
 
     def positions(self) -> np.ndarray:
-        """Index of each row's next token in its completion. A partly prefilled row draws position 0 again and
-        again; vLLM discards all but the last.
+        """Index [rows] of each row's next token in its completion.
+
+        A row that is prefilled in parts draws position 0 again and again, and vLLM discards all draws
+        but the last.
         """
         batch = self.runner.input_batch
         n = batch.num_reqs
         return np.maximum(batch.num_tokens_no_spec[:n] - batch.num_prompt_tokens[:n], 0)
 
     def note(self, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Writes tokens and log-probs to their slots; no wait for the device."""
+        """Writes tokens [rows] and their log-probs to their slots, without waiting for the device."""
         self.look_up()
         at = torch.from_numpy(self.positions().astype(np.int64)).clamp_(max=self.tokens.shape[1] - 1)
         at, slots = at.to(sampled.device, non_blocking=True), self.slots
@@ -121,7 +129,7 @@ class KeyedSampler(Sampler):
         self.tokens[slots, at] = sampled.to(torch.int32)
 
     def look_up(self) -> None:
-        """Keys and slots of the rows, in the batch's present order; only when that changed."""
+        """Finds keys and slots of the rows in their present order, if that has changed."""
         req_ids = self.runner.input_batch.req_ids
         if req_ids == self.rows:
             return
@@ -134,7 +142,11 @@ class KeyedSampler(Sampler):
         self.slots = torch.tensor([slot for _, slot in places], dtype=torch.long, device=self.tokens.device)
 
     def _place(self, req_id: str) -> tuple[int, int]:
-        """Key and slot of a request, for the length of its batch."""
+        """Key and slot of one row.
+
+        Example: slot 6 and 4 samples of a request whose rows vLLM names 0_r, 1_r, 2_r, 3_r: row 2_r
+        has slot 8.
+        """
         extra = (self.runner.requests[req_id].sampling_params.extra_args or {}).get(EXTRA)
         if extra is None:
             return 0, len(self.tokens) - 1

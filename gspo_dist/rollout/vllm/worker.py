@@ -1,5 +1,5 @@
-"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`), called by name with
-`collective_rpc`.
+"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`) and calls
+by name (`collective_rpc`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ class WorkerExtension:
     weight_transfer_engine: Any
 
     def gspo_install(self) -> dict[str, Any]:
-        """Puts the sampler in place; returns the model layers that have routed experts."""
+        """Puts the sampler in place; returns the numbers of the layers with routed experts.
+
+        RuntimeError: vLLM runs another model runner than the sampler is written for.
+        """
         from vllm.model_executor.layers.fused_moe.layer import MoERunner
 
         if not hasattr(self.model_runner, "input_batch"):
@@ -28,12 +31,15 @@ class WorkerExtension:
         return {"moe_layers": sorted(layers)}
 
     def gspo_begin(self, slots: int, max_tokens: int) -> None:
+        """Makes room for the log-probs of `slots` completions of at most `max_tokens` tokens."""
         self.model_runner.sampler.begin(slots, max_tokens)
 
     def gspo_take(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sampled token ids and their log-probs, [slots, max_tokens] each."""
         return self.model_runner.sampler.take()
 
     def gspo_prompt_temperature(self, temperature: float) -> None:
+        """Sets the temperature of the log-probs of prompt tokens."""
         self.model_runner.sampler.prompt_temperature = temperature
 
     def gspo_sync_report(self) -> dict[str, Any]:

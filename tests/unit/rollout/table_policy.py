@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from gspo_dist.rollout.seeds import mix
+from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.stream import NamedTensor
 
 
@@ -38,6 +39,12 @@ class TablePolicy:
             self.num_experts
         )
         return (first[:, :, None].astype(np.int64) + np.arange(self.top_k)) % self.num_experts
+
+    def check_bucket(self, layout: BucketLayout, engine: str) -> None:
+        """Every tensor is welcome: the table is not made of them."""
+
+    def check_whole(self, arrived: Iterable[str], engine: str) -> None:
+        """Nothing is needed."""
 
     def load(self, weights: Sequence[NamedTensor]) -> None:
         """Weights arrive and change nothing: the table is not made of them."""

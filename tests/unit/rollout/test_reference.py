@@ -5,45 +5,23 @@ import pytest
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine, truncate
+from gspo_dist.rollout.engine import EngineInfo
+from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine, log_softmax, places, truncate
 from gspo_dist.types import Prompt, SamplingSpec
+from gspo_dist.weights.names import hf_named_weights
 from gspo_dist.weights.send import send_weights
 from gspo_dist.weights.shm import ShmTransport
-from gspo_dist.weights.stream import buckets, hf_named_weights
+from gspo_dist.weights.stream import buckets
 from gspo_dist.weights.verify import WeightSyncError, verify_receipt
 from tests.unit.rollout.table_policy import TablePolicy
+from tests.unit.weights.tiny_models import FAMILIES, make
 
 CONFIG = RolloutConfig(precision="fp32", max_prompt_tokens=16, max_completion_tokens=16)
 PROMPTS = [Prompt("p0", (3, 4, 5), ""), Prompt("p1", (6, 7), "")]
 
 
 def tiny_moe(folder, seed=0):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        mlp_only_layers=[],
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        eos_token_id=1,
-    )
-    model = Qwen3MoeForCausalLM(config).float()
-    model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t2"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1").save_pretrained(folder)
-    return model
+    return make(folder, seed=seed, vocab_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +51,7 @@ def test_samples_requests_and_seeds_differ():
 
 
 def test_logprobs_are_those_of_the_sampling_distribution():
-    """Empirical frequency of first tokens against exp(logprob), 20,000 draws; and logprobs_of() says the same."""
+    """Frequency of first tokens against exp(logprob), 20,000 draws; and logprobs_of() says the same."""
     engine = ReferenceEngine(CONFIG, TablePolicy(0, vocab_size=5))
     group = engine.generate(PROMPTS[:1], SamplingSpec(n=20_000, max_tokens=1, seed=0), [0])[0]
     told = {int(c.token_ids[0]): float(np.exp(c.logprobs[0])) for c in group}
@@ -158,13 +136,89 @@ def test_synced_weights_change_the_policy_and_are_receipted(model, tmp_path):
     assert set(c.policy_versions.tolist()) == {7}
 
 
-def test_hf_policy_refuses_a_weight_it_does_not_have(model):
-    with pytest.raises(WeightSyncError, match="no weight nonsense"):
-        HFPolicy(model[0]).load([("nonsense", torch.zeros(1))])
+def sync(engine, transport, weights, version=1, bucket_bytes=4096):
+    engine.start_weight_update()
+    report = send_weights(buckets(weights, bucket_bytes), transport, engine.update_weights)
+    return report, engine.finish_weight_update(version)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3"])
+def test_synced_weights_are_computed_with_whatever_the_folder_calls_them(family, tmp_path):
+    make(tmp_path / "start", family)
+    other = make(tmp_path / "other", family, seed=1)
+    engine = ReferenceEngine(CONFIG, HFPolicy(tmp_path / "start"))
+    sync(engine, ShmTransport(), hf_named_weights(other))
+    row = torch.arange(2, 12)
+    with torch.no_grad():
+        table = other(row[None]).logits[0].log_softmax(-1)[:-1]
+    wanted = table.gather(1, row[1:, None])[:, 0].numpy()
+    assert engine.logprobs_of([row.numpy()])[0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_every_element_has_the_place_of_the_docstring(tmp_path):
+    hf = make(tmp_path, num_experts=2, hidden_size=3, head_dim=2, moe_intermediate_size=2)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    stored, index = places(hf)[name]
+    assert index.tolist() == [[18, 19, 20], [21, 22, 23]]
+    assert stored.data_ptr() == hf.model.layers[0].mlp.experts.gate_up_proj.data_ptr()
+
+
+def test_a_tensor_without_a_place_and_one_that_is_missing_are_named(model, tmp_path):
+    folder, hf = model
+    transport = ShmTransport(folder=tmp_path)
+    engine = ReferenceEngine(CONFIG, HFPolicy(folder), name="engine-1")
+    with pytest.raises(WeightSyncError, match=r"engine-1 cannot place nonsense \[1\]"):
+        sync(engine, transport, [("nonsense", torch.zeros(1))])
+    engine = ReferenceEngine(CONFIG, HFPolicy(folder), name="engine-1")
+    kept = [(n, t) for n, t in hf_named_weights(hf) if n != "lm_head.weight"]
+    with pytest.raises(WeightSyncError, match=r"engine-1 got no lm_head\.weight \(1 of"):
+        sync(engine, transport, kept)
+    engine = ReferenceEngine(CONFIG, HFPolicy(folder), name="engine-1")
+    engine.start_weight_update()
+    staged = transport.stage([("model.norm.weight", torch.ones(32))])
+    engine.update_weights(staged.update_info)
+    with pytest.raises(WeightSyncError, match=r"engine-1 got model\.norm\.weight twice"):
+        engine.update_weights(staged.update_info)
+    transport.close()
+
+
+def test_without_checks_the_receipt_has_counts_and_no_checksums(model, tmp_path):
+    folder, hf = model
+    transport = ShmTransport(check=False, folder=tmp_path)
+    engine = ReferenceEngine(CONFIG, HFPolicy(folder))
+    engine.init_weight_sync(transport.init_info(0))
+    report, receipt = sync(engine, transport, hf_named_weights(hf), version=4)
+    assert (receipt.policy_version, receipt.checksums, receipt.tensors) == (4, {}, report.tensors)
+    assert receipt.bytes == sum(p.nbytes for p in hf.parameters())
+
+
+def test_facts_about_the_engine(model):
+    engine = ReferenceEngine(CONFIG, HFPolicy(model[0]), name="engine-3", record_routing=True)
+    assert engine.info() == EngineInfo("engine-3", "cpu", 32, 64, 4, 2, 2, can_record_routing=True, workers=1)
+    assert engine.policy.eos_ids == {1}
+    assert engine.policy.text(np.array([5, 1, 7])) == "t5 t7"
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"transport": "nccl"}, {"sleep_mode": True}])
+def test_what_the_reference_engine_cannot_do_is_refused(options):
+    with pytest.raises(ValueError, match="runs on a CPU with the shm transport and never sleeps"):
+        ReferenceEngine(CONFIG, TablePolicy(0), **options)
+    engine = ReferenceEngine(CONFIG, TablePolicy(0))
+    with pytest.raises(ValueError, match="cannot sleep"):
+        engine.sleep()
+    with pytest.raises(ValueError, match="cannot wake up"):
+        engine.wake_up()
+
+
+def test_log_softmax_is_tempered_and_greedy_is_not():
+    x = np.array([1.0, 2.0, 4.0])
+    assert log_softmax(x, 0.5) == pytest.approx(2 * x - np.log(np.exp(2 * x).sum()), abs=1e-12)
+    assert log_softmax(x, 0.0) == pytest.approx(log_softmax(x, 1.0), abs=0)
+    assert np.isfinite(log_softmax(np.array([1e4, 0.0]), 1.0)).all()
 
 
 @pytest.mark.parametrize(
-    "prompt, spec, ids, message",
+    ("prompt", "spec", "ids", "message"),
     [
         (
             Prompt("long", tuple(range(30)), ""),
@@ -173,7 +227,7 @@ def test_hf_policy_refuses_a_weight_it_does_not_have(model):
             "'long'.*30 \\+ 8 tokens for a context of 32",
         ),
         (Prompt("empty", (), ""), SamplingSpec(1, 8), [0], "'empty'"),
-        (PROMPTS[0], SamplingSpec(1, 8), [], "one request id a prompt"),
+        (PROMPTS[0], SamplingSpec(1, 8), [], "one request id per prompt"),
         (PROMPTS[0], SamplingSpec(1, 8, record_routing=True), [0], "not started to record routing"),
     ],
 )

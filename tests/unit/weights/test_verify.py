@@ -18,7 +18,7 @@ def test_a_true_receipt_passes():
 
 
 @pytest.mark.parametrize(
-    "checksums, version, message",
+    ("checksums", "version", "message"),
     [
         ({"a": 1, "b": 9, "c": 8}, 5, "other bytes for b"),
         ({"a": 1, "c": 3}, 5, r"did not receive b \(2 of 3"),
@@ -50,9 +50,9 @@ def test_nan_never_passes():
 
 
 @pytest.mark.parametrize(
-    "engine, learner",
+    ("engine", "learner"),
     [([], []), ([np.zeros(2)], []), ([np.zeros(2)], [np.zeros(3)]), ([np.zeros(0)], [np.zeros(0)])],
 )
 def test_probes_that_compare_nothing_are_refused(engine, learner):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="probe"):
         probe_difference(engine, learner)

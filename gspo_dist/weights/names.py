@@ -1,0 +1,143 @@
+"""From an HF model in memory to the names and tensors of its model folder.
+
+transformers 5 loads many files under other names and shapes than they have: it fuses the experts of a layer
+into one parameter, renames modules, joins or splits projections. A learner streams what the *folder* holds,
+because that is what engines load and what an export must hold. The rules are transformers' own, turned
+round; they are kept with the model that was loaded, so a folder that was written in another way is answered
+in its own way.
+
+    in memory                                       in the folder
+    layers.0.mlp.experts.gate_up_proj [8, 64, H]    Qwen3-MoE: layers.0.mlp.experts.0.gate_proj.weight [32, H]
+                                                    Mixtral: layers.0.block_sparse_moe.experts.0.w1.weight
+    layers.0.mlp.gate.e_score_correction_bias [8]   DeepSeek-V3: the same (a buffer, not a parameter)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from gspo_dist.weights.stream import NamedTensor
+
+SLICE_BYTES = 64 << 20
+"""Experts are taken out of a fused parameter in slices of about this size, since each slice may be a copy."""
+
+
+def stored_tensors(hf: torch.nn.Module) -> Iterator[NamedTensor]:
+    """Every tensor that a folder of this model holds, under its name in memory: parameters
+    and persistent buffers.
+
+    A tensor with two names, such as a head that is tied to the embedding, comes once, under the first. The
+    tensors are detached, not copied.
+    """
+    for name, parameter in hf.named_parameters():
+        yield name, parameter.detach()
+    for name, buffer in hf.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in hf.get_submodule(owner)._non_persistent_buffers_set:
+            yield name, buffer.detach()
+
+
+class FileNames:
+    """The names of one model's folder. `hf` is the model as transformers loaded it; its tensors may
+    be on meta.
+    """
+
+    def __init__(self, hf: torch.nn.Module) -> None:
+        self.hf = hf
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(hf)}
+        transforms: list[WeightTransform] | None = getattr(hf, "_weight_conversions", None)
+        if transforms is None:
+            # A model that no folder was loaded into: transformers' defaults for its kind, as when
+            # it saves one.
+            transforms = [
+                t
+                for t in get_model_conversion_mapping(hf, add_legacy=False)
+                if not isinstance(t, PrefixChange)
+            ]
+        back = [t.reverse_transform() for t in reversed(transforms)]
+        self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in back if isinstance(t, WeightConverter)]
+        self._sliced: dict[str, list[str] | None] = {}
+
+    def groups(self) -> list[list[str]]:
+        """Names in memory; those that make one tensor of the folder together. Most groups are one name."""
+        found: dict[str, list[str]] = {}
+        for name in self.shapes:
+            target, _ = rename_source_key(name, self._renamings, self._converters, reverse=True)
+            found.setdefault(target, []).append(name)
+        return list(found.values())
+
+    def join(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[NamedTensor]:
+        """The folder's tensors that a group of tensors in memory makes."""
+        yield from revert_weight_conversion(self.hf, dict(tensors)).items()
+
+    def split(self, name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[NamedTensor]:
+        """The folder's tensors of one parameter.
+
+        Where the folder names experts one by one, `tensor` may be a part of the fused parameter: the experts
+        from `first` on. Example: a fused [8, 64, H] whose rows 4 and 5 are given with first=4 yields the
+        tensors of the experts 4 and 5. KeyError: the model has no such parameter. ValueError: a part of a
+        parameter that the folder does not hold expert by expert.
+        """
+        per_expert = self._per_expert(name)
+        if per_expert is None:
+            if tuple(tensor.shape) != self.shapes[name]:
+                raise ValueError(
+                    f"{name} must be given whole, since the folder does not hold it expert by expert: got "
+                    f"{list(tensor.shape)} of {list(self.shapes[name])}"
+                )
+            yield from self.join({name: tensor})
+            return
+        experts = self.shapes[name][0]
+        step = max(1, SLICE_BYTES // max(1, tensor[0].nbytes))
+        for start in range(0, len(tensor), step):
+            part = tensor[start : start + step]
+            # The names of a part count from 0. Those of the whole come in the same order: for each kind of
+            # tensor (gate, up) the experts 0, 1, ...
+            for i, piece in enumerate(revert_weight_conversion(self.hf, {name: part}).values()):
+                kind, expert = divmod(i, len(part))
+                yield per_expert[kind * experts + first + start + expert], piece
+
+    def _per_expert(self, name: str) -> list[str] | None:
+        """The folder's names of a fused parameter, if every one of them depends on one index of
+        its first axis.
+        """
+        if name not in self._sliced:
+            shape = self.shapes[name]
+            whole = list(self._on_meta(name, shape))
+            one = list(self._on_meta(name, (1, *shape[1:]))) if len(shape) > 1 else whole
+            fused = len(whole) > 1 and len(whole) == shape[0] * len(one)
+            self._sliced[name] = whole if fused else None
+        return self._sliced[name]
+
+    def _on_meta(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
+        return revert_weight_conversion(self.hf, {name: torch.empty(shape, device="meta")})
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of everything that the model streams, without touching a weight."""
+        found: dict[str, tuple[int, ...]] = {}
+        for group in self.groups():
+            blank = {name: torch.empty(self.shapes[name], device="meta") for name in group}
+            found |= {name: tuple(tensor.shape) for name, tensor in self.join(blank)}
+        return found
+
+
+def hf_named_weights(hf: torch.nn.Module) -> Iterator[NamedTensor]:
+    """All weights of an HF model in memory under its folder's names, detached; fused experts in slices."""
+    names, tensors = FileNames(hf), dict(stored_tensors(hf))
+    for group in names.groups():
+        if len(group) == 1:
+            yield from names.split(group[0], tensors[group[0]])
+        else:
+            yield from names.join({name: tensors[name] for name in group})

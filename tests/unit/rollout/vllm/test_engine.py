@@ -1,0 +1,43 @@
+"""What of the vLLM engine needs no engine: arguments and folders that are refused before vLLM starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_dist.config import RolloutConfig
+from gspo_dist.rollout.vllm.engine import VllmEngine
+from tests.unit.weights.tiny_models import make
+
+
+def test_a_device_that_vllm_was_not_built_for_is_refused(tmp_path) -> None:
+    make(tmp_path, "qwen3")
+    with pytest.raises(
+        ValueError, match=r"cluster\.device=cuda needs vLLM built for it: .* runs on cpu; .*GSPO_ACC.*gpu"
+    ):
+        VllmEngine(RolloutConfig(), tmp_path, device="cuda")
+
+
+def test_a_torn_weight_file_is_named_before_vllm_starts(tmp_path) -> None:
+    make(tmp_path, "qwen3")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"model\.safetensors is torn: .*copy it again"):
+        VllmEngine(RolloutConfig(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "must be cpu or cuda: got 'tpu'"),
+        (
+            {"config": RolloutConfig(tensor_parallel=2)},
+            r"tensor_parallel must be 1 on a CPU host: got 2; raise rollout",
+        ),
+        ({"sleep_mode": True}, r"cannot sleep on a CPU host: set cluster\.colocated=false"),
+        ({"transport": "tcp"}, r"one of \['nccl', 'shm'\]: got 'tcp'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(options, message, tmp_path) -> None:
+    config = options.pop("config", RolloutConfig())
+    with pytest.raises(ValueError, match=message):
+        VllmEngine(config, tmp_path, **options)

@@ -1,0 +1,109 @@
+"""Laws of the names: a model streams what its folder holds, whatever transformers does to it in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gspo_dist.weights import names as module
+from gspo_dist.weights.names import FileNames, hf_named_weights, stored_tensors
+from tests.unit.weights.tiny_models import FAMILIES, make
+
+
+def stored(folder):
+    """Every tensor of the folder, by name."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_is_the_folder_bit_for_bit(family, tmp_path):
+    hf = make(tmp_path, family)
+    folder, stream = stored(tmp_path), list(hf_named_weights(hf))
+    assert len(stream) == len(folder)
+    got = dict(stream)
+    assert set(got) == set(folder)
+    for name, tensor in folder.items():
+        assert torch.equal(got[name], tensor), name
+        assert got[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_shapes_are_known_without_weights(family, tmp_path):
+    make(tmp_path, family)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert FileNames(hf).expected() == {n: tuple(t.shape) for n, t in stored(tmp_path).items()}
+
+
+def test_mixtral_and_qwen_name_the_same_experts_in_their_own_ways(tmp_path):
+    fused = torch.arange(4 * 32 * 32.0).view(4, 32, 32)
+    qwen = FileNames(make(tmp_path / "qwen"))
+    got = dict(qwen.split("model.layers.1.mlp.experts.gate_up_proj", fused))
+    assert torch.equal(got["model.layers.1.mlp.experts.2.gate_proj.weight"], fused[2, :16])
+    assert torch.equal(got["model.layers.1.mlp.experts.2.up_proj.weight"], fused[2, 16:])
+    mixtral = FileNames(make(tmp_path / "mixtral", "mixtral"))
+    fused = torch.arange(4 * 48 * 32.0).view(4, 48, 32)
+    got = dict(mixtral.split("model.layers.1.mlp.experts.gate_up_proj", fused))
+    assert torch.equal(got["model.layers.1.block_sparse_moe.experts.3.w1.weight"], fused[3, :24])
+    assert torch.equal(got["model.layers.1.block_sparse_moe.experts.3.w3.weight"], fused[3, 24:])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_a_part_of_the_experts_has_the_names_of_its_place(family, tmp_path):
+    """Experts 1 and 2 of 4, given alone, and the whole cut into slices of one expert: the same tensors."""
+    hf = make(tmp_path, family)
+    names, tensors = FileNames(hf), dict(stored_tensors(hf))
+    for name in (n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))):
+        whole = dict(names.split(name, tensors[name]))
+        part = dict(names.split(name, tensors[name][1:3], first=1))
+        assert set(part) == {n for n in whole if ".experts.1." in n or ".experts.2." in n}
+        assert all(torch.equal(part[n], whole[n]) for n in part)
+
+
+def test_slices_do_not_change_the_stream(tmp_path, monkeypatch):
+    hf = make(tmp_path)
+    whole = dict(hf_named_weights(hf))
+    nbytes = dict(stored_tensors(hf))["model.layers.0.mlp.experts.gate_up_proj"][0].nbytes
+    for limit in (1, nbytes, 3 * nbytes):
+        monkeypatch.setattr(module, "SLICE_BYTES", limit)
+        sliced = list(hf_named_weights(hf))
+        assert len(sliced) == len(whole)
+        assert all(torch.equal(t, whole[n]) for n, t in sliced)
+
+
+def test_a_part_of_what_the_folder_holds_whole_is_refused(tmp_path):
+    hf = make(tmp_path, "granitemoe")
+    names, tensors = FileNames(hf), dict(stored_tensors(hf))
+    name = next(n for n, t in tensors.items() if t.dim() == 3)
+    with pytest.raises(ValueError, match=r"whole.*got \[2, .* of \[4, "):
+        list(names.split(name, tensors[name][:2]))
+    with pytest.raises(KeyError):
+        list(names.split("nonsense", torch.zeros(1)))
+
+
+def test_a_tied_head_comes_once_and_a_head_of_its_own_comes_though_the_config_says_tied(tmp_path):
+    tied = make(tmp_path / "tied", "qwen3", tie_word_embeddings=True)
+    assert [
+        n for n, _ in hf_named_weights(tied) if n.endswith(("embed_tokens.weight", "lm_head.weight"))
+    ] == ["model.embed_tokens.weight"]
+    own = make(tmp_path / "own", "qwen3")
+    own.config.tie_word_embeddings = True
+    assert torch.equal(dict(hf_named_weights(own))["lm_head.weight"], own.lm_head.weight)
+
+
+def test_buffers_that_folders_hold_come_and_rotary_tables_do_not(tmp_path):
+    hf = make(tmp_path, "glm4_moe")
+    names = [n for n, _ in stored_tensors(hf)]
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in names
+    assert not any("inv_freq" in n for n in names)
+    assert all(not t.requires_grad for _, t in stored_tensors(hf))
+
+
+def test_the_stream_is_not_a_copy_where_nothing_is_converted(tmp_path):
+    hf = make(tmp_path)
+    assert dict(hf_named_weights(hf))["model.norm.weight"].data_ptr() == hf.model.norm.weight.data_ptr()
