@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.types import Prompt, SamplingSpec
-from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.names import hf_named_weights
+from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.stream import buckets
 from gspo_dist.weights.verify import WeightSyncError, check_probe, verify_receipt
 
