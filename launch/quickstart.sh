@@ -2,9 +2,11 @@
 # Usage: launch/quickstart.sh [overrides]
 #
 # Makes the Python environment (minutes, once) and trains the quickstart: a small Mixture-of-Experts policy with GSPO,
-# on this host, GPU or not. Overrides are hydra's, e.g. launch/quickstart.sh steps=20 seed=1. `gspo train --help`
-# lists them. Two ranks learn and two engines sample; on one GPU, one of each take turns on it, and on two or three, one
-# of each has a GPU.
+# on this host, GPU or not. Overrides are hydra's, e.g. launch/quickstart.sh steps=20 seed=1. conf/README.md explains
+# them, and `gspo train --help` lists the groups.
+#
+# Two ranks learn and two engines sample. On two or three GPUs, one rank and one engine have a GPU each. On one GPU, one
+# of each take turns on it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 layout=()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Usage: launch/ray_head.sh [ray start arguments]
 #
-# Starts the head of a Ray cluster on this host and stays in the foreground; ending this script ends the head.
-# Then, on every other host: launch/ray_worker.sh HEAD:6379. Then, on this one:
-#   gspo train cluster.address=auto [overrides]
+# Starts the head of a Ray cluster on this host and stays in the foreground. Ending this script ends the head.
+# Then, on every other host: launch/ray_worker.sh HEAD:6379. Then, on this one, in another shell:
+#   source launch/env.sh && gspo train cluster=ray [overrides]
 #
 #   GSPO_RAY_PORT  port of the cluster (default 6379)
 #   GSPO_DRY_RUN   1: print the command only

