@@ -1,10 +1,8 @@
-"""Reward workers: rewards are computed in processes of their own, each rollout with a deadline."""
+"""Reward workers on the nodes of a cluster: each is an actor with a reward process that it can end."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,80 +10,67 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import Item, Judged, judge_rollout, resolve_reward
-from gspo_dist.types import Completion, Prompt
+from gspo_dist.rewards.pool import START_TIMEOUT_S, LocalRewardPool
+from gspo_dist.rewards.reward import Item, Judged, located
 
 GRACE_S = 30.0
-
-
-class _Late(BaseException):
-    """The alarm of a deadline; not an Exception, so that a reward's own `except Exception` cannot swallow it."""
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Interrupts Python code after `seconds`. Ray runs an actor's methods in its main thread, where signals arrive."""
-
-    def ring(signum: int, frame: object) -> None:
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+"""What a call may take beyond the deadlines of its rollouts: it travels, and the pool below counts to itself.
+"""
 
 
 class RewardWorker(ActorProcess):
-    """Judges rollouts, a chunk a call."""
+    """Judges rollouts, a chunk per call, in a process below this one: the actor itself survives any reward."""
 
     def __init__(self, name: str, log_dir: str, config: RewardConfig) -> None:
         super().__init__(name, log_dir)
-        self.config = config
-        self.function = resolve_reward(config)
+        self.pool = LocalRewardPool(replace(config, workers=1))
+
+    def start(self) -> None:
+        """Waits until the reward is imported. Raises ValueError when it cannot be."""
+        self.pool.start()
 
     def judge(self, items: Sequence[Item]) -> list[Judged]:
-        return [self._judge(*item) for item in items]
-
-    def _judge(self, rollout_id: int, prompt: Prompt, completion: Completion) -> Judged:
-        try:
-            with _deadline(self.config.timeout_s):
-                return judge_rollout(self.function, prompt, completion, rollout_id)
-        except _Late:
-            if self.config.timeout_reward is None:
-                raise TimeoutError(
-                    f"the reward of rollout {rollout_id} (prompt {prompt.prompt_id}) took more than "
-                    f"reward.timeout_s = {self.config.timeout_s:g} s; bound its work, raise the deadline, or set "
-                    "reward.timeout_reward"
-                ) from None
-            return Judged(self.config.timeout_reward, {"timeout": 1.0})
+        return self.pool.judge(items)
 
 
 class RayRewardPool:
-    """Spreads rollouts evenly over the workers."""
+    """`gspo_dist.rewards.pool.RewardPool` over actors: spreads rollouts evenly over them.
+
+    Deadlines, restarts and their rewards are those of LocalRewardPool. An actor that dies all the same, or
+    answers nothing at all, raises ProcessDied or ProcessTimeout.
+    """
 
     def __init__(self, config: RewardConfig, log_dir: Path) -> None:
-        self.config = config
-        names = [f"reward-{i}" for i in range(config.workers)]
+        """Creates the actors, which begin to import the reward.
+
+        Its file is found from this working directory.
+        """
+        self.config = located(config)
         remote = ray.remote(RewardWorker)
         self.actors = Actors(
-            {name: remote.options(num_cpus=0).remote(name, str(log_dir), config) for name in names}, log_dir
+            {
+                # Without a CPU of their own, as rewards run while the other actors wait.
+                f"reward-{i}": remote.options(num_cpus=0).remote(f"reward-{i}", str(log_dir), self.config)
+                for i in range(config.workers)
+            },
+            log_dir,
         )
 
+    def start(self) -> None:
+        self.actors.call_all("start", timeout=START_TIMEOUT_S + GRACE_S)
+
     def judge(self, items: Sequence[Item]) -> list[Judged]:
-        """(reward, parts) of every item, in order; a reward sees no routing trace. A rollout over the deadline gets
-        `timeout_reward` and the part `timeout` = 1. Raises what the reward function raised (naming the rollout), or
-        ProcessTimeout when code that no signal interrupts holds a worker past the sum of its deadlines."""
-        names = list(self.actors.handles)
-        size = max(1, -(-len(items) // len(names)))
-        judged = [(i, prompt, replace(completion, routing=None)) for i, prompt, completion in items]
-        chunks = [judged[i : i + size] for i in range(0, len(items), size)]
-        refs = {
-            name: self.actors.handles[name].judge.remote(c) for name, c in zip(names, chunks, strict=False)
-        }
-        answers = self.actors.gather(refs, self.config.timeout_s * size + GRACE_S)
+        """The verdicts in order. Example: 5 items over 2 workers are chunks of 3 and 2."""
+        handles = self.actors.handles
+        size = max(1, -(-len(items) // len(handles)))
+        # Expert choices are most of a rollout's bytes, and no reward reads them.
+        bare = [(i, prompt, replace(completion, routing=None)) for i, prompt, completion in items]
+        chunks = [bare[i : i + size] for i in range(0, len(items), size)]
+        # Fewer items than workers leave some of them without a chunk.
+        refs = {name: handles[name].judge.remote(chunk) for name, chunk in zip(handles, chunks, strict=False)}
+        # Each rollout may also cost the start of a new process.
+        longest = (self.config.timeout_s + START_TIMEOUT_S) * size + GRACE_S
+        answers = self.actors.gather(refs, longest)
         return [verdict for chunk in answers.values() for verdict in chunk]
 
     def close(self) -> None:

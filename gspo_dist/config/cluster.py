@@ -15,7 +15,7 @@ class ClusterConfig:
     """Address of a running Ray cluster, or `auto`. Null starts Ray on this host for the length of the run."""
     in_process: bool = False
     """No Ray at all: one engine and the eager learner in this process (tests, debugging, studies on a
-    laptop). Rewards then have no deadline."""
+    laptop). Rewards have processes of their own all the same."""
     device: str = "auto"
     """auto | cpu | cuda."""
     colocated: bool = False

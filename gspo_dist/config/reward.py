@@ -17,12 +17,12 @@ class RewardConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the function."""
     workers: int = 1
-    """Reward processes."""
+    """Reward processes. Each judges one rollout at a time."""
     timeout_s: float = 30.0
-    """Deadline for one rollout's reward."""
+    """Deadline for one rollout's reward. Its process is ended then, and another one started."""
     timeout_reward: float | None = 0.0
-    """Reward of a rollout that misses the deadline (counted in reward/timeout_fraction). Null stops
-    the run instead."""
+    """Reward of a rollout whose reward misses the deadline (counted in reward/timeout_fraction) or ends its
+    process (reward/crash_fraction). Null stops the run instead."""
 
     def __post_init__(self) -> None:
         at_least("reward.workers", self.workers, 1)

@@ -94,11 +94,10 @@ class RunConfig:
     def _check_in_process(self) -> None:
         if not self.cluster.in_process:
             return
-        if self.rollout.engines != 1 or self.reward.workers != 1:
+        if self.rollout.engines != 1:
             raise ValueError(
-                "cluster.in_process runs one engine and one reward function in this process: "
-                f"got rollout.engines {self.rollout.engines} and reward.workers {self.reward.workers}; "
-                "set both to 1"
+                "cluster.in_process runs one engine in this process: got rollout.engines "
+                f"{self.rollout.engines}; set it to 1"
             )
         if self.learner.backend != "eager":
             raise ValueError(

@@ -1,21 +1,64 @@
-"""Rewards computed in this process: the pool of runs without Ray (tests, debugging). It has no deadline."""
+"""Judging the rollouts of a run: the protocol, and the pool that runs rewards in processes of this host.
+
+A deadline must lie outside the process that it bounds. A reward may set or cancel alarms, hang in C code,
+call exit or crash; here the parent holds the clock, kills the process, starts another one and goes on with
+the next rollout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Pipe, wait
 from typing import Protocol
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import Item, Judged, judge_rollout, resolve_reward
+from gspo_dist.rewards.reward import Item, Judged, RewardError, describe, located
+from gspo_dist.rewards.worker import Answer
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+"""Longest wait for a worker to import its reward: on a busy host, or from a slow network file system."""
+EXIT_S = 1.0
+"""What a process that has closed its connection may take to end, before it is killed."""
+CHUNK = 32
+"""Most items per message to a worker."""
+DEATHS_IN_A_ROW = 5
+"""So many rollouts in a row that end a worker's process are the reward's fault, not that of the completions.
+"""
+BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from gspo_dist.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
 
 
 class RewardPool(Protocol):
     """Whatever judges the rollouts of a run."""
 
+    def start(self) -> None:
+        """Waits until every worker has imported the reward. A second call does nothing.
+
+        Raises ValueError when the reward cannot be imported, so that nothing heavy starts in vain.
+        """
+        ...
+
     def judge(self, items: Sequence[Item]) -> list[Judged]:
         """The verdict on every item, in order. May be called any number of times.
 
-        Raises RewardError when a reward function fails; the message names the rollout.
+        A rollout whose reward misses the deadline gets `reward.timeout_reward` and the part `timeout` = 1;
+        one that ends its process gets the same reward and the part `crash` = 1. Raises RewardError when the
+        reward raises or gives no finite number, and where `reward.timeout_reward` is null; the message
+        names the rollout.
         """
         ...
 
@@ -24,17 +67,184 @@ class RewardPool(Protocol):
         ...
 
 
-class LocalRewardPool:
-    """Judges rollouts one after the other."""
+class Worker:
+    """One reward process, as its parent sees it."""
 
     def __init__(self, config: RewardConfig) -> None:
-        self.function = resolve_reward(config)
+        """Starts the process, which begins to import the reward."""
+        self.connection, theirs = Pipe()
+        with theirs:
+            arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", BOOTSTRAP, *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a group of its own: a kill reaches all that a reward has started
+            )
+        self.connection.send(config)
+        self.ready = False
+        self.places: deque[int] = deque()
+        """Places of the items that it was given and has not judged; it works on the first."""
+        self.deadline = time.monotonic() + START_TIMEOUT_S
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it owes an answer: it is starting, or judging."""
+        return not self.ready or bool(self.places)
+
+    def give(self, places: Sequence[int], items: Sequence[Item], seconds: float) -> bool:
+        """Has it judge items, each within `seconds` of the one before. False when the process is gone."""
+        try:
+            self.connection.send(items)
+        except OSError:
+            return False
+        self.places, self.deadline = deque(places), time.monotonic() + seconds
+        return True
+
+    def answers(self) -> Iterator[Answer | None]:
+        """What it has said up to now; None, at the end, when it has died."""
+        try:
+            while self.connection.poll():
+                yield self.connection.recv()
+        except (EOFError, OSError):
+            yield None
+
+    def end(self, grace_s: float = 0.0) -> str:
+        """Kills it and all that it started. Returns how it ended, in words; a second call says the same.
+
+        grace_s: the time that it has to end by itself, so that it can be told how it died.
+        """
+        if self.process.returncode is None:
+            until, watched = time.monotonic() + grace_s, os.WEXITED | os.WNOWAIT | os.WNOHANG
+            while not os.waitid(os.P_PID, self.process.pid, watched) and time.monotonic() < until:
+                time.sleep(0.01)
+            # Killed before it is reaped, so that its id cannot belong to another process yet. One that has ended
+            # keeps its own status.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.connection.close()
+        status = self.process.returncode
+        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+class LocalRewardPool:
+    """Judges rollouts in `reward.workers` processes of this host, one rollout per process at a time."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        """Starts the processes; `start` waits for them.
+
+        A reward file is found from this working directory.
+        """
+        self.config = located(config)
+        self.workers = [Worker(self.config) for _ in range(config.workers)]
+        self.deaths = 0
+
+    def start(self) -> None:
+        self._run([])
 
     def judge(self, items: Sequence[Item]) -> list[Judged]:
-        return [
-            judge_rollout(self.function, prompt, completion, rollout_id)
-            for rollout_id, prompt, completion in items
-        ]
+        return self._run(items) if items else []
 
     def close(self) -> None:
-        """Nothing to end."""
+        while self.workers:
+            self.workers.pop().end()
+
+    def _run(self, items: Sequence[Item]) -> list[Judged]:
+        """Judges the items; without any, waits for the workers that are starting."""
+        waiting, verdicts = deque(range(len(items))), dict[int, Judged]()
+        try:
+            while len(verdicts) < len(items) or (not items and not all(w.ready for w in self.workers)):
+                self._hand_out(items, waiting)
+                awaited = [worker for worker in self.workers if worker.awaited]
+                seconds = min(worker.deadline for worker in awaited) - time.monotonic()
+                heard = wait([worker.connection for worker in awaited], max(0.0, seconds))
+                for worker in awaited:
+                    if worker.connection in heard:
+                        for answer in worker.answers():
+                            self._hear(worker, answer, items, verdicts)
+                    elif time.monotonic() >= worker.deadline:
+                        self._hear(worker, None, items, verdicts, late=True)
+                    if worker not in self.workers:  # ended: what it had not begun goes to the others
+                        waiting.extendleft(reversed(worker.places))
+        except BaseException:
+            # Answers to this call must not be taken for answers to the next one.
+            count = len(self.workers)
+            self.close()
+            self.workers = [Worker(self.config) for _ in range(count)]
+            raise
+        return [verdicts[place] for place in range(len(items))]
+
+    def _hand_out(self, items: Sequence[Item], waiting: deque[int]) -> None:
+        """Gives every idle worker the next items."""
+        for worker in self.workers:
+            if waiting and not worker.awaited:
+                # Half of an even share at a time: fast rewards need few messages, slow ones are still spread.
+                count = max(1, min(CHUNK, len(waiting) // (2 * len(self.workers))))
+                places = [waiting.popleft() for _ in range(count)]
+                if not worker.give(places, [_bare(items[place]) for place in places], self.config.timeout_s):
+                    waiting.extendleft(reversed(places))
+                    self._replace(worker)  # it died while it had nothing to do
+
+    def _hear(
+        self,
+        worker: Worker,
+        answer: Answer | None,
+        items: Sequence[Item],
+        verdicts: dict[int, Judged],
+        late: bool = False,
+    ) -> None:
+        """Takes a worker's answer, or the news that it has none: it is late, or dead."""
+        if not worker.ready:
+            self._hear_start(worker, answer, late)
+            return
+        rollout_id, prompt, _ = items[worker.places[0]]
+        if answer is None:
+            verdicts[worker.places.popleft()] = self._unjudged(worker, describe(rollout_id, prompt), late)
+            self._replace(worker)
+        elif answer.kind == "failed":
+            error = RewardError(answer.value)
+            error.add_note(answer.traceback)
+            raise error
+        else:
+            verdicts[worker.places.popleft()] = answer.value
+            worker.deadline, self.deaths = time.monotonic() + self.config.timeout_s, 0
+
+    def _hear_start(self, worker: Worker, answer: Answer | None, late: bool) -> None:
+        where = f"the process of reward.function {self.config.function!r}"
+        if late:
+            raise ValueError(f"{where} must import it within {START_TIMEOUT_S:.0f} s: it has not answered")
+        if answer is None:
+            raise ValueError(
+                f"{where} ended ({worker.end(EXIT_S)}) while it imported it; see its output above"
+            )
+        if answer.kind == "refused":
+            raise ValueError(answer.value)
+        worker.ready = True
+
+    def _unjudged(self, worker: Worker, who: str, late: bool) -> Judged:
+        """The stated reward of a rollout whose reward gave none. Raises RewardError where none is stated."""
+        ended = worker.end(0.0 if late else EXIT_S)
+        if late:
+            what, way_out = (
+                f"took more than reward.timeout_s = {self.config.timeout_s:g} s",
+                "raise the deadline",
+            )
+        else:
+            self.deaths += 1
+            what, way_out = f"ended its process ({ended})", "raise an exception instead of ending the process"
+        if self.config.timeout_reward is None or self.deaths >= DEATHS_IN_A_ROW:
+            often = f", the {self.deaths}th in a row" if self.deaths >= DEATHS_IN_A_ROW else ""
+            raise RewardError(f"{who} {what}{often}; bound its work, {way_out}, or set reward.timeout_reward")
+        log.warning("%s %s: it counts as %g", who, what, self.config.timeout_reward)
+        return Judged(self.config.timeout_reward, {"timeout" if late else "crash": 1.0})
+
+    def _replace(self, worker: Worker) -> None:
+        worker.end()
+        self.workers[self.workers.index(worker)] = Worker(self.config)
+
+
+def _bare(item: Item) -> Item:
+    """Without the expert choices: they are most of a rollout's bytes, and no reward reads them."""
+    rollout_id, prompt, completion = item
+    return rollout_id, prompt, replace(completion, routing=None) if completion.routing else completion

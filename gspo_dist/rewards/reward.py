@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,8 +22,8 @@ from gspo_dist.types import Completion, Prompt
 class Reward(Protocol):
     """Judges one completion: the reward alone, or the reward with its named parts (logged, not trained on).
 
-    A function of (prompt, completion) with its options as keywords; it must depend on nothing else, so that reward
-    processes can run it in any order, and a resumed run gives the same rewards.
+    A function of (prompt, completion) with its options as keywords; it must depend on nothing else, so that
+    reward processes can run it in any order, and a resumed run gives the same rewards.
     """
 
     def __call__(
@@ -38,7 +39,7 @@ class Judged(NamedTuple):
 
 
 Item = tuple[int, Prompt, Completion]
-"""What a reward pool judges: the rollout's id, its prompt, its completion."""
+"""What a reward pool judges: the rollout's id (-1 for a held-out completion), its prompt, its completion."""
 
 
 class RewardError(RuntimeError):
@@ -55,8 +56,9 @@ BUILT_IN = {
 def resolve_reward(config: RewardConfig) -> Reward:
     """The function that `config` names, with its options bound.
 
-    Names: a built-in; `package.module:name`; `path/to/file.py:name` (relative to the working directory).
-    Raises ValueError when it cannot be found, is no plain function of (prompt, completion), or refuses the options.
+    Names: a built-in; `package.module:name`; `path/to/file.py:name` (relative to the working
+    directory). Raises ValueError when it cannot be found, is no plain function of (prompt, completion),
+    or refuses the options.
     """
     name = config.function
     if name in BUILT_IN:
@@ -73,18 +75,40 @@ def resolve_reward(config: RewardConfig) -> Reward:
     return _bind(name, _load(name, name), config.options)
 
 
+def located(config: RewardConfig) -> RewardConfig:
+    """`config` with the path of a reward file made absolute: its processes may work in other folders."""
+    place, _, attribute = config.function.rpartition(":")
+    if not place.endswith(".py"):
+        return config
+    return replace(config, function=f"{Path(place).expanduser().resolve()}:{attribute}")
+
+
 def judge_rollout(fn: Reward, prompt: Prompt, completion: Completion, rollout_id: int) -> Judged:
-    """Calls `fn` and checks what it gives. Raises RewardError, from the cause, naming the rollout and its prompt."""
-    who = f"reward of rollout {rollout_id} (prompt {prompt.prompt_id})"
+    """Calls `fn` and checks what it gives.
+
+    Raises RewardError, from the cause, naming the rollout and its prompt.
+    """
+    who = describe(rollout_id, prompt)
     try:
         verdict = fn(prompt, completion)
+    except SystemExit as error:
+        raise RewardError(f"{who} called exit({error.code!r}): return a number instead") from error
     except Exception as error:
         raise RewardError(f"{who} raised {type(error).__name__}: {error}") from error
     return checked(verdict, who)
 
 
+def describe(rollout_id: int, prompt: Prompt) -> str:
+    """A rollout's reward in messages."""
+    rollout = f"rollout {rollout_id}" if rollout_id >= 0 else "a held-out completion"
+    return f"reward of {rollout} (prompt {prompt.prompt_id})"
+
+
 def checked(verdict: Any, who: str) -> Judged:
-    """`verdict` as a Judged. Raises RewardError unless it is a finite number, alone or with a mapping of them."""
+    """`verdict` as a Judged.
+
+    Raises RewardError unless it is a finite number, alone or with a mapping of them.
+    """
     reward, parts = verdict if isinstance(verdict, tuple) and len(verdict) == 2 else (verdict, {})
     if not isinstance(parts, Mapping):
         raise RewardError(f"{who}: its parts must be a mapping of names to numbers: got {parts!r}")
@@ -141,7 +165,7 @@ def _module_of_file(name: str, place: str) -> Any:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(
             f"reward.function {name!r}: {file} raised {type(error).__name__}: {error}"
@@ -150,7 +174,9 @@ def _module_of_file(name: str, place: str) -> Any:
 
 
 def _bind(name: str, fn: Any, options: Mapping[str, Any]) -> Reward:
-    """`fn` with its options, after checking that it can be called with a prompt, a completion and those options."""
+    """`fn` with its options, after checking that it can be called with a prompt, a completion
+    and those options.
+    """
     rule = f"reward.function {name!r} must be a function (prompt, completion, *, options)"
     if not callable(fn) or inspect.isclass(fn):
         raise ValueError(f"{rule}: got {'the class ' + fn.__name__ if inspect.isclass(fn) else repr(fn)}")

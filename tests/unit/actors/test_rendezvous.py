@@ -1,4 +1,5 @@
-"""The first meeting of learner and engines: whoever cannot come is heard at once, not after the others' timeout."""
+"""The first meeting of learner and engines: whoever cannot come is heard at once, not after
+the others' timeout."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def test_both_met(monkeypatch) -> None:
 
 
 def test_every_worker_of_every_engine_gets_a_rank_of_its_own(monkeypatch) -> None:
-    """Three engines of two GPUs each, as the engines say: ranks 1, 3 and 5 begin them, rank 0 is the learner's."""
+    """Three engines of two GPUs each, as the engines say: ranks 1, 3 and 5 begin them, rank 0
+    is the learner's.
+    """
     told, asked = [], []
 
     class Several(Engines):

@@ -1,4 +1,4 @@
-"""Laws of resolving and calling rewards: what cannot work is refused before a run, what fails names its rollout."""
+"""Laws of resolving and calling rewards: bad names are refused before a run, failures name their rollout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, judge_rollout, resolve_reward
+from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, judge_rollout, located, resolve_reward
 from gspo_dist.types import Completion, Prompt
 
 PROMPT = Prompt("p7", (1, 2), "1+2=", "3")
@@ -20,16 +20,6 @@ def completion(text: str) -> Completion:
     return Completion(
         np.zeros(n, np.int64), np.ones(n, bool), np.zeros(n, np.float32), np.zeros(n, np.int32), "stop", text
     )
-
-
-@pytest.fixture
-def user_file(tmp_path):
-    def write(body: str, name: str = "reward.py") -> str:
-        file = tmp_path / name
-        file.write_text(body)
-        return str(file)
-
-    return write
 
 
 def test_built_in_names_resolve_and_judge():
@@ -44,25 +34,25 @@ def test_options_are_bound():
     assert fn(PROMPT, completion("4#3")) == (1.0, {"answered": 1.0})
 
 
-def test_a_function_of_a_file_with_its_options_and_parts(user_file):
-    path = user_file(
+def test_a_function_of_a_file_with_its_options_and_parts(reward_file):
+    path = reward_file(
         "def f(prompt, completion, *, bonus=0.0):\n    return bonus, {'length': len(completion.text)}\n"
     )
     fn = resolve_reward(RewardConfig(function=f"{path}:f", options={"bonus": 0.5}))
     assert judge_rollout(fn, PROMPT, completion("abcd"), 0) == Judged(0.5, {"length": 4.0})
 
 
-def test_a_function_of_a_module(user_file, monkeypatch, tmp_path):
-    user_file("def f(prompt, completion):\n    return 0.25\n", "my_rewards_module.py")
+def test_a_function_of_a_module(reward_file, monkeypatch, tmp_path):
+    reward_file("def f(prompt, completion):\n    return 0.25\n", "my_rewards_module.py")
     monkeypatch.syspath_prepend(str(tmp_path))
     fn = resolve_reward(RewardConfig(function="my_rewards_module:f"))
     assert judge_rollout(fn, PROMPT, completion(""), 0) == Judged(0.25, {})
 
 
-def test_two_files_of_one_name_are_two_modules(user_file, tmp_path):
+def test_two_files_of_one_name_are_two_modules(reward_file, tmp_path):
     (tmp_path / "other").mkdir()
-    one = user_file("def f(prompt, completion):\n    return 1\n")
-    two = user_file("def f(prompt, completion):\n    return 2\n", "other/reward.py")
+    one = reward_file("def f(prompt, completion):\n    return 1\n")
+    two = reward_file("def f(prompt, completion):\n    return 2\n", "other/reward.py")
     rewards = [resolve_reward(RewardConfig(function=f"{p}:f"))(PROMPT, completion("")) for p in (one, two)]
     assert rewards == [1, 2]
 
@@ -103,9 +93,9 @@ def test_a_name_that_leads_nowhere_is_refused(name, message):
         ("def f(prompt, completion) return 1", {}, "raised SyntaxError"),
     ],
 )
-def test_a_function_that_cannot_be_called_is_refused_up_front(user_file, body, options, message):
+def test_a_function_that_cannot_be_called_is_refused_up_front(reward_file, body, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        resolve_reward(RewardConfig(function=user_file(body) + ":f", options=options))
+        resolve_reward(RewardConfig(function=reward_file(body) + ":f", options=options))
 
 
 @pytest.mark.parametrize(
@@ -139,12 +129,35 @@ def test_what_is_no_finite_number_is_refused(bad):
         judge_rollout(lambda p, c: bad, PROMPT, completion("3"), 3)
 
 
+def test_exit_is_a_failure_that_names_the_rollout():
+    def leave(prompt, completion):
+        exit(3)
+
+    with pytest.raises(RewardError, match=r"reward of rollout 41 \(prompt p7\) called exit\(3\)"):
+        judge_rollout(leave, PROMPT, completion("3"), 41)
+
+
+def test_a_held_out_completion_is_no_rollout():
+    with pytest.raises(RewardError, match=r"reward of a held-out completion \(prompt p7\) must be a finite"):
+        judge_rollout(lambda p, c: None, PROMPT, completion("3"), -1)
+
+
+def test_only_the_path_of_a_file_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = RewardConfig(function="rewards/mine.py:f", options={"a": 1}, timeout_s=3.0)
+    assert located(config) == RewardConfig(
+        function=f"{tmp_path}/rewards/mine.py:f", options={"a": 1}, timeout_s=3.0
+    )
+    for name in ("exact_match", "package.module:f"):
+        assert located(RewardConfig(function=name)).function == name
+
+
 def test_parts_must_be_named_finite_numbers():
     with pytest.raises(
         RewardError, match=r"rollout 3 \(prompt p7\), part 'length' must be a finite number: got nan"
     ):
         judge_rollout(lambda p, c: (1.0, {"length": math.nan}), PROMPT, completion("3"), 3)
-    with pytest.raises(RewardError, match="its parts must be a mapping of names to numbers: got 0.5"):
+    with pytest.raises(RewardError, match=r"its parts must be a mapping of names to numbers: got 0\.5"):
         judge_rollout(lambda p, c: (1.0, 0.5), PROMPT, completion("3"), 3)
 
 
