@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -13,3 +16,30 @@ def test_stand_ins_stay_away_from_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cpu_shim.install()
     assert (torch.cuda.Stream, torch.Tensor.cuda, torch.Tensor.type, torch.cuda.current_device) == before
+
+
+def test_factories_read_cuda_as_the_cpu_and_all_else_is_torchs_own() -> None:
+    torch_on_cpu = cpu_shim._TorchOnCpu("torch")
+    assert torch_on_cpu.zeros(2, device="cuda").tolist() == [0.0, 0.0]
+    assert torch_on_cpu.tensor([3], device=torch.device("cuda", 0)).device.type == "cpu"
+    assert torch_on_cpu.full((1,), 2.0, device="meta").device.type == "meta"
+    assert torch_on_cpu.distributed is torch.distributed
+
+
+def test_stand_ins_hold_for_the_whole_process_and_may_be_installed_again() -> None:
+    """In a process of its own, because nothing takes them back."""
+    code = (
+        "import torch\n"
+        "from gspo_dist.learners.megatron import cpu_shim\n"
+        "cpu_shim.install()\n"
+        "kept = torch.Tensor.type\n"
+        "cpu_shim.install()\n"
+        "x = torch.zeros(2)\n"
+        "assert torch.Tensor.type is kept\n"
+        "assert torch.cuda.current_device() == torch.device('cpu')\n"
+        "assert x.cuda() is x and torch.nn.Linear(1, 1).cuda().weight.device.type == 'cpu'\n"
+        "assert x.type() == 'torch.cuda.FloatTensor' and x.type(torch.int64).dtype == torch.int64\n"
+        "assert torch.cuda.Stream().query() and torch.cuda.Event().record() is None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
