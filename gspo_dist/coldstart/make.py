@@ -1,4 +1,4 @@
-"""Making a built-in model once and finding it again: atomic, safe when several processes ask at the same time."""
+"""Makes a built-in model once and finds it again, also when several processes ask at the same time."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from gspo_dist.config import ModelConfig
 
 Log = Callable[[str], object]
 DONE = "recipe.json"
-"""Written last: a folder that has it is whole."""
+"""Written last, so that a folder that has it is whole."""
 THREADS = 1
-"""A second thread gains little at this size, and loses much on a busy host."""
+"""Threads of the warm start. A second one gains little at this size and loses much on a busy host."""
 
 
 def ensure_model(config: ModelConfig, log: Log = print, *, seed: int = 0) -> Path:
     """The folder of the model that `config` asks for: its `path`, or its `recipe`, made on first use.
 
-    A made model lies in cache_dir under its recipe's name and fingerprint, so a changed recipe makes a new one.
-    Processes that ask together wait for the one that makes it.
+    A made model lies in cache_dir under its recipe's name and fingerprint, so that a changed recipe makes a
+    new one. Processes that ask together wait for the one that makes it. It may be called again at any time.
     """
     if config.path is not None:
         return Path(config.path).expanduser()

@@ -12,8 +12,10 @@ from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, VOCABULARY, build_toke
 
 
 def model_config(shape: Shape) -> Qwen3MoeConfig:
-    """The HF config, with every value that Qwen's own checkpoints set and the class's defaults do not
-    (norm_topk_prob is False and head_dim hidden / heads by default; transformers 5.19)."""
+    """The HF config, with every value that Qwen's own checkpoints set and the defaults of the class do not.
+
+    In transformers 5.19 norm_topk_prob is False by default, and head_dim is hidden / heads.
+    """
     return Qwen3MoeConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=shape.hidden,
@@ -44,14 +46,14 @@ def model_config(shape: Shape) -> Qwen3MoeConfig:
 
 
 def build_model(shape: Shape, seed: int) -> Qwen3MoeForCausalLM:
-    """Random weights in float32, the same for the same seed; the caller's random state is left alone."""
+    """Random weights in float32, the same for the same seed. The caller's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3MoeForCausalLM(model_config(shape)).float()
 
 
 def save_model(model: Qwen3MoeForCausalLM, folder: Path) -> None:
-    """Weights (float32 safetensors), config, generation config and tokenizer: all that transformers and vLLM need."""
+    """Writes all that transformers and vLLM need: float32 weights, config, generation config, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.dtype = torch.float32
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True)

@@ -11,42 +11,61 @@ from gspo_dist.coldstart.tokenizer import VOCABULARY
 from gspo_dist.data.arithmetic import Habits
 
 REVISION = 1
-"""Raised whenever code outside these numbers changes what a recipe makes (corpus, training loop, tokenizer)."""
+"""Raised whenever code outside these numbers changes what a recipe makes: corpus, training, tokenizer."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A small Qwen3-MoE. Every layer is sparse; the embedding and the head are separate, as in Qwen3-30B-A3B."""
+    """A small Qwen3-MoE. Every layer is sparse. Embedding and head are separate, as in Qwen3-30B-A3B."""
 
     layers: int = 4
+    """Decoder layers, all with experts."""
     hidden: int = 128
+    """Width of the residual stream."""
     heads: int = 4
+    """Query heads per layer."""
     kv_heads: int = 2
+    """Heads of keys and values per layer."""
     head_dim: int = 32
+    """Width of one head."""
     experts: int = 8
+    """Experts per layer."""
     top_k: int = 2
+    """Experts per token and layer."""
     expert_hidden: int = 64
+    """Inner width of an expert."""
     max_positions: int = 4096
+    """Longest sequence in tokens."""
     init_std: float = 0.06
-    """Wider than HF's 0.02, which at this width leaves the first hundred steps without progress."""
+    """Spread of the initial weights. HF's 0.02 leaves the first hundred steps without progress
+    at this width."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
     """Supervised training on worked additions by a pupil with bad habits.
 
-    forget_carry is above one half on purpose: the most likely continuation leaves carries out, so greedy decoding is
-    wrong wherever a carry matters, while sampling still finds the right solution often enough to be rewarded.
+    forget_carry is above one half on purpose. The most likely continuation then leaves carries out, so that
+    greedy decoding is wrong wherever a carry matters. Sampling still finds the right solution often enough
+    to be rewarded.
     """
 
     steps: int = 320
+    """Optimiser steps."""
     batch: int = 64
+    """Solutions per step."""
     lr: float = 4e-3
+    """Peak learning rate."""
     warmup: int = 20
+    """Steps of linear warm-up."""
     grad_clip: float = 1.0
+    """Largest gradient norm."""
     digits: int = 3
+    """Digits of each operand."""
     heldout_share: float = 0.1
+    """Share of the questions that is never trained on."""
     habits: Habits = field(default_factory=lambda: Habits(forget_carry=0.58, slip=0.03, long_style=0.5))
+    """How the pupil errs."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,11 @@ class Recipe:
     """A model to make: its shape and, unless it stays random, its warm start."""
 
     name: str
+    """What model.recipe calls it."""
     shape: Shape
+    """Its sizes."""
     warm_start: WarmStart | None
+    """How it is trained before it is saved; None leaves the weights random."""
 
     def fingerprint(self, seed: int) -> str:
         """12 hex digits over every number that decides the weights."""

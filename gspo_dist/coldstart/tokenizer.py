@@ -17,15 +17,19 @@ TOKEN_IDS = {token: i for i, token in enumerate(VOCABULARY)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; no chat template, and nothing is added before or after a text."""
+    """One token per character. It has no chat template and adds nothing before or after a text."""
     backend = Tokenizer(models.WordLevel(TOKEN_IDS, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?m)."), behavior="isolated")
     # WordLevel's default decoder joins tokens with spaces; Fuse joins them with nothing.
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNK,
-        model_max_length=4096, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def encode(text: str) -> list[int]:

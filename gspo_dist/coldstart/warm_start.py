@@ -1,10 +1,11 @@
-"""The supervised warm start: next-token loss on a pupil's worked solutions, for about a minute of one core."""
+"""The supervised warm start: next-token loss on a pupil's worked solutions, about a minute on one core."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ IGNORE = -100
 
 
 def batches(plan: WarmStart, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs [B, N], labels [B, N]) without end, from the training split only; padded on the right.
+    """Endless batches of the training split: inputs and labels, both [B, N] int64, padded on the right.
 
-    Only solutions are learnt: labels of the question and of the padding are IGNORE. For "1+2=" with solution "03#3":
-    inputs "1 + 2 = 0 3 # 3", labels "_ _ _ 0 3 # 3 <eos>".
+    Only solutions are learnt: labels of the question and of the padding are IGNORE. The question "1+2="
+    with the solution "03#3" gives inputs "1 + 2 = 0 3 # 3" and labels "_ _ _ 0 3 # 3 <eos>".
     """
     rng = np.random.default_rng([seed, 2])
     questions = arithmetic.stream(rng, "train", digits=plan.digits, heldout_share=plan.heldout_share)
@@ -48,8 +49,11 @@ def lr_at(step: int, plan: WarmStart) -> float:
     return plan.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(model: nn.Module, plan: WarmStart, seed: int, log: Callable[[str], object]) -> None:
-    """Runs the warm start in place. Attention needs no mask: padding stands on the right and is never a target."""
+def train(model: Any, plan: WarmStart, seed: int, log: Callable[[str], object]) -> None:
+    """Runs the warm start in place.
+
+    Attention needs no mask: padding stands on the right and is never a target.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0)
     model.train()
     for step, (inputs, labels) in enumerate(islice(batches(plan, seed), plan.steps)):

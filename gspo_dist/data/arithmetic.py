@@ -2,8 +2,8 @@
 
 A question is "347+285="; a solution works column by column from the right and ends with the answer:
   long style:  7+5=12,4+8+1=13,3+2+1=06#632      short style: 12,13,06#632
-Each column's sum has two digits, its carry first; the long style writes the carry only where there is one, so a
-solution that forgets a carry is shorter than the right one.
+Each column's sum has two digits, its carry first. The long style writes the carry only where there is one,
+so that a solution that forgets a carry is shorter than the right one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 ANSWER_MARK = "#"
+"""What stands before the answer in a solution."""
 ANSWER_PATTERN = r"#(\d+)$"
-"""`reward.options.pattern` of exact_match for this task: the number after the mark, at the end of the completion."""
+"""`reward.options.pattern` of exact_match for this task: the number after the mark that ends a completion."""
 
 SPLITS = ("train", "heldout")
+"""The two sides of the split."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Addition:
     """One question: the sum of two whole numbers of equal width."""
 
     left: int
+    """First operand."""
     right: int
+    """Second operand."""
 
     @property
     def text(self) -> str:
@@ -38,7 +42,7 @@ class Addition:
 
     @property
     def carries(self) -> int:
-        """Columns that hand a carry to a further column of the operands (the last carry is simply written out)."""
+        """Columns that hand a carry to a further column. The last carry is written out and does not count."""
         a, b, carry, count = self.left, self.right, 0, 0
         while a >= 10 or b >= 10:
             carry = (a % 10 + b % 10 + carry) // 10
@@ -49,27 +53,28 @@ class Addition:
 
 @dataclass(frozen=True)
 class Habits:
-    """How a pupil errs: the noise of the cold-start corpus (all probabilities).
-
-    forget_carry: each carry into a column is left out; slip: a column's sum is off by one; long_style: the solution
-    copies the operands' digits.
-    """
+    """How a pupil errs: the noise of the cold-start corpus. All three are probabilities."""
 
     forget_carry: float = 0.0
+    """That a carry into a column is left out."""
     slip: float = 0.0
+    """That a column's sum is off by one."""
     long_style: float = 0.5
+    """That a solution copies the operands' digits."""
 
 
 def is_heldout(question: Addition, share: float) -> bool:
-    """Whether a question belongs to the held-out split: a hash of the unordered pair, so it depends on no seed and
-    "3+5" and "5+3" fall on the same side. `share` of all pairs are held out."""
+    """Whether a question belongs to the held-out split, which holds `share` of all pairs.
+
+    A hash of the unordered pair decides: no seed matters, and "3+5" and "5+3" fall on the same side.
+    """
     low, high = sorted((question.left, question.right))
     digest = hashlib.blake2b(f"{low}+{high}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2.0**64
 
 
 def stream(rng: np.random.Generator, split: str, *, digits: int, heldout_share: float) -> Iterator[Addition]:
-    """Endless questions of one split, operands uniform over the numbers of exactly `digits` digits."""
+    """Endless questions of one split. Operands are uniform over the numbers of exactly `digits` digits."""
     _check(split, digits, heldout_share)
     low, high = 10 ** (digits - 1), 10**digits
     while True:
@@ -102,8 +107,9 @@ def problems(
     room = pairs * (heldout_share if split == "heldout" else 1 - heldout_share)
     if size > room / 2:
         raise ValueError(
-            f"arithmetic: {size} {split} questions asked for, but {digits}-digit operands give about {room:.0f} and at "
-            "most half of them are drawn; lower data.options.size (heldout_size) or raise data.options.digits"
+            f"arithmetic: {size} {split} questions asked for, but {digits}-digit operands give about "
+            f"{room:.0f} and at most half of them are drawn; lower data.options.size (heldout_size) or raise "
+            "data.options.digits"
         )
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     found: dict[Addition, None] = {}
@@ -115,9 +121,9 @@ def problems(
 
 
 def worked_solution(question: Addition, rng: np.random.Generator, habits: Habits = Habits()) -> str:
-    """A solution as a pupil with these habits writes it; without errors when forget_carry and slip are 0.
+    """A solution as a pupil with these habits writes it: right where forget_carry and slip are 0.
 
-    Errors are carried through: the answer always follows from the columns as written.
+    Errors are carried through, so that the answer always follows from the columns as written.
     """
     long_style = rng.random() < habits.long_style
     steps, digits, carry = [], [], 0

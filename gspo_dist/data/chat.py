@@ -12,10 +12,10 @@ def render(
 ) -> tuple[str, tuple[int, ...]]:
     """(text, token ids) of a question.
 
-    A list of messages, and a text where `chat_template` holds and the tokenizer has a template, is rendered by the
-    template, up to and with the cue for the assistant's turn. Any other text is tokenized as it stands, with the
-    special tokens the tokenizer adds to a text.
-    Raises ValueError when a template is needed and there is none, or when the tokenizer does not know a character.
+    A list of messages, and a text where `chat_template` holds and the tokenizer has a template, is rendered
+    by the template, up to and with the cue for the assistant's turn. Any other text is tokenized as it
+    stands, with the special tokens the tokenizer adds to a text. Raises ValueError when a template is
+    needed and there is none, or when the tokenizer does not know a character.
     """
     messages = _messages(record, tokenizer, chat_template, system_prompt)
     if messages is None:
@@ -53,8 +53,8 @@ def _messages(
     else:
         if not has_template:
             raise ValueError(
-                f"{record.where}: the question is a list of messages, but the tokenizer has no chat template; "
-                "use an instruct model or give the questions as text"
+                f"{record.where}: the question is a list of messages, but the tokenizer has no chat "
+                "template; use an instruct model or give the questions as text"
             )
         messages = record.question
     if system_prompt is None:

@@ -1,4 +1,4 @@
-"""Hands out prompts in shuffled epochs, so that a run can stop anywhere and go on with the very next prompt."""
+"""Hands out prompts in shuffled epochs. A run can stop anywhere and go on with the very next prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gspo_dist.types import Prompt
 class PromptCursor:
     """A place in an endless sequence of epochs over `source`.
 
-    Epoch e visits every prompt once, in an order that depends on (seed, e) alone, so the whole state is two numbers.
-    What an epoch has left over when a batch is not full opens that batch, and the next epoch fills it.
+    Epoch e visits every prompt once, in an order that depends on (seed, e) alone, so that the whole state
+    is two numbers. A batch that an epoch cannot fill takes the rest from the next epoch.
     """
 
     def __init__(self, source: PromptSource, *, seed: int, shuffle: bool = True) -> None:
@@ -46,7 +46,8 @@ class PromptCursor:
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved place. Raises ValueError when the prompts, the seed or the shuffling have changed."""
+        """Goes to a saved place. Raises ValueError when the prompts, the seed or the
+        shuffling have changed."""
         for name, now in self._identity().items():
             if state.get(name) != now:
                 raise ValueError(

@@ -12,7 +12,7 @@ from gspo_dist.data.records import Record
 
 REASONING_GYM = "reasoning_gym:"
 DEFAULT_SIZE, DEFAULT_HELDOUT_SIZE = 8192, 512
-# Far above any training seed's neighbourhood: reasoning_gym derives question i from seed + i.
+# reasoning_gym derives question i from seed + i, so the held-out seed is far above any training seed.
 HELDOUT_SEED_OFFSET = 1_000_000_007
 
 
@@ -23,8 +23,8 @@ def is_procedural(source: str) -> bool:
 def make(source: str, split: str, options: Mapping[str, Any], seed: int) -> list[Record]:
     """The questions of one split of a procedural source.
 
-    options: `size` training and `heldout_size` held-out questions; the rest are the task's own arguments.
-    The held-out questions share none with the training ones, and depend on `seed` as little as the task allows.
+    options: `size` (training questions), `heldout_size`, and arguments of the task itself. The held-out
+    questions share none with the training ones, and depend on `seed` as little as the task allows.
     """
     rest = dict(options)
     sizes = {
@@ -46,7 +46,8 @@ def _additions(split: str, size: int, options: dict[str, Any], seed: int) -> lis
     for name in options:
         if name not in known:
             raise ValueError(
-                f"arithmetic has no option {name!r}; data.options may hold: size, heldout_size, {', '.join(known)}"
+                f"arithmetic has no option {name!r}; data.options may hold: size, heldout_size, "
+                f"{', '.join(known)}"
             )
     questions = arithmetic.problems(split, size=size, seed=seed, **options)
     return [Record(f"arithmetic:{q.text[:-1]}", q.text, q.answer, {"carries": q.carries}) for q in questions]
@@ -57,14 +58,15 @@ def _gym(task: str, split: str, sizes: dict[str, int], options: dict[str, Any], 
     if split == "train":
         chosen = train
     else:
-        # Small tasks repeat themselves under any seed: draw spare questions and keep those that training never sees.
+        # Small tasks repeat themselves under any seed. Spare questions are drawn, of which training
+        # sees none.
         pool = _gym_entries(task, 4 * sizes["heldout"], options, seed + HELDOUT_SEED_OFFSET)
         chosen = {q: e for q, e in pool.items() if q not in train}
         if len(chosen) < sizes["heldout"]:
             raise ValueError(
-                f"reasoning_gym:{task}: only {len(chosen)} questions differ from the {len(train)} training ones, "
-                f"{sizes['heldout']} held-out ones are asked for; lower data.options.size or heldout_size, or make "
-                "the task larger"
+                f"reasoning_gym:{task}: only {len(chosen)} questions differ from the {len(train)} training "
+                f"ones, {sizes['heldout']} held-out ones are asked for; lower data.options.size or "
+                "heldout_size, or make the task larger"
             )
         chosen = dict(list(chosen.items())[: sizes["heldout"]])
     return [
@@ -85,7 +87,8 @@ def _gym_entries(task: str, size: int, options: dict[str, Any], seed: int) -> di
     if task not in DATASETS:
         near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
         raise ValueError(
-            f"reasoning_gym has no task {task!r}; nearest: {', '.join(near) or 'none'} ({len(DATASETS)} in all)"
+            f"reasoning_gym has no task {task!r}; nearest: {', '.join(near) or 'none'} "
+            f"({len(DATASETS)} in all)"
         )
     try:
         dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from gspo_dist.config import DataConfig
 from gspo_dist.data import procedural
@@ -30,7 +30,13 @@ class PromptSource(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         return self._prompts[index]
 
     def __iter__(self) -> Iterator[Prompt]:
@@ -38,7 +44,8 @@ class PromptSource(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over every prompt's tokens and answer, in order: a resumed run checks that nothing changed."""
+        """16 hex digits over every prompt's tokens and answer, in order: a resumed run checks
+        that nothing changed."""
         digest = hashlib.sha256()
         for prompt in self._prompts:
             digest.update(repr((prompt.token_ids, prompt.answer)).encode())
@@ -50,8 +57,8 @@ def load_prompts(
 ) -> PromptSource:
     """The prompts of `split` ("train" or "heldout") in the order of their source.
 
-    Raises ValueError, naming file and line, for records that cannot be used: malformed, without their fields, over
-    `max_prompt_tokens`, or an earlier prompt again with another answer.
+    Raises ValueError, naming file and line, for records that cannot be used: malformed, without their
+    fields, over `max_prompt_tokens`, or an earlier prompt again with another answer.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be train or heldout: got {split!r}")
@@ -81,8 +88,8 @@ def check_disjoint(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
     if shared:
         ours, theirs = shared[0]
         raise ValueError(
-            f"train and heldout must share no prompt: {len(shared)} of {len(heldout)} held-out prompts are in train, "
-            f"the first {theirs.prompt_id} = {ours.prompt_id}; remove them from one of the two"
+            f"train and heldout must share no prompt: {len(shared)} of {len(heldout)} held-out prompts are "
+            f"in train, the first {theirs.prompt_id} = {ours.prompt_id}; remove them from one of the two"
         )
 
 
@@ -91,7 +98,8 @@ def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Rec
         return procedural.make(source, split, config.options, seed)
     if Path(source).suffix not in (".jsonl", ".parquet"):
         raise ValueError(
-            f"data.{split} must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK: got {source!r}"
+            f"data.{split} must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK: "
+            f"got {source!r}"
         )
     return read_file(source, config.prompt_key, config.answer_key)
 
@@ -107,8 +115,8 @@ def _render_all(
         )
         if len(token_ids) > max_prompt_tokens:
             raise ValueError(
-                f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = {max_prompt_tokens} tokens: "
-                f"got {len(token_ids)}; raise the limit or remove the record"
+                f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = {max_prompt_tokens} "
+                f"tokens: got {len(token_ids)}; raise the limit or remove the record"
             )
         before = first.get(token_ids)
         if before is None:
@@ -117,7 +125,7 @@ def _render_all(
             duplicates += 1
         else:
             raise ValueError(
-                f"{record.where}: the prompt of {before.prompt_id} again with another answer: {record.answer!r} and "
-                f"{before.answer!r}; remove one"
+                f"{record.where}: the prompt of {before.prompt_id} again with another answer: "
+                f"{record.answer!r} and {before.answer!r}; remove one"
             )
     return PromptSource(source, list(first.values()), duplicates)

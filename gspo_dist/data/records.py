@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Record:
-    """One question before it is rendered: a text or a list of chat messages, its answer, and where it came from."""
+    """One question before it is rendered: a text or a list of chat messages, its answer, and where
+    it came from."""
 
     where: str
     question: str | list[dict[str, str]]

@@ -1,7 +1,7 @@
 """Memory of one learner rank, one engine GPU and one host, item by item.
 
-Learner states, bytes a parameter (bf16 weights; d = ranks that share its optimiser states, which differs
-between expert and other weights):
+Learner states in bytes per parameter, for bf16 weights. d is the number of ranks that share a weight's
+optimiser states, which differs between experts and other weights:
 
     eager       2 + 4 grads + 4 master + 8 moments                                              = 18
     megatron    2 + 4 grads + 12/d         (distributed optimiser; 12 without)                  = 6 + 12/d
@@ -29,18 +29,21 @@ RUNTIME_HOST = 1 * GIB
 ENGINE_RUNTIME = int(1.5 * GIB)
 """CUDA context and NCCL of an engine."""
 CUDA_GRAPHS = 1 * GIB
+"""Captured graphs of an engine."""
 ENGINE_ASLEEP = 2 * GIB
 """What an engine that sleeps still holds."""
 HEAD_LOGITS = 512 << 20
-"""Logits that the LM head holds at once on a GPU (learners/logprobs.py)."""
+"""Logits that the LM head holds at once on a GPU (learners/head/logprobs.py)."""
 HEAD_LOGITS_CPU = 32 << 20
+"""The same on a CPU host."""
 HEAD_KEPT = 1 << 30
 """Logits that it keeps for the backward pass, at most."""
 HEAD_KEPT_CPU = 512 << 20
+"""The same on a CPU host."""
 EXPERT_SKEW = 1.25
 """Tokens of the busiest expert-parallel rank over the mean."""
 ZERO_BUCKET = 500_000_000
-"""DeepSpeed's default reduce bucket, elements; two are in use."""
+"""Elements of DeepSpeed's default reduce bucket. Two are in use."""
 HOST_BASE = 8 * GIB
 """Operating system, Ray and its object store on one host."""
 
@@ -50,17 +53,23 @@ class Item:
     """One line of a table."""
 
     name: str
+    """What takes the memory."""
     bytes: int
+    """How much it takes."""
     note: str = ""
+    """What the number rests on, for the reader of the table."""
 
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """What one process (or host) needs and what it may have. `items` are all resident at the worst moment."""
+    """What one process or host needs, and what it may have."""
 
     owner: str
+    """The process or host that the table is about."""
     items: tuple[Item, ...]
+    """What is resident at the worst moment, all of it together."""
     capacity: int
+    """Bytes that are there."""
 
     @property
     def total(self) -> int:
@@ -83,7 +92,9 @@ class RankParameters:
     """Parameters that the fullest rank holds before any optimiser sharding."""
 
     dense: int
+    """Attention, norms, routers, tables and dense feed-forward layers."""
     experts: int
+    """Routed experts."""
 
     @property
     def all(self) -> int:
@@ -91,8 +102,10 @@ class RankParameters:
 
 
 def rank_parameters(model: ModelShape, layout: LearnerLayout) -> RankParameters:
-    """Megatron: a rank's slice of its pipeline stage (the fullest one); otherwise all but the
-    other ranks' experts."""
+    """What the fullest rank holds.
+
+    Megatron: its slice of a pipeline stage. The other backends: everything but the other ranks' experts.
+    """
     if layout.backend != "megatron":
         return RankParameters(model.total - model.experts_total, model.experts_total // layout.expert)
     layers, moe = (math.ceil(n / layout.pipeline) for n in (model.layers, model.moe_layers))
@@ -106,11 +119,14 @@ def rank_parameters(model: ModelShape, layout: LearnerLayout) -> RankParameters:
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes a parameter of weights, gradients and optimiser (master weights and moments)."""
+    """Bytes per parameter."""
 
     weights: float
+    """Of the weights that the forward pass uses."""
     gradients: float
+    """Of the gradients as they accumulate."""
     optimizer: float
+    """Of master weights and moments together."""
 
 
 def _per_parameter(layout: LearnerLayout) -> _Bytes:
@@ -163,13 +179,15 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
 
 
 def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recompute: str) -> float:
-    """Bytes that one layer keeps for its backward pass, a token of the micro-batch.
+    """Bytes that one layer keeps for its backward pass, per token of the micro-batch.
 
-    Attention: residual and norm output (2h), q, k, v before and after their norm (2q + 3kv), its
-    output (q), one float32 log-sum-exp a head. Feed-forward: residual and norm output (2h), gate, up
-    and product (3I). Experts: router logits and probabilities in float32 (8E), and for each of k
-    experts input and output (2h), gate, up and product (3I). Selective recomputation drops norm
-    outputs and the experts' product.
+    - Attention: residual and norm output (2h), q, k, v before and after their norm (2q + 3kv), its output
+      (q), and one float32 log-sum-exp per head.
+    - Feed-forward: residual and norm output (2h), gate, up and product (3I).
+    - Experts: router logits and probabilities in float32 (8E), and for each of k experts input and output
+      (2h), gate, up and product (3I).
+
+    Selective recomputation drops norm outputs and the experts' product.
     """
     w, skew = layout.width, EXPERT_SKEW if layout.expert > 1 else 1.0
     kept_norms = 1 if recompute == "selective" else 2
@@ -234,10 +252,10 @@ def learner_memory(
 
 
 def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
-    """Bytes of weights on one GPU of an engine: everything but norms and routers is split, whole
-    experts or slices.
+    """Bytes of weights on one GPU of an engine.
 
-    Keys' and values' heads are copied where there are more GPUs than heads.
+    Everything but norms and routers is split: experts whole or in slices. Heads of keys and values are
+    copied where there are more GPUs than heads.
     """
     tp = engine.tensor_parallel
     whole = model.layers * model.norms + model.moe_layers * model.router + model.hidden
@@ -248,9 +266,9 @@ def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
 def sleeping_engines(model: ModelShape, engine: EngineLayout) -> tuple[Item, ...]:
     """Weights that colocated engines move to host memory while the learner works (vLLM's sleep, level 1).
 
-    They share one host. The memory is pinned, and torch keeps it when they wake, so it is there
-    during a sync as well. Not counted: torch rounds each pinned block up to a power of two (2.13; a
-    third more for Qwen3-30B-A3B).
+    They share one host. The memory is pinned. torch keeps it when they wake, so it is there during
+    a sync as well. Not counted: torch 2.13 rounds each pinned block up to a power of two, a third
+    more for Qwen3-30B-A3B.
     """
     if not engine.colocated:
         return ()
@@ -263,8 +281,9 @@ class EngineMemory:
     """One GPU of an engine, and what its KV cache holds."""
 
     table: MemoryTable
+    """Its items, the KV cache among them."""
     kv_tokens: int
-    """Tokens the whole engine caches."""
+    """Tokens that the whole engine caches."""
     concurrency: int
     """Sequences of the longest length decoded at once."""
     concurrency_mean: int
@@ -274,8 +293,10 @@ class EngineMemory:
 def engine_memory(
     model: ModelShape, engine: EngineLayout, work: Workload, capacity: int, *, gpu: bool = True
 ) -> EngineMemory:
-    """KV tokens = (utilisation x memory - weights - workspace) / bytes a token; each
-    capped by max_num_seqs."""
+    """KV tokens = (utilisation x memory - weights - workspace) / bytes per token.
+
+    The numbers of sequences that follow from it are capped by max_num_seqs.
+    """
     weights = Item("weights", engine_weights(model, engine))
     heads = max(1, model.kv_heads / engine.tensor_parallel)
     per_token = round(model.kv_bytes_per_token(engine.width) * heads / model.kv_heads)
@@ -316,13 +337,15 @@ def host_memory(
     residents: tuple[Item, ...] = (),
     asleep: tuple[Item, ...] = (),
 ) -> MemoryTable:
-    """The fullest host: two weight-sync buckets, the step's routing traces, offloaded states of
-    its `ranks` ranks.
+    """The fullest host: two weight-sync buckets, the step's routing traces, the offloaded states
+    of its ranks.
 
-    width: bytes of a weight that travels. residents: processes that live in host memory whole (a CPU host).
+    width: bytes per weight that travels.
+    offloaded: items of one rank in host memory; the host holds those of `ranks` ranks.
+    residents: processes that live in host memory whole (a CPU host).
     asleep: what engines that sleep keep here (`sleeping_engines`).
     """
-    # A tensor larger than a bucket travels alone; experts travel one by one, so the largest is the embedding.
+    # A tensor larger than a bucket travels alone. Experts travel one by one, so the largest is the embedding.
     bucket = max(work.bucket_bytes, width * model.embedding)
     items = [
         Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
@@ -330,7 +353,7 @@ def host_memory(
     ]
     row = model.trace_bytes_per_token
     if work.trace_sets and row:
-        note = f"{row} bytes a token, at the longest" + (
+        note = f"{row} bytes per token, at the longest" + (
             "; the engines' and R2's" if work.trace_sets > 1 else ""
         )
         items.append(Item("routing", work.trace_sets * work.rollouts * work.max_length * row, note))

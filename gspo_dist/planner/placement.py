@@ -1,5 +1,4 @@
-"""Which processes start where: nodes filled in order, the learner's ranks first, then the engines,
-as actors do."""
+"""Which processes start where: nodes are filled in order, the learner's ranks first, as actors fill them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A rough time for one step: FLOPs over achieved FLOP/s, bytes over achieved bandwidth. Every guess
-has a name.
+"""A rough time for one step: FLOPs over achieved FLOP/s, bytes over achieved bandwidth.
+
+Every guess has a name in `Assumptions`.
 
     decode step   max(bytes read / bandwidth, FLOPs / rate) + overhead, for c sequences on one engine
                   bytes = weights touched (a batch of c tokens meets a share 1 - (1 - k/E)^c of the experts)
@@ -8,7 +9,7 @@ has a name.
     log-probs     1 forward pass, where old log-probs are recomputed or a reference is kept
     weight sync   all weights over a network card's achieved bandwidth
 
-It orders layouts and finds the part that dominates; expect a factor of two, not a percentage.
+It orders layouts and finds the part that dominates. Expect it to be right within a factor of two.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is guessed. Published MFU of Qwen3-30B-A3B with Megatron is 0.31 to 0.40 on H20 (a slow chip, so
-    easily fed); H100s reach about half of that."""
+    """What is guessed."""
 
     megatron_mfu: float = 0.18
+    """Share of a GPU's FLOP/s that Megatron trains at (model FLOPs utilisation).
+
+    Published for Qwen3-30B-A3B: 0.31 to 0.40 on H20, a slow chip that is easily fed. H100s reach about
+    half of that.
+    """
     other_mfu: float = 0.08
-    """HF models under DeepSpeed or eager."""
+    """The same of HF models under DeepSpeed or eager."""
     forward_mfu_gain: float = 1.3
-    """A forward pass alone, over training."""
+    """How much faster per FLOP a forward pass alone is than training."""
     decode_bandwidth: float = 0.55
     """Share of memory bandwidth that decoding reaches."""
     decode_mfu: float = 0.35
+    """Share of a GPU's FLOP/s that decoding large batches reaches."""
     decode_overhead_s: float = 0.006
     """Scheduling and sampling of one decode step."""
     tensor_parallel_overhead_s: float = 0.003
@@ -41,7 +47,8 @@ class Assumptions:
     sync_bandwidth: float = 0.2
     """Share of a network card that a weight sync reaches, gathering and loading included."""
     tail_share: float = 0.05
-    """Sequences still decoding when the mean length is reached by most: they set the end of the batch."""
+    """Share of sequences that still decode when most have reached the mean length. They set the end
+    of a batch."""
 
 
 ASSUMPTIONS = Assumptions()
@@ -52,12 +59,17 @@ class StepTime:
     """Seconds of each part of one synchronous step."""
 
     collect_s: float
+    """Sampling the completions."""
     logprobs_s: float
+    """Old log-probs and those of the reference."""
     train_s: float
+    """Forward and backward passes of all mini-batches."""
     sync_s: float
+    """New weights to the engines."""
     tokens: float
     """Prompt and completion tokens of the step."""
     gpus: int
+    """GPUs of learner and engines together."""
 
     @property
     def total_s(self) -> float:
@@ -107,9 +119,8 @@ def collect_s(
     tail = (work.run.rollout.max_completion_tokens - completion) * decode_step_s(
         model, engine, gpu, few, work.max_length, assume
     )
-    prompts = (
-        each * work.mean_fill * work.run.rollout.max_prompt_tokens / max(1, work.run.rollout.group_size)
-    )  # siblings share a prefix
+    # Siblings share a prefix, so a group's prompt is read once.
+    prompts = each * work.mean_fill * work.run.rollout.max_prompt_tokens / max(1, work.run.rollout.group_size)
     rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
     return (
         decode

@@ -1,9 +1,11 @@
 """The comparison on Qwen3-30B-A3B: every arm on every layout composes, divides, fits, and uses all GPUs.
 
-Numbers below are worked out by hand from the model card's sizes (48 layers, hidden 2048, 32 / 4 heads of 128, 128
-experts of 768, vocabulary 151,936), in parameters:
-    attention 48 x (2048 (4096 + 2 x 512) + 4096 x 2048) = 905,969,664      tables 2 x 151,936 x 2048 = 622,329,856
-    norms 48 x (2 x 2048 + 2 x 128) + 2048 = 210,944                       routers 48 x 2048 x 128 = 12,582,912
+Numbers below are worked out by hand from the model card's sizes (48 layers, hidden 2048, 32 / 4 heads of
+128, 128 experts of 768, vocabulary 151,936), in parameters:
+    attention 48 x (2048 (4096 + 2 x 512) + 4096 x 2048) = 905,969,664
+    tables 2 x 151,936 x 2048 = 622,329,856
+    norms 48 x (2 x 2048 + 2 x 128) + 2048 = 210,944
+    routers 48 x 2048 x 128 = 12,582,912
     experts 48 x 128 x 3 x 2048 x 768 = 28,991,029,248, so 3,623,878,656 a rank at expert_parallel 8
 """
 
@@ -195,7 +197,7 @@ def test_a_run_without_its_paths_stops_before_anything_starts():
     from gspo_dist.learners.hf_model import check_model_folder
 
     config = run_config(["experiment=qwen3_30b_a3b/gspo"])
-    with pytest.raises(ValueError, match="give-model.path"):
+    with pytest.raises(ValueError, match=r"give-model.path"):
         check_model_folder(config.model.path)
     for path in (config.data.train, config.data.heldout):
         with pytest.raises(ValueError, match="data file must exist: give-data"):

@@ -60,8 +60,8 @@ def test_the_quickstart_corpus_is_right_about_one_time_in_three():
         left, right_ = prompt[:-1].split("+")
         solution = "".join(VOCABULARY[i] for i in targets[:-1])
         right.append(int(solution.rsplit("#")[1]) == int(left) + int(right_))
-    # No slip in three columns, and every carry kept: carries into the two inner columns come with probability 0.45
-    # each, nearly independently.
+    # No slip in three columns, and every carry kept: carries into the two inner columns come with
+    # probability 0.45 each, nearly independently.
     expected = (1 - plan.habits.slip) ** 3 * (1 - 0.47 * plan.habits.forget_carry) ** 2
     assert abs(sum(right) / len(right) - expected) < 0.04
 

@@ -9,6 +9,7 @@ import pytest
 from gspo_dist.data.procedural import make
 
 
+@pytest.mark.slow
 def test_gym_questions_come_with_the_answers_of_their_own_verifier():
     import reasoning_gym
 

@@ -111,7 +111,7 @@ def test_repeated_prompts_are_left_out_and_counted(write, plain):
 @pytest.mark.parametrize("name", ["data.csv", "arithmatic", "reasoning"])
 def test_unknown_sources_are_refused(plain, name):
     with pytest.raises(
-        ValueError, match="must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK"
+        ValueError, match=r"must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK"
     ):
         load(name, plain)
 
@@ -142,7 +142,8 @@ def test_a_broken_parquet_file_is_named(plain, tmp_path):
         load(str(path), plain)
 
 
-# --- chat -----------------------------------------------------------------------------------------------------
+# --- chat
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_text_is_rendered_by_the_template_with_the_system_prompt(write, chatty):
@@ -194,16 +195,17 @@ def test_two_system_prompts_are_an_error(write, chatty):
     path = write(
         {"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "answer": 1}
     )
-    with pytest.raises(ValueError, match="has a system message of its own; unset data.system_prompt"):
+    with pytest.raises(ValueError, match=r"has a system message of its own; unset data.system_prompt"):
         load(path, chatty, system_prompt="c")
 
 
 def test_a_system_prompt_with_the_template_off_is_an_error(write, chatty):
-    with pytest.raises(ValueError, match="data.chat_template is off"):
+    with pytest.raises(ValueError, match=r"data.chat_template is off"):
         load(write({"prompt": "a", "answer": 1}), chatty, chat_template=False, system_prompt="c")
 
 
-# --- splits ---------------------------------------------------------------------------------------------------
+# --- splits
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_a_shared_prompt_is_refused_by_both_places(write, plain):
@@ -226,7 +228,7 @@ def test_arithmetic_splits(plain):
 def test_no_heldout_prompts(plain):
     config = DataConfig(heldout=None)
     assert load_splits(config, plain, max_prompt_tokens=16, seed=0)[1] is None
-    with pytest.raises(ValueError, match="data.heldout is null"):
+    with pytest.raises(ValueError, match=r"data.heldout is null"):
         load_prompts(config, "heldout", plain, max_prompt_tokens=16, seed=0)
 
 

@@ -15,8 +15,8 @@ from gspo_dist.config import (
     RolloutConfig,
     RunConfig,
 )
-from gspo_dist.models.shape import ModelShape
-from gspo_dist.planner.hardware import Gpu
+from gspo_dist.models.shape import ModelShape, find_model
+from gspo_dist.planner.hardware import Gpu, find_gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 from gspo_dist.planner.plan import Plan, plan
 
@@ -105,3 +105,13 @@ def change(view: LearnerLayout | EngineLayout, **knobs) -> Any:
     if section:
         own[view.backend] = replace(getattr(view.config, view.backend), **section)
     return replace(view, config=replace(view.config, **own))
+
+
+QWEN = find_model("Qwen3-30B-A3B")
+H100 = find_gpu("H100")
+WORK = work_of(prompts=256, group=16, prompt=2048, completion=8192)
+LEARNER = learner_of(
+    world_size=16, token_budget=20480, tensor_parallel=2, expert_parallel=8, recompute="full"
+)
+ENGINE = engine_of(engines=8, tensor_parallel=2)
+BOTH_PASSES = {"old_logprobs": "recompute", "kl_coef": 0.1}
