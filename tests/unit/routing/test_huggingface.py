@@ -178,6 +178,7 @@ def test_every_known_gate_is_its_routers_own_formula_bit_for_bit(name, dtype, no
     assert torch.equal(native, router.weight.grad)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_inside_the_block_replays_exactly(make_model, tokens, random_trace):
     torch._dynamo.reset()
     trace = random_trace(5)
@@ -191,6 +192,7 @@ def test_a_model_compiled_inside_the_block_replays_exactly(make_model, tokens, r
         torch.testing.assert_close(got, plain(tokens, use_cache=False).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_before_the_block_replays_exactly_or_is_refused(make_model, tokens, random_trace):
     """torch runs hooks that are added later only where it has another reason to compile again."""
     torch._dynamo.reset()

@@ -26,6 +26,7 @@ def test_factories_read_cuda_as_the_cpu_and_all_else_is_torchs_own() -> None:
     assert torch_on_cpu.distributed is torch.distributed
 
 
+@pytest.mark.slow
 def test_stand_ins_hold_for_the_whole_process_and_may_be_installed_again() -> None:
     """In a process of its own, because nothing takes them back."""
     code = (
