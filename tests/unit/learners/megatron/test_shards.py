@@ -84,7 +84,7 @@ def test_a_whole_parameter_counts_once_for_the_bucket(monkeypatch: pytest.Monkey
 
 
 def test_gathered_experts_are_those_of_each_rank_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 experts over 2 expert ranks of 2 tensor parts: rows 0 and 1 are expert rank 0, rows 2 and 3 rank 1."""
+    """8 experts over 2 expert ranks of 2 tensor parts: rows 0 and 1 are rank 0 and rows 2 and 3 rank 1."""
     on_expert_rank(monkeypatch, 0, 2, tensor=2)
     entries = [entry(EXPERT.format(e), e, True) for e in (1, 2)]
     gathered = torch.arange(4 * 2).reshape(4, 2, 1, 1) * torch.ones(1, 1, 6, 3)
