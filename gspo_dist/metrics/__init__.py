@@ -1,1 +1,1 @@
-"""Where numbers go: sinks (console, jsonl, W&B), curves and heat maps."""
+"""Where numbers go: sinks (files, console, W&B), curves, heat maps, and what every key means."""

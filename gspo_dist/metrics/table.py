@@ -56,10 +56,10 @@ CORRECTED = "runs with a mismatch correction (`objective.correction`)"
 # One entry is one or two lines here; the formatter would make four of it.
 # fmt: off
 SECTIONS = (
-    Section("Step", "metrics/sinks.py", (
+    Section("Step", "metrics/jsonl.py", (
         Metric("step", "steps", "Rollout batches completed. Row 0 is the evaluation before the first step."),
     )),
-    Section("Rollouts and rewards", "trainer/collect.py", (
+    Section("Rollouts and rewards", "trainer/step_metrics.py", (
         Metric("rollout/reward_mean", "reward", "Mean reward of the step's rollouts."),
         Metric("rollout/reward_std", "reward", "Population standard deviation of the rewards."),
         Metric("rollout/completion_tokens_mean", "tokens", "Mean length of a completion."),
@@ -153,7 +153,7 @@ SECTIONS = (
         Metric("old_logprobs/recomputed", "0 or 1",
                "1 when the learner recomputed the old log-probs, 0 when they are the engine's."),
     )),
-    Section("Guard over the engine's log-probs", "trainer/old_logprobs.py", (
+    Section("Guard over the engine's log-probs", "trainer/guard.py", (
         Metric("guard/offset", "nats per token",
                "Mean over sequences of the mean log ratio in the first mini-batch, before the policy moves: "
                "what the mismatch puts on every sequence."),
@@ -210,7 +210,7 @@ SECTIONS = (
         Metric("routing/update/flip_fraction/mini_batch_{index}", "share",
                "Activated experts that differ, before the step against after mini-batch `index`.", MEASURED),
     )),
-    Section("Routing Replay", "routing/trace.py", (
+    Section("Routing Replay", "trainer/step_metrics.py", (
         Metric("routing/replay_bytes", "bytes", "The recorded routes of the step's batch.", REPLAYED),
         Metric("routing/replay_bytes_per_token", "bytes per token", "The same, per token.", REPLAYED),
         Metric("routing/native_row_fraction", "share",
@@ -268,17 +268,18 @@ SECTIONS = (
         Metric("time/reward_s", "seconds", "Judging them."),
         Metric("time/pack_s", "seconds", "Advantages and packing."),
         Metric("time/old_logprobs_s", "seconds", "Old and reference log-probs, and the guard's subset."),
+        Metric("time/attach_routes_s", "seconds",
+               "Copying recorded routes into mini-batches (`routing_replay=r3`)."),
         Metric("time/update_s", "seconds", "Forward, backward and optimiser of all mini-batches."),
         Metric("time/flips_s", "seconds", "Measuring routing flips."),
         Metric("time/sync_s", "seconds", "Publishing the weights, probe included."),
         Metric("time/other_s", "seconds", "The rest of the step."),
     )),
-    Section("Time and speed of the run", "trainer/run.py", (
-        Metric("time/attach_routes_s", "seconds",
-               "Copying recorded routes into mini-batches; within `time/update_s` or `time/old_logprobs_s`.",
-               "runs with `routing_replay=r3`"),
+    Section("Time outside the steps", "trainer/loop.py", (
         Metric("time/evaluation_s", "seconds", "The held-out evaluation after the step.", EVALUATED),
         Metric("time/left_s", "seconds", "Estimate of the time to the last step."),
+    )),
+    Section("Speed", "trainer/step_metrics.py", (
         Metric("perf/tokens_per_s", "tokens per second", "Completion tokens over `time/step_s`."),
         Metric("perf/collect_tokens_per_s", "tokens per second", "Completion tokens over `time/collect_s`."),
         Metric("perf/update_tokens_per_s", "tokens per second",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.studies.ending import read_ending
 from gspo_dist.studies.study import Study
 

@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from gspo_dist.metrics.sinks import write_json
+from gspo_dist.metrics.jsonl import write_json
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.studies.ending import STATUS, Ending, read_ending, write_ending
 from gspo_dist.studies.study import Study
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_dist.config import WandbConfig
-from gspo_dist.metrics.sinks import write_json
+from gspo_dist.metrics.jsonl import write_json
 
 
 @dataclass(frozen=True)

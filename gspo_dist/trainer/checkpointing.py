@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gspo_dist.checkpoint import Checkpoint
+from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.trainer.run import Run, UnfinishedSave
 
 
@@ -19,7 +20,8 @@ def save(run: Run, step: int) -> None:
     one waits here.
     """
     commit(run)
-    run.flips.save(run.run_dir)
+    with going_on_without("the flips measured so far (flips_*.npz)"):
+        run.flips.save(run.run_dir)
     folder = run.store.begin(step)
     run.learner.save(folder / "learner")
     state = {
@@ -63,7 +65,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     )  # the first publication of a resumed run repeats the last one
     run.first_evaluation = dict(state["first_evaluation"])
     run.last_evaluation = dict(state["last_evaluation"])
-    run.flips.restore(run.run_dir, checkpoint.step)
+    with going_on_without("the flips measured before (flips_*.npz)"):
+        run.flips.restore(run.run_dir, checkpoint.step)
     run.completed_steps = checkpoint.step
     run.last_checkpoint = checkpoint.folder
 

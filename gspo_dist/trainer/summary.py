@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from gspo_dist.metrics.curves import draw_curves
-from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.metrics.jsonl import read_jsonl
+from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.trainer.run import Run
 
 ACCURACY = "eval/heldout/accuracy"
@@ -15,8 +18,13 @@ def finish(run: Run) -> dict[str, object]:
     """Draws the curves and heat maps, writes the summary, closes the sinks; returns the summary."""
     rows = read_jsonl(run.run_dir / "metrics.jsonl")
     curves = run.run_dir / "curves.png"
-    draw_curves(rows, curves, title=run.run_dir.name)
-    for picture in (curves, *run.flips.draw(run.run_dir)):
+    pictures: list[Path] = []
+    with going_on_without(str(curves)):
+        draw_curves(rows, curves, title=run.run_dir.name)
+        pictures.append(curves)
+    with going_on_without("the heat maps of routing flips"):
+        pictures += run.flips.draw(run.run_dir)
+    for picture in pictures:
         run.sinks.image(picture.stem, picture)
     speeds = [row["perf/tokens_per_s"] for row in rows if "perf/tokens_per_s" in row]
     summary: dict[str, object] = {

@@ -52,7 +52,7 @@ FLOORS = {
     "__init__": 0,
 }
 HOMES = {
-    "wandb": ("metrics.sinks",),
+    "wandb": ("metrics.wandb_sink",),
     "wandb_workspaces": ("studies.workspace",),
     "ray": ("actors",),
     "vllm": ("rollout", "weights"),

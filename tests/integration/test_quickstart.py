@@ -16,7 +16,7 @@ import pytest
 from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.coldstart.tokenizer import build_tokenizer
-from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.metrics.jsonl import read_jsonl
 
 TINY = [
     "experiment=quickstart",

@@ -11,6 +11,7 @@ from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
+from gspo_dist.metrics.wandb_sink import choose_mode
 from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.flip_meter import FlipMeter
@@ -36,6 +37,8 @@ def build(config: RunConfig) -> Run:
     checkpoint = (
         CheckpointStore(run_dir, config.checkpoint.keep).newest() if config.checkpoint.resume else None
     )
+    # Before the cold start, which trains: a bad key must not cost minutes.
+    wandb_mode = choose_mode(config.logger.wandb)
     model = str(ensure_model(config.model))
     moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
@@ -50,7 +53,7 @@ def build(config: RunConfig) -> Run:
         prepare_folder(run_dir, config, checkpoint)
         parts = start_parts(config, model, device, run_dir, moe_layers)
         stack.callback(parts.release)
-        sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0)
+        sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0, wandb_mode)
         learner, replicas = parts.learner, config.learner.data_parallel
         guard = OffsetGuard(config.objective, objective, learner, config.seed)
         run = Run(

@@ -18,7 +18,10 @@ from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig, WeightSync
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.host import thread_share
 from gspo_dist.learners.learner import Learner
-from gspo_dist.metrics.sinks import ConsoleSink, JsonlSink, Sink, Sinks, WandbSink
+from gspo_dist.metrics.console import ConsoleSink
+from gspo_dist.metrics.jsonl import MetricsFile, SamplesFile
+from gspo_dist.metrics.sinks import Sink, Sinks, going_on_without
+from gspo_dist.metrics.wandb_sink import Mode, open_wandb
 from gspo_dist.objectives.objective import Objective, get_objective
 from gspo_dist.rollout.engine import EngineInfo, RolloutEngine
 from gspo_dist.trainer.setup.checks import resolve_transport
@@ -164,7 +167,8 @@ def records_routing(config: RunConfig, moe_layers: int) -> bool:
 
 
 def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
-    """How a run samples. Raises ValueError when R3 is asked of an engine that cannot record expert choices."""
+    """How a run samples. Raises ValueError when R3 is asked of an engine that cannot
+    record expert choices."""
     if config.objective.routing_replay == "r3" and not info.can_record_routing:
         raise ValueError(
             f"routing_replay=r3 needs an engine that records expert choices: {info.name} cannot; use r2 with "
@@ -186,15 +190,23 @@ def resolved_weight_sync(config: RunConfig, device: str) -> WeightSyncConfig:
     return replace(config.rollout.weight_sync, transport=resolve_transport(config, device))
 
 
-def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int) -> Sinks:
-    """Where a run reports: metrics.jsonl and samples.jsonl always, the console and W&B as configured."""
-    sinks: list[Sink] = [JsonlSink(run_dir, completed_steps)]
+def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int, wandb_mode: Mode | None) -> Sinks:
+    """Where a run reports: metrics.jsonl and samples.jsonl always, the console and W&B as configured.
+
+    wandb_mode: what `choose_mode` found before anything heavy started; None is without W&B. Raises OSError
+    when metrics.jsonl cannot be written; the others are said and left out.
+    """
+    record = MetricsFile(run_dir, completed_steps)
+    others: list[Sink] = []
+    with going_on_without("samples.jsonl"):
+        others.append(SamplesFile(run_dir, completed_steps))
     if config.logger.console:
-        sinks.append(ConsoleSink(config.steps, completed_steps))
-    if config.logger.wandb.mode != "off":
+        others.append(ConsoleSink(config.steps, completed_steps))
+    if wandb_mode is not None:
         identity = (run_dir / "run_id").read_text()
-        sinks.append(WandbSink(config.logger.wandb, run_dir, to_mapping(config), identity))
-    return Sinks(sinks)
+        sink = open_wandb(wandb_mode, config.logger.wandb, run_dir, to_mapping(config), identity)
+        others += [sink] if sink else []
+    return Sinks(record, others)
 
 
 def cap_threads(threads: int, device: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import to_mapping
-from gspo_dist.metrics.sinks import write_json
+from gspo_dist.metrics.jsonl import write_json
 
 FIXED = {
     "": ("seed", "mini_batches", "model", "objective", "data", "reward"),

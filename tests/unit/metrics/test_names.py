@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from gspo_dist.cli.compose import run_config
+from gspo_dist.coldstart.model import build_model, save_model
+from gspo_dist.coldstart.recipes import Shape
+from gspo_dist.coldstart.tokenizer import build_tokenizer
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.metrics.names import metric_of, metrics, page
 from gspo_dist.metrics.table import PLACEHOLDERS, SECTIONS
+from gspo_dist.trainer.loop import train
+from gspo_dist.trainer.setup.build import build
 
 PACKAGE = Path(__file__).resolve().parents[3] / "gspo_dist"
 
@@ -77,3 +84,88 @@ def test_a_unit_that_ends_a_name_is_the_unit_of_the_entry():
         name = metric.key.rsplit("/", 1)[-1]
         unit = next((unit for ending, unit in endings.items() if f"_{name}".endswith(ending)), None)
         assert unit is None or metric.unit == unit, metric.key
+
+
+# -- against runs --
+
+REWARD = """
+def parts(prompt, completion):
+    return completion.text.count("7") / max(1, len(completion)), {"format": 1.0, "timeout": 0.0}
+"""
+CONFIGURATIONS = {
+    "gspo": ["objective=gspo"],
+    "subset": [
+        "objective=gspo",
+        "objective.guard.action=recentre",
+        "objective.guard.estimator=subset",
+        "objective.guard.threshold=0",
+        "objective.guard.subset_fraction=0.5",
+    ],
+    "r2": ["objective=grpo_r2", "objective.kl_coef=0.1"],
+    "r3": ["objective=grpo_r3", "evaluation.samples=3"],
+    "correction": ["objective=grpo", "objective.correction.name=token_truncate"],
+}
+NOT_BY_THESE_RUNS = {"learners/megatron/balance.py"}
+"""Sources of keys that only a Megatron learner logs; tests/parity compares its metrics."""
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory) -> dict[str, set[str]]:
+    """Configuration -> keys of a real run: the eager learner and the reference engine in this process."""
+    folder = tmp_path_factory.mktemp("runs")
+    shape = Shape(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, expert_hidden=16)
+    save_model(build_model(shape, seed=0), folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    (folder / "mine.py").write_text(REWARD)
+    keys = {}
+    for name, overrides in CONFIGURATIONS.items():
+        common = [
+            *("cluster=in_process", "learner=eager", "rollout=reference", "logger=quiet"),
+            *("model=local", f"model.path={folder / 'model'}", f"run_dir={folder / name}"),
+            *("reward=function", f"reward.function='{folder / 'mine.py'}:parts'"),
+            *("steps=1", "mini_batches=2", "flips.every=1", "checkpoint.save_last=false"),
+            *("rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_prompt_tokens=16"),
+            *("rollout.max_completion_tokens=4", "learner.token_budget=128", "evaluation.prompts=2"),
+            *("learner.precision=fp32", "rollout.precision=fp32", "rollout.weight_sync.probe_every=1"),
+        ]
+        run = build(run_config([*common, *overrides]))
+        try:
+            train(run)
+        finally:
+            run.release()
+        keys[name] = {key for row in read_jsonl(folder / name / "metrics.jsonl") for key in row}
+    return keys
+
+
+@pytest.mark.slow
+def test_runs_log_no_key_without_an_entry(logged):
+    assert {name: [key for key in keys if metric_of(key) is None] for name, keys in logged.items()} == {
+        name: [] for name in CONFIGURATIONS
+    }
+
+
+@pytest.mark.slow
+def test_every_entry_is_logged_by_some_run(logged):
+    """But for what only Megatron logs, no entry is dead."""
+    seen = {metric_of(key) for keys in logged.values() for key in keys}
+    entries = {m for section in SECTIONS if section.source not in NOT_BY_THESE_RUNS for m in section.metrics}
+    assert [metric.key for metric in entries - seen] == []
+
+
+@pytest.mark.slow
+def test_an_entry_for_every_step_is_in_every_run(logged):
+    always = [metric for metric in metrics() if not metric.when]
+    for name, keys in logged.items():
+        found = {metric_of(key) for key in keys}
+        assert [metric.key for metric in always if metric not in found] == [], name
+
+
+@pytest.mark.slow
+def test_entries_with_a_condition_are_not_in_every_run(logged):
+    """Where the condition is the run's own setting: replay, a KL term, a correction."""
+    for metric, runs in (
+        ("routing/replay_bytes", {"r2", "r3"}),
+        ("objective/kl_loss", {"r2"}),
+        ("objective/correction_weight_mean", {"correction"}),
+    ):
+        assert {name for name, keys in logged.items() if metric in keys} == runs

@@ -13,7 +13,7 @@ from gspo_dist.cli.compose import run_config
 from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.coldstart.tokenizer import build_tokenizer
-from gspo_dist.metrics.sinks import read_jsonl
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.setup.build import build
