@@ -55,7 +55,12 @@ class FileNames:
 
     def __init__(self, hf: torch.nn.Module) -> None:
         self.hf = hf
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(hf)}
+        # Under ZeRO 3 a parameter is empty between its uses, and DeepSpeed notes its shape in `ds_shape`.
+        held = dict(hf.named_parameters())
+        self.shapes = {
+            name: tuple(getattr(held.get(name), "ds_shape", tensor.shape))
+            for name, tensor in stored_tensors(hf)
+        }
         transforms: list[WeightTransform] | None = getattr(hf, "_weight_conversions", None)
         if transforms is None:
             # A model that no folder was loaded into: transformers' defaults for its kind, as when
@@ -69,6 +74,7 @@ class FileNames:
         self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
         self._converters = [t for t in back if isinstance(t, WeightConverter)]
         self._sliced: dict[str, list[str] | None] = {}
+        self._joined = {name for group in self.groups() if len(group) > 1 for name in group}
 
     def groups(self) -> list[list[str]]:
         """Names in memory; those that make one tensor of the folder together. Most groups are one name."""
@@ -90,6 +96,11 @@ class FileNames:
         tensors of the experts 4 and 5. KeyError: the model has no such parameter. ValueError: a part of a
         parameter that the folder does not hold expert by expert.
         """
+        if name in self._joined:
+            raise ValueError(
+                f"the folder joins {name} with other parameters into one tensor, which this learner cannot "
+                "do: use learner.backend=eager"
+            )
         per_expert = self._per_expert(name)
         if per_expert is None:
             if tuple(tensor.shape) != self.shapes[name]:

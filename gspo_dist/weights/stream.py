@@ -30,18 +30,3 @@ def buckets(
         size += nbytes(tensor)
     if bucket:
         yield bucket
-
-
-def unfuse_experts(name: str, tensor: torch.Tensor, first_expert: int = 0) -> Iterator[NamedTensor]:
-    """Splits a fused expert tensor into per-expert HF tensors (views); other tensors pass unchanged."""
-    stem, _, leaf = name.rpartition(".")
-    if leaf == "gate_up_proj" and tensor.dim() == 3:
-        half = tensor.shape[1] // 2
-        for e, expert in enumerate(tensor, start=first_expert):
-            yield f"{stem}.{e}.gate_proj.weight", expert[:half]
-            yield f"{stem}.{e}.up_proj.weight", expert[half:]
-    elif leaf == "down_proj" and tensor.dim() == 3:
-        for e, expert in enumerate(tensor, start=first_expert):
-            yield f"{stem}.{e}.down_proj.weight", expert
-    else:
-        yield name, tensor

@@ -9,7 +9,8 @@ import torch
 from torch import distributed as dist
 
 from gspo_dist.learners.hf_model import PolicyModel
-from gspo_dist.weights.stream import NamedTensor, buckets, unfuse_experts
+from gspo_dist.weights.names import FileNames, stored_tensors
+from gspo_dist.weights.stream import NamedTensor, buckets
 
 HF_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """AutoEP's names of the expert projections -> HF's."""
@@ -41,23 +42,31 @@ def full_weights(
 
     At most about `bucket_bytes` (or one parameter, where it is larger) is gathered at once.
     """
-    tied = bool(getattr(policy.hf.config, "tie_word_embeddings", False))
     experts: dict[str, tuple[torch.nn.Parameter, Any]] = {}
     for module_name, module in policy.named_modules():
         if getattr(module, "_is_autoep_layer", False):
             for w in HF_PROJECTION:
                 experts[f"{module_name}.experts.{w}"] = (getattr(module.experts, w), module.ep_group)
     dense: list[NamedTensor] = [
-        (name, parameter)
-        for name, parameter in policy.named_parameters()
-        if name not in experts and not (tied and name == "hf.lm_head.weight")
+        (name, parameter) for name, parameter in policy.named_parameters() if name not in experts
     ]
+    # AutoEP replaced the modules whose names transformers knows; it serves models that name experts one
+    # by one only.
+    names = None if experts else FileNames(policy.hf)
     for part in buckets(dense, bucket_bytes, _full_bytes):
         tensors = _gather(part, zero)
         if exporter:
             for name, tensor in tensors:
-                yield from unfuse_experts(hf_name(name), tensor)
+                if names is None:
+                    yield hf_name(name), tensor
+                else:
+                    yield from names.split(name.removeprefix("hf."), tensor)
         del tensors  # before the next part is gathered
+    if exporter and names is not None:
+        parameters = {name for name, _ in policy.hf.named_parameters()}
+        for name, buffer in stored_tensors(policy.hf):
+            if name not in parameters:  # buffers are whole on every rank
+                yield from names.split(name, buffer)
     for name, (parameter, group) in experts.items():
         ((_, local),) = _gather([(name, parameter)], zero)
         yield from _expert_weights(hf_name(name), local, group, exporter, bucket_bytes)

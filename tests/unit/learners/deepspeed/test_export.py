@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from gspo_dist.learners.deepspeed.export import full_weights, hf_name
 from gspo_dist.learners.hf_model import PolicyModel
+from tests.unit.weights.tiny_models import make
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,17 @@ def test_every_parameter_leaves_once_and_a_tied_head_does_not(tied: bool) -> Non
     assert ("lm_head.weight" in want) == (not tied)
     assert all(torch.equal(tensor, want[name]) for name, tensor in got)
     assert not any(tensor.requires_grad for _, tensor in got)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe", "deepseek_v3", "qwen2_moe"])
+def test_without_expert_parallelism_the_stream_is_the_folder_bit_for_bit(family: str, tmp_path: Path) -> None:
+    """Routed and shared experts under the family's own names, and the router's buffer."""
+    make(tmp_path, family)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    got = dict(full_weights(PolicyModel(hf), exporter=True, bucket_bytes=2000, zero=None))
+    folder = load_file(tmp_path / "model.safetensors")
+    assert set(got) == set(folder)
+    assert all(torch.equal(got[name], folder[name]) for name in folder)
 
 
 def test_only_the_exporter_yields() -> None:
