@@ -17,7 +17,7 @@ def run_case(case, folder, timeout=280):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert done.returncode == 0 and lines, (
-        f"{case} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    )
+    said = f"{case} ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, said
+    assert lines, said
     return json.loads(lines[-1].removeprefix("RESULT "))

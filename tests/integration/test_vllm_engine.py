@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run_vllm_case import run_case
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def generation(tmp_path_factory):
@@ -50,8 +52,8 @@ def test_errors_name_the_prompt_and_the_way_out(generation):
     assert "'p0'" in errors["long"]
     assert "170 + 24" in errors["long"]
     assert "max_prompt_tokens" in errors["long"]
-    assert "one request id a prompt: got 1 for 4" in errors["ids"]
-    assert "2 to 191 tokens: got 192" in errors["logprobs_of"]
+    assert "one request id per prompt: got 1 for 4" in errors["ids"]
+    assert "2 to 191 tokens for log-probs: got 192" in errors["logprobs_of"]
     assert "cluster.colocated" in errors["sleep"]
     assert "start_weight_update first" in errors["bucket"]
     assert "none started" in errors["finish"]

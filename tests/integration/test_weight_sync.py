@@ -8,6 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run_vllm_case import run_case
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", ["sync", "tied", "dense_layer"])
 def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_path):
@@ -23,6 +25,27 @@ def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_pa
         assert len(set(step["bytes"])) == 1
         assert step["proven"] >= 8
     assert result["files"] == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe", "deepseek_v3"])
+def test_families_with_names_of_their_own_are_synced_too(family, tmp_path):
+    """Their folders name or hold experts otherwise than Qwen's. Two of them have a buffer in the router."""
+    result = run_case(family, tmp_path)
+    assert result["start"] < 1e-5
+    assert max(result["gaps"]) < 1e-5
+    assert min(result["moved"]) > 0.01
+    assert len(set(result["tensors"])) == 1
+
+
+def test_a_head_of_its_own_is_used_though_the_config_says_tied(tmp_path):
+    assert max(run_case("untold_head", tmp_path)["gaps"]) < 1e-5
+
+
+def test_what_the_engine_cannot_place_is_named_before_it_is_loaded(tmp_path):
+    name, shape, missing = run_case("wrong_names", tmp_path)["says"]
+    assert "engine cannot place model.layers.0.mlp.experts.0.gate_proj.weight [96, 128]" in name
+    assert "engine cannot place lm_head.weight: it comes as [499, 128] and is [500, 128]" in shape
+    assert "engine got no lm_head.weight (1 of " in missing
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.types import Prompt, SamplingSpec
-from gspo_dist.weights.names import hf_named_weights
+from gspo_dist.weights.names import hf_named_weights, stored_tensors
 from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.stream import buckets
 from gspo_dist.weights.verify import WeightSyncError, check_probe, verify_receipt
@@ -43,10 +49,14 @@ def make_model(folder, *, seed=0, tie=False, dense=(), layers=2):
     )
     model = Qwen3MoeForCausalLM(config).float().eval()
     model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model
+
+
+def write_tokenizer(folder):
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(500)}, unk_token="t2"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1").save_pretrained(folder)
-    return model
 
 
 def make_engine(folder, *, record_routing=False, **changes):
@@ -222,12 +232,15 @@ def preemption(folder):
     return out
 
 
-def publish(engine, model, version, bucket_bytes=1 << 16, transport=None):
+def publish(engine, weights, version, bucket_bytes=1 << 16, transport=None):
+    """`weights`: a model, or the named tensors themselves."""
+    if isinstance(weights, torch.nn.Module):
+        weights = hf_named_weights(weights)
     transport = transport or make_transport("shm")
     engine.init_weight_sync(transport.init_info(0))
     start = time.perf_counter()
     engine.start_weight_update()
-    report = send_weights(buckets(hf_named_weights(model), bucket_bytes), transport, engine.update_weights)
+    report = send_weights(buckets(weights, bucket_bytes), transport, engine.update_weights)
     receipt = engine.finish_weight_update(version)
     seconds = time.perf_counter() - start
     verify_receipt(report.checksums, receipt, version)
@@ -285,6 +298,161 @@ def tied(folder):
 
 def dense_layer(folder):
     return sync(folder, dense=(1,))
+
+
+FAMILIES = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "head_dim": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": True,
+    },
+    "deepseek_v3": {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 512,  # vLLM's CPU kernel of MLA takes this one only
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3": {"head_dim": 32},
+}
+
+
+def make_family(folder, family, **changes):
+    """A small model of the family with random weights, read back from its folder in float32."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 500,
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**sizes, **FAMILIES[family], **changes})
+    )
+    shake(model, 0.1)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def shake(model, size, seed=0):
+    """Moves every tensor that a folder holds, buffers of routers included."""
+    g = torch.Generator().manual_seed(seed)
+    for _, tensor in stored_tensors(model):
+        tensor.add_(size * torch.randn(tensor.shape, generator=g))
+
+
+def other_family(folder, family):
+    """Two syncs into an engine of another family: after each, its log-probs are those of HF."""
+    model = make_family(folder, family)
+    engine = make_engine(folder)
+    ids = [np.array(p.token_ids) for p in prompts([7, 70])]
+    gaps, moved = [], []
+    last = engine.logprobs_of(ids)
+    start = max(float(np.abs(s - hf_logprobs(model, i)).max()) for s, i in zip(last, ids, strict=True))
+    for version in (1, 2):
+        shake(model, 0.03, seed=version)
+        report, receipt, _ = publish(engine, model, version)
+        now = engine.logprobs_of(ids)
+        gaps.append(
+            max(float(np.abs(s - hf_logprobs(model, i)).max()) for s, i in zip(now, ids, strict=True))
+        )
+        moved.append(max(float(np.abs(s - o).max()) for s, o in zip(now, last, strict=True)))
+        last = now
+    engine.close()
+    return {"start": start, "gaps": gaps, "moved": moved, "tensors": [report.tensors, receipt.tensors]}
+
+
+def mixtral(folder):
+    return other_family(folder, "mixtral")
+
+
+def granitemoe(folder):
+    return other_family(folder, "granitemoe")
+
+
+def glm4_moe(folder):
+    return other_family(folder, "glm4_moe")
+
+
+def deepseek_v3(folder):
+    return other_family(folder, "deepseek_v3")
+
+
+def untold_head(folder):
+    """A config says tied beside a head of its own: the engine computes with the head, before and after."""
+    make_family(folder, "qwen3")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = make_engine(folder)
+    ids = [np.array(p.token_ids) for p in prompts([7, 70])]
+
+    def gap():
+        told = engine.logprobs_of(ids)
+        return max(float(np.abs(s - hf_logprobs(model, i)).max()) for s, i in zip(told, ids, strict=True))
+
+    gaps = [gap()]
+    for version in (1, 2):
+        shake(model, 0.03, seed=version)
+        publish(engine, model, version)
+        gaps.append(gap())
+    engine.close()
+    return {"gaps": gaps}
+
+
+def wrong_names(folder):
+    """Weights under names or shapes that the folder does not have, and one that does not come, are named."""
+    model = make_family(folder, "mixtral")
+    says = []
+    stream = dict(hf_named_weights(model))
+    head = stream["lm_head.weight"]
+    for spoiled in (
+        {"model.layers.0.mlp.experts.0.gate_proj.weight": torch.zeros(96, 128)},
+        {"lm_head.weight": head[:-1]},
+        {name: tensor for name, tensor in stream.items() if name != "lm_head.weight"},
+    ):
+        engine = make_engine(folder)
+        try:
+            publish(engine, spoiled.items(), 1)
+            says.append("")
+        except WeightSyncError as e:
+            says.append(str(e))
+        engine.close()
+    return {"says": says}
 
 
 def corruption(folder):

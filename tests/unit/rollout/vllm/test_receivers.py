@@ -1,0 +1,210 @@
+"""Laws of the engine's side of a sync that need no engine: what is noted, proven, and packed again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gspo_dist.rollout.vllm import receivers
+from gspo_dist.rollout.vllm.receivers import (
+    Arrivals,
+    NcclReceiver,
+    ShmInitInfo,
+    ShmReceiver,
+    ShmUpdateInfo,
+    repack_cpu_experts,
+    repack_cpu_tied_head,
+)
+from gspo_dist.weights.bucket import BucketLayout
+from gspo_dist.weights.checksum import device_checksum, host_checksum
+from gspo_dist.weights.shm import ShmTransport
+from gspo_dist.weights.verify import WeightSyncError
+
+
+class Model(torch.nn.Module):
+    """Two plain parameters, one of them padded from 6 to 8 rows, and one that was cast on loading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.Parameter(torch.zeros(4))
+        self.embed = torch.nn.Parameter(torch.zeros(8, 2))
+        self.cast = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+        self.got: list[str] = []
+
+    @torch.no_grad()
+    def load_weights(self, weights) -> None:
+        for name, tensor in weights:
+            self.got.append(name)
+            place = dict(self.named_parameters()).get(name)
+            if place is not None:
+                place[: len(tensor)] = tensor
+
+
+def receiver(model: torch.nn.Module | None = None, kind: type = ShmReceiver):
+    """A receiver without vLLM's engine around it."""
+    made = object.__new__(kind)
+    made.model, made.arrivals = model or Model(), Arrivals()
+    made.device, made.model_config = torch.device("cpu"), None
+    return made
+
+
+WEIGHTS = {
+    "norm": torch.arange(4.0),
+    "embed": torch.arange(12.0).view(6, 2),
+    "cast": torch.tensor([1.0, 2.0, 3.0]),
+    "fused.part": torch.ones(5, dtype=torch.bfloat16),
+}
+
+
+def deliver(made, tmp_path, weights=WEIGHTS) -> None:
+    transport = ShmTransport(folder=tmp_path)
+    staged = transport.stage(list(weights.items()))
+    made.receive_weights(ShmUpdateInfo(**staged.update_info))
+    transport.close()
+
+
+def test_what_arrived_is_noted_and_loaded(tmp_path) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    assert made.model.got == list(WEIGHTS)
+    report = made.report()
+    assert report["checksums"] == {n: host_checksum(t) for n, t in WEIGHTS.items()}
+    assert (report["tensors"], report["bytes"]) == (4, 16 + 48 + 12 + 10)
+    assert report["seconds_checking"] > 0
+    assert made.arrivals.dtypes["fused.part"] is torch.bfloat16
+    assert made.arrivals.shapes["embed"] == (6, 2)
+
+
+def test_a_tensor_that_comes_twice_is_named(tmp_path) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    with pytest.raises(WeightSyncError, match="norm arrived twice in one update"):
+        deliver(made, tmp_path)
+
+
+def test_parameters_that_are_kept_as_sent_are_proven_over_their_real_rows(tmp_path) -> None:
+    """norm and the six real rows of embed; the cast one and the fused one have nothing to compare with."""
+    made = receiver()
+    deliver(made, tmp_path)
+    made.prove_loaded()
+    assert made.report()["proven"] == 2
+
+
+@pytest.mark.parametrize(("name", "row"), [("norm", 3), ("embed", 5)])
+def test_a_parameter_that_differs_after_loading_is_named(name, row, tmp_path) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    with torch.no_grad():
+        getattr(made.model, name)[row] += 1
+    with pytest.raises(WeightSyncError, match=f"{name} arrived whole, but the engine's parameter differs"):
+        made.prove_loaded()
+
+
+def test_padding_may_hold_anything(tmp_path) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    with torch.no_grad():
+        made.model.embed[6:] = 7
+    made.prove_loaded()
+
+
+def test_a_gpus_parameters_are_not_compared_with_bytes_of_the_host(tmp_path) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    made.device = torch.device("cuda")
+    with torch.no_grad():
+        made.model.norm[0] = 9
+    made.prove_loaded()
+    assert made.report()["proven"] == 0
+
+
+def test_without_checks_nothing_is_summed(tmp_path) -> None:
+    made = receiver()
+    made.init_transfer_engine(ShmInitInfo(check=False))
+    deliver(made, tmp_path)
+    report = made.report()
+    assert (report["checksums"], report["tensors"], report["seconds_checking"]) == ({}, 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "check", "calls"),
+    [
+        ("cpu", True, ["finalize", "experts", "head", "prove"]),
+        ("cpu", False, ["finalize", "experts", "head"]),
+        ("cuda", True, ["finalize", "prove"]),
+    ],
+)
+def test_an_update_is_finished_repaired_and_then_proven(device, check, calls, monkeypatch) -> None:
+    made, seen = receiver(), []
+    made.device, made.check = SimpleNamespace(type=device), check
+    monkeypatch.setattr(receivers, "finalize_layerwise_reload", lambda *a: seen.append("finalize"))
+    monkeypatch.setattr(receivers, "repack_cpu_experts", lambda model: seen.append("experts"))
+    monkeypatch.setattr(receivers, "repack_cpu_tied_head", lambda model: seen.append("head"))
+    monkeypatch.setattr(made, "prove_loaded", lambda: seen.append("prove"), raising=False)
+    made.finish_weight_update()
+    assert seen == calls
+
+
+def test_a_new_update_forgets_the_one_before(tmp_path, monkeypatch) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    monkeypatch.setattr(receivers, "initialize_layerwise_reload", lambda model: None)
+    made.start_weight_update()
+    assert made.report()["tensors"] == 0
+    deliver(made, tmp_path)
+
+
+def test_experts_of_every_moe_layer_are_packed_and_other_layers_are_left_alone() -> None:
+    packed: list[torch.nn.Module] = []
+    kernel = SimpleNamespace(
+        fused_experts=SimpleNamespace(process_weights_after_loading=lambda layer: packed.append(layer))
+    )
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(4)])
+    for i in (1, 3):
+        model[i].quant_method = SimpleNamespace(moe_kernel=kernel)
+    model[2].quant_method = SimpleNamespace()
+    repack_cpu_experts(model)
+    assert packed == [model[1], model[3]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_packed_again_only_where_it_is_tied(tied, monkeypatch) -> None:
+    """A head of its own is packed by the reload, since its weight arrives."""
+
+    class Embedding(torch.nn.Embedding):
+        pass
+
+    class Head(Embedding):
+        pass
+
+    monkeypatch.setattr(receivers, "VocabParallelEmbedding", Embedding)
+    monkeypatch.setattr(receivers, "ParallelLMHead", Head)
+    packed: list[torch.nn.Module] = []
+    model = torch.nn.ModuleList([Embedding(4, 2), Head(4, 2)])
+    if tied:
+        model[1].weight = model[0].weight
+    for layer in model:
+        layer.quant_method = SimpleNamespace(process_weights_after_loading=packed.append)
+    repack_cpu_tied_head(model)
+    assert packed == ([model[1]] if tied else [])
+
+
+def test_the_nccl_receiver_cuts_the_broadcast_into_its_tensors(monkeypatch) -> None:
+    bucket = [("a", torch.arange(3.0)), ("b", torch.ones(2, dtype=torch.bfloat16))]
+    layout = BucketLayout.of(bucket)
+
+    def broadcast(flat, src, stream) -> None:
+        assert (len(flat), src, stream) == (128, 0, "stream")
+        layout.fill(flat, bucket)
+
+    made = receiver(kind=NcclReceiver)
+    made.group = SimpleNamespace(broadcast=broadcast)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    got = dict(made.incoming(SimpleNamespace(layout=layout.to_dict())))
+    assert all(torch.equal(got[n], t) for n, t in bucket)
+    assert NcclReceiver.checksum is device_checksum
+    assert ShmReceiver.checksum is host_checksum
+    made.shutdown()
+    assert made.group is None
