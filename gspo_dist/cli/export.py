@@ -24,4 +24,7 @@ def _export(run_dir: Path, target: Path) -> None:
     from gspo_dist.trainer.export import export_run
 
     done = export_run(run_dir, target)
-    print(f"{done['folder']}: {done['tensors']} tensors after step {done['step']}")
+    print(
+        f"{done['folder']}: {done['tensors']} tensors after step {done['step']}, read back; log-probs are "
+        f"the learner's to {done['mean_abs']:.1e} nats"
+    )

@@ -7,12 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import from_mapping
+from gspo_dist.learners.group import LearnerGroup
+from gspo_dist.learners.hf_model import DTYPES
+from gspo_dist.models.shape import read_shape
+from gspo_dist.trainer.publisher import learner_logprobs
 from gspo_dist.trainer.setup.checks import check_model, resolve_device
 from gspo_dist.trainer.setup.processes import Processes
+from gspo_dist.weights.export import probe_folder
+from gspo_dist.weights.verify import WeightSyncError
+
+PROBE_SEQUENCES = 2
+"""Sequences of an export's probe."""
+PROBE_TOKENS = 48
+"""Tokens of each. All layers and all experts' names are in every token, so a few are enough."""
 
 
 def run_config_of(run_dir: Path) -> RunConfig:
@@ -26,8 +39,9 @@ def run_config_of(run_dir: Path) -> RunConfig:
 def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
     """Writes the newest checkpoint of a run as an HF folder, with the learner that wrote the checkpoint.
 
-    Returns folder, step and number of tensors. Raises ValueError when there is no checkpoint, or `target`
-    is in use.
+    The folder is read back, and transformers' own forward over it is compared with the learner's log-probs.
+    Returns folder, step, number of tensors, and the mean |difference| in nats. Raises ValueError when there
+    is no checkpoint or `target` is in use, and WeightSyncError when the folder is not the learner's model.
     """
     config = run_config_of(run_dir)
     checkpoint = CheckpointStore(run_dir, config.checkpoint.keep).newest()
@@ -47,4 +61,31 @@ def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
         learner.start()
         learner.load(checkpoint.learner, checkpoint.state["policy_version"])
         tensors = learner.export(Path(model), target.resolve())
-    return {"folder": str(target), "step": checkpoint.step, "tensors": tensors}
+        mean = check_export(learner, config, target.resolve())
+    return {"folder": str(target), "step": checkpoint.step, "tensors": tensors, "mean_abs": mean}
+
+
+def check_export(learner: LearnerGroup, config: RunConfig, folder: Path) -> float:
+    """Mean |difference| in nats between the learner's log-probs and transformers' over an exported folder.
+
+    The tokens are random, so that no prompt is needed. WeightSyncError when the mean passes
+    rollout.weight_sync.probe_tolerance or transformers reads the folder otherwise; the folder is then moved
+    to a name that ends in .refused, where nobody takes it for a model.
+    """
+    vocabulary = read_shape(folder).vocab
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (PROBE_SEQUENCES, PROBE_TOKENS))
+    sequences = [(row, 0) for row in tokens]
+    ours = learner_logprobs(learner, sequences, config.learner.data_parallel)
+    try:
+        mean, _ = probe_folder(
+            folder,
+            sequences,
+            ours,
+            config.rollout.weight_sync.probe_tolerance,
+            temperature=config.rollout.temperature,
+            dtype=DTYPES[config.learner.precision],
+        )
+    except WeightSyncError:
+        folder.rename(folder.with_name(f"{folder.name}.refused"))
+        raise
+    return mean

@@ -40,6 +40,18 @@ def probe_sequences(sampled: Sequence[tuple[Prompt, Completion]]) -> list[ProbeS
     return [(np.concatenate([p.token_ids, c.token_ids]), len(p.token_ids)) for p, c in sampled]
 
 
+def learner_logprobs(
+    learner: LearnerGroup, sequences: Sequence[ProbeSequence], replicas: int
+) -> list[np.ndarray]:
+    """The learner's log-probs of the tokens that are compared, one array per sequence."""
+    micro_batches = from_sequences(sequences, replicas=replicas)
+    found: dict[int, np.ndarray] = {}
+    for batches, outputs in zip(micro_batches, learner.logprobs(micro_batches), strict=True):
+        for batch, output in zip(batches, outputs, strict=True):
+            found |= unpack(batch, output.logprobs)
+    return [found[i] for i in range(len(sequences))]
+
+
 class WeightPublisher:
     """Publishes the learner's weights to every engine. A failed check stops the run with the tensor's name."""
 
@@ -53,7 +65,9 @@ class WeightPublisher:
         *,
         colocated: bool = False,
     ) -> None:
-        """config: its transport is resolved (shm or nccl). colocated: the engines come to a publication with their weights awake and their KV cache asleep."""
+        """config: its transport is resolved (shm or nccl). colocated: the engines come to a publication with
+        their weights awake and their KV cache asleep.
+        """
         self.config = config
         self.learner = learner
         self.pool = pool
@@ -76,7 +90,7 @@ class WeightPublisher:
         every = self.config.probe_every
         due = not self.probed or bool(every and self.published % every == 0)
         kept = self._cut(probe) if due else []
-        ours = self._learner_logprobs(kept) if kept else []
+        ours = learner_logprobs(self.learner, kept, self.replicas) if kept else []
         if self.colocated:
             # Nothing of the learner runs before the next rollouts, so its GPU memory becomes the KV cache's.
             self.learner.empty_cache()
@@ -119,15 +133,6 @@ class WeightPublisher:
         limit = self.max_model_len - 1
         cut = [(np.asarray(tokens)[: min(limit, start + PROBE_TOKENS)], start) for tokens, start in sequences]
         return [(tokens, start) for tokens, start in cut if len(tokens) > max(1, start)][:PROBE_SEQUENCES]
-
-    def _learner_logprobs(self, kept: Sequence[ProbeSequence]) -> list[np.ndarray]:
-        """The learner's log-probs of the completions, one array per sequence."""
-        micro_batches = from_sequences(kept, replicas=self.replicas)
-        found: dict[int, np.ndarray] = {}
-        for batches, outputs in zip(micro_batches, self.learner.logprobs(micro_batches), strict=True):
-            for batch, output in zip(batches, outputs, strict=True):
-                found |= unpack(batch, output.logprobs)
-        return [found[i] for i in range(len(kept))]
 
     def _compare(self, kept: Sequence[ProbeSequence], ours: Sequence[np.ndarray]) -> dict[str, float]:
         """The engines' log-probs of the same completions: proves what they compute, not only what arrived."""
