@@ -15,8 +15,8 @@ def longest_first(
     `capacity` is the most that a bin may hold. None is returned when the next item does not fit into the
     lightest bin.
     Example: weights [5, 3, 4, 2] in 2 bins give [[0, 3], [2, 1]], loads 7 and 7.
-    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies (1969): the largest load is at most 4/3 of
-    the smallest one that any dealing reaches.
+    Source: R. L. Graham, Bounds on Multiprocessing Timing Anomalies (1969): the largest load is at most 4/3
+    of the smallest one that any dealing reaches.
     """
     heap = [(0, b) for b in range(bins)]
     members: list[list[int]] = [[] for _ in range(bins)]

@@ -62,6 +62,7 @@ def compose(overrides: Sequence[str], folders: Sequence[Path] = ()) -> dict[str,
     `folders` are more folders of config groups, searched after the package's own.
     Raises ValueError for an override that cannot be read, and for an unknown key, group or value.
     """
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -71,6 +72,9 @@ def compose(overrides: Sequence[str], folders: Sequence[Path] = ()) -> dict[str,
     from gspo_dist.cli.explain import check_overrides, explain
 
     check_overrides(overrides)
+    for folder in folders:
+        if not folder.expanduser().is_dir():  # hydra only warns
+            raise ValueError(f"--config-dir must be a folder of configurations: got {folder}")
     register_schema()
     # hydra's --config-dir is a search path too, written as the override that it is.
     paths = ",".join(f'"file://{folder.expanduser().resolve()}"' for folder in folders)
@@ -78,8 +82,8 @@ def compose(overrides: Sequence[str], folders: Sequence[Path] = ()) -> dict[str,
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             return plain(OmegaConf.to_container(hydra_compose("config", [*overrides, *more]), resolve=True))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(error, overrides)) from None
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(explain(error, overrides, folders)) from None
 
 
 def plain(container: Any) -> dict[str, Any]:

@@ -6,12 +6,18 @@ import difflib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from gspo_dist.checks import nearest
 from gspo_dist.cli.compose import conf_dir
@@ -102,32 +108,70 @@ def config_groups() -> list[str]:
     return [name for entry in defaults if isinstance(entry, Mapping) for name in entry if " " not in name]
 
 
-def group_options(group: str) -> list[str]:
-    """What may stand after `group=`: the files of conf/GROUP, those in folders as folder/name."""
-    folder = conf_dir() / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """What may stand after `group=`: the group's files in conf/ and in `folders`, without their ending."""
+    groups = [folder / group for folder in (conf_dir(), *folders)]
+    return sorted(str(p.relative_to(g).with_suffix("")) for g in groups for p in g.rglob("*.yaml"))
 
 
-def explain(error: HydraException | OmegaConfBaseException, overrides: Sequence[str]) -> str:
-    """A failed composition as one message: the group or knob, what was got, the way out."""
+def explain(error: Exception, overrides: Sequence[str], folders: Sequence[Path] = ()) -> str:
+    """A failed composition as one message: the file or override, the rule, what was got, the way out.
+
+    `error` is what hydra, omegaconf or yaml raised; `folders` are those that were searched besides conf/.
+    """
+    text = str(error)
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration must be YAML: {' '.join(text.split())}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a configuration must be UTF-8: {_undecodable([conf_dir(), *folders]) or text}"
+    found = re.match(r"In '([^']+)': ", text)
+    # hydra names the file by its group and option; the root's name means that an override is at fault
+    file = f"{found[1]}.yaml: " if found and found[1] != "config" else ""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).partition("/")
         if group in config_groups():
-            return f"{group}={option} is none of its options: {nearest(option, group_options(group))}"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+            options = group_options(group, folders)
+            return f"{file}{group}={option} is none of its options: {nearest(option, options)}"
+    own = isinstance(error, OmegaConfBaseException)  # not wrapped by hydra
+    cause = error if own else error.__cause__ or error.__context__ or error
     key = str(getattr(cause, "full_key", "") or "")
-    kind = knobs(RunConfig).get(key)
-    given = next((o for o in overrides if o.lstrip("+").partition("=")[0] == key), None)
-    if isinstance(cause, ValidationError) and kind is not None and given is not None:
-        return f"{key} must be {described(kind)}: got {given.partition('=')[2]!r}"
-    where = f"{key}: " if key and cause is error else ""
-    return where + " ".join(_lines(error, cause))
+    if isinstance(cause, ValidationError) and key in knobs(RunConfig):
+        return f"{file}{key} must be {described(knobs(RunConfig)[key])}: got {_given(key, overrides, cause)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and file and key in config_groups():
+        return f"{file}the first line of an experiment or a layout must be: # @package _global_"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and file:
+        return f"{file}unknown config key {key!r}. {_closest(key, list(knobs(RunConfig)))}"
+    unmatched = re.search(r"Could not override '([^']+)'. No match in the defaults list", text)
+    if unmatched:
+        return f"{file}a run has no group {unmatched[1]!r}; {nearest(unmatched[1], config_groups())}"
+    return " ".join(_lines(error, cause, key))
 
 
-def _lines(error: Exception, cause: Exception) -> Iterator[str]:
+def _given(key: str, overrides: Sequence[str], cause: Exception) -> str:
+    """The value at fault: the override's text, or what omegaconf's message quotes of a file."""
+    override = next((o for o in overrides if o.lstrip("+").partition("=")[0] == key), None)
+    if override is not None:
+        return repr(override.partition("=")[2])
+    quoted_value = re.match(r"Value ('.*?') of type", str(cause))
+    return quoted_value[1] if quoted_value else str(cause).splitlines()[0]
+
+
+def _undecodable(folders: Sequence[Path]) -> str | None:
+    """The first file of these folders that is no UTF-8. The error itself does not name its file."""
+    for path in (p for folder in folders for p in sorted(folder.rglob("*.yaml"))):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            return f"{path} ({error})"
+    return None
+
+
+def _lines(error: Exception, cause: BaseException, key: str) -> Iterator[str]:
     """hydra's message with its way out, then the first line of what caused it."""
     # omegaconf adds lines about classes that no user knows
     lines = str(error).splitlines()[: 1 if isinstance(error, OmegaConfBaseException) else None]
+    if isinstance(error, OmegaConfBaseException) and key:
+        yield f"{key}:"
     yield from (line.strip() for line in lines if not line.startswith("See http"))
     if cause is not error:
         yield f"({str(cause).splitlines()[0]})"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gspo_dist.checks import nearest
@@ -41,6 +43,25 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         else:
             built[key] = _coerce(kind, value, where + key)
     return cls(**built)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a run folder's config.json.
+
+    Raises ValueError with the file and the way out when it is torn or holds something else.
+    """
+    try:
+        # utf-8 by name, because the locale of a batch job may be another
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        problem = f"it holds a {type(values).__name__}"
+    except (OSError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"{path} must hold a run's configuration as a JSON object: {problem}; remove the file and repeat the "
+        "run's own gspo train command, which writes it again"
+    )
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

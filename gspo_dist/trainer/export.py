@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
-from gspo_dist.config.mapping import from_mapping
+from gspo_dist.config.mapping import from_mapping, read_mapping
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.learners.hf_model import DTYPES
 from gspo_dist.models.shape import read_shape
@@ -33,7 +32,11 @@ def run_config_of(run_dir: Path) -> RunConfig:
     path = run_dir / "config.json"
     if not path.is_file():
         raise ValueError(f"not a run folder: {run_dir} has no config.json")
-    return from_mapping(RunConfig, json.loads(path.read_text()))
+    try:
+        return from_mapping(RunConfig, read_mapping(path))
+    except ValueError as error:
+        error.add_note(f"read from {path}, which the run wrote when it started")
+        raise
 
 
 def export_run(run_dir: Path, target: Path) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 from typing import Any
 
 from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.config import RunConfig
-from gspo_dist.config.mapping import to_mapping
+from gspo_dist.config.mapping import read_mapping, to_mapping
 from gspo_dist.metrics.jsonl import write_json
 
 FIXED = {
@@ -39,7 +38,7 @@ def prepare_folder(run_dir: Path, config: RunConfig, checkpoint: Checkpoint | No
             "run_dir, or set checkpoint.resume=true"
         )
     if checkpoint is not None and (run_dir / "config.json").is_file():
-        changed = changed_settings(json.loads((run_dir / "config.json").read_text()), to_mapping(config))
+        changed = changed_settings(read_mapping(run_dir / "config.json"), to_mapping(config))
         if changed:
             raise ValueError(
                 f"run_dir {run_dir} was made with other settings: {', '.join(changed)}; restore them, or choose a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +94,55 @@ def test_what_hydra_accepts_is_let_through(overrides):
 
 def test_several_values_are_let_through_for_a_sweep():
     check_overrides(["steps=1,2"], sweep=True)
+
+
+HEAD = b"# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            HEAD + b"steps: many\n",
+            r"experiment/mine.yaml: steps must be a whole number: got 'many'",
+        ),
+        (
+            HEAD + b"learner:\n  optimzer:\n    lr: 3\n",
+            r"mine.yaml: unknown config key 'learner.optimzer'. did you mean 'learner.optimizer'\?",
+        ),
+        (
+            HEAD + b"steps: [1\n",
+            r'must be YAML: .* in ".*/mine.yaml", line 2, column 8',
+        ),
+        (
+            HEAD + b"run_dir: gr\xf6sse\n",
+            r"must be UTF-8: .*/mine.yaml \('utf-8'",
+        ),
+        (
+            HEAD + b"defaults:\n  - override /learner: mega\n",
+            r"learner=mega is none of its options",
+        ),
+        (
+            HEAD + b"defaults:\n  - override /lerner: eager\n",
+            r"experiment/mine.yaml: a run has no group 'lerner'; did you mean 'learner'\?",
+        ),
+        (b"steps: 3\n", r"experiment/mine.yaml: the first line .* must be: # @package _global_"),
+    ],
+)
+def test_a_bad_file_of_the_users_own_is_named(tmp_path: Path, text: bytes, message: str):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        compose(["experiment=mine"], [tmp_path])
+
+
+def test_the_options_of_the_users_own_folder_are_offered_too(tmp_path: Path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\n")
+    with pytest.raises(ValueError, match="experiment=mein is none of its options: did you mean 'mine'"):
+        compose(["experiment=mein"], [tmp_path])
+    with pytest.raises(ValueError, match=r"--config-dir must be a folder of configurations: got .*nope"):
+        compose(["experiment=mine"], [tmp_path / "nope"])
 
 
 def test_groups_and_options_are_the_folders_of_conf():

@@ -58,6 +58,26 @@ def test_bad_input_ends_with_status_2(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"steps": 3, "lea', "JSONDecodeError: Unterminated string"),
+        ("", "JSONDecodeError: Expecting value"),
+        ("[1]", "it holds a list"),
+        ('{"steps": "three"}', "steps must be a whole number: got 'three'"),
+        ('{"cluster": {"plan_gpu": "H100"}}', "unknown config key 'cluster.plan_gpu'"),
+    ],
+)
+def test_a_torn_configuration_of_a_run_folder_is_named(text: str, problem: str, tmp_path: Path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--run", str(tmp_path), "--to", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert problem in said
+    assert str(tmp_path / "config.json") in said
+
+
 def test_usage_names_every_command_and_every_command_has_a_file():
     assert re.findall(r"^  (\S+)", USAGE, re.M) == list(COMMANDS)
     folder = Path(gspo_dist.__file__).parent / "cli"
