@@ -107,11 +107,13 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises OSError when it does not take them; the file is then as it was, not torn in the middle of a row.
     """
-    with open(path, "ab") as file:
-        whole = file.tell()
+    left = memoryview("".join(json.dumps(row) + "\n" for row in rows).encode())
+    # Without a buffer, which would write its rest again when the file is closed, after the cut below.
+    with open(path, "ab", buffering=0) as file:
+        whole = file.seek(0, os.SEEK_END)
         try:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-            file.flush()
+            while left:
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         except OSError:
             os.ftruncate(file.fileno(), whole)

@@ -66,8 +66,8 @@ def choose_mode(config: WandbConfig) -> Mode | None:
         return "online"
     if config.mode == "online" and any(word in problem.lower() for word in REJECTED):
         raise ValueError(
-            f"logger.wandb.mode=online needs a key that {_server()} takes: got {problem!r}; run `wandb login`, "
-            "set WANDB_API_KEY, or set logger.wandb.mode=auto, which falls back to offline"
+            f"logger.wandb.mode=online needs a key that {_server()} takes: got {problem!r}; "
+            "run `wandb login`, set WANDB_API_KEY, or set logger.wandb.mode=auto, which falls back to offline"
         )
     log.warning("W&B at %s: %s; %s", _server(), problem, OFFLINE)
     return "offline"
