@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+from gspo_dist.rewards.answers import alternatives, is_number, number_in
 from gspo_dist.types import Completion, Prompt
 
 
@@ -17,31 +19,39 @@ def exact_match(
 ) -> tuple[float, dict[str, float]]:
     """Compares the prompt's answer with the completion's text, or with what `pattern` finds in it.
 
-    pattern: a regular expression; its last match in the text counts, and of that its first group, if it has one.
-    strip: leave out white space at both ends of both sides. Parts: `answered`, 0 when the pattern finds nothing.
+    A text equals a text, letter for letter; a number equals every way to write it (42.0 and 42, 0.5 and
+    5e-1). Of a list, any answer is right. Parts: `answered`, 0 when the pattern finds nothing.
+
+    pattern: a regular expression. Its last match in the text counts, and of that its first group, if it has
+    one. strip: leave out white space at both ends of both sides. ignore_case: capitals do not matter.
+
     Example: pattern r"#(\\d+)$" takes "95" from "15,09#95".
     """
-    found: str | None = completion.text
-    if pattern is not None:
-        found = last_match(pattern, completion.text)
+    found = completion.text if pattern is None else last_match(pattern, completion.text)
     if found is None:
         return 0.0, {"answered": 0.0}
-    wanted = str(prompt.answer)
     if strip:
-        found, wanted = found.strip(), wanted.strip()
-    if ignore_case:
-        found, wanted = found.casefold(), wanted.casefold()
-    return float(found == wanted), {"answered": 1.0}
+        found = found.strip()
+    right = any(_equal(found, answer, strip, ignore_case) for answer in alternatives(prompt.answer))
+    return float(right), {"answered": 1.0}
+
+
+def _equal(found: str, answer: Any, strip: bool, ignore_case: bool) -> bool:
+    if is_number(answer):
+        number = number_in(found)
+        return number is not None and number == number_in(str(answer))
+    wanted = str(answer).strip() if strip else str(answer)
+    return found.casefold() == wanted.casefold() if ignore_case else found == wanted
 
 
 def last_match(pattern: str, text: str) -> str | None:
-    """The first group (or the whole, without groups) of the last match of `pattern` in `text`; None without one."""
-    match = None
-    for match in re.finditer(pattern, text):
-        pass
-    if match is None:
+    """The first group of the last match of `pattern` in `text`; without groups the whole match,
+    without one None.
+    """
+    *_, last = (None, *re.finditer(pattern, text))
+    if last is None:
         return None
-    return match.group(1) if match.re.groups else match.group(0)
+    return last.group(1) if last.re.groups else last.group(0)
 
 
 def check_options(pattern: str | None = None, strip: bool = True, ignore_case: bool = False) -> None:

@@ -6,6 +6,8 @@ import functools
 import re
 from typing import Any
 
+from gspo_dist.rewards import answers
+from gspo_dist.rewards.answers import alternatives, number_in
 from gspo_dist.types import Completion, Prompt
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -17,20 +19,21 @@ def math(
 ) -> tuple[float, dict[str, float]]:
     r"""Takes the answer from the last \boxed{...} or, unless `boxed_only`, from the last line, and compares.
 
-    Equal means equal as mathematics: 033 and 33, 1/2 and 0.5, x+1 and 1+x. Parts: `answered`, whether there was an
-    answer to read. Raises ValueError when the prompt's own answer cannot be read: the data is wrong, not the model.
+    Equal means equal as mathematics: 033 and 33, 1/2 and 0.5, x+1 and 1+x. Of a list, any answer is right.
+    Parts: `answered`, whether there was an answer to read.
+
+    Raises ValueError when the prompt's own answer cannot be read: the data is wrong, not the model.
     """
-    gold = _parse(_as_latex(str(prompt.answer)))
-    if not gold:
-        raise ValueError(f"the prompt's answer must be a mathematical expression: got {prompt.answer!r}")
+    golds = [_gold(answer) for answer in alternatives(prompt.answer)]
     found = final_answer(completion.text, boxed_only=boxed_only)
     if found is None:
         return 0.0, {"answered": 0.0}
-    return float(_verify(gold, _parse(_as_latex(found)))), {"answered": 1.0}
+    expression = _parse(_as_latex(found))
+    return float(any(_verify(gold, expression) for gold in golds)), {"answered": 1.0}
 
 
 def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
-    r"""The content of the last whole \boxed{...}; without one, the last line that is not empty (less "Answer:").
+    r"""The content of the last whole \boxed{...}; without one, the last line with text, less "Answer:".
 
     Example: r"so \boxed{\frac{1}{2}}." gives r"\frac{1}{2}"; "...\nAnswer: 42" gives "42".
     """
@@ -46,11 +49,26 @@ def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
     return _ANSWER_LINE.sub("", lines[-1]).strip() or None
 
 
+def check_answer(answer: Any) -> None:
+    """Raises ValueError for an answer that `math` cannot read. A plain number costs nothing to check."""
+    answers.check_answer(answer)
+    for one in alternatives(answer):
+        if number_in(str(one)) is None:
+            _gold(one)
+
+
 def check_options(boxed_only: bool = False) -> None:
     """Raises ValueError when the verifier is not installed or an option has no meaning."""
     if not isinstance(boxed_only, bool):
         raise ValueError(f"reward.options.boxed_only must be true or false: got {boxed_only!r}")
     _math_verify()
+
+
+def _gold(answer: Any) -> list[Any]:
+    gold = _parse(_as_latex(str(answer)))
+    if not gold:
+        raise ValueError(f"the prompt's answer must be a mathematical expression: got {answer!r}")
+    return gold
 
 
 def _balanced(text: str, start: int) -> str | None:
@@ -82,8 +100,8 @@ def _math_verify() -> Any:
     return math_verify
 
 
-# math-verify 0.9.0 keeps its deadlines with SIGALRM, which only a main thread may use: anywhere else it raises. Both
-# are turned off; the reward processes have a deadline of their own (reward.timeout_s), which kills what hangs.
+# math-verify 0.9.0 keeps its deadlines with SIGALRM, which only a main thread may use: elsewhere it raises.
+# Both are turned off, because evaluations may judge in threads; in a run the deadline is reward.timeout_s.
 def _parse(text: str) -> list[Any]:
     return _math_verify().parse(text, parsing_timeout=None)
 

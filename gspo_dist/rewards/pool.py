@@ -118,8 +118,8 @@ class Worker:
             until, watched = time.monotonic() + grace_s, os.WEXITED | os.WNOWAIT | os.WNOHANG
             while not os.waitid(os.P_PID, self.process.pid, watched) and time.monotonic() < until:
                 time.sleep(0.01)
-            # Killed before it is reaped, so that its id cannot belong to another process yet. One that has ended
-            # keeps its own status.
+            # Killed before it is reaped, so that its id cannot belong to another process yet. One that has
+            # ended keeps its own status.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -139,6 +139,7 @@ class LocalRewardPool:
         self.config = located(config)
         self.workers = [Worker(self.config) for _ in range(config.workers)]
         self.deaths = 0
+        """Rollouts in a row that ended their process."""
 
     def start(self) -> None:
         self._run([])
@@ -153,6 +154,8 @@ class LocalRewardPool:
     def _run(self, items: Sequence[Item]) -> list[Judged]:
         """Judges the items; without any, waits for the workers that are starting."""
         waiting, verdicts = deque(range(len(items))), dict[int, Judged]()
+        while len(self.workers) < self.config.workers:  # an earlier call failed, and has ended them
+            self.workers.append(Worker(self.config))
         try:
             while len(verdicts) < len(items) or (not items and not all(w.ready for w in self.workers)):
                 self._hand_out(items, waiting)
@@ -168,10 +171,7 @@ class LocalRewardPool:
                     if worker not in self.workers:  # ended: what it had not begun goes to the others
                         waiting.extendleft(reversed(worker.places))
         except BaseException:
-            # Answers to this call must not be taken for answers to the next one.
-            count = len(self.workers)
-            self.close()
-            self.workers = [Worker(self.config) for _ in range(count)]
+            self.close()  # answers to this call must not be taken for answers to the next one
             raise
         return [verdicts[place] for place in range(len(items))]
 

@@ -46,10 +46,27 @@ class RewardError(RuntimeError):
     """A reward function failed or gave no finite number; the message names the rollout."""
 
 
-# Name -> where the function lives, and where its check of option values does.
+class BuiltIn(NamedTuple):
+    """Where a built-in reward lives, as module:name; the modules are imported when they are asked for."""
+
+    function: str
+    check_options: str
+    """(**options): raises ValueError for values that the function could not work with."""
+    check_answer: str
+    """(answer): raises ValueError for a prompt's answer that the function could not read."""
+
+
 BUILT_IN = {
-    "exact_match": ("gspo_dist.rewards.exact:exact_match", "gspo_dist.rewards.exact:check_options"),
-    "math": ("gspo_dist.rewards.math:math", "gspo_dist.rewards.math:check_options"),
+    "exact_match": BuiltIn(
+        "gspo_dist.rewards.exact:exact_match",
+        "gspo_dist.rewards.exact:check_options",
+        "gspo_dist.rewards.answers:check_answer",
+    ),
+    "math": BuiltIn(
+        "gspo_dist.rewards.math:math",
+        "gspo_dist.rewards.math:check_options",
+        "gspo_dist.rewards.math:check_answer",
+    ),
 }
 
 
@@ -62,17 +79,30 @@ def resolve_reward(config: RewardConfig) -> Reward:
     """
     name = config.function
     if name in BUILT_IN:
-        target, check = BUILT_IN[name]
-        fn = _load(name, target)
-        bound = _bind(name, fn, config.options)
-        _load(name, check)(**config.options)
+        built_in = BUILT_IN[name]
+        bound = _bind(name, _load(name, built_in.function), config.options)
+        _load(name, built_in.check_options)(**config.options)
         return bound
     if ":" not in name:
         raise ValueError(
-            f"reward.function must be a built-in name, package.module:name or path/to/file.py:name: got {name!r}; "
-            + nearest(name, BUILT_IN)
+            "reward.function must be a built-in name, package.module:name or path/to/file.py:name: got "
+            f"{name!r}; " + nearest(name, BUILT_IN)
         )
     return _bind(name, _load(name, name), config.options)
+
+
+def answer_check(config: RewardConfig) -> Callable[[Any], None]:
+    """What the loader of prompts calls with every answer; it raises ValueError for one that the
+    reward cannot read.
+
+    A reward of one's own has a check when the function has an attribute `check_answer` (`f.check_answer =
+    ...`); without one every answer passes. Raises ValueError as `resolve_reward` does.
+    """
+    name = config.function
+    if name in BUILT_IN:
+        return _load(name, BUILT_IN[name].check_answer)
+    resolve_reward(config)
+    return getattr(_load(name, name), "check_answer", lambda answer: None)
 
 
 def located(config: RewardConfig) -> RewardConfig:
@@ -145,8 +175,12 @@ def _module(name: str, place: str) -> Any:
         return importlib.import_module(place)
     except ImportError as error:
         raise ValueError(
-            f"reward.function {name!r}: cannot import {place}: {error}; is it on PYTHONPATH of every process? "
-            "A file can be given as path/to/file.py:name"
+            f"reward.function {name!r}: cannot import {place}: {error}; is it on PYTHONPATH of every "
+            "process? A file can be given as path/to/file.py:name"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"reward.function {name!r}: {place} raised {type(error).__name__}: {error}"
         ) from error
 
 

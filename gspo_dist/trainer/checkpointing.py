@@ -23,7 +23,8 @@ def save(run: Run, step: int) -> None:
     with going_on_without("the flips measured so far (flips_*.npz)"):
         run.flips.save(run.run_dir)
     folder = run.store.begin(step)
-    run.learner.save(folder / "learner")
+    with run.store.saving(folder):
+        run.learner.save(folder / "learner")
     state = {
         "policy_version": run.learner.policy_version,
         "cursor": run.cursor.state_dict(),
@@ -47,7 +48,8 @@ def commit(run: Run) -> None:
     if run.unfinished_save is None:
         return
     unfinished = run.unfinished_save
-    run.learner.wait_saved()
+    with run.store.saving(unfinished.folder):
+        run.learner.wait_saved()
     run.last_checkpoint = run.store.commit(unfinished.folder, unfinished.step, unfinished.state)
     run.unfinished_save = None
 

@@ -43,6 +43,7 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     run_dir = Path(config.run_dir).expanduser().resolve()
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:
         pool, rewards = processes.pool(), processes.rewards()
+        rewards.start()
         spec = replace(
             sampling_spec(config, tokenizer, pool.start()),
             n=config.evaluation.samples,

@@ -88,7 +88,10 @@ def test_the_same_step_may_be_saved_again(store):
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(store, monkeypatch):
-    """Every call that touches the disk fails in turn. The newest is then the old one or the new one, whole."""
+    """Every call that touches the disk fails in turn.
+
+    The newest is then the old one or the new one, whole.
+    """
     seen = set()
     for name in ("os.replace", "os.fsync", "gspo_dist.files.os.fsync", "shutil.rmtree", "os.open"):
         for fatal in range(8):

@@ -44,16 +44,15 @@ def start_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_l
 
 def start_here(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
     """Everything in this process, without Ray."""
-    learner = LocalLearnerGroup(learner_factory(config, model, device)())
-    pool = LocalRolloutPool(engine_factory(config, model, device, moe_layers)(name="engine-0"))
-    rewards = LocalRewardPool(config.reward)
-
-    def release() -> None:
-        rewards.close()
-        learner.close()
-        pool.close()
-
-    return Parts(learner, pool, rewards, pool.start(), release)
+    with contextlib.ExitStack() as started:
+        rewards = LocalRewardPool(config.reward)
+        started.callback(rewards.close)
+        rewards.start()  # a reward that cannot be imported is told before a model is read
+        learner = LocalLearnerGroup(learner_factory(config, model, device)())
+        started.callback(learner.close)
+        pool = LocalRolloutPool(engine_factory(config, model, device, moe_layers)(name="engine-0"))
+        started.callback(pool.close)
+        return Parts(learner, pool, rewards, pool.start(), started.pop_all().close)
 
 
 def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
@@ -63,6 +62,7 @@ def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_
     )  # this process only packs and counts: idle OpenMP threads would spin on the actors' cores
     with Processes(config, model, device, run_dir, moe_layers) as processes:
         pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
+        rewards.start()  # a reward that cannot be imported is told before the learner is built
         if (
             config.cluster.colocated
         ):  # vLLM measures free memory while it starts: one after the other on a GPU

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
 import pytest
 
-from gspo_dist.rewards.math import final_answer, math
+from gspo_dist.rewards.math import _math_verify, check_answer, check_options, final_answer, math
 from gspo_dist.types import Completion, Prompt
 
 
@@ -34,6 +35,11 @@ def judge(text: str, answer: object, **options) -> tuple[float, dict[str, float]
         ("12", "first 12, then\n13", 0.0),
         ("12", r"\boxed{12} and then some\n13", 1.0),
         ("-5", "**Final Answer:** $-5$", 1.0),
+        (["1/3", "x"], r"\boxed{\frac{1}{3}}", 1.0),
+        (["1/3", "x"], r"\boxed{x}", 1.0),
+        (["1/3", "x"], r"\boxed{y}", 0.0),
+        (r"\(\frac{1}{2}\)", r"\boxed{0.5}", 1.0),
+        (r"\[3\]", r"\boxed{3}", 1.0),
     ],
 )
 def test_verdicts(answer, text, reward):
@@ -81,3 +87,39 @@ def test_no_answer_is_worth_nothing():
 def test_a_gold_answer_that_is_no_mathematics_is_the_datas_fault():
     with pytest.raises(ValueError, match="the prompt's answer must be a mathematical expression: got ''"):
         judge("42", "")
+
+
+@pytest.mark.parametrize("answer", ["33", 33, 0.5, "1/2", r"\frac{1}{2}", "x+1", ["1/2", 7]])
+def test_answers_that_are_mathematics_pass(answer):
+    check_answer(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("}", "must be a mathematical expression: got '}'"),
+        (["7", "}"], "must be a mathematical expression: got '}'"),
+        ({"value": "2"}, "got a mapping with the fields value"),
+        ("", "got the empty text"),
+    ],
+)
+def test_answers_that_are_no_mathematics_are_refused_at_load(answer, words):
+    with pytest.raises(ValueError, match=words):
+        check_answer(answer)
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_boxed_only_is_true_or_false(value):
+    with pytest.raises(ValueError, match=f"reward.options.boxed_only must be true or false: got {value!r}"):
+        check_options(boxed_only=value)
+    check_options()
+    check_options(boxed_only=True)
+
+
+def test_without_the_verifier_the_options_are_refused_with_its_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    _math_verify.cache_clear()
+    with pytest.raises(ValueError, match=r"needs math-verify: pip install 'gspo-dist\[math\]'"):
+        check_options()
+    monkeypatch.undo()
+    assert judge("42", "42") == (1.0, {"answered": 1.0})

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import BUILT_IN, Judged, RewardError, judge_rollout, located, resolve_reward
+from gspo_dist.rewards.reward import (
+    BUILT_IN,
+    Judged,
+    RewardError,
+    answer_check,
+    judge_rollout,
+    located,
+    resolve_reward,
+)
 from gspo_dist.types import Completion, Prompt
 
 PROMPT = Prompt("p7", (1, 2), "1+2=", "3")
@@ -110,6 +118,39 @@ def test_a_function_that_cannot_be_called_is_refused_up_front(reward_file, body,
 def test_option_values_without_meaning_are_refused(function, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve_reward(RewardConfig(function=function, options=options))
+
+
+def test_a_built_in_reward_checks_the_answers_of_the_data():
+    for name in BUILT_IN:
+        check = answer_check(RewardConfig(function=name))
+        check("3")
+        with pytest.raises(ValueError, match="got a mapping with the fields value"):
+            check({"value": "3"})
+
+
+def test_a_reward_of_ones_own_may_check_answers(reward_file):
+    path = reward_file(
+        "def f(p, c): return 1\n"
+        "def g(p, c): return 1\n"
+        "def check(answer):\n"
+        "    if answer < 0: raise ValueError('below 0')\n"
+        "f.check_answer = check\n"
+    )
+    check = answer_check(RewardConfig(function=f"{path}:f"))
+    check(1)
+    with pytest.raises(ValueError, match=r"^below 0$"):
+        check(-1)
+    answer_check(RewardConfig(function=f"{path}:g"))(-1)  # it has none
+    with pytest.raises(ValueError, match="has no 'h'"):
+        answer_check(RewardConfig(function=f"{path}:h"))
+
+
+def test_a_module_that_fails_to_import_is_named(reward_file, monkeypatch, tmp_path):
+    for body, words in (("exit(3)", "raised SystemExit: 3"), ("1/0", "raised ZeroDivisionError")):
+        reward_file(body, "broken_rewards_module.py")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(ValueError, match=f"reward.function 'broken_rewards_module:f': .* {words}"):
+            resolve_reward(RewardConfig(function="broken_rewards_module:f"))
 
 
 def test_an_exception_names_the_rollout_and_keeps_its_cause():
