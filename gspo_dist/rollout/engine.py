@@ -126,7 +126,8 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Frees device memory while the learner works (colocated). Sleeping twice is allowed.
+        """Frees device memory while the learner works (colocated). It does nothing to an engine that sleeps,
+        or of which a part does.
 
         ValueError: the engine was not started for it.
         """

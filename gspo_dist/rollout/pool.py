@@ -77,7 +77,7 @@ class RolloutPool(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends every engine. A second call does nothing that the first did not."""
+        """Ends every engine. Called once, last."""
         ...
 
 
