@@ -45,6 +45,8 @@ class NcclTransport:
     """
 
     name = "nccl"
+    device = "cuda"
+    """Where buckets are packed."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class NcclTransport:
     def stage(self, bucket: Sequence[NamedTensor]) -> Staged:
         """Packs one bucket on the GPU and sums what lies there, so that a bad copy shows too."""
         layout = BucketLayout.of(bucket)
-        flat = torch.empty(max(layout.nbytes, 1), dtype=torch.uint8, device="cuda")
+        flat = torch.empty(max(layout.nbytes, 1), dtype=torch.uint8, device=self.device)
         layout.fill(flat, bucket)
         start = time.perf_counter()
         checksums = {n: device_checksum(t) for n, t in layout.views(flat)} if self.check else {}

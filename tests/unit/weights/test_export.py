@@ -217,3 +217,17 @@ def test_the_probe_refuses_a_folder_that_transformers_reads_otherwise(probed, na
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightSyncError, match=fault):
         probe_folder(folder, sequences, ours, 1.0, temperature=0.7)
+
+
+def test_the_probe_takes_the_models_own_temperature_and_the_learners_precision(probed):
+    folder, sequences, _ = probed
+    hf = read(folder, torch.bfloat16)
+    ours = []
+    for tokens, start in sequences:
+        ids = torch.from_numpy(tokens)
+        with torch.no_grad():
+            table = hf(ids[None]).logits[0].float().log_softmax(-1)
+        ours.append(np.array([float(table[t - 1, ids[t]]) for t in range(max(1, start), len(ids))]))
+    assert probe_folder(folder, sequences, ours, 1e-6, dtype=torch.bfloat16)[1] < 1e-6
+    with pytest.raises(WeightSyncError, match="disagree"):
+        probe_folder(folder, sequences, ours, 1e-6)

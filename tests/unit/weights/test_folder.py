@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gspo_dist.weights import folder as folder_module
 from gspo_dist.weights.folder import ModelFolder, StoredTensor, read_folder, read_head
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.weights.tiny_models import make
@@ -64,6 +65,19 @@ def test_a_torn_file_says_how_much_of_it_is_there(tmp_path):
     path.write_bytes((2).to_bytes(8, "little") + b"{]")
     with pytest.raises(ValueError, match="no safetensors file"):
         read_head(path)
+
+
+def test_a_head_over_the_limit_is_no_head(two_files, monkeypatch):
+    """A text file whose first bytes read as a length, beside a folder whose heads are just small enough."""
+    heads = [int.from_bytes(p.read_bytes()[:8], "little") for p in two_files.glob("*.safetensors")]
+    monkeypatch.setattr(folder_module, "HEAD_LIMIT", max(heads))
+    assert len(read_folder(two_files)) == 3
+    monkeypatch.setattr(folder_module, "HEAD_LIMIT", max(heads) - 1)
+    with pytest.raises(ValueError, match="is torn"):
+        read_folder(two_files)
+    (two_files / "2.safetensors").write_text("{not a safetensors file, but long enough}")
+    with pytest.raises(ValueError, match=r"2\.safetensors is torn"):
+        read_head(two_files / "2.safetensors")
 
 
 def test_files_and_tensors_that_the_index_only_names_are_named(two_files):

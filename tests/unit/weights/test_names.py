@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from gspo_dist.weights import names as module
 from gspo_dist.weights.names import FileNames, hf_named_weights, stored_tensors
@@ -107,3 +110,60 @@ def test_buffers_that_folders_hold_come_and_rotary_tables_do_not(tmp_path):
 def test_the_stream_is_not_a_copy_where_nothing_is_converted(tmp_path):
     hf = make(tmp_path)
     assert dict(hf_named_weights(hf))["model.norm.weight"].data_ptr() == hf.model.norm.weight.data_ptr()
+
+
+class TwoProjections(torch.nn.Module):
+    """q [3, 2] and k [3, 2] in memory, one tensor qk [6, 2] in the folder, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 3, bias=False)
+        self.norm = torch.nn.Parameter(torch.ones(2))
+        self.config = SimpleNamespace()
+        self._weight_conversions = [WeightConverter("qk.weight", ["q.weight", "k.weight"], [Chunk(0)])]
+
+
+def test_parameters_that_the_folder_joins_are_joined():
+    hf = TwoProjections()
+    names = FileNames(hf)
+    assert sorted(map(sorted, names.groups())) == [["k.weight", "q.weight"], ["norm"]]
+    assert names.expected() == {"qk.weight": (6, 2), "norm": (2,)}
+    stream = dict(hf_named_weights(hf))
+    assert set(stream) == {"qk.weight", "norm"}
+    assert torch.equal(stream["qk.weight"], torch.cat([hf.q.weight, hf.k.weight]))
+
+
+def test_one_of_several_that_the_folder_joins_cannot_go_alone():
+    hf = TwoProjections()
+    with pytest.raises(ValueError, match=r"joins q\.weight with other parameters.* backend=eager"):
+        list(FileNames(hf).split("q.weight", hf.q.weight))
+    assert [n for n, _ in FileNames(hf).split("norm", hf.norm)] == ["norm"]
+
+
+def test_no_slice_is_larger_than_its_limit_unless_one_expert_is(tmp_path, monkeypatch):
+    """4 experts of 4 KiB in gate_up_proj: one, two and four in a slice."""
+    hf = make(tmp_path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensor = dict(stored_tensors(hf))[name]
+    assert tensor[0].nbytes == 4096
+    for limit, wanted in ((1, [1] * 4), (4096, [1] * 4), (8192, [2, 2]), (3 * 4096, [3, 1]), (1 << 20, [4])):
+        names, sizes = FileNames(hf), []
+        revert = module.revert_weight_conversion
+
+        def noting(model, tensors, revert=revert, sizes=sizes):
+            (given,) = tensors.values()
+            if given.device.type != "meta":
+                sizes.append(len(given))
+            return revert(model, tensors)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "revert_weight_conversion", noting)
+            patch.setattr(module, "SLICE_BYTES", limit)
+            list(names.split(name, tensor))
+        assert sizes == wanted
+
+
+def test_a_partitioned_parameter_counts_with_the_shape_that_deepspeed_notes():
+    hf = TwoProjections()
+    hf.norm.ds_shape, hf.norm.data = torch.Size([2]), torch.empty(0)
+    assert FileNames(hf).shapes["norm"] == (2,)

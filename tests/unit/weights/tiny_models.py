@@ -73,9 +73,9 @@ def make(folder: Path, family: str = "qwen3_moe", seed: int = 0, **changes: Any)
     return read(folder)
 
 
-def read(folder: Path) -> torch.nn.Module:
-    """The model of a folder, in float32, as transformers reads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def read(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model of a folder as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @torch.no_grad()
