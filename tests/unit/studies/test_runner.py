@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -237,3 +238,50 @@ def test_a_cancelled_study_ends_the_run_that_is_under_way(tmp_path):
         os.kill(int(pid.read_text()), 0)
     assert not list(folder.rglob("status.json"))
     assert not (folder / "b").exists()
+
+
+def test_an_end_that_cannot_be_written_stops_the_study_and_costs_nothing(tmp_path, monkeypatch):
+    """A full disk when b ends: a keeps its end, c does not start. Later the study goes on with b and c."""
+    study, lines = study_of(tmp_path), []
+    children = Children(monkeypatch)
+    real = runner.write_ending
+
+    def full_for_b(folder, ending):
+        if ending.arm == "b":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, ending)
+
+    monkeypatch.setattr(runner, "write_ending", full_for_b)
+    way_out = r"b seed 0 ended \(done\), but .*b/seed-0/status.json could not be written: .*; make room"
+    with pytest.raises(RuntimeError, match=way_out):
+        run_study(study, lines.append)
+    assert children.started == ["a", "b"]
+    assert lines[-1].endswith("no further run starts")
+    monkeypatch.setattr(runner, "write_ending", real)
+    again = Children(monkeypatch)
+    assert [s.status for s in run_study(study, lines.append)] == ["done"] * 3
+    assert again.started == ["b", "c"]
+
+
+def test_a_torn_end_is_said_and_its_run_goes_on(tmp_path, monkeypatch, caplog):
+    """A machine that lost power while the end was written: the run itself is whole and goes on."""
+    study = study_of(tmp_path, "ab")
+    Children(monkeypatch)
+    run_study(study, print)
+    torn = study.run_dir("a", 0) / "status.json"
+    torn.write_text(torn.read_text()[:20])
+    again = Children(monkeypatch)
+    assert [s.status for s in run_study(study, print)] == ["done", "done"]
+    assert again.started == ["a"]
+    assert f"{torn} is torn: the run counts as not ended and goes on from its checkpoint" in caplog.text
+
+
+def test_a_run_that_met_a_full_disk_is_a_death_that_is_tried_again(tmp_path, monkeypatch):
+    study = study_of(tmp_path, "a")
+    Children(monkeypatch, a=dies_at(2))
+    monkeypatch.setattr(runner, "_reason", lambda *_: "OSError: [Errno 28] No space left on device")
+    ending = run_study(study, print)[0]
+    assert (ending.status, ending.steps_logged) == ("died", 2)
+    again = Children(monkeypatch)
+    assert run_study(study, print)[0].status == "done"
+    assert again.started == ["a"]
