@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,9 @@ def open_schema(cls: type) -> type:
     return dataclasses.make_dataclass(cls.__name__, fields)
 
 
+@functools.cache
 def register_schema() -> None:
-    """Makes RunConfig's schema known to hydra as `run_schema`. May be called twice."""
+    """Makes RunConfig's schema known to hydra as `run_schema`. A second call does nothing."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="run_schema", node=open_schema(RunConfig))

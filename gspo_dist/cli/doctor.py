@@ -80,7 +80,7 @@ def diagnose(root: Path | None = None) -> list[Check]:
 
 
 def format_checks(checks: Sequence[Check]) -> str:
-    """One line a check, its remedy below it, and a closing verdict."""
+    """One line per check, its remedy below it, and a closing verdict."""
     width = max(len(c.name) for c in checks)
     lines = []
     for check in checks:
