@@ -34,6 +34,17 @@ def usable_cores(root: Path = ROOT) -> int:
     return max(1, cores)
 
 
+def thread_share(processes: int) -> int:
+    """Threads for each of `processes` processes that share this host's cores. At least 1.
+
+    OMP_NUM_THREADS caps it, because who sets it means it: a job's share of a node, or tests that run side by
+    side.
+    """
+    share = max(1, usable_cores() // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(asked))) if asked.isdecimal() else share
+
+
 def usable_memory(root: Path = ROOT) -> tuple[int, int]:
     """(total, available) bytes of host memory for this process: the host's, less the limits of its groups."""
     fields = {}
@@ -75,14 +86,3 @@ def _read(path: Path, otherwise: str) -> str:
         return path.read_text().strip() or otherwise
     except OSError:
         return otherwise
-
-
-def thread_share(processes: int) -> int:
-    """Threads for each of `processes` processes that share this host's cores. At least 1.
-
-    OMP_NUM_THREADS caps it, because who sets it means it: a job's share of a node, or tests that run side by
-    side.
-    """
-    share = max(1, usable_cores() // processes)
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(share, int(asked))) if asked.isdecimal() else share

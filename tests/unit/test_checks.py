@@ -13,6 +13,8 @@ def test_the_nearest_name_comes_first_then_all_of_them():
     assert nearest("trian", ["plan", "train"]) == "did you mean 'train'? known: plan, train"
     assert nearest("zzz", ["plan", "train"]) == "known: plan, train"
     assert nearest("zzz", []) == "known: (none)"
+    assert nearest("abxx", ["abcd"]) == "did you mean 'abcd'? known: abcd"  # half of the letters are enough
+    assert nearest("axxx", ["abcd"]) == "known: abcd"
 
 
 def test_a_choice_is_returned_and_anything_else_refused_by_name():

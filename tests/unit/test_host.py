@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_dist.host import usable_cores, usable_memory
+from gspo_dist.host import thread_share, usable_cores, usable_memory
 
 GIB = 1 << 30
 
@@ -37,6 +37,8 @@ def host(root: Path, own: str, **files: str) -> Path:
         ("50000 100000", 1),
         ("3200000 100000", 16),  # more than the affinity
         ("100000 50000", 2),  # another period
+        ("1 100000", 1),
+        ("0 100000", 16),  # none
     ],
 )
 def test_a_quota_of_version_2_limits_the_cores(tmp_path, text, cores):
@@ -70,6 +72,28 @@ def test_the_affinity_holds_without_quotas(tmp_path, monkeypatch):
     assert usable_cores(host(tmp_path, "0::/", **{"cpu.max": "800000 100000"})) == 3
 
 
+def test_without_an_affinity_the_hosts_cores_are_counted(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cores(tmp_path) == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores(tmp_path) == 1
+
+
+def test_a_groups_name_may_hold_a_colon(tmp_path):
+    assert usable_cores(host(tmp_path, "0::/a:b", **{"a:b/cpu.max": "200000 100000"})) == 2
+
+
+@pytest.mark.parametrize(
+    ("processes", "asked", "threads"),
+    [(1, "", 16), (3, "", 5), (40, "", 1), (2, "3", 3), (2, "30", 8), (2, "0", 1), (2, "many", 8)],
+)
+def test_processes_share_the_cores_and_omp_num_threads_caps_the_share(processes, asked, threads, monkeypatch):
+    monkeypatch.setattr("gspo_dist.host.usable_cores", lambda: 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert thread_share(processes) == threads
+
+
 def test_the_smallest_memory_limit_holds(tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text(f"MemTotal: {64 << 20} kB\nMemAvailable:   {48 << 20} kB\n")
@@ -81,6 +105,9 @@ def test_the_smallest_memory_limit_holds(tmp_path):
         "a/b/memory.current": str(GIB),
     }
     assert usable_memory(host(tmp_path, "0::/a/b", **files)) == (8 * GIB, 2 * GIB)
+    files["a/memory.current"] = str(33 * GIB)
+    assert usable_memory(host(tmp_path, "0::/a/b", **files)) == (8 * GIB, 0)
+    assert usable_memory(tmp_path / "nowhere") == (0, 0)
 
 
 def test_version_1_says_no_limit_with_a_number(tmp_path):

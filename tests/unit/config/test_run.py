@@ -1,0 +1,98 @@
+"""What the sections of a run must agree on: the rule, what was got, the way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_dist.config import RunConfig
+from gspo_dist.config.mapping import from_mapping
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"rollout": {"group_size": 1}},
+            r"rollout.group_size must be at least 2 for group_std .*: got 1",
+        ),
+        (
+            {"mini_batches": 5},
+            r"mini_batches must divide rollout.prompts_per_step .*: got 5 and 64; try 1, 2, 4, 8",
+        ),
+        (
+            {"rollout": {"prompts_per_step": 4, "group_size": 2}, "learner": {"world_size": 3}},
+            r"every data-parallel replica a rollout: got 2 rollouts for 3 replicas; raise rollout.prompts_per_step",
+        ),
+        (
+            {"learner": {"token_budget": 9215}},
+            r"learner.token_budget must hold the longest sequence .*: got 9215 .* = 9216; raise the budget",
+        ),
+        (
+            {"learner": {"world_size": 3, "deepspeed": {"expert_parallel": 2}}},
+            r"learner.deepspeed.expert_parallel must divide learner.world_size: got 2 and 3; try 1, 3",
+        ),
+        (
+            {"learner": {"backend": "megatron", "world_size": 6, "megatron": {"tensor_parallel": 4}}},
+            r"tensor_parallel x pipeline_parallel x context_parallel .*: got 4 and 6; try 1, 2, 3, 6",
+        ),
+        (
+            {"learner": {"megatron": {"virtual_stages": 2}}},
+            r"learner.megatron.virtual_stages needs pipeline_parallel > 1: got virtual_stages 2",
+        ),
+        (
+            {"learner": {"backend": "eager", "world_size": 2}},
+            r"learner.world_size must be 1 for the eager learner: got 2",
+        ),
+        ({"learner": {"deepspeed": {"offload_params": True}}}, r"offload_params needs zero_stage 3: got 2"),
+        ({"objective": {"routing_replay": "r2"}}, r"r2 needs recompute"),
+        ({"objective": {"params": {"clip_low": 0.2, "clip_high": 0.27}}}, r"allow_wide_clip"),
+        ({"objective": {"name": "gspoo"}}, r"did you mean 'gspo'"),
+        ({"objective": {"aggregation": "token_mean"}}, r"sequence_mean"),
+        ({"cluster": {"in_process": True}}, r"cluster.in_process needs learner.backend eager: got deepspeed"),
+        (
+            {"cluster": {"in_process": True}, "rollout": {"engines": 2}},
+            r"cluster.in_process runs one engine in this process: got rollout.engines 2; set it to 1",
+        ),
+        (
+            {"checkpoint": {"accept": ["reward", "learner.optimizer.learning_rate"]}},
+            r"checkpoint.accept must hold .*: got 'learner.optimizer.learning_rate'; did you mean",
+        ),
+        ({"plan": {"gpu": ""}}, r"plan.gpu needs a value: got none; leave it out, or write plan.gpu=null"),
+        ({"plan": {"model": ""}}, r"plan.model needs a value"),
+        ({"plan": {"fallback_model": ""}}, r"plan.fallback_model needs a value"),
+    ],
+)
+def test_bad_input_names_rule_value_and_way_out(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_mapping(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rollout": {"group_size": 1}, "objective": {"advantage": "none"}},
+        {"rollout": {"group_size": 2}},
+        {"rollout": {"prompts_per_step": 4, "group_size": 3}, "learner": {"world_size": 3}},
+        {"learner": {"token_budget": 9216}},
+        {"learner": {"deepspeed": {"offload_params": True, "zero_stage": 3}}},
+        {"learner": {"megatron": {"virtual_stages": 2, "pipeline_parallel": 2}}},
+        {"learner": {"backend": "megatron", "world_size": 8, "megatron": {"tensor_parallel": 4}}},
+        # knobs of another backend are not read
+        {"learner": {"backend": "megatron", "world_size": 3, "deepspeed": {"expert_parallel": 2}}},
+        {"cluster": {"in_process": True}, "learner": {"backend": "eager"}, "reward": {"workers": 2}},
+        {"objective": {"params": {"clip_low": 0.2, "clip_high": 0.27}, "allow_wide_clip": True}},
+        {"checkpoint": {"accept": ["reward", "learner.optimizer", "data.train"]}},
+    ],
+)
+def test_what_agrees_runs(values):
+    from_mapping(RunConfig, values)
+
+
+def test_the_advantage_is_the_objectives_own_unless_named():
+    assert RunConfig().objective.advantage_name == "group_std"
+    own = {"objective": {"name": "reinforce", "old_logprobs": "recompute", "guard": {"action": "off"}}}
+    assert from_mapping(RunConfig, own).objective.advantage_name == "leave_one_out"
+    named = {"objective": {"advantage": "group_mean"}}
+    assert from_mapping(RunConfig, named).objective.advantage_name == "group_mean"
+    mine = {"objective": {"name": "a.b:C", "old_logprobs": "recompute", "guard": {"action": "off"}}}
+    assert from_mapping(RunConfig, mine).objective.advantage_name == "group_std"
