@@ -156,9 +156,9 @@ def test_an_exception_inside_passes_through_and_leaves_the_model_clean(
     with pytest.raises(ZeroDivisionError):
         run_under(model, random_trace(5), fails)
     clean(model)
-    again, regrads = trained(model, tokens)
+    again, new_grads = trained(model, tokens)
     assert torch.equal(loss, again)
-    assert same_bits(grads, regrads)
+    assert same_bits(grads, new_grads)
 
 
 def test_a_second_replay_is_refused_and_does_not_disturb_the_first(make_model, tokens, random_trace, clean):
