@@ -19,7 +19,7 @@ import torch
 from gspo_dist.config import RolloutConfig
 from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
 from gspo_dist.rollout.seeds import request_key, sample_keys, uniforms
-from gspo_dist.routing.huggingface import GATES
+from gspo_dist.routing.huggingface import KINDS, record
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 from gspo_dist.weights.bucket import BucketLayout
@@ -94,7 +94,7 @@ class HFPolicy:
         tokenizer_eos = self.tokenizer.eos_token_id
         self.eos_ids = frozenset(eos + ([] if tokenizer_eos is None else [tokenizer_eos]))
         self.vocab_size = int(config.vocab_size)
-        self.routers = [m for m in self.hf.modules() if type(m).__name__ in GATES]
+        self.routers = [m for m in self.hf.modules() if type(m).__name__ in KINDS]
         self.moe_layers = len(self.routers)
         self.num_experts = int(self.routers[0].num_experts) if self.routers else 0
         self.top_k = int(self.routers[0].top_k) if self.routers else 0
@@ -108,15 +108,9 @@ class HFPolicy:
         return self.hf(torch.from_numpy(row)[None], use_cache=False).logits[0].numpy()
 
     def routes(self, row: np.ndarray) -> np.ndarray:
-        chosen: list[torch.Tensor] = []
-        # A router of transformers returns (logits, weights, ids).
-        hooks = [r.register_forward_hook(lambda m, args, out: chosen.append(out[2])) for r in self.routers]
-        try:
+        with record(self.hf) as recorder:
             self.all_logits(row)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(chosen, dim=1).numpy()
+        return recorder.trace().expert_ids
 
     def check_bucket(self, layout: BucketLayout, engine: str) -> None:
         self.folder.check_shapes(dict(zip(layout.names, layout.shapes, strict=True)), engine)

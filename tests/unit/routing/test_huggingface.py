@@ -2,11 +2,14 @@
 
 import copy
 import importlib
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from gspo_dist.learners import attention
 from gspo_dist.learners.eager import hf_logprobs
@@ -16,6 +19,7 @@ from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.replay import RoutingReplayError
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, Rollout
+from tests.unit.routing import families
 from tests.unit.routing.passes import loss_of, recorded, same_bits, trained
 
 LENGTHS = ((3, 5), (1, 2), (4, 7))  # prompt, completion
@@ -144,7 +148,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(routers.GATES))
+@pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_every_known_gate_is_its_routers_own_formula_bit_for_bit(name, dtype, norm):
     module = importlib.import_module(f"transformers.models.{ROUTERS[name]}.modeling_{ROUTERS[name]}")
     config = SimpleNamespace(
@@ -281,3 +285,89 @@ def test_the_last_tokens_missing_routes_do_not_matter(rollouts, run):
     ids = np.where(known[:, None, None], packed.routing.expert_ids, 0).astype(np.uint8)
     partial = run(packed.with_(routing=RoutingTrace(ids, known, 8)))
     torch.testing.assert_close(partial.logprobs, run(packed).logprobs, rtol=1e-6, atol=1e-6)
+
+
+def toy_trace(seed, tokens, layers):
+    """Distinct random experts, 2 of 8, one row in five unknown."""
+    rng = np.random.default_rng(seed)
+    ids = rng.random((tokens, layers, 8)).argsort(-1)[..., :2].astype(np.uint8)
+    return RoutingTrace(ids, rng.random(tokens) > 0.2, 8)
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_familys_routes_are_recorded_and_replayed(family, dtype):
+    """Records what its routers return; its own routes change no bit, other routes do and leave a gradient."""
+    model = families.make(family).to(dtype)
+    torch.manual_seed(2)
+    tokens = torch.randint(0, families.VOCABULARY, (1, 13))
+    found = routers.find_routers(model)
+    chosen = []
+    handles = [
+        router.register_forward_hook(
+            lambda module, _args, output: chosen.append(output[routers.KINDS[type(module).__name__].ids_at])
+        )
+        for router in found.values()
+    ]
+    with routers.record(model) as recorder:
+        native = logits_of(model, tokens)
+    for handle in handles:
+        handle.remove()
+    own = recorder.trace()
+    np.testing.assert_array_equal(own.expert_ids, torch.stack(chosen, 1).numpy())
+    with routers.replay(model, own):
+        assert torch.equal(logits_of(model, tokens), native)
+    other = toy_trace(3, 13, len(found))
+    with routers.replay(model, other), routers.record(model) as recorder:
+        replayed = logits_of(model, tokens)
+    np.testing.assert_array_equal(recorder.trace().expert_ids[other.known], other.expert_ids[other.known])
+    assert not torch.equal(replayed, native)
+    with routers.replay(model, other):
+        model(tokens, use_cache=False).logits.float().square().sum().backward()
+    for name, router in found.items():
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in router.parameters()), name
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("phimoe", r"PhimoeTopKRouter: it masks and samples"),
+        ("llama4_text", r"Llama4Router: it weighs the experts' inputs"),
+        ("jamba", r"JambaForCausalLM has none, so it is dense or chooses experts inside its layers"),
+        ("qwen3", r"Qwen3ForCausalLM has none, so it is dense"),
+    ],
+)
+def test_families_that_cannot_be_replayed_are_refused_by_name(family, message):
+    model = families.make(family)
+    with pytest.raises(ValueError, match=message + r".*; set objective\.routing_replay=none"):
+        routers.find_routers(model)
+
+
+def test_one_router_that_is_not_known_refuses_the_model(make_model):
+    """Replaying the others alone would be of another network."""
+
+    class StrangeRouter(torch.nn.Linear):
+        pass
+
+    model = make_model(0)
+    model.model.layers[3].mlp.gate = StrangeRouter(16, 8)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.3\.mlp\.gate, a StrangeRouter: this class is not among those"
+    ):
+        routers.find_routers(model)
+
+
+def test_every_class_of_the_tables_is_one_of_transformers():
+    """A name that transformers drops or respells would silently no longer be served."""
+    source = Path(transformers.__file__).parent / "models"
+    known = {
+        name
+        for file in source.glob("*/modeling_*.py")
+        for name in re.findall(r"^class (\w+)", file.read_text(), re.M)
+    }
+    assert sorted((set(routers.KINDS) | set(routers.REFUSED)) - known) == []
