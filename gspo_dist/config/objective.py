@@ -74,7 +74,7 @@ class ObjectiveConfig:
         )
 
     @property
-    def advantage_name(self) -> str:
-        """The advantage estimator in force. A user's own objective defaults to group_std."""
+    def advantage_name(self) -> str | None:
+        """The advantage estimator in force. None: a user's own objective brings its own."""
         spec = specs.OBJECTIVE_SPECS.get(self.name)
-        return self.advantage or (spec.advantage if spec else "group_std")
+        return self.advantage or (spec.advantage if spec else None)

@@ -85,7 +85,7 @@ class RunConfig:
                 f"= {self.rollout.max_model_len}; raise the budget or shorten the sequences"
             )
         advantage = self.objective.advantage_name
-        if self.rollout.group_size == 1 and advantage != "none":
+        if self.rollout.group_size == 1 and advantage not in ("none", None):
             raise ValueError(
                 f"rollout.group_size must be at least 2 for {advantage} advantages (a group of one has no "
                 "baseline): got 1; raise it or set objective.advantage=none"

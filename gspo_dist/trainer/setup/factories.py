@@ -121,14 +121,22 @@ def make_engine(
 def make_objective(config: RunConfig) -> Objective:
     """The bound, checked objective of a run. Raises ValueError for an unknown name or parameter."""
     chosen = config.objective
-    return get_objective(
+    objective = get_objective(
         chosen.name,
         aggregation=chosen.aggregation,
+        advantage=chosen.advantage,
         kl_coef=chosen.kl_coef,
         kl_estimator=chosen.kl_estimator,
         allow_wide_clip=chosen.allow_wide_clip,
         **chosen.params,
     )
+    # A config knows the built-in estimators only; a user's own objective brings its own.
+    if config.rollout.group_size == 1 and objective.spec.advantage != "none":
+        raise ValueError(
+            f"rollout.group_size must be at least 2 for {objective.spec.advantage} advantages (a group of "
+            "one has no baseline): got 1; raise it or set objective.advantage=none"
+        )
+    return objective
 
 
 def learner_factory(config: RunConfig, model: str, device: str) -> Callable[..., Learner]:

@@ -37,8 +37,9 @@ def test_default_advantages():
         "group_std",
         "group_mean",
         "leave_one_out",
-        "group_std",
+        None,  # a user's own brings its own
     ]
+    assert ObjectiveConfig(name="a.b:c", advantage="none").advantage_name == "none"
 
 
 def test_every_published_default_passes_its_own_checks_and_names_its_source():
