@@ -135,7 +135,7 @@ def test_parameters_that_the_folder_joins_are_joined():
 
 def test_one_of_several_that_the_folder_joins_cannot_go_alone():
     hf = TwoProjections()
-    with pytest.raises(ValueError, match=r"joins q\.weight with other parameters.* backend=eager"):
+    with pytest.raises(ValueError, match=r"joins q\.weight with other parameters.*backend=eager"):
         list(FileNames(hf).split("q.weight", hf.q.weight))
     assert [n for n, _ in FileNames(hf).split("norm", hf.norm)] == ["norm"]
 
