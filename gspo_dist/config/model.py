@@ -17,7 +17,10 @@ class ModelConfig:
     """quickstart | peer: the built-in model that is made where `path` is null (see
     `gspo make-model --help`)."""
     cache_dir: str = "~/.cache/gspo_dist"
-    """Where made models are kept."""
+    """Where made models are kept, and what self-checks found."""
+    self_check: bool = True
+    """Try before the run, on a small copy of the architecture, that the learner computes what transformers
+    computes (learners/self_check.py). A model that fails is refused. False: the run starts all the same."""
 
     def __post_init__(self) -> None:
         if self.path is None:

@@ -1,19 +1,20 @@
 """What a model must pass before a run: the learner computes what transformers computes, packed or not.
 
-A learner lays sequences end to end, replaces the LM head, and streams weights under the names of the model folder.
-Each of these holds for most architectures and fails in silence for some. So each is tried with numbers on a miniature
-of the architecture (`models.miniature`), in float32 on the CPU, before any process starts:
+A learner lays sequences end to end, replaces the LM head, and streams weights under the names of the
+model folder. Each of these holds for most architectures and fails in silence for some. So each is
+tried with numbers on a miniature of the architecture (`models.miniature`), in float32 on the CPU,
+before any process starts:
 
     alone    log-probs of one sequence equal those of transformers' own forward
              (scales after the head, windows, attention sinks)
     packed   log-probs of a sequence do not change when another one lies before it
              (layers with memory, chunked attention)
     names    the weights that the learner streams are those of the model folder, by name and shape
-    routes   the experts of every token are recorded; replayed they give the same log-probs, and other experts give
-             others
+    routes   the experts of every token are recorded; replayed they give the same log-probs, and other
+             experts give others
 
-The result depends on the config, the names in the folder and the versions of the libraries, and is kept under their
-fingerprint. A second run with the same model reads it.
+The result depends on the config, the names in the folder and the versions of the libraries, and is kept
+under their fingerprint. A second run with the same model reads it.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from gspo_dist.config import RunConfig
 from gspo_dist.files import write_text
 from gspo_dist.learners import attention
 from gspo_dist.learners.eager import hf_logprobs
 from gspo_dist.learners.hf_model import PolicyModel
 from gspo_dist.models.config_file import read_config
 from gspo_dist.models.miniature import VOCABULARY, miniature
-from gspo_dist.models.shape import ModelShape, shape_from_config
+from gspo_dist.models.shape import shape_from_config
 from gspo_dist.probes import from_sequences
-from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import PackedBatch
 from gspo_dist.weights.folder import ModelFolder
@@ -53,13 +54,33 @@ from gspo_dist.weights.names import FileNames
 log = logging.getLogger(__name__)
 
 TOLERANCE = 2e-5
-"""Largest |difference| of log-probs in nats. Two ways through float32 differ by about 2e-6; faults by 1e-2 and more."""
+"""Largest |difference| of log-probs in nats. Two ways through float32 differ by about 2e-6; faults by
+1e-2 and more."""
 LENGTHS = (40, 33)
 """Tokens of the two sequences: longer than a miniature's windows and chunks, and no multiple of them."""
 REVISION = 1
 """Raised when the check itself changes, so that results of an older one are not read."""
 PROPERTIES = ("alone", "packed", "names", "routes")
 """What is checked, in this order."""
+
+MEANING = {
+    "alone": "the learner's log-probs of one sequence are those of transformers",
+    "packed": "a sequence's log-probs do not depend on what is packed before it",
+    "names": "the learner streams the tensors of the model folder",
+    "routes": "experts can be recorded and replayed",
+}
+"""Property -> what holds where it passes."""
+_OTHER = (
+    "use a model of a family that passes (benchmarks/reports/models.md), or set model.self_check=false and "
+    "answer for the result"
+)
+WAY_OUT = {
+    "alone": f"the head or the attention of this family is not the learner's; {_OTHER}",
+    "packed": f"layers of this family carry something from one sequence into the next; {_OTHER}",
+    "names": f"engines and exports would get other weights; copy the folder again, or {_OTHER}",
+    "routes": "set objective.routing_replay=none and flips.every=0",
+}
+"""Property -> what to do where it fails."""
 
 
 @dataclass(frozen=True)
@@ -86,30 +107,51 @@ class SelfCheck:
     """What the check took when it was made."""
 
     def failed(self, *properties: str) -> tuple[Finding, ...]:
-        """The findings that did not pass, of these properties or (none given) of all."""
-        return tuple(f for f in self.findings if not f.passed and (not properties or f.property in properties))
+        """The findings of these properties that did not pass."""
+        return tuple(f for f in self.findings if not f.passed and f.property in properties)
 
 
-def check_model_numerically(
-    folder: str | Path, cache_dir: str | Path | None = None, *, needs_routes: bool = False
-) -> SelfCheck:
-    """Checks a model folder, or reads what an earlier check of the same model found.
+def check_model_numerically(folder: str | Path, config: RunConfig) -> SelfCheck:
+    """Checks the model of a run, or reads what an earlier check of the same model found.
 
-    cache_dir: where results are kept; None keeps none.
-    needs_routes: the run records or replays experts, so that a model whose experts cannot be is refused. A run that
-        does not is only told.
+    Results are kept in `self_check` below model.cache_dir. Raises ValueError for a property that the run
+    needs and the model lacks: it names the property, what was measured, and the way out. May be called
+    again at any time.
+    """
+    cache = Path(config.model.cache_dir).expanduser() / "self_check"
+    found, source = inspect(folder, cache), Path(folder).expanduser()
+    refuse(found, source, required(config))
+    for finding in found.failed(*PROPERTIES):
+        log.warning("the run does without %s of %s: %s", finding.property, source, finding.measured)
+    return found
 
-    Raises ValueError that names the property, what was measured and the way out.
+
+def required(config: RunConfig) -> tuple[str, ...]:
+    """The properties that a run needs.
+
+    Megatron builds its own layers, head and routers, for families that it names itself. Of the model folder
+    it needs the names alone.
+    """
+    if config.learner.backend == "megatron":
+        return ("names",)
+    uses_routes = config.objective.routing_replay != "none" or config.flips.every > 0
+    return PROPERTIES if uses_routes else ("alone", "packed", "names")
+
+
+def inspect(folder: str | Path, cache_dir: Path | None = None) -> SelfCheck:
+    """What the self-check finds of a model folder, whatever it is. cache_dir: where results are
+    kept; None: nowhere.
+
+    Raises ValueError for a folder that holds no model.
     """
     source = ModelFolder(folder)
     config = read_config(source.path / "config.json")
-    kept = None if cache_dir is None else Path(cache_dir).expanduser() / f"{fingerprint(config, source)}.json"
+    kept = None if cache_dir is None else cache_dir / f"{fingerprint(config, source)}.json"
     found = None if kept is None else _read(kept)
     if found is None:
         found = _check(config, source)
         if kept is not None:
             _keep(kept, found)
-    _refuse(found, source.path, needs_routes)
     return found
 
 
@@ -140,7 +182,8 @@ def _keep(path: Path, found: SelfCheck) -> None:
 
 
 def _check(config: dict[str, Any], source: ModelFolder) -> SelfCheck:
-    """Runs every check on a miniature of the model, and the names on the model itself (without its weights)."""
+    """Runs every check on a miniature of the model, and the names on the model itself
+    (without its weights)."""
     started = time.perf_counter()
     shape = shape_from_config(config)
     findings = list(check_architecture(config))
@@ -239,10 +282,13 @@ def _vocabulary(config: PretrainedConfig) -> int:
 
 
 def spread(model: nn.Module) -> None:
-    """Weights wide enough that every layer moves the logits; transformers' 0.02 would hide a fault in a miniature."""
+    """Weights wide enough that every layer moves the logits; transformers' 0.02 would hide a fault
+    in a miniature."""
     for name, parameter in model.named_parameters():
-        expert = re_expert(name)
-        if parameter.dim() > 1 and (expert or name.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight"))):
+        expert = _routed(name)
+        if parameter.dim() > 1 and (
+            expert or name.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight"))
+        ):
             fan_in = parameter.shape[-1]
             nn.init.normal_(parameter, 0.0, 1.0 if "embed" in name else fan_in**-0.5)
     for name, buffer in model.named_buffers():
@@ -250,7 +296,7 @@ def spread(model: nn.Module) -> None:
             nn.init.normal_(buffer, 0.0, 0.2)
 
 
-def re_expert(name: str) -> bool:
+def _routed(name: str) -> bool:
     """Whether a parameter belongs to experts or their router."""
     return "experts" in name or ".gate." in name or ".router." in name
 
@@ -273,7 +319,8 @@ def _difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[bool, str]:
 
 
 def _names(source: ModelFolder) -> tuple[bool, str]:
-    """Names and shapes of what a learner streams against the folder's, on a model without memory for its weights."""
+    """Names and shapes of what a learner streams against the folder's, on a model without memory
+    for its weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source.config)
     model.tie_weights()
@@ -303,35 +350,12 @@ def _routes(pair: Pair) -> tuple[bool, str]:
     return True, f"replayed {measured}"
 
 
-def _refuse(found: SelfCheck, path: Path, needs_routes: bool) -> None:
-    """Raises ValueError for the first property that the run needs and the model lacks."""
-    needed = [p for p in PROPERTIES if p != "routes" or needs_routes]
+def refuse(found: SelfCheck, path: Path, needed: tuple[str, ...]) -> None:
+    """Raises ValueError for the first property of `needed` that did not pass."""
     failed = found.failed(*needed)
     if failed:
         first = failed[0]
         raise ValueError(
-            f"model.path {path} ({found.family}) fails the self-check {first.property!r}, {MEANING[first.property]}: "
-            f"{first.measured}; {WAY_OUT[first.property]}"
+            f"model.path {path} ({found.family}) fails the self-check {first.property!r} "
+            f"({MEANING[first.property]}): {first.measured}; {WAY_OUT[first.property]}"
         )
-    for finding in found.failed("routes"):
-        log.warning("the experts of %s can be neither recorded nor replayed: %s", path, finding.measured)
-
-
-MEANING = {
-    "alone": "the learner's log-probs of one sequence are those of transformers",
-    "packed": "a sequence's log-probs do not depend on what is packed before it",
-    "names": "the learner streams the tensors of the model folder",
-    "routes": "experts can be recorded and replayed",
-}
-"""Property -> what holds where it passes."""
-_OTHER = (
-    "use a model of a family that passes (benchmarks/reports/models.md), or set model.self_check=false and answer for "
-    "the result"
-)
-WAY_OUT = {
-    "alone": f"the head or the attention of this family is not the learner's; {_OTHER}",
-    "packed": f"layers of this family carry something from one sequence into the next; {_OTHER}",
-    "names": f"engines and exports would get other weights; copy the folder again, or {_OTHER}",
-    "routes": "set objective.routing_replay=none",
-}
-"""Property -> what to do where it fails."""

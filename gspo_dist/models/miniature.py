@@ -1,8 +1,8 @@
 """A small model of the same architecture: the config of a large one with few layers and small sizes.
 
-A check on it costs what a model of about a million parameters costs, and runs the same code as the large model: every
-kind of layer, the same rules for experts, the same scales. Windows and chunks shrink too, so that short sequences
-cross them.
+A check on it costs what a model of about a million parameters costs, and runs the same code as the large
+model: every kind of layer, the same rules for experts, the same scales. Windows and chunks shrink too, so
+that short sequences cross them.
 """
 
 from __future__ import annotations
@@ -65,15 +65,18 @@ _AT_MOST = {
     "block_size": 16,
 }
 # Inner widths of feed-forward layers, under whatever name.
-_INNER = re.compile(r"(intermediate_size\w*|ffn_hidden_size|ffn_dim|ffn_hidden_size|block_ff_dim|ffn_dim_base)$")
+_INNER = re.compile(
+    r"(intermediate_size\w*|ffn_hidden_size|ffn_dim|ffn_hidden_size|block_ff_dim|ffn_dim_base)$"
+)
 _TOKEN_ID = re.compile(r"\w*_token_id$")
 
 
 def miniature(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model of an HF config, made small.
 
-    Layers: the shortest beginning of the model that has every combination of kind and experts that the whole has.
-    Example: DeepSeek-V3 (61 layers, the first 3 dense) keeps 4 layers, 8 of 256 experts and 2 of 8 per token.
+    Layers: the shortest beginning of the model that has every combination of kind and experts that the
+    whole has. Example: DeepSeek-V3 (61 layers, the first 3 dense) keeps 4 layers, 8 of 256 experts and 2 of
+    8 per token.
     """
     inner = dict(text_config(config))
     shape = shape_from_config(inner, "miniature")
@@ -133,7 +136,8 @@ def _by_layer(config: Mapping[str, Any], before: int, after: int) -> dict[str, A
 
 
 def _attention(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Heads and widths that fit each other: hidden = heads x head_dim, and the ratio of query to key heads kept."""
+    """Heads and widths that fit each other: hidden = heads x head_dim, and the ratio of query to
+    key heads kept."""
     ratio = max(1, shape.heads // max(1, shape.kv_heads))
     found: dict[str, Any] = {}
     sizes: dict[str, int] = {

@@ -46,7 +46,7 @@ def build(config: RunConfig) -> Run:
         config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )
     device = resolve_device(config.cluster)
-    check_backend(config, device)
+    check_backend(config, device, model)
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(run_dir))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from gspo_dist.checks import divisors
 from gspo_dist.config import ClusterConfig, RunConfig
 from gspo_dist.models.shape import read_shape
 
@@ -55,8 +54,12 @@ def resolve_transport(config: RunConfig, device: str) -> str:
     return ("shm" if shares or device != "cuda" else "nccl") if asked == "auto" else asked
 
 
-def check_backend(config: RunConfig, device: str) -> None:
-    """The learner's own rules about its knobs on this device. Raises ValueError."""
+def check_backend(config: RunConfig, device: str, model: str) -> None:
+    """The learner's own rules about its knobs on this device and for this model folder. Raises ValueError."""
+    if config.learner.backend == "deepspeed":
+        from gspo_dist.learners.deepspeed.config import check
+
+        check(config.learner, read_shape(model), device)
     if config.learner.backend == "megatron":
         from gspo_dist.learners.megatron.layout import check_knobs, check_transformer_engine
 
@@ -85,16 +88,13 @@ def check_model(config: RunConfig, model: str) -> int:
             f"objective.routing_replay={config.objective.routing_replay} needs a mixture-of-experts model: "
             f"{shape.architecture} has no experts; set it to none"
         )
-    parallel = config.learner.deepspeed.expert_parallel
-    if config.learner.backend == "deepspeed" and parallel > 1:
-        if not shape.num_experts or shape.num_experts % parallel:
-            raise ValueError(
-                f"learner.deepspeed.expert_parallel must divide num_experts: got {parallel} and "
-                f"{shape.num_experts}; try {divisors(shape.num_experts) or 1}"
-            )
     if config.learner.backend == "megatron":
         from gspo_dist.learners.megatron.architecture import read_architecture
         from gspo_dist.learners.megatron.layout import check_layout
 
         check_layout(config.learner.megatron, read_architecture(model), config.learner.world_size)
+    if config.model.self_check:
+        from gspo_dist.learners.self_check import check_model_numerically
+
+        check_model_numerically(model, config)
     return shape.moe_layers

@@ -1,0 +1,232 @@
+"""The self-check finds what a learner would get wrong, names it, and lets right models pass."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gspo_dist.config import (
+    FlipsConfig,
+    LearnerConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from gspo_dist.learners import self_check
+from gspo_dist.learners.self_check import (
+    TOLERANCE,
+    Finding,
+    SelfCheck,
+    check_architecture,
+    check_model_numerically,
+    inspect,
+    required,
+)
+
+SERVED = ["llama", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe"]
+
+
+def written(family: str, **changes) -> dict:
+    return json.loads(AutoConfig.for_model(family, **changes).to_json_string())
+
+
+def findings(family: str, **changes) -> dict[str, Finding]:
+    return {found.property: found for found in check_architecture(written(family, **changes))}
+
+
+def nats(found: Finding) -> float:
+    return float(found.measured.split("up to ")[1].split()[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small Qwen3-MoE as a folder, with weights and without a tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    )
+    path = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def run(cache: Path, **sections) -> RunConfig:
+    rollout = RolloutConfig(max_prompt_tokens=64, max_completion_tokens=64)
+    return RunConfig(model=ModelConfig(cache_dir=str(cache)), rollout=rollout, **sections)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_families_that_the_learner_serves_pass(family) -> None:
+    found = findings(family, **({"sliding_window": None} if family == "mixtral" else {}))
+    assert [f.property for f in found.values() if not f.passed] == []
+    assert ("routes" in found) == ("moe" in family or family == "mixtral")
+    assert nats(found["alone"]) <= TOLERANCE
+    assert nats(found["packed"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe", "jamba"])
+def test_layers_with_memory_fail_packed_or_are_served_right(family) -> None:
+    """Either the learner keeps sequences apart, and then to rounding, or the check says it does not."""
+    found = findings(family)["packed"]
+    assert found.passed == (nats(found) <= TOLERANCE)
+    assert found.passed or nats(found) > 1e-3
+
+
+@pytest.fixture
+def leaky_attention(monkeypatch):
+    """Packed attention that forgets the borders: every sequence sees those before it."""
+    from gspo_dist.learners import attention
+
+    def of(cu_seqlens, position_ids):
+        total = int(cu_seqlens[-1])
+        return attention.PackedLayout(torch.tensor([0, total]), total, torch.arange(total))
+
+    monkeypatch.setattr(attention.PackedLayout, "of", staticmethod(of))
+
+
+def test_a_sequence_that_sees_its_neighbour_is_found(leaky_attention) -> None:
+    found = findings("llama")
+    assert found["alone"].passed
+    assert not found["packed"].passed
+    assert nats(found["packed"]) > 1e-2
+
+
+def test_a_head_that_forgets_the_scale_is_found(monkeypatch) -> None:
+    """Granite divides its logits. A learner that does not is off by nats, and packing hides it."""
+    import gspo_dist.learners.hf_model as hf_model
+
+    whole = hf_model.taken_logprobs
+    monkeypatch.setattr(
+        hf_model,
+        "taken_logprobs",
+        lambda hidden, weight, ids, **rest: whole(hidden * 0.5, weight, ids, **rest),
+    )
+    found = findings("llama")
+    assert not found["alone"].passed
+    assert nats(found["alone"]) > 1e-2
+    assert found["packed"].passed
+
+
+def test_windows_that_the_packed_attention_does_not_have_are_found() -> None:
+    found = findings("mistral", sliding_window=4096)
+    assert found["alone"].passed == (nats(found["alone"]) <= TOLERANCE)
+    assert findings("mistral", sliding_window=None)["alone"].passed
+
+
+def test_routers_that_are_not_known_are_a_finding_and_not_an_end() -> None:
+    found = findings("granitemoe")["routes"]
+    assert found.passed or "known router" in found.measured
+
+
+def test_a_replay_that_changes_nothing_is_found(monkeypatch) -> None:
+    from gspo_dist.routing.replay import LayerReplay
+
+    monkeypatch.setattr(LayerReplay, "choose", _ignoring(LayerReplay.choose))
+    found = findings("qwen3_moe")["routes"]
+    assert (found.passed, found.measured) == (False, "other experts, replayed, change no log-prob")
+
+
+def _ignoring(choose):
+    def native(self, native_ids):
+        choose(self, native_ids)
+        return native_ids
+
+    return native
+
+
+def test_an_architecture_that_cannot_be_built_small_is_a_finding() -> None:
+    found = {f.property: f for f in check_architecture({"model_type": "none_such", "num_hidden_layers": 2})}
+    assert set(found) == {"alone", "packed"}
+    assert all(not f.passed and "no miniature can be built" in f.measured for f in found.values())
+
+
+def test_a_whole_folder_passes_every_property(folder) -> None:
+    found = inspect(folder)
+    assert [f.property for f in found.findings] == ["alone", "packed", "names", "routes"]
+    assert found.failed(*self_check.PROPERTIES) == ()
+    # 2 layers of 2 norms, 4 projections, 2 norms of heads, a router and 4 x 3 expert matrices; tables, norm
+    assert {f.property: f.measured for f in found.findings}[
+        "names"
+    ] == f"{2 * (2 + 4 + 2 + 1 + 12) + 3} tensors"
+
+
+def test_a_folder_with_another_name_or_a_missing_tensor_is_refused(folder, tmp_path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    renamed = {n.replace("layers.1.mlp.gate", "layers.1.mlp.router"): t for n, t in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    [found] = inspect(tmp_path).failed("names")
+    assert "layers.1.mlp.gate.weight" in found.measured
+    with pytest.raises(ValueError, match=r"fails the self-check 'names'.*copy the folder again"):
+        check_model_numerically(tmp_path, run(tmp_path / "cache"))
+
+
+def test_a_second_run_reads_what_the_first_one_found(folder, tmp_path, monkeypatch) -> None:
+    first = check_model_numerically(folder, run(tmp_path))
+    [kept] = (tmp_path / "self_check").iterdir()
+    monkeypatch.setattr(self_check, "_check", lambda *args: pytest.fail("checked again"))
+    assert check_model_numerically(folder, run(tmp_path)) == first
+    kept.write_text("torn")
+    with pytest.raises(pytest.fail.Exception, match="checked again"):
+        check_model_numerically(folder, run(tmp_path))
+
+
+def test_another_config_is_checked_again(folder, tmp_path) -> None:
+    check_model_numerically(folder, run(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    check_model_numerically(other, run(tmp_path))
+    assert len(list((tmp_path / "self_check").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_stops_no_run(folder, tmp_path, caplog) -> None:
+    (tmp_path / "self_check").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        check_model_numerically(folder, run(tmp_path))
+    assert "is not kept" in caplog.text
+
+
+def test_a_run_without_routes_is_told_and_one_with_them_refused(
+    folder, tmp_path, monkeypatch, caplog
+) -> None:
+    bad = SelfCheck("dots1", (Finding("routes", False, "no known router"),), 0.1)
+    monkeypatch.setattr(self_check, "_check", lambda *args: bad)
+    with pytest.raises(
+        ValueError, match=r"'routes'.*no known router; set objective.routing_replay=none and flips"
+    ):
+        check_model_numerically(folder, run(tmp_path))
+    quiet = run(tmp_path, flips=FlipsConfig(every=0))
+    with caplog.at_level(logging.WARNING):
+        assert check_model_numerically(folder, quiet) == bad
+    assert "does without routes" in caplog.text
+
+
+def test_a_run_needs_what_it_uses() -> None:
+    base = RunConfig()
+    assert required(base) == ("alone", "packed", "names", "routes")
+    assert required(replace(base, flips=FlipsConfig(every=0))) == ("alone", "packed", "names")
+    replayed = ObjectiveConfig(routing_replay="r3")
+    assert required(replace(base, flips=FlipsConfig(every=0), objective=replayed))[-1] == "routes"
+    assert required(replace(base, learner=LearnerConfig(backend="megatron"))) == ("names",)
