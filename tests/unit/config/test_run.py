@@ -21,7 +21,7 @@ from gspo_dist.config.mapping import from_mapping
         ),
         (
             {"rollout": {"prompts_per_step": 4, "group_size": 2}, "learner": {"world_size": 3}},
-            r"every data-parallel replica a rollout: got 2 rollouts for 3 replicas; raise rollout.prompts_per_step",
+            r"every data-parallel replica a rollout: got 2 rollouts for 3 replicas; raise rollout",
         ),
         (
             {"learner": {"token_budget": 9215}},

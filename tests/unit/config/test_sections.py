@@ -166,6 +166,7 @@ def test_the_defaults_are_the_papers_and_safe():
     )
     assert config.reward.timeout_reward == 0.0
     assert config.data.shuffle
+    assert (config.seed, config.plan.nodes, config.plan.gpu, config.plan.model) == (0, 1, None, None)
 
 
 def test_derived_numbers():

@@ -1,0 +1,165 @@
+"""What each small command prints and does with its arguments; the work itself is stood in for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gspo_dist.cli.main import main
+from gspo_dist.cli.train import print_summary
+
+
+def test_a_runs_last_lines_say_where_how_well_and_how_fast(capsys):
+    summary = {
+        "heldout_before": 0.398,
+        "heldout_after": 0.883,
+        "completion_tokens": 1234567,
+        "seconds": 90.0,
+        "tokens_per_s_median": 13717.4,
+    }
+    print_summary(Path("/runs/a"), summary)
+    assert capsys.readouterr().out == (
+        "\nrun folder   /runs/a  (metrics.jsonl, curves.png, samples.jsonl, summary.json)\n"
+        "held-out accuracy   39.8% -> 88.3%   (+48.5 points)\n"
+        "1,234,567 completion tokens in 1.5 min, median 13,717 tokens/s per step\n"
+    )
+    del summary["heldout_before"], summary["heldout_after"]
+    print_summary(Path("/runs/a"), summary)
+    assert "held-out" not in capsys.readouterr().out
+
+
+def test_training_releases_the_run_whether_or_not_it_ends_well(monkeypatch, capsys):
+    """Engines and ranks that outlived a failed run would hold its GPUs."""
+    from gspo_dist.trainer import loop
+    from gspo_dist.trainer.setup import build as setup
+
+    released = []
+
+    class Built:
+        run_dir = Path("/runs/a")
+
+        def release(self) -> None:
+            released.append(self.run_dir)
+
+    def fail(run: Built) -> dict[str, Any]:
+        raise RuntimeError("rank 1 died")
+
+    monkeypatch.setattr(setup, "build", lambda config: Built())
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "steps=1"])
+    assert (stop.value.code, released) == (1, [Path("/runs/a")])
+    assert "RuntimeError: rank 1 died" in capsys.readouterr().err
+    done = {"completion_tokens": 1, "seconds": 1.0, "tokens_per_s_median": 1.0}
+    monkeypatch.setattr(loop, "train", lambda run: done)
+    main(["train", "steps=1"])
+    assert len(released) == 2
+    assert "run folder   /runs/a" in capsys.readouterr().out
+
+
+def test_evaluate_prints_a_line_per_metric_in_order(monkeypatch, capsys):
+    from gspo_dist.trainer import evaluate
+
+    seen = []
+
+    def measured(config) -> dict[str, float]:
+        seen.append(config.evaluation.samples)
+        return {"eval/b": 0.25, "eval/a": 1.0}
+
+    monkeypatch.setattr(evaluate, "evaluate_model", measured)
+    main(["evaluate", "evaluation.samples=3"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["eval/a", "1.0000"],
+        ["eval/b", "0.2500"],
+    ]
+    assert seen == [3]
+
+
+def test_export_takes_the_run_and_the_folder(monkeypatch, capsys, tmp_path: Path):
+    from gspo_dist.trainer import export
+
+    asked = []
+
+    def written(run_dir: Path, target: Path) -> dict[str, Any]:
+        asked.append((run_dir, target))
+        return {"folder": str(target), "tensors": 7, "step": 3, "mean_abs": 2.5e-7}
+
+    monkeypatch.setattr(export, "export_run", written)
+    monkeypatch.chdir(tmp_path)
+    main(["export", "--run", "run", "--to", "out"])
+    assert asked == [(tmp_path / "run", Path("out"))]
+    said = capsys.readouterr().out
+    assert said == "out: 7 tensors after step 3, read back; log-probs are the learner's to 2.5e-07 nats\n"
+
+
+def test_make_model_copies_what_was_made_to_where_it_is_asked_for(monkeypatch, capsys, tmp_path: Path):
+    from gspo_dist.coldstart import make
+
+    asked = []
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/config.json").write_text("{}")
+
+    def made(config) -> Path:
+        asked.append((config.recipe, config.cache_dir))
+        return tmp_path / "kept"
+
+    monkeypatch.setattr(make, "ensure_model", made)
+    main(["make-model"])
+    main(["make-model", "--recipe", "peer", "--cache-dir", "/c", "--to", str(tmp_path / "here")])
+    assert asked == [("quickstart", "~/.cache/gspo_dist"), ("peer", "/c")]
+    assert capsys.readouterr().out == f"{tmp_path / 'kept'}\n{tmp_path / 'here'}\n"
+    assert (tmp_path / "here/config.json").read_text() == "{}"
+
+
+@pytest.fixture
+def study(monkeypatch) -> list[Any]:
+    """What the studies' room is asked to do."""
+    from gspo_dist.studies import report, runner
+
+    done: list[Any] = []
+    monkeypatch.setattr(runner, "run_study", lambda study: done.append(("run", study.name)))
+
+    def written(study, folder: Path, command: str, *, html: bool) -> list[Path]:
+        done.append(("report", folder, command, html))
+        return [folder / "report.md"]
+
+    monkeypatch.setattr(report, "write_report", written)
+    return done
+
+
+def test_compare_runs_the_study_then_writes_its_report(study, capsys):
+    main(["compare", "study=learners", "study.dir=/r"])
+    assert study == [
+        ("run", "learners"),
+        ("report", Path("/r/report"), "gspo compare study=learners study.dir=/r", False),
+    ]
+    assert capsys.readouterr().out == "report: /r/report/report.md\n"
+    study.clear()
+    main(["compare", "study=learners", "--report-only", "--html", "study.dir=/r"])
+    assert study == [("report", Path("/r/report"), "gspo compare study=learners study.dir=/r", True)]
+
+
+def test_every_arm_is_checked_before_the_first_one_starts(study, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "study=learners", "learner.token_budget=1"])
+    assert (stop.value.code, study) == (2, [])
+    assert "learner.token_budget must hold the longest sequence" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_says_that_the_runs_are_safe(study, monkeypatch, capsys):
+    from gspo_dist.studies import report
+
+    def full(*args: Any, **kwargs: Any) -> list[Path]:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "write_report", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "study=learners", "study.dir=/r"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert (
+        "OSError: no space left\nthe runs are in /r; `gspo compare study=learners study.dir=/r --report-only`"
+        in said
+    )
