@@ -1,0 +1,237 @@
+"""Laws of the ranks as one: every rank gets its replica's data, and the answers become one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+
+from gspo_dist.actors import learner_group
+from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
+from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied
+from gspo_dist.config import DeepSpeedConfig, LearnerConfig, WeightSyncConfig
+from gspo_dist.learners.learner import OptimStep
+from gspo_dist.metrics.stat import Stat
+from gspo_dist.objectives.aggregate import Denominators
+from gspo_dist.packing import MiniBatch
+from gspo_dist.types import LogprobOutput, PackedBatch
+
+pytestmark = pytest.mark.slow
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+RANKS, WEIGHTS = 4, {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.tensor([7.0])}
+
+
+class CountingLearner:
+    """Two ranks per replica; every answer is made of the rank and of the tokens that came in."""
+
+    def __init__(self, rank, world_size, master_addr, master_port):
+        self.rank, self.world_size, self.address = rank, world_size, (master_addr, master_port)
+        self.data_parallel_rank, self.is_exporter = rank // 2, rank == 2
+        self.policy_version, self.saved = 0, []
+
+    def logprobs(self, batches, *, record_routing=False, reference=False):
+        if self.world_size != RANKS or (reference and self.rank == 3):
+            print("the last words of a rank", flush=True)
+            os._exit(1)
+        mark = torch.tensor([float(record_routing), float(self.address[1])])
+        return [LogprobOutput(batch.token_ids.float(), mark) for batch in batches]
+
+    def forward_backward(self, batches, spec):
+        if self.rank % 2:  # the other rank of a replica has reported the same tokens
+            return {}
+        return {f"tokens/{spec}": Stat.sum(torch.cat([batch.token_ids for batch in batches]))}
+
+    def optim_step(self):
+        self.policy_version += 1
+        return OptimStep(float(self.rank), 0.5, self.policy_version)
+
+    def weights(self, bucket_bytes):
+        if self.is_exporter:
+            yield from ([item] for item in WEIGHTS.items())
+
+    def save(self, folder):
+        (folder / f"rank-{self.rank}").write_text(str(self.policy_version))
+        self.saved.append(folder)
+
+    def load(self, folder):
+        self.policy_version = int((folder / f"rank-{self.rank}").read_text())
+
+    def wait_saved(self):
+        if not self.saved:
+            raise ValueError("nothing was saved")
+
+
+class Engine(ActorProcess):
+    """Counts the calls of a publication."""
+
+    def __init__(self, name, log_dir):
+        super().__init__(name, log_dir)
+        self.met, self.buckets = 0, 0
+
+    def init_weight_sync(self, info):
+        self.met += 1
+
+    def update_weights(self, info):
+        self.buckets += 1
+
+    def said(self):
+        return self.met, self.buckets
+
+
+def batch(*tokens: int) -> PackedBatch:
+    n = len(tokens)
+    return PackedBatch(
+        token_ids=torch.tensor(tokens), position_ids=torch.arange(n), cu_seqlens=torch.tensor([0, n]),
+        loss_mask=torch.ones(n, dtype=torch.bool), advantages=torch.zeros(n), rollout_logprobs=torch.zeros(n),
+        rollout_index=torch.tensor([0]),
+    )  # fmt: skip
+
+
+MINI = MiniBatch(((batch(1, 2), batch(3)), (batch(40), batch(50, 60))), Denominators(4, 6, 8))
+
+
+def make_group(folder, make=CountingLearner) -> RayLearnerGroup:
+    config = LearnerConfig(
+        backend="deepspeed", world_size=RANKS, timeout_s=120.0, deepspeed=DeepSpeedConfig(expert_parallel=1)
+    )
+    return RayLearnerGroup(config, make, [{"num_cpus": 0}] * RANKS, folder / "logs")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("group")
+
+
+@pytest.fixture(scope="module")
+def group(ray_here, folder):
+    group = make_group(folder)
+    assert (group.replica_of, group.policy_version) == ({}, 0)
+    group.start()
+    yield group
+    group.close()
+
+
+def test_every_rank_says_which_replica_it_is_of(group):
+    assert group.replica_of == {"learner-0": 0, "learner-1": 0, "learner-2": 1, "learner-3": 1}
+
+
+def test_every_replica_computes_its_own_micro_batches_in_order(group):
+    outputs = group.logprobs(MINI.micro_batches, record_routing=True)
+    assert [[o.logprobs.tolist() for o in replica] for replica in outputs] == [
+        [[1.0, 2.0], [3.0]],
+        [[40.0], [50.0, 60.0]],
+    ]
+    marks = {tuple(o.entropy.tolist()) for replica in outputs for o in replica}
+    assert len(marks) == 1  # one rendezvous for all
+    ((recorded, port),) = marks
+    assert recorded == 1.0
+    assert 0 < port < 65536
+    assert group.logprobs(MINI.micro_batches)[0][0].entropy[0] == 0.0
+
+
+def test_stats_of_all_replicas_merge_to_one(group):
+    stats = group.forward_backward(MINI, "spec")
+    assert {name: stat.result() for name, stat in stats.items()} == {"tokens/spec": 156.0}
+
+
+def test_a_step_is_the_first_ranks_and_sets_the_version(group):
+    before = group.policy_version
+    step = group.optim_step()
+    assert step == OptimStep(0.0, 0.5, before + 1)
+    assert group.policy_version == before + 1
+
+
+def test_every_rank_saves_and_loads_its_part(group, tmp_path):
+    group.save(tmp_path)
+    group.wait_saved()
+    version = str(group.policy_version)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {f"rank-{r}": version for r in range(RANKS)}
+    for path in tmp_path.iterdir():
+        path.write_text("40")
+    group.load(tmp_path, 40)
+    assert group.policy_version == 40
+    assert group.optim_step().policy_version == 41
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused(group, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"checkpoint folder .*/gone is not visible on {socket.gethostname()}"
+    ):
+        group.save(tmp_path / "gone")
+
+
+def test_the_exporter_alone_writes_the_folder_and_the_others_help(monkeypatch, tmp_path):
+    written = []
+
+    def write(items, source, target):
+        written.append((dict(items), source, target))
+        return len(written[0][0])
+
+    monkeypatch.setattr(learner_group, "write_hf_folder", write)
+    for number in (2, 3):
+        rank = object.__new__(LearnerRank)
+        rank._learner = CountingLearner(number, RANKS, "host", 1)
+        drawn = []
+        real = rank._learner.weights
+
+        def weights(bucket_bytes, real=real, drawn=drawn):
+            yield from real(bucket_bytes)
+            drawn.append("to the end")
+
+        rank._learner.weights = weights
+        assert rank.export("source", str(tmp_path)) == (2 if number == 2 else None)
+        assert drawn == ["to the end"]
+    assert written == [(WEIGHTS, Path("source"), tmp_path)]
+
+
+def test_the_groups_answer_to_an_export_is_the_exporters():
+    group = object.__new__(RayLearnerGroup)
+    group.config = LearnerConfig()
+    asked = []
+
+    def call_all(*arguments, timeout):
+        asked.append((*arguments, timeout))
+        return {"learner-0": None, "learner-1": 5, "learner-2": None}
+
+    group.actors = SimpleNamespace(call_all=call_all)
+    assert group.export(Path("source"), Path("target")) == 5
+    assert asked == [("export", "source", "target", group.config.timeout_s)]
+
+
+def test_the_exporter_meets_the_engines_once_and_delivers_every_bucket_to_each(group, folder):
+    remote = ray.remote(Engine).options(num_cpus=0)
+    handles = {f"engine-{i}": remote.remote(f"engine-{i}", str(folder / "logs")) for i in range(2)}
+    sync = WeightSyncConfig(transport="shm", timeout_s=120.0)
+    for _ in range(2):
+        report = group.send_weights(sync, handles)
+        assert (report.tensors, report.bytes, set(report.checksums)) == (2, 7 * 4, set(WEIGHTS))
+    engines = Actors(handles, folder)
+    assert engines.call_all("said", timeout=60) == {"engine-0": (1, 4), "engine-1": (1, 4)}
+    engines.kill()
+
+
+def test_memory_is_counted_per_rank_and_the_cache_can_be_emptied(group):
+    group.empty_cache()
+    assert [set(peak) for peak in group.peak_memory().values()] == [{"host"}] * RANKS
+
+
+def test_a_rank_that_dies_is_named_with_its_last_words(ray_here, tmp_path):
+    group = make_group(tmp_path)
+    group.start()
+    with pytest.raises(ProcessDied, match=r"(?s)^learner-3 died: .*the last words of a rank"):
+        group.logprobs(MINI.micro_batches, reference=True)
+    group.close()
+
+
+def test_no_verb_comes_before_start():
+    rank = object.__new__(LearnerRank)
+    rank.name, rank._learner = "learner-2", None
+    with pytest.raises(RuntimeError, match="learner-2 has no learner yet: call start first"):
+        rank.optim_step()

@@ -1,0 +1,151 @@
+"""Laws of the engines as one: who samples what, in which order it comes back, and that every verb arrives."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import ray
+
+from gspo_dist.actors.process import ProcessDied
+from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
+from gspo_dist.config import RolloutConfig
+from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
+from gspo_dist.types import Completion, Prompt, SamplingSpec
+
+pytestmark = pytest.mark.slow
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class RecordingEngine:
+    """Samples completions that say who made them, and keeps the calls that change it."""
+
+    def __init__(self, name, device):
+        self.name, self.device, self.calls = name, device, []
+
+    def info(self):
+        return EngineInfo(self.name, self.device, 64, 100, 0, 0, 0, False, 1)
+
+    def generate(self, prompts, spec, request_ids):
+        return [
+            [self._completion(f"{self.name} {p.prompt_id} {r} {i}") for i in range(spec.n)]
+            for p, r in zip(prompts, request_ids, strict=True)
+        ]
+
+    @staticmethod
+    def _completion(text):
+        return Completion(
+            np.zeros(1, np.int64),
+            np.ones(1, bool),
+            np.zeros(1, np.float32),
+            np.zeros(1, np.int32),
+            "stop",
+            text,
+        )
+
+    def logprobs_of(self, sequences):
+        if self.device == "broken":
+            import os
+
+            os._exit(1)
+        return [np.full(len(s) - 1, float(self.name[-1]), np.float32) for s in sequences]
+
+    def init_weight_sync(self, info):
+        self.calls.append(("init_weight_sync", dict(info)))
+
+    def start_weight_update(self):
+        self.calls.append("start_weight_update")
+
+    def update_weights(self, info):
+        self.calls.append(("update_weights", dict(info)))
+
+    def finish_weight_update(self, policy_version):
+        # The receipt is the only way out: what was called before travels in the names of its checksums.
+        names = {str(call): i for i, call in enumerate(self.calls)}
+        return SyncReceipt(policy_version, names, len(names), 0, 0.0)
+
+    def sleep(self):
+        self.calls.append("sleep")
+
+    def wake_up(self, weights_only=False):
+        self.calls.append(("wake_up", weights_only))
+
+
+def make(name, device="cpu"):
+    return RecordingEngine(name, device)
+
+
+@pytest.fixture(scope="module")
+def pool(ray_here, tmp_path_factory):
+    config = RolloutConfig(engines=2)
+    pool = RayRolloutPool(config, make, [{"num_cpus": 0}] * 2, tmp_path_factory.mktemp("logs"))
+    assert pool.start() == EngineInfo("engine-0", "cpu", 64, 100, 0, 0, 0, False, 1)
+    yield pool
+    pool.close()
+
+
+def test_completions_come_back_in_the_order_of_the_prompts(pool):
+    """The prompts weigh 13, 7 and 7: one engine takes the first, the other the two others."""
+    prompts = [Prompt(f"p{i}", tuple(range(n)), "q") for i, n in enumerate((9, 3, 3))]
+    groups = pool.generate(prompts, SamplingSpec(n=2, max_tokens=2), [70, 71, 72])
+    assert [[c.text for c in group] for group in groups] == [
+        ["engine-0 p0 70 0", "engine-0 p0 70 1"],
+        ["engine-1 p1 71 0", "engine-1 p1 71 1"],
+        ["engine-1 p2 72 0", "engine-1 p2 72 1"],
+    ]
+
+
+def test_one_prompt_leaves_an_engine_without_work(pool):
+    groups = pool.generate([Prompt("p", (1, 2), "q")], SamplingSpec(n=1, max_tokens=2), [5])
+    assert [[c.text for c in group] for group in groups] == [["engine-0 p 5 0"]]
+
+
+def test_every_engine_answers_for_its_own_weights(pool):
+    answers = pool.logprobs_of([np.arange(3), np.arange(2)], timeout=60)
+    assert {name: [a.tolist() for a in arrays] for name, arrays in answers.items()} == {
+        "engine-0": [[0.0, 0.0], [0.0]],
+        "engine-1": [[1.0, 1.0], [1.0]],
+    }
+
+
+def test_every_verb_of_a_publication_reaches_every_engine_in_order(pool):
+    pool.sleep()
+    pool.wake_up(weights_only=True)
+    pool.start_weight_update(timeout=60)
+    for handle in pool.engines.values():
+        ray.get([handle.init_weight_sync.remote({"rank": 1}), handle.update_weights.remote({"bucket": 2})])
+    pool.wake_up()
+    receipts = pool.finish_weight_update(9, timeout=60)
+    assert list(receipts) == ["engine-0", "engine-1"]
+    for receipt in receipts.values():
+        assert receipt.policy_version == 9
+        assert list(receipt.checksums) == [
+            "sleep", "('wake_up', True)", "start_weight_update", "('init_weight_sync', {'rank': 1})",
+            "('update_weights', {'bucket': 2})", "('wake_up', False)",
+        ]  # fmt: skip
+
+
+def test_memory_is_counted_per_engine(pool):
+    assert {name: set(peak) for name, peak in pool.peak_memory().items()} == {
+        "engine-0": {"host"},
+        "engine-1": {"host"},
+    }
+
+
+def test_an_engine_that_dies_is_named(ray_here, tmp_path):
+    def make_broken(name):
+        return make(name, "broken")
+
+    pool = RayRolloutPool(RolloutConfig(engines=1), make_broken, [{"num_cpus": 0}], tmp_path)
+    pool.start()
+    with pytest.raises(ProcessDied, match=r"^engine-0 died: "):
+        pool.logprobs_of([np.arange(3)], timeout=60)
+    pool.close()
+
+
+def test_no_verb_comes_before_start(tmp_path, monkeypatch):
+    process = object.__new__(EngineProcess)
+    process.name, process._engine = "engine-3", None
+    with pytest.raises(RuntimeError, match="engine-3 has no engine yet: call start first"):
+        process.sleep()
