@@ -25,7 +25,7 @@ START_TIMEOUT_S = 600.0
 """A rank reads the model and meets all others before it answers for the first time."""
 
 LearnerFactory = Callable[..., Learner]
-"""make(rank=, world_size=, master_addr=, master_port=) -> Learner. Picklable; imports its backend in the call."""
+"""make(rank=, world_size=, master_addr=, master_port=) -> Learner. Picklable; a call imports its backend."""
 
 
 class LearnerRank(ActorProcess):
@@ -136,7 +136,7 @@ class LearnerRank(ActorProcess):
             torch.cuda.empty_cache()
 
     def save(self, folder: str) -> None:
-        """Begins to save this rank's part; `wait_saved` ends it. Raises ValueError where the folder is missing."""
+        """Begins to save this rank's part; `wait_saved` ends it. ValueError: this node has no such folder."""
         if not Path(folder).is_dir():
             raise ValueError(
                 f"checkpoint folder {folder} is not visible on {socket.gethostname()}: run_dir must lie on a "

@@ -19,7 +19,7 @@ GRACE_S = 30.0
 
 
 class RewardWorker(ActorProcess):
-    """Judges rollouts, a chunk per call, in a process below this one: the actor itself survives any reward."""
+    """Judges rollouts, a chunk per call, in a process below this one: the actor survives any reward."""
 
     def __init__(self, name: str, log_dir: str, config: RewardConfig) -> None:
         super().__init__(name, log_dir)

@@ -6,10 +6,12 @@ from math import comb
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """1 - C(n - correct, k) / C(n, k) (arXiv 2107.03374, eq 1): the share of k-subsets of the n completions that
-    hold a right one. Exact integers up to the one division.
+    """1 - C(n - correct, k) / C(n, k): the share of k-subsets of the n completions that hold a right one.
 
-    Example: n 4, correct 1, k 2: 3 of the 6 pairs hold it, 0.5.
+    arXiv 2107.03374, equation 1. Exact integers up to the one division. Raises ValueError
+    for impossible counts.
+
+    Example: n 4, correct 1, k 2. Three of the six pairs hold the right one: 0.5.
     """
     if not 0 <= correct <= n:
         raise ValueError(f"pass@k needs 0 <= correct <= n: got correct={correct}, n={n}")

@@ -1,4 +1,4 @@
-"""Evaluates one set of prompts: accuracy with its standard error, pass@k, lengths, and a row for every prompt."""
+"""Evaluates one set of prompts: accuracy with its standard error, pass@k, lengths, and a row per prompt."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gspo_dist.evaluation.pass_at_k import pass_at_k
-from gspo_dist.rewards.reward import Reward, checked
+from gspo_dist.rewards.reward import Item, Judged
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 
-Generate = Callable[[list[Prompt], SamplingSpec], list[list[Completion]]]
+Generate = Callable[[Sequence[Prompt], SamplingSpec], list[list[Completion]]]
+"""(prompts, how to sample) -> the completions of every prompt, in order."""
+Judge = Callable[[Sequence[Item]], Sequence[Judged]]
+"""What a reward pool's `judge` does."""
 
 
 @dataclass(frozen=True)
@@ -19,35 +22,46 @@ class EvalRow:
 
     prompt_id: str
     prompt: str
+    """Its text."""
     answer: str
+    """What the reward compared with, as text."""
     rewards: tuple[float, ...]
+    """One per completion, as all that follows."""
     correct: int
+    """How many completions are right."""
     lengths: tuple[int, ...]
+    """Tokens."""
     finish_reasons: tuple[str, ...]
+    """stop, or length where the completion was cut off."""
     completions: tuple[str, ...]
+    """Texts."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found. k = completions a prompt.
-
-    accuracy: avg@k, the share of right completions, between 0 and 1. standard_error: of it, with the prompts as
-    clusters (nan for one prompt: there is nothing to estimate it from). pass_at: k' -> pass@k'.
-    mean_length: tokens a completion. truncated: share of completions cut off at max_tokens.
-    """
+    """What an evaluation found."""
 
     suite: str
+    """Its name in metrics."""
     k: int
+    """Completions per prompt."""
     accuracy: float
+    """avg@k, the share of right completions, between 0 and 1."""
     standard_error: float
+    """Of the accuracy, with the prompts as clusters; nan for one prompt."""
     pass_at: dict[int, float]
+    """k' -> pass@k', the chance that one of k' completions is right."""
     reward_mean: float
+    """Over all completions."""
     mean_length: float
+    """Tokens per completion."""
     truncated: float
+    """Share of completions that were cut off at max_tokens."""
     rows: tuple[EvalRow, ...]
+    """One per prompt, in order."""
 
     def metrics(self) -> dict[str, float]:
-        """The numbers under their public names, e.g. eval/heldout/avg@4; those that are not defined are left out."""
+        """The numbers under their public names, such as eval/heldout/avg@4; undefined ones are left out."""
         at = f"eval/{self.suite}/"
         named = {
             f"{at}avg@{self.k}": self.accuracy,
@@ -62,35 +76,40 @@ class EvalResult:
 
 def evaluate(
     generate: Generate,
+    judge: Judge,
     prompts: Sequence[Prompt],
-    reward_fn: Reward,
     spec: SamplingSpec,
     *,
     suite: str = "heldout",
     correct_at: float = 1.0,
 ) -> EvalResult:
-    """Samples `spec.n` completions for every prompt and judges them; right means a reward of `correct_at` or more.
+    """Samples `spec.n` completions per prompt and judges them; right is a reward of `correct_at` or more.
 
     pass@k' is given for the powers of two below spec.n and for spec.n itself.
-    Raises ValueError without prompts or when `generate` gives another number of completions than asked for, and
-    RewardError when the reward function fails.
+
+    Raises ValueError without prompts, and when `generate` gives another number of completions than asked for;
+    and what `judge` raises.
     """
     if not prompts:
         raise ValueError(f"evaluation {suite!r} must have at least one prompt: got none; set data.heldout")
-    completions = generate(list(prompts), spec)
-    if len(completions) != len(prompts) or any(len(group) != spec.n for group in completions):
+    groups = generate(prompts, spec)
+    if len(groups) != len(prompts) or any(len(group) != spec.n for group in groups):
         raise ValueError(
-            f"evaluation {suite!r}: generate must give {spec.n} completions for each of {len(prompts)} prompts: got "
-            f"{len(completions)} groups of {sorted({len(group) for group in completions})}"
+            f"evaluation {suite!r}: generate must give {spec.n} completions for each of {len(prompts)} "
+            f"prompts: got {len(groups)} groups of {sorted({len(group) for group in groups})}"
         )
+    pairs = [(prompt, c) for prompt, group in zip(prompts, groups, strict=True) for c in group]
+    # In one call, so that a pool spreads them over its workers. -1: they are no rollouts of the run.
+    rewards = [verdict.reward for verdict in judge([(-1, prompt, c) for prompt, c in pairs])]
     rows = tuple(
-        _row(prompt, group, reward_fn, correct_at) for prompt, group in zip(prompts, completions, strict=True)
+        _row(prompt, group, rewards[i * spec.n : (i + 1) * spec.n], correct_at)
+        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
     )
     return summarise(suite, spec.n, rows)
 
 
 def summarise(suite: str, k: int, rows: tuple[EvalRow, ...]) -> EvalResult:
-    """The numbers over rows of `k` completions each."""
+    """The numbers over rows of `k` completions each. Example: k 6 gives pass@1, @2, @4 and @6."""
     count = len(rows)
     means = [row.correct / k for row in rows]
     accuracy = math.fsum(means) / count
@@ -110,8 +129,10 @@ def summarise(suite: str, k: int, rows: tuple[EvalRow, ...]) -> EvalResult:
 
 
 def clustered_standard_error(cluster_means: Sequence[float]) -> float:
-    """sqrt(sum (m_i - mean)^2 / (N (N - 1))) over N clusters of equal size: completions of one prompt rise and fall
-    together, so the prompts are the independent draws, not the completions. nan for one cluster.
+    """sqrt(sum (m_i - mean)^2 / (N (N - 1))) over N clusters of equal size; nan for one cluster.
+
+    Completions of one prompt rise and fall together. The independent draws are the prompts,
+    not the completions.
     """
     n = len(cluster_means)
     if n < 2:
@@ -120,10 +141,7 @@ def clustered_standard_error(cluster_means: Sequence[float]) -> float:
     return math.sqrt(math.fsum((m - mean) ** 2 for m in cluster_means) / (n * (n - 1)))
 
 
-def _row(prompt: Prompt, group: Sequence[Completion], reward_fn: Reward, correct_at: float) -> EvalRow:
-    rewards = []
-    for i, completion in enumerate(group):
-        rewards.append(_judge(reward_fn, prompt, completion, i))
+def _row(prompt: Prompt, group: Sequence[Completion], rewards: Sequence[float], correct_at: float) -> EvalRow:
     return EvalRow(
         prompt_id=prompt.prompt_id,
         prompt=prompt.text,
@@ -134,9 +152,3 @@ def _row(prompt: Prompt, group: Sequence[Completion], reward_fn: Reward, correct
         finish_reasons=tuple(completion.finish_reason for completion in group),
         completions=tuple(completion.text for completion in group),
     )
-
-
-def _judge(reward_fn: Reward, prompt: Prompt, completion: Completion, index: int) -> float:
-    return checked(
-        reward_fn(prompt, completion), f"reward of completion {index} of prompt {prompt.prompt_id}"
-    ).reward

@@ -9,7 +9,7 @@ import pytest
 
 from gspo_dist.evaluation.suite import clustered_standard_error, evaluate
 from gspo_dist.rewards.exact import exact_match
-from gspo_dist.rewards.reward import RewardError
+from gspo_dist.rewards.reward import Judged, RewardError, judge_rollout
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 PROMPTS = [Prompt(f"p{i}", (i,), f"q{i}", "1") for i in range(3)]
@@ -29,8 +29,13 @@ def generate(prompts, spec):
     return [[completion(t) for t in row[: spec.n]] for row in TEXTS]
 
 
+def judge_with(reward=exact_match):
+    """A pool's `judge`, in this process."""
+    return lambda items: [judge_rollout(reward, prompt, c, rollout) for rollout, prompt, c in items]
+
+
 def run(n: int = 4, **kwargs):
-    return evaluate(generate, PROMPTS, exact_match, SamplingSpec(n=n, max_tokens=3), **kwargs)
+    return evaluate(generate, judge_with(), PROMPTS, SamplingSpec(n=n, max_tokens=3), **kwargs)
 
 
 def test_the_numbers_by_hand():
@@ -56,7 +61,7 @@ def test_siblings_that_agree_add_no_certainty():
     assert clustered_standard_error(once) == pytest.approx(np.std(once, ddof=1) / math.sqrt(5), rel=1e-12)
     copies = [[completion(str(int(m)))] * 8 for m in once]
     prompts = [Prompt(str(i), (i,), "q", "1") for i in range(5)]
-    result = evaluate(lambda p, s: copies, prompts, exact_match, SamplingSpec(n=8, max_tokens=3))
+    result = evaluate(lambda p, s: copies, judge_with(), prompts, SamplingSpec(n=8, max_tokens=3))
     assert result.standard_error == pytest.approx(clustered_standard_error(once), rel=1e-12)
 
 
@@ -76,7 +81,7 @@ def test_metric_names():
 
 def test_what_is_not_defined_is_no_metric():
     one = [[completion("1")]]
-    result = evaluate(lambda p, s: one, PROMPTS[:1], exact_match, SamplingSpec(n=1, max_tokens=3))
+    result = evaluate(lambda p, s: one, judge_with(), PROMPTS[:1], SamplingSpec(n=1, max_tokens=3))
     assert math.isnan(result.standard_error)
     assert "eval/heldout/avg@1_standard_error" not in result.metrics()
     assert result.metrics()["eval/heldout/avg@1"] == 1.0
@@ -87,11 +92,13 @@ def test_right_means_a_reward_of_correct_at_or_more():
         return (0.5, {}) if completion.text == "1" else -1.0
 
     spec = SamplingSpec(n=4, max_tokens=3)
-    assert evaluate(generate, PROMPTS, half, spec).accuracy == 0.0
-    assert evaluate(generate, PROMPTS, half, spec, correct_at=0.5).accuracy == pytest.approx(
+    assert evaluate(generate, judge_with(half), PROMPTS, spec).accuracy == 0.0
+    assert evaluate(generate, judge_with(half), PROMPTS, spec, correct_at=0.5).accuracy == pytest.approx(
         5 / 12, abs=1e-15
     )
-    assert evaluate(generate, PROMPTS, half, spec).reward_mean == pytest.approx((5 * 0.5 - 7) / 12, abs=1e-15)
+    assert evaluate(generate, judge_with(half), PROMPTS, spec).reward_mean == pytest.approx(
+        (5 * 0.5 - 7) / 12, abs=1e-15
+    )
 
 
 def test_missing_completions_are_an_error():
@@ -103,11 +110,37 @@ def test_missing_completions_are_an_error():
 
 def test_no_prompts_are_an_error():
     with pytest.raises(ValueError, match="must have at least one prompt"):
-        evaluate(generate, [], exact_match, SamplingSpec(n=1, max_tokens=1))
+        evaluate(generate, judge_with(), [], SamplingSpec(n=1, max_tokens=1))
 
 
 def test_a_reward_that_is_no_number_names_the_prompt():
     with pytest.raises(
-        RewardError, match="reward of completion 0 of prompt p0 must be a finite number: got nan"
+        RewardError, match=r"reward of a held-out completion \(prompt p0\) must be a finite number: got nan"
     ):
-        evaluate(generate, PROMPTS, lambda p, c: math.nan, SamplingSpec(n=4, max_tokens=3))
+        evaluate(generate, judge_with(lambda p, c: math.nan), PROMPTS, SamplingSpec(n=4, max_tokens=3))
+
+
+def test_every_row_holds_its_own_prompts_rewards():
+    """Judged in one call, split by prompt."""
+    calls = []
+
+    def judge(items):
+        calls.append([(rollout, prompt.prompt_id) for rollout, prompt, _ in items])
+        return [Judged(float(i), {}) for i in range(len(items))]
+
+    result = evaluate(generate, judge, PROMPTS, SamplingSpec(n=2, max_tokens=3), correct_at=3.0)
+    assert calls == [[(-1, "p0"), (-1, "p0"), (-1, "p1"), (-1, "p1"), (-1, "p2"), (-1, "p2")]]
+    assert [row.rewards for row in result.rows] == [(0.0, 1.0), (2.0, 3.0), (4.0, 5.0)]
+    assert [row.correct for row in result.rows] == [0, 1, 2]
+    row = result.rows[1]
+    assert (row.prompt_id, row.prompt, row.answer, row.lengths) == ("p1", "q1", "1", (1, 1))
+
+
+def test_a_group_too_few_is_an_error():
+    with pytest.raises(ValueError, match=r"4 completions for each of 3 prompts: got 2 groups of \[4\]"):
+        evaluate(lambda p, s: generate(p, s)[:2], judge_with(), PROMPTS, SamplingSpec(n=4, max_tokens=3))
+
+
+@pytest.mark.parametrize(("n", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4])])
+def test_which_k_pass_at_k_is_given_for(n, ks):
+    assert list(run(n).pass_at) == ks
