@@ -26,7 +26,8 @@ PYTHONPATH. A change is killed when the tests fail, times out when they take fiv
 it (and at least 30 s), and else survives.
 
 `mutation_explained.toml` beside this file holds the reason for each survivor that cannot or need not be
-killed: a table per module, whose keys read `function: change`, as printed in the report.
+killed: a table per module, whose keys read `function: change`, as printed in the report. The table `"*"`
+holds patterns for all modules, in which `*` stands for any text.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import fnmatch
 import gc
 import importlib
 import json
@@ -139,8 +141,9 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
         ):
             yield edited(value=ast.Constant(None))
         case ast.Call(args=args, keywords=keywords):
-            starred = any(isinstance(arg, ast.Starred) for arg in args[:2])
-            if len(args) > 1 and not starred and ast.dump(args[0]) != ast.dump(args[1]):
+            fixed = any(isinstance(arg, ast.Starred) for arg in args[:2])
+            fixed |= isinstance(node.func, ast.Name) and node.func.id in ("max", "min")  # order means nothing
+            if len(args) > 1 and not fixed and ast.dump(args[0]) != ast.dump(args[1]):
                 yield edited(args=[args[1], args[0], *args[2:]])
             named = [i for i, keyword in enumerate(keywords) if keyword.arg is not None]
             yield from (edited(keywords=[*keywords[:i], *keywords[i + 1 :]]) for i in named)
@@ -339,6 +342,13 @@ def run(
         shutil.copy2(root / "gspo_dist" / module, tree / "gspo_dist" / module)
 
 
+def reason_for(mutant: Mutant, explained: dict[str, dict[str, str]]) -> str | None:
+    """Why a survivor may survive, if somebody has said so."""
+    own = explained.get(mutant.module, {}).get(mutant.key)
+    patterns = explained.get("*", {}).items()
+    return own or next((why for pattern, why in patterns if fnmatch.fnmatchcase(mutant.key, pattern)), None)
+
+
 def report(verdicts: Sequence[tuple[Mutant, str]], explained: dict[str, dict[str, str]], command: str) -> str:
     """The verdicts as Markdown: a table by module, then every survivor with its explanation."""
     lines = ["# Changes that no test notices", "", f"Made by `{command}`.", ""]
@@ -347,7 +357,7 @@ def report(verdicts: Sequence[tuple[Mutant, str]], explained: dict[str, dict[str
     rows, survivors = {}, []
     for mutant, verdict in verdicts:
         row = rows.setdefault(mutant.module, [0] * 6)
-        reason = explained.get(mutant.module, {}).get(mutant.key)
+        reason = reason_for(mutant, explained)
         row[0] += 1
         row[{"killed": 1, "timed out": 2, "survived": 3}[verdict]] += 1
         if verdict == "survived":
@@ -392,8 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 began = time.monotonic()
                 for mutant, verdict in run(args.root, mutants, trees, args.timeout):
                     verdicts.append((mutant, verdict))
-                    known = explained.get(module, {}).get(mutant.key)
-                    if verdict == "survived" and not known:
+                    if verdict == "survived" and reason_for(mutant, explained) is None:
                         print(f"survived {module}:{mutant.line} {mutant.key}", flush=True)
                 print(
                     f"{module}: {len(mutants)} in {time.monotonic() - began:.0f} s",

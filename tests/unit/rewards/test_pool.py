@@ -128,6 +128,24 @@ def test_a_reward_may_use_alarms_of_its_own(pool_of, items_of):
     assert pool_of().judge(items_of("alarm"))[0] == Judged(0.75, {})
 
 
+@pytest.mark.slow
+def test_math_verify_with_its_own_alarms_neither_fails_nor_takes_the_deadline_away(
+    pool_of, items_of, reward_file
+):
+    """Its `parse` sets SIGALRM and cancels whatever alarm there was: the deadline must not be one."""
+    body = """
+from math_verify import parse, verify
+
+def f(prompt, completion):
+    right = float(verify(parse(prompt.answer), parse(completion.text)))
+    while completion.text == "hang":
+        pass
+    return right
+"""
+    pool = pool_of(function=f"{reward_file(body, 'verify.py')}:f", timeout_s=5.0)
+    assert rewards(pool.judge(items_of("3", "4", "hang", "3.0"))) == [1.0, 0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(("text", "how"), [("die", "exit status 3"), ("signal", "signal SIGSEGV")])
 def test_a_process_that_ends_costs_its_rollout_only(pool_of, items_of, caplog, text, how):
     verdicts = pool_of(timeout_reward=-0.5).judge(items_of("1", text, "2"))
