@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -92,17 +92,28 @@ def resolve_reward(config: RewardConfig) -> Reward:
 
 
 def answer_check(config: RewardConfig) -> Callable[[Any], None]:
-    """What the loader of prompts calls with every answer; it raises ValueError for one that the
-    reward cannot read.
+    """The check of one prompt's answer: it raises ValueError for an answer that the reward cannot read.
 
-    A reward of one's own has a check when the function has an attribute `check_answer` (`f.check_answer =
-    ...`); without one every answer passes. Raises ValueError as `resolve_reward` does.
+    A reward of one's own has a check when its function has an attribute of that name (`f.check_answer = g`).
+    Without one every answer passes. Raises ValueError itself where `resolve_reward` does.
     """
     name = config.function
     if name in BUILT_IN:
         return _load(name, BUILT_IN[name].check_answer)
     resolve_reward(config)
     return getattr(_load(name, name), "check_answer", lambda answer: None)
+
+
+def check_answers(config: RewardConfig, prompts: Iterable[Prompt]) -> None:
+    """Raises ValueError, naming file and line, for a prompt whose answer the reward cannot read."""
+    check = answer_check(config)
+    for prompt in prompts:
+        try:
+            check(prompt.answer)
+        except ValueError as error:
+            raise ValueError(
+                f"{prompt.prompt_id}: reward.function {config.function} cannot read the answer: {error}"
+            ) from error
 
 
 def located(config: RewardConfig) -> RewardConfig:

@@ -9,6 +9,7 @@ from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.data.prompts import load_prompts
 from gspo_dist.evaluation.runner import evaluate_heldout
+from gspo_dist.rewards.reward import check_answers
 from gspo_dist.trainer.setup.checks import check_model, load_tokenizer, resolve_device
 from gspo_dist.trainer.setup.factories import sampling_spec
 from gspo_dist.trainer.setup.processes import Processes
@@ -39,6 +40,7 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.seed,
     )[: config.evaluation.prompts]
+    check_answers(config.reward, prompts)
     device = resolve_device(config.cluster)
     run_dir = Path(config.run_dir).expanduser().resolve()
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:

@@ -12,7 +12,7 @@ from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
 from gspo_dist.metrics.wandb_sink import choose_mode
-from gspo_dist.rewards.reward import resolve_reward
+from gspo_dist.rewards.reward import check_answers, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
@@ -45,6 +45,7 @@ def build(config: RunConfig) -> Run:
     train, heldout = load_splits(
         config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )
+    check_answers(config.reward, [*train, *(heldout or ())])
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
     run_dir.mkdir(parents=True, exist_ok=True)

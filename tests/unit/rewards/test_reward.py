@@ -14,6 +14,7 @@ from gspo_dist.rewards.reward import (
     Judged,
     RewardError,
     answer_check,
+    check_answers,
     judge_rollout,
     located,
     resolve_reward,
@@ -143,6 +144,15 @@ def test_a_reward_of_ones_own_may_check_answers(reward_file):
     answer_check(RewardConfig(function=f"{path}:g"))(-1)  # it has none
     with pytest.raises(ValueError, match="has no 'h'"):
         answer_check(RewardConfig(function=f"{path}:h"))
+
+
+def test_the_first_answer_that_cannot_be_read_is_named_with_its_place():
+    answers = ["4", {"value": "2"}, None]
+    prompts = [Prompt(f"data.jsonl:{i}", (1,), "q", answer) for i, answer in enumerate(answers)]
+    check_answers(RewardConfig(), prompts[:1])
+    words = r"^data\.jsonl:1: reward\.function exact_match cannot read the answer: .*mapping"
+    with pytest.raises(ValueError, match=words):
+        check_answers(RewardConfig(), prompts)
 
 
 def test_a_module_that_fails_to_import_is_named(reward_file, monkeypatch, tmp_path):
