@@ -36,8 +36,8 @@ def judge(prompt, completion, *, folder=None):
             time.sleep(5)
         except TimeoutError:
             return 0.75
-    if text == "die":
-        os._exit(3)
+    if text.startswith("die"):
+        os._exit(int(text[3:] or 3))
     if text == "signal":
         os.kill(os.getpid(), signal.SIGSEGV)
     if text == "exit":
@@ -83,6 +83,12 @@ def test_verdicts_come_in_order_whoever_judged(pool_of, items_of):
     processes = {verdict.parts["pid"] for verdict in verdicts}
     assert len(processes) == 3
     assert os.getpid() not in processes
+
+
+def test_few_slow_rewards_are_spread_over_the_workers(pool_of, items_of):
+    pool = pool_of(workers=2)
+    pool.start()
+    assert len({verdict.parts["pid"] for verdict in pool.judge(items_of("1", "2", "3", "4"))}) == 2
 
 
 def test_no_items_are_no_verdicts(pool_of):
@@ -146,7 +152,9 @@ def f(prompt, completion):
     assert rewards(pool.judge(items_of("3", "4", "hang", "3.0"))) == [1.0, 0.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize(("text", "how"), [("die", "exit status 3"), ("signal", "signal SIGSEGV")])
+@pytest.mark.parametrize(
+    ("text", "how"), [("die", "exit status 3"), ("die0", "exit status 0"), ("signal", "signal SIGSEGV")]
+)
 def test_a_process_that_ends_costs_its_rollout_only(pool_of, items_of, caplog, text, how):
     verdicts = pool_of(timeout_reward=-0.5).judge(items_of("1", text, "2"))
     assert rewards(verdicts) == [1.0, -0.5, 2.0]
@@ -197,8 +205,10 @@ def test_a_worker_that_dies_while_it_waits_is_replaced(pool_of, items_of):
     assert pool.judge(items_of("2"))[0].reward == 2.0
 
 
-def test_what_a_reward_prints_disturbs_nothing(pool_of, items_of):
+def test_what_a_reward_prints_is_a_log_line_and_no_output(pool_of, items_of, capfd):
     assert rewards(pool_of().judge(items_of("print", "2"))) == [1.0, 2.0]
+    output, errors = capfd.readouterr()
+    assert (output, errors) == ("", "some words\n")
 
 
 @pytest.mark.parametrize(
