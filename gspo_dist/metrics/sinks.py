@@ -25,8 +25,7 @@ class Sink(Protocol):
     """One place that a run reports to. Every verb may raise anything; `Sinks` decides what that means."""
 
     def log(self, step: int, row: Row) -> None:
-        """Takes the numbers of a step. Called once per step, in order; `step` counts
-        completed rollout batches."""
+        """Takes the numbers of a step. Called once per step, in order; `step` counts rollout batches."""
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """Takes a few rollouts of a step, before its numbers. Called at most once per step."""

@@ -2,9 +2,9 @@
 
 A bad or missing key with `logger.wandb.mode=online` is a mistake of the settings, so it is refused before
 anything heavy starts. A server that cannot be reached is not: the run is logged offline, in its folder, and
-`wandb sync` sends it later. With `auto` both fall back to offline. W&B's own process uploads in the
-background, so a server that goes away in the middle of a run costs nothing but the wait of FINISH_TIMEOUT_S
-at its end.
+`wandb sync` sends it later. With `auto` both fall back to offline. Numbers are uploaded by a process of W&B's
+own, in the background. So a server that goes away in the middle of a run costs the wait for one table, and
+the wait of FINISH_TIMEOUT_S at the end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ except Exception as error:
     print("VERDICT", json.dumps(str(error)))
 """
 """A trial login; its last line says how it went."""
-REJECTED = ("not logged in", "401", "403", "invalid", "unauthorized", "permission")
+REJECTED = ("no key", "not logged in", "401", "403", "invalid", "unauthorized", "permission")
 """What a server, or wandb itself, says of a key that it does not take."""
 
 
@@ -93,7 +93,7 @@ def _try_login() -> str | None:
     """What is wrong with the server or the key, or None. In a process of its own, which can be
     ended for sure."""
     if not has_key():
-        return "invalid: no key is set"
+        return "no key is set"
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
     command = [sys.executable, "-c", LOGIN]
     try:
@@ -112,7 +112,7 @@ def _try_login() -> str | None:
     if not verdicts:
         return f"the login ended with status {done.returncode}"
     verdict = json.loads(verdicts[-1].removeprefix("VERDICT "))
-    return {"accepted": None, "no key": "invalid: no key is set"}.get(verdict, verdict)
+    return {"accepted": None, "no key": "no key is set"}.get(verdict, verdict)
 
 
 def open_wandb(
@@ -162,6 +162,7 @@ class WandbSink:
         # A resumed run repeats the steps since its checkpoint, and W&B never forgets a row: it gets each
         # step once.
         self.repeated = int(self.run.summary.get("step", -1))
+        self.sends_tables = True
 
     def log(self, step: int, row: Row) -> None:
         """Sends the numbers that are finite."""
@@ -169,13 +170,19 @@ class WandbSink:
             self.run.log({"step": step, **{k: v for k, v in row.items() if math.isfinite(v)}})
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
-        """Sends the rows as a table."""
+        """Sends the rows as a table. After one that failed it sends none: samples.jsonl has them all.
+
+        An online table, unlike numbers, waits for the server: 10 s per step where that is lost.
+        """
         import wandb
 
-        if rows and step > self.repeated:
-            columns = ["step", *rows[0]]
-            data = [[_cell(name, {"step": step, **row}[name]) for name in columns] for row in rows]
-            self.run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
+        if not rows or not self.sends_tables or step <= self.repeated:
+            return
+        columns = ["step", *rows[0]]
+        data = [[_cell(name, {"step": step, **row}[name]) for name in columns] for row in rows]
+        self.sends_tables = False  # until this one has gone
+        self.run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
+        self.sends_tables = True
 
     def image(self, name: str, path: Path) -> None:
         """Sends a copy of the picture."""

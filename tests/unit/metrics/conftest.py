@@ -14,6 +14,16 @@ KEY = "a" * 40
 """What wandb takes for a key by its form."""
 
 
+PROJECT = {"name": "gspo_dist", "entity": {"name": "me"}}
+BUCKET = {"id": "1", "name": "abc", "displayName": "abc", "project": PROJECT, "historyLineCount": 0}
+ANSWERS = {
+    "viewer": {"id": "1", "username": "me", "entity": "me"},
+    "model": None,  # no run of this identity yet
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+}
+"""To every question that wandb asks until a run has begun."""
+
+
 class Server:
     """Answers as W&B does for a good key, or rejects it, or fails, or never answers."""
 
@@ -21,11 +31,18 @@ class Server:
         self.behaviour = behaviour
         self.ended = threading.Event()
         self.asked: list[str] = []
+        self.began = False
         handler = type("Handler", (_Handler,), {"server_of_test": self})
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def hangs_on(self, body: bytes) -> bool:
+        began, self.began = self.began, self.began or b"upsertBucket" in body
+        if self.behaviour == "hangs after login":
+            return b'"Viewer"' not in body
+        return self.behaviour == "hangs" or (self.behaviour == "hangs after the run began" and began)
 
     def close(self) -> None:
         self.ended.set()
@@ -40,14 +57,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         server = self.server_of_test
         server.asked.append(self.path)
-        login = b'"Viewer"' in body
-        if server.behaviour == "hangs" or (server.behaviour == "hangs after login" and not login):
+        if server.hangs_on(body):
             server.ended.wait(120)
             return
         code, answer = {
             "rejects": (401, {"errors": [{"message": "user is not logged in"}]}),
             "fails": (500, {"errors": [{"message": "out of order"}]}),
-        }.get(server.behaviour, (200, {"data": {"viewer": {"id": "1", "username": "me", "entity": "me"}}}))
+        }.get(server.behaviour, (200, {"data": ANSWERS}))
         text = json.dumps(answer).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")

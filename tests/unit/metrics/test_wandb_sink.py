@@ -13,6 +13,8 @@ import pytest
 
 from gspo_dist.config import WandbConfig
 from gspo_dist.metrics import wandb_sink
+from gspo_dist.metrics.jsonl import MetricsFile, read_jsonl
+from gspo_dist.metrics.sinks import Sinks
 from gspo_dist.metrics.wandb_sink import NUMBERS, choose_mode, open_wandb
 
 ROWS = [
@@ -50,7 +52,7 @@ def test_auto_without_a_key_is_offline_and_asks_nobody(no_wandb, monkeypatch):
 
 
 def test_online_without_a_key_is_refused_with_the_way_out(no_wandb):
-    with pytest.raises(ValueError, match=r"mode=online needs a key .* no key is set.*wandb login.*mode=auto"):
+    with pytest.raises(ValueError, match=r"mode=online needs a key .*no key is set.*wandb login.*mode=auto"):
         choose_mode(WandbConfig(mode="online"))
 
 
@@ -224,3 +226,30 @@ def test_uploads_at_the_end_are_waited_for_with_a_bound(no_wandb, monkeypatch, t
         **{"project": "p", "entity": "e", "group": "g", "name": "n", "tags": ["a", "b"]},
         **{"config": {"seed": 1}, "dir": str(tmp_path), "mode": "online", "id": "abc126", "resume": "allow"},
     }
+
+
+@pytest.mark.slow
+def test_a_server_that_is_lost_in_the_run_costs_a_bounded_wait_at_its_end(
+    wandb_server, monkeypatch, tmp_path, elapsed, caplog
+):
+    """The run begins online; then nothing is answered any more. Everything lies in the run folder."""
+    import wandb
+
+    server = wandb_server("hangs after the run began")
+    monkeypatch.setattr(wandb_sink, "FINISH_TIMEOUT_S", 4.0)
+    sink = open_wandb("online", WandbConfig(), tmp_path, {}, "abc127")
+    try:
+        assert sink.run.settings.mode == "online"
+        sinks, began = Sinks(MetricsFile(tmp_path), [sink]), elapsed()
+        for step in range(1, 11):
+            sinks.samples(step, ROWS)
+            sinks.log(step, {"objective/loss": 0.5})
+        assert elapsed() - began < 25  # one table waits, not ten
+        sinks.close({"steps": 10})
+        assert elapsed() - began < 50
+    finally:
+        wandb.teardown()
+    assert server.began
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 10
+    assert caplog.text.count("the run goes on without samples in WandbSink") == 1
+    assert [path.stat().st_size > 1000 for path in tmp_path.rglob("*.wandb")] == [True]
