@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gspo_dist.metrics import jsonl
-from gspo_dist.metrics.jsonl import MetricsFile, SamplesFile, append, plain, read_jsonl, write_json
+from gspo_dist.metrics.jsonl import MetricsFile, SamplesFile, append, cut_back, plain, read_jsonl, write_json
 
 
 class Unprintable:
@@ -97,6 +97,8 @@ def test_a_torn_line_is_left_out_and_the_whole_rows_stay(tmp_path, torn):
 def test_bytes_that_are_no_text_tear_a_line_and_nothing_else(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{"st')
     assert read_jsonl(tmp_path / "m.jsonl") == [{"step": 1}]
+    cut_back(tmp_path / "m.jsonl", 1)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1}\n'
     assert read_jsonl(tmp_path / "absent.jsonl") == []
 
 
@@ -116,9 +118,10 @@ def test_a_resumed_run_goes_on_after_its_checkpoint_and_says_what_was_torn(tmp_p
 
 
 def test_a_run_that_starts_over_keeps_no_row(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
-    MetricsFile(tmp_path, completed_steps=0)
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    for name, file in (("metrics.jsonl", MetricsFile), ("samples.jsonl", SamplesFile)):
+        (tmp_path / name).write_text('{"step": 0}\n{"step": 1}\n')
+        file(tmp_path)
+        assert (tmp_path / name).read_text() == ""
 
 
 def test_a_row_without_a_step_is_not_kept_and_no_error(tmp_path):

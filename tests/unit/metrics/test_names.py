@@ -90,7 +90,7 @@ def test_a_unit_that_ends_a_name_is_the_unit_of_the_entry():
 
 REWARD = """
 def parts(prompt, completion):
-    return completion.text.count("7") / max(1, len(completion)), {"format": 1.0, "timeout": 0.0}
+    return completion.text.count("7") / max(1, len(completion)), {"format": 1.0, "timeout": 0.0, "crash": 0.0}
 """
 CONFIGURATIONS = {
     "gspo": ["objective=gspo"],

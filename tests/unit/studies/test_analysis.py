@@ -45,6 +45,13 @@ def test_equal_differences_need_no_spread(make_run):
     assert paired(base, "b", "b", final_accuracy).p == 1.0
 
 
+def test_two_seeds_are_enough_for_a_test_and_none_give_no_text(make_run):
+    runs = [make_run(arm, s, [0.5 + s / 10]) for arm in ("a", "b") for s in range(2)]
+    assert paired(runs, "a", "b", final_accuracy).testable
+    nothing = paired(runs, "a", "c", final_accuracy)
+    assert (nothing.testable, nothing.text()) == (False, "-")
+
+
 def test_a_seed_without_a_finite_value_pairs_with_nothing(make_run):
     runs = [
         make_run("a", 0, [math.nan]),
@@ -64,6 +71,9 @@ def test_a_seed_without_a_finite_value_pairs_with_nothing(make_run):
         ([0.5] * 10 + [0.1] * 10, "done", 13),
         ([0.5] * 10 + [0.1] * 6 + [0.5] * 8, "done", None),
         ([0.5] * 5 + [0.1] * 4, "done", None),
+        ([0.5] * 5 + [0.1] * 5, "done", 8),
+        ([0.5] * 10 + [0.3] * 10, "done", None),
+        ([0.9] + [0.1] * 19, "done", 5),
         ([0.5] * 4, "diverged", 3),
         ([], "diverged", 0),
     ],

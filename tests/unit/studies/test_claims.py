@@ -108,6 +108,50 @@ def test_a_collapse_decides_with_one_seed_what_it_can(verdicts_of):
     assert verdicts_of(seeds=2, collapsed=("grpo",))[2] == "reproduced"
 
 
+def test_every_verdict_stands_beside_its_claim_and_its_rule(arm):
+    """With all arms, and with none: the claims are numbered, and a rule says what is asked."""
+    runs = [run for name, level in SIX.items() for run in arm(name, level, 0.1)]
+    for verdicts in (verdicts_on(runs), verdicts_on([])):
+        assert [verdict.claim[:2] for verdict in verdicts] == ["1.", "2.", "3.", "4."]
+        for verdict, word in zip(
+            verdicts, ("p < 0.05", "at least 30", "collapses", "±5 points"), strict=True
+        ):
+            assert word in verdict.rule
+    assert verdicts_on([])[0].figures == "no runs of gspo, grpo"
+
+
+def test_equal_arms_reproduce_nothing_and_contradict_nothing(arm):
+    """No difference in any seed: p = 1 for accuracy, and the interval is within the margin."""
+    runs = [run for name in SIX for run in arm(name, 0.7, 0.1)]
+    assert [verdict.verdict for verdict in verdicts_on(runs)] == [
+        "not reproduced",
+        "not reproduced",
+        "half: GSPO needs no replay; GRPO did not need it here either",
+        "reproduced",
+    ]
+
+
+def test_learning_better_takes_more_than_a_higher_mean(make_run):
+    """Differences of -10 and +20 points: a mean of +5 and p = 0.8."""
+    clip = "objective/clip_fraction"
+    runs = []
+    for seed, accuracy in enumerate((0.4, 0.7)):
+        runs += [
+            make_run("gspo_recompute", seed, [accuracy], **{clip: 0.3}),
+            make_run("grpo", seed, [0.5], **{clip: 0.001}),
+        ]
+    assert verdicts_on(runs)[1].verdict == "reproduced (without learning measurably better)"
+
+
+def test_the_clip_fraction_of_engine_log_probs_is_quoted_where_there_is_one(arm):
+    runs = [*arm("gspo_recompute", 0.6, 0.3), *arm("grpo", 0.6, 0.002)]
+    assert "engine log-probs" not in verdicts_on(runs)[1].figures
+    figures = verdicts_on([*runs, *arm("gspo", 0.6, 0.4)])[1].figures
+    assert figures.startswith(
+        "gspo_recompute 0.3, grpo 0.002: ratio 150; gspo on engine log-probs 0.4; accuracy"
+    )
+
+
 def test_runs_that_died_are_no_evidence(verdicts_of):
     assert verdicts_of(seeds=3, status="died") == ["not testable"] * 4
 
