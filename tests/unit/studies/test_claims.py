@@ -131,6 +131,12 @@ def test_equal_arms_reproduce_nothing_and_contradict_nothing(arm):
     ]
 
 
+def test_one_test_without_seeds_leaves_claim_3_open(arm):
+    """GSPO needs no replay, and neither does GRPO by r3; r2 has one seed, so it might."""
+    runs = [r for name in SIX for r in arm(name, 0.7, 0.1) if not (name == "grpo_r2" and r.seed)]
+    assert verdicts_on(runs)[2].verdict.startswith("not testable: one seed")
+
+
 def test_learning_better_takes_more_than_a_higher_mean(make_run):
     """Differences of -10 and +20 points: a mean of +5 and p = 0.8."""
     clip = "objective/clip_fraction"
