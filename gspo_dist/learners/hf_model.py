@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from gspo_dist.learners import attention
 from gspo_dist.learners.head.logprobs import taken_logprobs
+from gspo_dist.learners.hf_folder import check_loaded, check_model_folder
+from gspo_dist.learners.mixers import SequenceMixers, check_layers, check_mixers
+from gspo_dist.models.shape import read_shape
 from gspo_dist.types import PackedBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,12 +32,21 @@ class LogprobHead(nn.Module):
     bias: torch.Tensor | None
     """[V], a parameter, where the head has one."""
 
-    def __init__(self, head: nn.Linear, temperature: float, fp32_head: bool) -> None:
+    def __init__(
+        self,
+        head: nn.Linear,
+        temperature: float,
+        fp32_head: bool,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.weight = head.weight
         self.register_parameter("bias", head.bias)
         self.temperature = temperature
         self.fp32_head = fp32_head
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
 
     def forward(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [N, H], token_ids [N] -> logprobs [N] float32, entropy [N] float32 (detached), in nats."""
@@ -46,6 +57,8 @@ class LogprobHead(nn.Module):
             bias=self.bias,
             temperature=self.temperature,
             fp32_head=self.fp32_head,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
         )
         assert out.entropy is not None  # taken_logprobs computes it unless told otherwise
         return out.logprobs, out.entropy
@@ -58,13 +71,23 @@ class PolicyModel(nn.Module):
     hf: PreTrainedModel
     """The model that was wrapped, its head replaced by a `LogprobHead`."""
 
-    def __init__(self, hf: PreTrainedModel, temperature: float = 1.0, fp32_head: bool = True) -> None:
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        temperature: float = 1.0,
+        fp32_head: bool = True,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> None:
+        """logit_scale, logit_softcap: what the model does to its logits (`ModelShape`)."""
         super().__init__()
         head = hf.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"model must have a linear LM head: got {type(head).__name__}")
-        hf.set_output_embeddings(LogprobHead(head, temperature, fp32_head))
+        hf.set_output_embeddings(LogprobHead(head, temperature, fp32_head, logit_scale, logit_softcap))
         self.hf = hf
+        self.mixers = SequenceMixers(hf)
 
     def forward(
         self,
@@ -79,7 +102,8 @@ class PolicyModel(nn.Module):
         from the hidden states at places 1 and 2.
         """
         layout = attention.PackedLayout.of(cu_seqlens, position_ids)
-        out = self.hf.model(
+        self.mixers.set_layout(layout)
+        out = self.hf.base_model(
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=layout
         )
         hidden = out.last_hidden_state[0]
@@ -97,32 +121,12 @@ def model_inputs(batch: PackedBatch, index: torch.Tensor, device: torch.device) 
     return {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
-def check_model_folder(path: str | Path) -> Path:
-    """The folder of an HF model. Raises ValueError for one that cannot be, before anything heavy starts."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"model.path must be a folder with an HF model: {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model.path must hold config.json: {folder} has {sorted(p.name for p in folder.iterdir())[:8]}"
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        needed = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(name for name in needed if not (folder / name).is_file())
-        if missing:
-            raise ValueError(
-                f"model.path lacks weight files named by its index: {missing[:4]}; copy the folder again"
-            )
-    elif not any(folder.glob("*.safetensors")):
-        raise ValueError(f"model.path must hold *.safetensors weights: none in {folder}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ValueError(f"model.path must hold a tokenizer (tokenizer.json): none in {folder}")
-    return folder
-
-
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention.NAME)
+    hf, seen = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True
+    )
+    check_loaded(folder, seen["missing_keys"], seen["unexpected_keys"])
+    return hf
 
 
 def load_policy(
@@ -144,15 +148,15 @@ def load_policy(
     Raises ValueError for a folder that is no HF model, and for an attention that packing would change.
     """
     folder = check_model_folder(path)
+    shape = read_shape(folder)
+    check_layers(shape)
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ValueError(
-            f"model {folder} uses sliding-window attention ({config.sliding_window}), which the packed "
-            "attention does not have; use a model with full attention"
-        )
     hf = (make or _from_pretrained)(folder, config, DTYPES[precision])
     if activation_checkpointing:
         # The reentrant kind would lose the gradient of layers whose input needs none (frozen embeddings).
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()
-    return PolicyModel(hf, temperature, fp32_head)
+    check_mixers(shape, hf)
+    return PolicyModel(
+        hf, temperature, fp32_head, logit_scale=shape.logit_scale, logit_softcap=shape.logit_softcap
+    )

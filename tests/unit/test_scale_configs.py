@@ -194,7 +194,7 @@ def test_a_study_runs_the_arms_that_the_experiments_name():
 
 def test_a_run_without_its_paths_stops_before_anything_starts():
     from gspo_dist.data.records import read_file
-    from gspo_dist.learners.hf_model import check_model_folder
+    from gspo_dist.learners.hf_folder import check_model_folder
 
     config = run_config(["experiment=qwen3_30b_a3b/gspo"])
     with pytest.raises(ValueError, match=r"give-model.path"):

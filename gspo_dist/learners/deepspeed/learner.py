@@ -18,7 +18,8 @@ from gspo_dist.learners.deepspeed.config import check, engine_config, import_dee
 from gspo_dist.learners.deepspeed.export import full_weights
 from gspo_dist.learners.deepspeed.load import load_partitioned
 from gspo_dist.learners.eager import hf_logprobs, replaying
-from gspo_dist.learners.hf_model import PolicyModel, check_model_folder, load_policy, model_inputs
+from gspo_dist.learners.hf_folder import check_model_folder
+from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor

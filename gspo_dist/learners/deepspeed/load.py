@@ -7,49 +7,19 @@ have that memory for a model that ZeRO-3 is worth using for.
 
 from __future__ import annotations
 
-import json
-from contextlib import AbstractContextManager
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from gspo_dist.learners.attention import NAME
-
-FILE = "model.safetensors"
-
-
-class Checkpoint:
-    """Tensors of an HF folder by the names of its files, read when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, str]
-        index = folder / f"{FILE}.index.json"
-        if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
-        else:
-            names = sorted(p.name for p in folder.glob("*.safetensors"))
-            self.files = {}
-            for name in names:
-                with self._open(name) as file:
-                    self.files |= dict.fromkeys(file.keys(), name)
-
-    def _open(self, name: str) -> AbstractContextManager[Any]:
-        return safe_open(self.folder / name, framework="pt")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with self._open(self.files[name]) as file:
-            return file.get_tensor(name)
+from gspo_dist.learners.hf_folder import WeightFiles, check_loaded
 
 
 def expert_parts(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, slice]]]:
@@ -67,19 +37,30 @@ def expert_parts(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, sli
     return [(f"{stem}.{e}.{part}.weight", (e, at)) for e in range(shape[0]) for part, at in rows.items()]
 
 
-def copy_into(target: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
-    """Fills the full parameter `name`. Raises ValueError, naming it, when the folder does not hold it."""
-    if name in checkpoint:
-        target.copy_(checkpoint[name])
-        return
+def copy_into(target: torch.Tensor, name: str, weights: WeightFiles) -> list[str]:
+    """Fills the full parameter `name` and returns the tensors that it was made of.
+
+    Raises ValueError, naming what is missing, when the folder does not hold it.
+    """
+    if name in weights:
+        target.copy_(weights[name])
+        return [name]
     parts = expert_parts(name, target.shape)
-    missing = [part for part, _ in parts if part not in checkpoint] if parts else [name]
-    if missing:
-        raise ValueError(
-            f"model.path lacks the weights {missing[:3]}: {checkpoint.folder} does not hold this model"
-        )
+    check_loaded(weights.folder, [part for part, _ in parts if part not in weights] if parts else [name], [])
     for part, at in parts:
-        target[at].copy_(checkpoint[part])
+        target[at].copy_(weights[part])
+    return [part for part, _ in parts]
+
+
+def _unread(hf: PreTrainedModel, weights: WeightFiles, read: set[str]) -> list[str]:
+    """Tensors of the folder that went into no parameter, except those that the model's class ignores."""
+    ignored = [re.compile(pattern) for pattern in hf._keys_to_ignore_on_load_unexpected or ()]
+    tied = set(hf.all_tied_weights_keys)
+    return [
+        name
+        for name in weights.files
+        if name not in read and name not in tied and not any(p.search(name) for p in ignored)
+    ]
 
 
 def _renew_rotary(hf: nn.Module) -> None:
@@ -115,15 +96,21 @@ def load_partitioned(
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
     hf.tie_weights()  # zero.Init had made the tied head a parameter of its own
     _renew_rotary(hf)
-    checkpoint = Checkpoint(folder) if dist.get_rank() == 0 else None
+    weights = WeightFiles(folder) if dist.get_rank() == 0 else None
+    read: set[str] = set()
     error: ValueError | None = None
     for name, parameter in hf.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if checkpoint is not None and error is None:
+            if weights is not None and error is None:
                 try:
-                    copy_into(parameter.data, name, checkpoint)
+                    read.update(copy_into(parameter.data, name, weights))
                 except ValueError as raised:
                     error = raised  # told to all ranks below: a rank that left now would hang the others
+    if weights is not None and error is None:
+        try:
+            check_loaded(folder, [], _unread(hf, weights, read))
+        except ValueError as raised:
+            error = raised
     errors: list[ValueError | None] = [error]
     dist.broadcast_object_list(errors, src=0)
     if errors[0] is not None:

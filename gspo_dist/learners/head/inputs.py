@@ -47,12 +47,23 @@ def _same_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} must be on hidden's device: got {tensor.device} and {hidden.device}")
 
 
-def check_numbers(temperature: float, chunk_tokens: int | None, kept_bytes: int | None) -> None:
-    """Raises ValueError for a temperature, a chunk or a budget that no head can have."""
+def check_numbers(
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    chunk_tokens: int | None,
+    kept_bytes: int | None,
+) -> None:
+    """Raises ValueError for a temperature, a scale, a cap, a chunk or a budget that no head can have."""
     if not 0.0 < temperature < float("inf"):
         raise ValueError(
             f"temperature must be positive and finite: got {temperature}; greedy sampling has no log-prob"
         )
+    for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
+        if value is not None and not 0.0 < value < float("inf"):
+            raise ValueError(
+                f"{name} must be positive and finite: got {value}; correct the model's config.json"
+            )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1: got {chunk_tokens}; None chooses it")
     if kept_bytes is not None and kept_bytes < 0:

@@ -113,7 +113,7 @@ class TritonPasses:
         self.logit_buffers = 1 if logits_dtype == hidden.dtype else 2
 
     def merge(self, block: Block, state: SoftmaxState, with_entropy: bool) -> None:
-        logits, bias, ids, inverse_temperature = block
+        logits, bias, ids, factor, _ = block  # `choose_passes` sends no capped block here
         n, width = logits.shape
         if n:
             _merge_kernel[(n,)](
@@ -121,7 +121,7 @@ class TritonPasses:
                 logits if bias is None else bias,
                 ids,
                 *state,
-                inverse_temperature,
+                factor,
                 width,
                 HAS_BIAS=bias is not None,
                 ENTROPY=with_entropy,
@@ -131,7 +131,7 @@ class TritonPasses:
             )
 
     def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        logits, bias, ids, inverse_temperature = block
+        logits, bias, ids, factor, _ = block  # `choose_passes` sends no capped block here
         n, width = logits.shape
         out = logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
         if n:
@@ -142,7 +142,7 @@ class TritonPasses:
                 ids,
                 lse,
                 scale,
-                inverse_temperature,
+                factor,
                 width,
                 HAS_BIAS=bias is not None,
                 TILE=TILE,

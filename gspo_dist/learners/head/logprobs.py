@@ -1,8 +1,12 @@
 """Log-probabilities of the taken tokens from hidden states, without ever holding the logits.
 
-    x = (hidden @ weight.T + bias) / temperature          lse_i = log sum_v exp x[i, v]
+    x = logit_scale (hidden @ weight.T + bias) / temperature
+    lse_i = log sum_v exp x[i, v]
     logprob_i = x[i, y_i] - lse_i                         entropy_i = lse_i - sum_v p[i, v] x[i, v]
     dL/dx[i, v] = dL/dlogprob_i (1[v = y_i] - p[i, v])    p[i, v] = exp(x[i, v] - lse_i)
+
+A model that caps its logits has x = cap(logit_scale (hidden @ weight.T + bias)) / temperature with
+cap(z) = c tanh(z / c), whose slope multiplies the gradient.
 
 The loss is a function of all log-probs at once (GSPO's ratio needs every token of a sequence), so the
 gradient of a token's log-prob is not known in the forward pass. The backward pass therefore computes the
@@ -81,7 +85,8 @@ class VocabParallel:
 
 class _Options(NamedTuple):
     passes: Passes
-    inverse_temperature: float
+    factor: float  # of `Block`
+    cap: float | None  # of `Block`
     block: int  # columns of a block
     logits_dtype: torch.dtype
     with_entropy: bool
@@ -96,6 +101,8 @@ def taken_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     chunk_tokens: int | None = None,
     kept_bytes: int | None = None,
     fp32_head: bool = False,
@@ -103,11 +110,13 @@ def taken_logprobs(
     vocab_parallel: VocabParallel | None = None,
     implementation: str = "auto",
 ) -> LogprobsAndEntropy:
-    """Log-prob of `token_ids[i]` under softmax((hidden[i] @ weight.T + bias) / temperature), and the entropy.
+    """Log-prob of `token_ids[i]` under the head's softmax at `temperature`, and its entropy.
 
     hidden [N, H], weight [V, H], bias [V]: one floating dtype, one device; differentiable, once.
     token_ids: [N], integers.
     temperature: what the rollout engine sampled with, so that the two log-probs can be compared.
+    logit_scale: factor that the model puts on its logits, before temperature and cap.
+    logit_softcap: c of the model's cap c tanh(logits / c), before the temperature. None: no cap.
     chunk_tokens: hold at most chunk_tokens x V logits (scratch of the same shape included; at least one
         column of N), in blocks cut along the vocabulary. None: as many as fit a fixed number of bytes.
     kept_bytes: at most so many bytes of logits stay from forward to backward, where they are not computed a
@@ -126,7 +135,7 @@ def taken_logprobs(
     range is read on the host: one synchronisation with the GPU per call.
     """
     check_tensors(hidden, weight, token_ids, bias)
-    check_numbers(temperature, chunk_tokens, kept_bytes)
+    check_numbers(temperature, logit_scale, logit_softcap, chunk_tokens, kept_bytes)
     ids = token_ids.to(torch.int64).contiguous()
     if vocab_parallel is None:
         check_ids(ids, weight.shape[0])
@@ -134,7 +143,7 @@ def taken_logprobs(
         ids = ids - vocab_parallel.start
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     logits_dtype = torch.float32 if half and fp32_head else hidden.dtype
-    passes = choose_passes(implementation, hidden, logits_dtype)
+    passes = choose_passes(implementation, hidden, logits_dtype, capped=logit_softcap is not None)
     held = max(len(ids) * passes.logit_buffers, 1)
     if chunk_tokens is None:
         columns = _default_columns(hidden, held * logits_dtype.itemsize)
@@ -146,7 +155,8 @@ def taken_logprobs(
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = _Options(
         passes=passes,
-        inverse_temperature=1.0 / temperature,
+        factor=logit_scale / temperature,
+        cap=None if logit_softcap is None else logit_softcap / temperature,
         block=block,
         logits_dtype=logits_dtype,
         with_entropy=with_entropy,
@@ -197,7 +207,7 @@ class _TakenLogprobs(torch.autograd.Function):
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         options: _Options = ctx.options
         kept, ctx.kept = ctx.kept, []  # gradient() destroys them: a second backward computes all logits again
-        scale = grad_logprobs * options.inverse_temperature
+        scale = grad_logprobs * options.factor
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
@@ -222,7 +232,7 @@ class _TakenLogprobs(torch.autograd.Function):
 
 def _block(columns: slice, logits: Tensor, bias: Tensor | None, ids: Tensor, options: _Options) -> Block:
     mine = None if bias is None else bias[columns]
-    return Block(logits, mine, ids - columns.start, options.inverse_temperature)
+    return Block(logits, mine, ids - columns.start, options.factor, options.cap)
 
 
 def _walk(

@@ -37,8 +37,10 @@ class Block(NamedTuple):
     """[v]."""
     ids: Tensor
     """[N] relative to the block; outside [0, v) the token's column is in another block."""
-    inverse_temperature: float
-    """What logits and bias are multiplied with."""
+    factor: float
+    """What logits and bias are multiplied with: the model's logit scale over the temperature."""
+    cap: float | None = None
+    """The model's soft cap over the temperature: x = cap tanh(factor (logits + bias) / cap). None: no cap."""
 
 
 class Passes(Protocol):
@@ -56,8 +58,10 @@ class Passes(Protocol):
     def gradient(self, block: Block, lse: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """scale_i (1[column of y_i] - p[i, v]), the gradient of the raw logits: [N, v] in `dtype`.
 
+        Under a cap each is multiplied with the cap's slope, 1 - (x / cap)^2.
+
         lse [N]: log-sum-exp over all columns.
-        scale [N]: the gradient of the log-prob times the inverse temperature.
+        scale [N]: the gradient of the log-prob times `block.factor`.
         """
         ...
 
@@ -94,8 +98,11 @@ class Chunked:
         """As `Passes.gradient`; over the logits where they have `dtype`."""
         x = _scaled(block, lse.dtype)
         inside, column = _locate(block.ids, x.shape[1])
+        slope = None if block.cap is None else 1.0 - (x / block.cap).square_()
         x.sub_(lse[:, None]).exp_().mul_(-scale[:, None])
         x.scatter_add_(1, column[:, None], torch.where(inside, scale, 0.0)[:, None])
+        if slope is not None:
+            x.mul_(slope)
         if x.dtype == dtype:
             return x
         return block.logits.copy_(x) if block.logits.dtype == dtype else x.to(dtype)
@@ -124,11 +131,13 @@ class Compiled:
 
 
 def _scaled(block: Block, dtype: torch.dtype) -> Tensor:
-    """(logits + bias) / temperature in `dtype`; over the logits where they have it already."""
+    """x of a block, in `dtype`; over the logits where they have it already."""
     x = block.logits.to(dtype)
     if block.bias is not None:
         x.add_(block.bias)
-    return x if block.inverse_temperature == 1.0 else x.mul_(block.inverse_temperature)
+    if block.cap is not None:
+        return x.mul_(block.factor / block.cap).tanh_().mul_(block.cap)
+    return x if block.factor == 1.0 else x.mul_(block.factor)
 
 
 def _locate(ids: Tensor, width: int) -> tuple[Tensor, Tensor]:

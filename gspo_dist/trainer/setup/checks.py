@@ -74,7 +74,7 @@ def check_model(config: RunConfig, model: str) -> int:
     Raises ValueError for what cannot work: a context that is too short, replay without experts, a layout that
     does not divide the model.
     """
-    from gspo_dist.learners.hf_model import check_model_folder
+    from gspo_dist.learners.hf_folder import check_model_folder
 
     check_model_folder(model)
     shape = read_shape(model)

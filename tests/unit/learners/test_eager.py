@@ -16,6 +16,7 @@ from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import results
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.objectives.objective import get_objective
+from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import PackedBatch
 
 VOCAB = 53
@@ -247,6 +248,11 @@ def test_the_reference_stays_where_the_policy_started(model: Path) -> None:
     learner.forward_backward([b.with_(ref_logprobs=start) for b in data], spec(kl_coef=0.1))
     learner.optim_step()
     assert torch.equal(learner.logprobs(data, reference=True)[0].logprobs, start)
+    traced = learner.logprobs([b.with_(routing=None) for b in data], record_routing=True)[0].routing
+    odd = RoutingTrace(traced.expert_ids[::-1].copy(), traced.known, traced.num_experts)
+    given = [data[0].with_(routing=odd)]
+    assert not torch.equal(learner.logprobs(given)[0].logprobs, learner.logprobs(data)[0].logprobs)
+    assert torch.equal(learner.logprobs(given, reference=True)[0].logprobs, start)  # it routes by itself
     assert not torch.equal(learner.logprobs(data)[0].logprobs, start)
 
 

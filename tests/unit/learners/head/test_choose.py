@@ -22,6 +22,11 @@ def test_only_logits_narrower_than_the_sums_are_copied():
     assert choose_passes("chunked", HIDDEN.bfloat16(), torch.float32).merge_destroys
 
 
+def test_a_cap_is_not_for_triton():
+    with pytest.raises(ValueError, match="no soft cap"):
+        choose_passes("triton", HIDDEN, torch.float32, capped=True)
+
+
 def test_the_compiled_passes_are_made_once():
     first = choose_passes("compiled", HIDDEN, torch.float32)
     assert isinstance(first, Compiled)

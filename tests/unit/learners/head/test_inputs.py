@@ -38,6 +38,8 @@ def arguments() -> dict[str, torch.Tensor]:
         ("temperature", {"temperature": -1.0}),
         ("temperature", {"temperature": math.nan}),
         ("temperature", {"temperature": math.inf}),
+        ("logit_scale", {"logit_scale": 0.0}),
+        ("logit_softcap", {"logit_softcap": -30.0}),
         ("chunk_tokens", {"chunk_tokens": 0}),
         ("kept_bytes", {"kept_bytes": -1}),
         ("implementation", {"implementation": "liger"}),

@@ -69,6 +69,48 @@ def test_equals_log_softmax_and_gather_in_value_and_gradient(chunk_tokens, tempe
         assert_close(got, want, 1e-12)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["kept-none", "kept-all"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_tokens", [2, None])
+def test_scaled_and_capped_logits_in_value_and_gradient(chunk_tokens, softcap, kept_bytes):
+    hidden, weight, b, ids, upstream = make()
+    out = taken_logprobs(
+        hidden,
+        weight,
+        ids,
+        bias=b,
+        temperature=0.7,
+        logit_scale=0.3,
+        logit_softcap=softcap,
+        chunk_tokens=chunk_tokens,
+        kept_bytes=kept_bytes,
+    )
+    logits = 0.3 * torch.nn.functional.linear(hidden, weight, b)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = (logits / 0.7).log_softmax(-1)
+    expected = logp.gather(1, ids[:, None])[:, 0]
+    assert_close(out.logprobs, expected, 1e-12)
+    assert_close(out.entropy, -(logp.exp() * logp).sum(-1).detach(), 1e-12)
+    for got, want in zip(
+        gradients(out.logprobs, upstream, hidden, weight, b),
+        gradients(expected, upstream, hidden, weight, b),
+        strict=True,
+    ):
+        assert_close(got, want, 1e-12)
+
+
+def test_capped_logits_of_16_bit_inputs_are_capped_in_float32():
+    hidden, weight, _, ids, upstream = make(64, 256, 997, dtype=torch.bfloat16, bias=False)
+    logits = 5.0 * torch.tanh(hidden.double() @ weight.double().T / 5.0)
+    truth = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    out = taken_logprobs(hidden, weight, ids, fp32_head=True, logit_softcap=5.0, chunk_tokens=8)
+    assert (out.logprobs.double() - truth).abs().max() < 1e-4
+    want = gradients(truth, upstream, hidden, weight)
+    for g, w in zip(gradients(out.logprobs.double(), upstream, hidden, weight), want, strict=True):
+        assert (g.double() - w.double()).norm() / w.double().norm() < 6e-3
+
+
 def test_a_number_worked_by_hand():
     hidden = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     weight = torch.tensor([[0.0, 9.0], [math.log(3), 9.0]], dtype=torch.float64)

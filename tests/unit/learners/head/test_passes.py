@@ -45,12 +45,22 @@ def test_the_gradient_of_a_block_is_taken_minus_probability() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_equals_chunked():
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_compiled_equals_chunked(cap: float | None) -> None:
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*s, generator=g).requires_grad_() for s in ((7, 5), (23, 5), (23,)))
     ids, upstream = torch.randint(23, (7,), generator=g), torch.randn(7, generator=g)
     outs = [
-        taken_logprobs(hidden, weight, ids, bias=bias, temperature=0.7, chunk_tokens=8, implementation=name)
+        taken_logprobs(
+            hidden,
+            weight,
+            ids,
+            bias=bias,
+            temperature=0.7,
+            logit_softcap=cap,
+            chunk_tokens=8,
+            implementation=name,
+        )
         for name in ("compiled", "chunked")
     ]
     torch.testing.assert_close(outs[0].logprobs, outs[1].logprobs, rtol=2e-6, atol=2e-6)

@@ -1,0 +1,152 @@
+"""Layers with memory: a sequence computes what it computes alone, wherever it is packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from gspo_dist.learners.hf_model import PolicyModel, load_policy
+from gspo_dist.learners.mixers import check_layers, check_mixers, find_mixers
+from gspo_dist.models.shape import shape_from_config
+
+VOCAB = 83
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_chunk_size": 16}
+FAMILIES = {
+    "qwen3_next": EXPERTS | DELTA,
+    "qwen3_5_moe_text": EXPERTS | DELTA,
+    "lfm2_moe": EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": MAMBA
+    | {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "layer_types": ["mamba", "attention"],
+        "logits_scaling": 3.0,
+    },
+}
+SEQUENCES = [
+    torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 77, 30, 1)
+]
+MINE = 2
+
+
+def save(family: str, folder: Path, **changes: object) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | changes)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def logprobs(policy: PolicyModel, parts: list[torch.Tensor], which: int) -> torch.Tensor:
+    """Log-probs of all tokens but the first of sequence `which` of a packed batch."""
+    borders = torch.tensor([0] + [len(p) for p in parts]).cumsum(0)
+    positions = torch.cat([torch.arange(len(p)) for p in parts])
+    index = torch.arange(int(borders[which]) + 1, int(borders[which + 1]))
+    return policy(torch.cat(parts), positions, borders.int(), index)[0]
+
+
+def hf_logprobs(hf: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    table = torch.log_softmax(hf(input_ids=ids[None]).logits[0, :-1], -1)
+    return table.gather(1, ids[1:, None]).flatten()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_alone_and_hf_agree_in_value_and_gradient(family: str, tmp_path: Path) -> None:
+    folder = save(family, tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    policy = load_policy(folder, "fp32")
+    assert len(policy.mixers.modules) == 1
+    want = hf_logprobs(hf, SEQUENCES[MINE])
+    alone = logprobs(policy, [SEQUENCES[MINE]], 0)
+    packed = logprobs(policy, SEQUENCES, MINE)
+    torch.testing.assert_close(alone, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    weights = torch.linspace(-1, 1, len(want))
+    (want * weights).sum().backward()
+    (packed * weights).sum().backward()
+    mine = dict(policy.hf.named_parameters())
+    errors, norms = [], []
+    for name, parameter in hf.named_parameters():
+        if parameter.grad is not None:
+            errors.append((mine[name].grad - parameter.grad).norm())
+            norms.append(parameter.grad.norm())
+            # A_log's few numbers are sums of exponentials of sums, whose order padding changes.
+            assert errors[-1] <= 5e-5 * norms[-1] + 1e-9, name
+    assert torch.stack(errors).norm() <= 1e-5 * torch.stack(norms).norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_layers_keep_the_borders(family: str, tmp_path: Path) -> None:
+    folder = save(family, tmp_path)
+    grads = []
+    for checkpointed in (False, True):
+        policy = load_policy(folder, "fp32", activation_checkpointing=checkpointed)
+        logprobs(policy, SEQUENCES, MINE).sum().backward()
+        grads.append([p.grad for p in policy.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.equal(plain, again)
+
+
+def test_a_call_without_borders_is_refused(tmp_path: Path) -> None:
+    policy = load_policy(save("lfm2_moe", tmp_path), "fp32")
+    with pytest.raises(ValueError, match="called with 3 tokens and the borders of no batch"):
+        policy.hf.model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+
+
+def shape(**config: object):
+    return shape_from_config({"model_type": "qwen3", **COMMON, **config}, "toy")
+
+
+@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention", "indexed_attention"])
+def test_an_attention_that_packing_does_not_have_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"toy has layers of kind {kind} .the first is layer 1"):
+        check_layers(shape(layer_types=["full_attention", kind], sliding_window=8))
+
+
+def test_a_window_that_no_layer_has_is_not_refused() -> None:
+    check_layers(shape(layer_types=["full_attention"] * 2, sliding_window=8))
+
+
+def test_a_layer_whose_memory_nothing_contains_is_refused(tmp_path: Path) -> None:
+    policy = load_policy(save("lfm2_moe", tmp_path), "fp32")
+    listed = shape(layer_types=["full_attention", "linear_attention"])
+    assert list(find_mixers(policy.hf)) == ["model.layers.0.conv"]
+    check_mixers(shape(layer_types=["conv", "full_attention"]), policy.hf)
+    with pytest.raises(ValueError, match="layer 1 of toy is of kind linear_attention"):
+        check_mixers(listed, policy.hf)
