@@ -17,11 +17,14 @@ from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.names import hf_named_weights
 from gspo_dist.weights.stream import buckets
+
+FILE = "eager.pt"
 
 
 def scatter_output(
@@ -146,19 +149,19 @@ class EagerLearner:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "masters": self.masters,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "policy_version": self.policy_version,
-                "rng": torch.get_rng_state(),
-            },
-            folder / "eager.pt",
-        )
+        write_layout(folder, self.config)
+        state = {
+            "masters": self.masters,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "policy_version": self.policy_version,
+            "rng": torch.get_rng_state(),
+        }
+        write_state(state, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "eager.pt", map_location=self.device, weights_only=True)
+        check_resume(folder, self.config)
+        state = read_state(folder / FILE, self.device)
         with torch.no_grad():
             for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
                 if master.shape != saved.shape:

@@ -23,6 +23,7 @@ from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state, writing
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.models.shape import read_shape
 from gspo_dist.routing import deepspeed as autoep_routers
@@ -227,20 +228,24 @@ class DeepSpeedLearner:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {"policy_version": self.policy_version}
-        self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        if self.rank == 0:
+            write_layout(folder, self.config)
+        with writing(folder):
+            self.engine.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        torch.save(random, folder / f"random_{self.rank}.pt")
+        write_state(random, folder / f"random_{self.rank}.pt")
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        """Needs as many ranks, the same ZeRO stage and the same expert parallelism as at `save`."""
-        path, state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        if path is None:
+        """As `Learner.load`. Needs as many ranks, the same ZeRO stage and expert parallelism as at `save`."""
+        check_resume(folder, self.config)
+        if not (folder / TAG).is_dir():
             raise ValueError(f"no DeepSpeed checkpoint in {folder}: expected its folder {TAG!r}")
+        random = read_state(folder / f"random_{self.rank}.pt")
+        _, state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
         self.policy_version = state["policy_version"]
-        random = torch.load(folder / f"random_{self.rank}.pt", weights_only=True)
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.device)

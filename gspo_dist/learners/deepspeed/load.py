@@ -7,7 +7,6 @@ have that memory for a model that ZeRO-3 is worth using for.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from gspo_dist.learners.attention import NAME
-from gspo_dist.learners.hf_folder import WeightFiles, check_loaded
+from gspo_dist.learners.hf_folder import check_loaded
+from gspo_dist.weights.folder import ModelFolder
 
 
 def expert_parts(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, slice]]]:
@@ -37,30 +37,20 @@ def expert_parts(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, sli
     return [(f"{stem}.{e}.{part}.weight", (e, at)) for e in range(shape[0]) for part, at in rows.items()]
 
 
-def copy_into(target: torch.Tensor, name: str, weights: WeightFiles) -> list[str]:
+def copy_into(target: torch.Tensor, name: str, weights: ModelFolder) -> list[str]:
     """Fills the full parameter `name` and returns the tensors that it was made of.
 
     Raises ValueError, naming what is missing, when the folder does not hold it.
     """
-    if name in weights:
-        target.copy_(weights[name])
+    if name in weights.tensors:
+        target.copy_(weights.read(name))
         return [name]
     parts = expert_parts(name, target.shape)
-    check_loaded(weights.folder, [part for part, _ in parts if part not in weights] if parts else [name], [])
+    missing = [part for part, _ in parts if part not in weights.tensors] if parts else [name]
+    check_loaded(weights.path, missing, [])
     for part, at in parts:
-        target[at].copy_(weights[part])
+        target[at].copy_(weights.read(part))
     return [part for part, _ in parts]
-
-
-def _unread(hf: PreTrainedModel, weights: WeightFiles, read: set[str]) -> list[str]:
-    """Tensors of the folder that went into no parameter, except those that the model's class ignores."""
-    ignored = [re.compile(pattern) for pattern in hf._keys_to_ignore_on_load_unexpected or ()]
-    tied = set(hf.all_tied_weights_keys)
-    return [
-        name
-        for name in weights.files
-        if name not in read and name not in tied and not any(p.search(name) for p in ignored)
-    ]
 
 
 def _renew_rotary(hf: nn.Module) -> None:
@@ -94,9 +84,11 @@ def load_partitioned(
     # "memory efficient" linear layer would replace torch's in the whole process.
     with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False), no_init_weights():
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
-    hf.tie_weights()  # zero.Init had made the tied head a parameter of its own
+    source = ModelFolder(folder)
+    if source.tied:
+        hf.tie_weights()  # zero.Init had made the tied head a parameter of its own
     _renew_rotary(hf)
-    weights = WeightFiles(folder) if dist.get_rank() == 0 else None
+    weights = source if dist.get_rank() == 0 else None
     read: set[str] = set()
     error: ValueError | None = None
     for name, parameter in hf.named_parameters():
@@ -108,7 +100,7 @@ def load_partitioned(
                     error = raised  # told to all ranks below: a rank that left now would hang the others
     if weights is not None and error is None:
         try:
-            check_loaded(folder, [], _unread(hf, weights, read))
+            check_loaded(folder, [], weights.streamed - read)
         except ValueError as raised:
             error = raised
     errors: list[ValueError | None] = [error]

@@ -1,4 +1,4 @@
-"""What a model folder must hold: whole files, every tensor, and a head that agrees with its config."""
+"""What a model folder must hold: whole files and every tensor. Which head is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gspo_dist.learners.hf_folder import WeightFiles, check_loaded, check_model_folder
+from gspo_dist.learners.hf_folder import check_loaded, check_model_folder
 from gspo_dist.learners.hf_model import load_policy
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -45,7 +45,7 @@ def test_what_a_folder_lacks_is_named_in_turn(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold config\.json"):
         check_model_folder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"must hold \*\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no \*\.safetensors"):
         check_model_folder(tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / FILE)
     with pytest.raises(ValueError, match="must hold a tokenizer"):
@@ -54,34 +54,11 @@ def test_what_a_folder_lacks_is_named_in_turn(tmp_path: Path) -> None:
     assert check_model_folder(tmp_path) == tmp_path
 
 
-def test_files_that_the_index_names_must_be_there(tmp_path: Path) -> None:
-    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
-    with pytest.raises(ValueError, match=r"named by its index: \['two\.safetensors'\]"):
-        WeightFiles(tmp_path)
-    save_file({"c": torch.zeros(2)}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match=r"lacks the weights \['b'\].*places in two\.safetensors"):
-        WeightFiles(tmp_path)
-
-
-def test_an_index_that_is_no_index_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ')
-    with pytest.raises(ValueError, match=r"index .*index\.json cannot be read"):
-        WeightFiles(tmp_path)
-
-
 @pytest.mark.parametrize("kept", [0, 5, 600, -1])
 def test_a_torn_file_is_named_before_anything_is_loaded(folder: Path, kept: int) -> None:
     data = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(data[:kept])
-    with pytest.raises(ValueError, match=rf"model\.safetensors is torn .*{len(data[:kept]):,} bytes"):
-        check_model_folder(folder)
-
-
-def test_a_pointer_in_place_of_the_weights_says_what_to_run(folder: Path) -> None:
-    (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="git lfs pull"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors is torn.* {len(data[:kept])}\b"):
         check_model_folder(folder)
 
 
@@ -107,11 +84,12 @@ def test_names_beyond_three_are_counted() -> None:
         check_loaded(Path("here"), ["e", "d", "c", "b", "a"], [])
 
 
-def test_a_head_of_its_own_contradicts_a_tied_config(folder: Path) -> None:
+def test_a_head_of_its_own_is_trained_even_if_the_config_says_tied(folder: Path) -> None:
     set_config(folder, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"says tie_word_embeddings, but model\.safetensors holds a lm_head"):
-        check_model_folder(folder)
-    embedding = load_file(folder / FILE)["model.embed_tokens.weight"]
-    rewrite(folder, **{"lm_head.weight": embedding.clone()})
-    policy = load_policy(folder, "fp32")
-    assert policy.hf.lm_head.weight is policy.hf.model.embed_tokens.weight
+    weights = load_file(folder / FILE)
+    hf = load_policy(folder, "fp32").hf
+    assert torch.equal(hf.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(hf.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+    rewrite(folder, **{"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    hf = load_policy(folder, "fp32").hf
+    assert hf.lm_head.weight is hf.model.embed_tokens.weight

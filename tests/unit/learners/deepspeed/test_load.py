@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gspo_dist.learners.deepspeed.load import copy_into, expert_parts
-from gspo_dist.learners.hf_folder import WeightFiles
+from gspo_dist.weights.folder import ModelFolder
 
 
 def tiny() -> Qwen3MoeForCausalLM:
@@ -42,7 +42,7 @@ def test_parameters_filled_one_by_one_equal_the_saved_model(tmp_path: Path, shar
     assert len(list(tmp_path.glob("*.safetensors"))) == (
         1 if shard_size == "1GB" else len(set(files(tmp_path)))
     )
-    checkpoint = WeightFiles(tmp_path)
+    checkpoint = ModelFolder(tmp_path)
     for name, parameter in model.named_parameters():
         target = torch.full_like(parameter, float("nan"))
         copy_into(target, name, checkpoint)
@@ -55,7 +55,7 @@ def test_a_weight_that_the_folder_lacks_is_named(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     for gone in ("model.norm.weight", "model.layers.1.mlp.experts.2.up_proj.weight"):
         save_file({n: t for n, t in weights.items() if n != gone}, tmp_path / "model.safetensors")
-        checkpoint = WeightFiles(tmp_path)
+        checkpoint = ModelFolder(tmp_path)
         bad = {}
         for name, parameter in model.named_parameters():
             try:
