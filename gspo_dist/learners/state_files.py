@@ -66,7 +66,8 @@ def check_resume(folder: Path, config: LearnerConfig) -> None:
     back = " ".join(f"{key}={saved[key]}" for key in differ)
     raise ValueError(
         f"checkpoint {folder} can only be loaded with the layout that saved it: {changes}. Resume with "
-        f"{back}, or export the checkpoint (gspo export) and start a new run from that folder, with a fresh optimiser"
+        f"{back}, or export the checkpoint (gspo export) and start a new run from that folder, with a fresh "
+        "optimiser"
     )
 
 
@@ -106,7 +107,9 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: no end of the zip was found
+        # EINVAL is what a zip without its end gives.
+        # EINVAL is what a zip without its end gives.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise ValueError(
             f"{path} is torn ({path.stat().st_size:,} bytes): remove this checkpoint to go on from the one "
