@@ -18,7 +18,10 @@ def choose(field: str, name: object, options: Iterable[str]) -> str:
     """`name` if it is one of `options`; ValueError that names `field` otherwise."""
     known = list(options)
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"{field} must be a known name: got {name!r}; {nearest(name, known)}")
+        hint = nearest(name, known)
+        if str(name) == "False" and "off" in known:
+            hint = f'YAML reads a bare off as false, so write "off" with its quotes; {hint}'
+        raise ValueError(f"{field} must be a known name: got {name!r}; {hint}")
     return name
 
 

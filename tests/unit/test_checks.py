@@ -28,6 +28,14 @@ def test_a_choice_is_returned_and_anything_else_refused_by_name():
         choose("learner.backend", 3, ["eager"])
 
 
+@pytest.mark.parametrize("read", [False, "False"])
+def test_an_off_that_yaml_read_as_false_is_explained(read):
+    with pytest.raises(ValueError, match=r'got .*False.*; YAML reads a bare off as false, so write "off"'):
+        choose("logger.wandb.mode", read, ["auto", "off"])
+    with pytest.raises(ValueError, match=r"got .*False.*; known: auto"):
+        choose("logger.wandb.mode", read, ["auto"])
+
+
 @pytest.mark.parametrize(
     ("total", "listed"),
     [

@@ -6,7 +6,7 @@ Numbers below are worked out by hand from the model card's sizes (48 layers, hid
     tables 2 x 151,936 x 2048 = 622,329,856
     norms 48 x (2 x 2048 + 2 x 128) + 2048 = 210,944
     routers 48 x 2048 x 128 = 12,582,912
-    experts 48 x 128 x 3 x 2048 x 768 = 28,991,029,248, so 3,623,878,656 a rank at expert_parallel 8
+    experts 48 x 128 x 3 x 2048 x 768 = 28,991,029,248, so 3,623,878,656 per rank at expert_parallel 8
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def test_a_run_without_its_paths_stops_before_anything_starts():
     from gspo_dist.learners.hf_folder import check_model_folder
 
     config = run_config(["experiment=qwen3_30b_a3b/gspo"])
-    with pytest.raises(ValueError, match=r"give-model.path"):
+    with pytest.raises(ValueError, match=r"give-model\.path"):
         check_model_folder(config.model.path)
     for path in (config.data.train, config.data.heldout):
         with pytest.raises(ValueError, match="data file must exist: give-data"):
