@@ -22,6 +22,7 @@ FLOORS = {
     "evaluation": 4,
     "coldstart": 4,
     "studies": 4,
+    "examples": 4,
     "actors": 3,
     "rollout": 2,
     "learners": 2,

@@ -220,7 +220,14 @@ def test_guard_state_survives_json_and_continues_identically():
         (lambda: guard(action="recenter"), "guard.action.*did you mean 'recentre'"),
         (lambda: guard(estimator="mean"), "guard.estimator"),
         (lambda: guard(threshold=-1.0), "guard.threshold"),
-        (lambda: guard(ema_decay=1.0), "decay"),
+        (lambda: guard(ema_decay=1.0), r"objective\.guard\.ema_decay must be in \[0, 1\): got 1"),
+        (lambda: guard(ema_decay=-0.1), r"objective\.guard\.ema_decay"),
+        (
+            lambda: guard(subset_fraction=1.5),
+            r"objective\.guard\.subset_fraction must be in \(0, 1\]: got 1.5",
+        ),
+        (lambda: EmaOffset(1.0), r"^decay must be in \[0, 1\): got 1"),
+        (lambda: EmaOffset(-0.1), "^decay must be in"),
         (lambda: guard(subset_fraction=0.0), "guard.subset_fraction"),
         (lambda: batch_offset([]), "sequence_log_ratios"),
         (lambda: batch_offset([math.nan]), "sequence_log_ratios"),
@@ -303,3 +310,10 @@ def test_a_subset_has_its_share_but_at_least_two_of_two():
     assert choose_subset(1, 0.001, 0) == [0]
     assert choose_subset(3, 1.0, 7) == [0, 1, 2]
     assert choose_subset(50, 0.2, 1) == sorted(set(choose_subset(50, 0.2, 1)))
+
+
+def test_the_edges_of_the_guards_settings_are_allowed():
+    config = GuardConfig(ema_decay=0.0, subset_fraction=1.0, threshold=0.0)
+    assert config.release == 0.0
+    assert EmaOffset(0.0).update(estimate(2.0)).offset == 2.0
+    assert EmaOffset(0.0).update(estimate(2.0)).standard_error == 1e-5

@@ -1,0 +1,176 @@
+"""Every example runs, end to end in this process, and the commands in its docstring compose."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from gspo_dist.cli.compose import run_config
+from gspo_dist.examples import digit_reward, make_sums, squared
+from gspo_dist.objectives import Denominators, Segments
+from gspo_dist.types import Completion, Prompt
+from tests.unit.trainer.test_loop import config, go, model, reward_file  # noqa: F401 - fixtures are found by name
+
+EXAMPLES = sorted(path.stem for path in Path(squared.__file__).parent.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_documented_commands_compose(name):
+    documentation = importlib.import_module(f"gspo_dist.examples.{name}").__doc__
+    lines = documentation.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("    gspo train ")]
+    assert commands
+    for _, _, *overrides in commands:
+        run_config(overrides)
+
+
+# --- objective ---
+
+
+def test_squared_by_hand():
+    """Log ratios .2 and .4, so log s = .3. A = 2: the loss is -2 (.2 + .4) / 2 + strength / 2 .09."""
+    old = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    logprobs = (old + torch.tensor([0.2, 0.4])).requires_grad_()
+    segments, counts = Segments(torch.tensor([0, 0]), 1), Denominators(1, 2, 2)
+    result = squared.SQUARED.loss(logprobs, old, torch.full_like(old, 2.0), segments, counts)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(-0.6 + 0.045, rel=1e-6)
+    assert logprobs.grad.tolist() == pytest.approx([-1.0 + 0.15] * 2, rel=1e-6)
+
+
+def test_a_run_trains_with_the_objective_and_its_parameter(model, reward_file, tmp_path):  # noqa: F811
+    """The first mini-batch is at ratio 1, where the trust region has neither value nor gradient.
+
+    So both runs are at the same policy in the second, and their losses differ by strength / 2 (log s)^2.
+    """
+    (tmp_path / "first.py").write_text(
+        "def token(prompt, completion):\n    return float(completion.token_ids[0])\n"
+    )
+
+    def last_row(strength):
+        _, rows = go(
+            config(
+                model,
+                reward_file,
+                tmp_path / str(strength),
+                "objective=custom",
+                "objective.name=gspo_dist.examples.squared:SQUARED",
+                f"+objective.params.strength={strength}",
+                f"reward.function='{tmp_path}/first.py:token'",
+                "data.heldout=null",
+                "steps=1",
+            )
+        )
+        return rows[-1]
+
+    without, with_it = last_row(0.0), last_row(8.0)
+    assert (
+        without["objective/mini_batch_1/approx_kl_k3"] == with_it["objective/mini_batch_1/approx_kl_k3"] > 0
+    )
+    square = without["objective/log_ratio_mean"] ** 2 + without["objective/log_ratio_std"] ** 2
+    assert with_it["objective/loss"] - without["objective/loss"] == pytest.approx(8.0 / 2 * square, rel=1e-4)
+
+
+# --- reward ---
+
+
+def completion(text):
+    n = len(text)
+    return Completion(
+        token_ids=np.arange(n),
+        loss_mask=np.ones(n, bool),
+        logprobs=np.full(n, -1.0, np.float32),
+        policy_versions=np.zeros(n, np.int32),
+        finish_reason="stop",
+        text=text,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reward", "parts"),
+    [
+        ("12,09#92", 1.0, (1.0, 1.0, 1.0)),
+        ("12,08#82", 0.25, (1.0, 0.0, 1.0)),
+        ("12,08#81", 0.0, (1.0, 0.0, 0.0)),
+        ("#92 ", 0.0, (0.0, 0.0, 0.0)),
+        ("", 0.0, (0.0, 0.0, 0.0)),
+    ],
+)
+def test_the_reward_and_its_parts_by_hand(text, reward, parts):
+    prompt = Prompt("p", (1,), "57+35=", answer="92")
+    got, named = digit_reward.score(prompt, completion(text), last_digit=0.25)
+    assert got == reward
+    assert tuple(named[name] for name in ("answered", "right", "last_digit_right")) == parts
+
+
+def test_a_run_logs_the_parts_of_the_reward(model, reward_file, tmp_path):  # noqa: F811
+    _, rows = go(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            "reward.function=gspo_dist.examples.digit_reward:score",
+            "+reward.options.last_digit=0.5",
+            "data.heldout=null",
+            "steps=1",
+        )
+    )
+    row = rows[-1]
+    assert row["rollout/reward_mean"] == pytest.approx(
+        row["reward/right"] + 0.5 * (row["reward/last_digit_right"] - row["reward/right"]), abs=1e-9
+    )
+    assert 0.0 <= row["reward/right"] <= row["reward/last_digit_right"] <= row["reward/answered"] <= 1.0
+
+
+# --- data ---
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_files_hold_distinct_questions_with_their_answers(tmp_path):
+    make_sums.main(["--to", str(tmp_path), "--train", "30", "--heldout", "10", "--digits", "1"])
+    train, heldout = lines(tmp_path / "train.jsonl"), lines(tmp_path / "heldout.jsonl")
+    assert (len(train), len(heldout)) == (30, 10)
+    assert len({r["prompt"] for r in train + heldout}) == 40
+    for r in train + heldout:
+        left, right = r["prompt"].rstrip("=").split("+")
+        assert r["answer"] == str(int(left) + int(right))
+    with pytest.raises(ValueError, match=r"1-digit sums give 81 questions: got 80 \+ 2"):
+        make_sums.main(["--to", str(tmp_path), "--train", "80", "--heldout", "2", "--digits", "1"])
+
+
+@pytest.mark.slow
+def test_a_run_reads_the_plain_questions(model, reward_file, tmp_path):  # noqa: F811
+    make_sums.main(["--to", str(tmp_path), "--train", "12", "--heldout", "4"])
+    files = [f"data.train={tmp_path}/train.jsonl", f"data.heldout={tmp_path}/heldout.jsonl"]
+    _, rows = go(config(model, reward_file, tmp_path / "run", *files, "evaluation.prompts=4", "steps=1"))
+    assert rows[-1]["learner/policy_version"] == 2.0
+    assert math.isfinite(rows[-1]["objective/loss"])
+
+
+def test_a_run_puts_chat_messages_through_the_template(model, reward_file, tmp_path):  # noqa: F811
+    """The last sample's prompt is the user's message as the template of this model writes it."""
+    instruct = tmp_path / "instruct"
+    instruct.mkdir()
+    for file in model.iterdir():
+        (instruct / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(instruct)
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<{{ m.content }}>{% endfor %}"
+    tokenizer.save_pretrained(instruct)
+    make_sums.main(["--to", str(tmp_path), "--train", "12", "--heldout", "4", "--chat"])
+    assert [m["role"] for m in lines(tmp_path / "train.jsonl")[0]["prompt"]] == ["system", "user"]
+    files = [f"data.train={tmp_path}/train.jsonl", f"data.heldout={tmp_path}/heldout.jsonl"]
+    go(config(instruct, reward_file, tmp_path / "run", *files, "evaluation.prompts=4", "steps=1"))
+    sample = lines(tmp_path / "run" / "samples.jsonl")[-1]
+    questions = {f"<{r['prompt'][1]['content']}>" for r in lines(tmp_path / "train.jsonl")}
+    assert sample["prompt"] in questions
