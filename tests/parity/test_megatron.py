@@ -187,10 +187,12 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
         ("qwen2", "tp2"),
         ("llama", "cp2"),
         ("qwen3_moe_plain", "ep2"),
+        ("mixtral", "tp2_ep2"),
+        ("qwen2_moe", "tp2_ep2"),
     ],
 )
 def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, crew: Crew, measured) -> None:
-    """Tied embeddings over two stages, biases, experts without renormalisation: the same laws."""
+    """Tied embeddings over two stages, biases, shared experts, other names in the files: the same laws."""
     reference = eager_reference(tmp_path / "eager", kind)
     world_size, layout = LAYOUTS.get(name) or (2, {"tensor_parallel": 2, "sequence_parallel": False})
     ranks = launch(

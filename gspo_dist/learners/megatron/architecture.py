@@ -16,6 +16,8 @@ from gspo_dist.models.shape import ModelShape, read_shape, shape_from_config
 
 SUPPORTED = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "MixtralForCausalLM": "mixtral",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",

@@ -260,7 +260,11 @@ def rule_for(name: str, model: ModelShape) -> Rule:
 
 def _layer_rule(hf: str, name: str, model: ModelShape) -> Rule | None:
     """The rule of parameter `name` of the layer that HF calls `hf`, or None."""
-    attention, mlp = f"{hf}.self_attn", f"{hf}.mlp"
+    mixtral = model.family == "mixtral"
+    attention, mlp = f"{hf}.self_attn", f"{hf}.{'block_sparse_moe' if mixtral else 'mlp'}"
+    # Mixtral's files number the projections of an expert.
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    shared = f"{mlp}.shared_expert"
     qkv = re.fullmatch(r"self_attention\.linear_qkv\.(weight|bias)", name)
     if qkv:
         q, k, v = (f"{attention}.{p}_proj.{qkv[1]}" for p in "qkv")
@@ -280,7 +284,12 @@ def _layer_rule(hf: str, name: str, model: ModelShape) -> Rule | None:
         "pre_mlp_layernorm.weight": Whole(f"{hf}.post_attention_layernorm.weight"),
         "mlp.linear_fc1.layer_norm_weight": Whole(f"{hf}.post_attention_layernorm.weight"),
         "mlp.router.weight": Whole(f"{mlp}.gate.weight"),
-        "mlp.linear_fc1.weight": GateUp(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-        "mlp.linear_fc2.weight": Split(f"{mlp}.down_proj.weight", 1),
+        "mlp.shared_experts.linear_fc1.weight": GateUp(
+            f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"
+        ),
+        "mlp.shared_experts.linear_fc2.weight": Split(f"{shared}.down_proj.weight", 1),
+        "mlp.shared_experts.gate_weight": Whole(f"{shared}_gate.weight"),
+        "mlp.linear_fc1.weight": GateUp(f"{mlp}.{gate}.weight", f"{mlp}.{up}.weight"),
+        "mlp.linear_fc2.weight": Split(f"{mlp}.{down}.weight", 1),
     }
     return rules.get(name)

@@ -104,6 +104,7 @@ def _check_experts(config: MegatronConfig, model: ModelShape, world_size: int, s
         return
     _divides("expert_parallel", ep, "num_experts", model.num_experts)
     _divides("expert_tensor_parallel", etp, "moe_intermediate_size", model.expert_ffn)
+    _divides("tensor_parallel", config.tensor_parallel, "shared_expert_intermediate_size", model.shared_ffn)
     shared = ep * etp * config.pipeline_parallel
     if world_size % shared:
         _refuse(

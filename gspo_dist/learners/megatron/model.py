@@ -122,6 +122,8 @@ def _moe_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[
         "moe_ffn_hidden_size": model.expert_ffn,
         "moe_router_topk": model.top_k,
         "moe_layer_freq": [int(has) for has in model.expert_layers],
+        "moe_shared_expert_intermediate_size": model.shared_ffn or None,
+        "moe_shared_expert_gate": bool(model.shared_ffn),
         # The softmax over the chosen k logits is the renormalised softmax over all. Without renormalisation
         # the softmax comes first.
         "moe_router_pre_softmax": not model.renormalises_top_k,

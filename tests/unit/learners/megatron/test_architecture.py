@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gspo_dist.learners.megatron.architecture import from_hf, read_architecture
+from gspo_dist.learners.megatron.architecture import SUPPORTED, from_hf, read_architecture
 from tests.unit.learners.megatron.qwen3 import QWEN3_30B
+from tests.unit.routing.families import FAMILIES, SIZES
 
 
 def test_both_spellings_of_rope_read_alike() -> None:
@@ -28,7 +31,7 @@ def test_moe_layers_follow_step_and_exceptions() -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            r"'GPT2LMHeadModel': it builds Qwen3MoeForCausalLM, Qwen3ForCausalLM",
+            r"'GPT2LMHeadModel': it builds Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, Mixtral",
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_type 'default' only: got 'yarn'"),
         ({"attention_bias": True}, r"no attention_bias"),
@@ -72,3 +75,40 @@ def test_a_composite_model_is_not_taken_for_its_text_part() -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json is missing"):
         read_architecture(tmp_path)
+
+
+OTHERS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "cohere",
+    "olmo2",
+    "phi3",
+    "llama4_text",
+]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_every_family_is_built_or_refused_by_name(name: str) -> None:
+    """As transformers writes its config. A refusal names the class and the learner that takes it."""
+    family = name.split()[0]
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES.get(name, {})))
+    hf_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    written = config.to_dict() | {"architectures": [hf_class]}
+    if hf_class in SUPPORTED:
+        assert from_hf(written).family == family
+    else:
+        with pytest.raises(ValueError, match=rf"architecture '{hf_class}'.*use learner=deepspeed"):
+            from_hf(written)
+
+
+def test_shared_experts_are_read() -> None:
+    config = QWEN3_30B | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 5632,
+    }
+    assert from_hf(config).shared_ffn == 5632

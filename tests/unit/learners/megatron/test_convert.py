@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -85,6 +86,25 @@ def test_both_layer_kinds_name_the_same_tensors() -> None:
         ValueError, match=r"no conversion for the megatron parameter decoder.layers.0.mystery.weight"
     ):
         rule_for("decoder.layers.0.mystery.weight", MODEL)
+
+
+def test_mixtral_and_shared_experts_have_the_names_of_their_files() -> None:
+    mixtral = dataclasses.replace(MODEL, family="mixtral")
+    stem = "model.layers.5.block_sparse_moe"
+    assert rule_for("decoder.layers.5.mlp.router.weight", mixtral) == Whole(f"{stem}.gate.weight")
+    for name in ("experts.local_experts.7.linear_fc1.weight", "experts.linear_fc1.weight7"):
+        rule = rule_for(f"decoder.layers.5.mlp.{name}", mixtral)
+        assert rule == GateUp(f"{stem}.experts.7.w1.weight", f"{stem}.experts.7.w3.weight")
+    rule = rule_for("decoder.layers.5.mlp.experts.linear_fc2.weight7", mixtral)
+    assert rule == Split(f"{stem}.experts.7.w2.weight", 1)
+    shared = "model.layers.5.mlp.shared_expert"
+    assert rule_for("decoder.layers.5.mlp.shared_experts.linear_fc1.weight", MODEL) == GateUp(
+        f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"
+    )
+    rule = rule_for("decoder.layers.5.mlp.shared_experts.linear_fc2.weight", MODEL)
+    assert rule == Split(f"{shared}.down_proj.weight", 1)
+    gate = rule_for("decoder.layers.5.mlp.shared_experts.gate_weight", MODEL)
+    assert gate == Whole("model.layers.5.mlp.shared_expert_gate.weight")
 
 
 def test_folder_reads_slices_fused_experts_and_names_what_is_missing(tmp_path: Path) -> None:

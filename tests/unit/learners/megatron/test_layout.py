@@ -96,6 +96,12 @@ def test_vocabulary_and_kv_heads_must_divide(model: ModelShape) -> None:
         check_layout(MegatronConfig(tensor_parallel=2), dataclasses.replace(model, kv_heads=3), 2)
 
 
+def test_shared_experts_must_divide(model: ModelShape) -> None:
+    shared = dataclasses.replace(model, shared_ffn=5633)
+    with pytest.raises(ValueError, match=r"shared_expert_intermediate_size: got 2 and 5633"):
+        check_layout(MegatronConfig(tensor_parallel=2), shared, 2)
+
+
 def test_experts_are_refused_to_a_dense_model() -> None:
     dense = from_hf(
         QWEN3_30B | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_experts": 0}
