@@ -106,7 +106,8 @@ def split_mini_batches(group_ids: Sequence[int], mini_batches: int, seed: Sequen
     groups = np.unique(ids)
     if len(groups) < mini_batches:
         raise ValueError(
-            f"mini_batches must be at most the number of groups in the batch: got {mini_batches} and {len(groups)}"
+            f"mini_batches must be at most the number of groups in the batch: got {mini_batches} and "
+            f"{len(groups)}"
         )
     order = np.random.default_rng([*seed, ORDER_STREAM]).permutation(groups)
     return [np.flatnonzero(np.isin(ids, part)) for part in np.array_split(order, mini_batches)]
@@ -126,13 +127,14 @@ def balanced_bins(lengths: Sequence[int], replicas: int, budget: int) -> list[li
     """
     if len(lengths) < replicas:
         raise ValueError(
-            f"a mini-batch must hold a rollout for every replica: got {len(lengths)} for {replicas} replicas; "
-            "raise rollout.prompts_per_step or group_size, or lower mini_batches"
+            f"a mini-batch must hold a rollout for every replica: got {len(lengths)} for {replicas} replicas"
+            "; raise rollout.prompts_per_step or group_size, or lower mini_batches"
         )
     longest = max(lengths)
     if longest > budget:
         raise ValueError(
-            f"learner.token_budget must hold every sequence: got {budget} for one of {longest} tokens; raise it"
+            f"learner.token_budget must hold every sequence: got {budget} for one of {longest} tokens; raise "
+            "it"
         )
     count = max(1, -(-sum(lengths) // (budget * replicas)))
     while (bins := longest_first(lengths, count * replicas, capacity=budget)) is None:

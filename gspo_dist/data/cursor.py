@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from gspo_dist.data.prompts import PromptSource
 from gspo_dist.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 class PromptCursor:
@@ -43,27 +46,46 @@ class PromptCursor:
 
     def state_dict(self) -> dict[str, Any]:
         """The place, and what must be equal for it to mean the same: plain values, fit for JSON."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "prompts": len(self._source),
+            "fingerprint": self._fingerprint,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved place. Raises ValueError when the prompts, the seed or the
-        shuffling have changed."""
-        for name, now in self._identity().items():
+    def load_state_dict(self, state: Mapping[str, Any], *, accept_other_prompts: bool = False) -> None:
+        """Goes to a saved place.
+
+        Prompts that were edited in place (a repaired record) keep their order, so the run goes on with a warning. Another
+        number of prompts has another order: that raises ValueError, as another seed or shuffling does, unless
+        `accept_other_prompts` says to begin a new epoch with them.
+        """
+        for name, now in (("seed", self._seed), ("shuffle", self._shuffle)):
             if state.get(name) != now:
                 raise ValueError(
                     f"data cursor: {name} must be what the checkpoint was made with: got {now!r}, it has "
-                    f"{state.get(name)!r}; restore the data and the seed, or start a new run_dir"
+                    f"{state.get(name)!r}; restore it, or start a new run_dir"
                 )
-        epoch, position = int(state["epoch"]), int(state["position"])
-        if epoch < 0 or not 0 <= position <= len(self._source):
-            raise ValueError(
-                f"data cursor: no such place: epoch {epoch}, position {position} of {len(self._source)}"
+        epoch, position, count = int(state["epoch"]), int(state["position"]), len(self._source)
+        if state["prompts"] != count:
+            if not accept_other_prompts:
+                raise ValueError(
+                    f"data.train must have the prompts that the checkpoint was made with: got {count}, it has "
+                    f"{state['prompts']}; restore them, start a new run_dir, or begin a new epoch with these: "
+                    "'checkpoint.accept=[data.train]'"
+                )
+            epoch, position = epoch + 1, 0
+            log.warning(
+                "data.train has %d prompts instead of %d: a new epoch begins", count, state["prompts"]
             )
+        elif state["fingerprint"] != self._fingerprint:
+            log.warning("prompts of data.train were edited since the checkpoint: their order stays")
+        if epoch < 0 or not 0 <= position <= count:
+            raise ValueError(f"data cursor: no such place: epoch {epoch}, position {position} of {count}")
         self.epoch, self.position = epoch, position
         self._order = self._order_of(epoch)
-
-    def _identity(self) -> dict[str, Any]:
-        return {"seed": self._seed, "shuffle": self._shuffle, "fingerprint": self._fingerprint}
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

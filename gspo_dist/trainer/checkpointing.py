@@ -58,7 +58,10 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Continues from `checkpoint`: every part takes up what `save` kept of it."""
     state = checkpoint.state
     run.learner.load(checkpoint.learner, state["policy_version"])
-    run.cursor.load_state_dict(state["cursor"])
+    accepted = run.config.checkpoint.accept
+    run.cursor.load_state_dict(
+        state["cursor"], accept_other_prompts="data" in accepted or "data.train" in accepted
+    )
     run.guard.load_state_dict(state["guard"])
     run.tokens_seen = state["tokens_seen"]
     run.seconds_before = state["seconds"]

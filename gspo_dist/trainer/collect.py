@@ -1,4 +1,4 @@
-"""Collecting a rollout batch: which prompts, how they are sampled, and their completions as judged rollouts."""
+"""Collecting a rollout batch: which prompts, how they are sampled, and the rollouts that come of it."""
 
 from __future__ import annotations
 

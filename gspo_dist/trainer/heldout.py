@@ -21,7 +21,7 @@ def evaluation_due(run: Run, step: int) -> bool:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Held-out metrics of the policy that the engines hold (eval/heldout/*), remembered as the run's newest."""
+    """Held-out metrics (eval/heldout/*) of the policy that the engines hold; the run remembers them."""
     config = run.config.evaluation
     spec = replace(
         run.sampling,

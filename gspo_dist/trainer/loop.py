@@ -36,7 +36,7 @@ from gspo_dist.types import Completion, Prompt, Rollout
 
 
 def train(run: Run) -> dict[str, object]:
-    """Trains from the run's first step to its last; returns the summary that is also written to summary.json."""
+    """Trains from the run's first step to its last; returns what is also written to summary.json."""
     start(run)
     for step in range(run.completed_steps + 1, run.config.steps + 1):
         run_step(run, step)
@@ -135,7 +135,9 @@ def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[np.ndarra
 
 
 def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:
-    """The learner's weights to every engine, checked; log-probs of `sampled` are compared when a probe is due."""
+    """The learner's weights to every engine, checked; log-probs of `sampled` are compared when a
+    probe is due.
+    """
     with run.clock("sync"):
         return run.publisher.publish(probe_sequences(sampled))
 

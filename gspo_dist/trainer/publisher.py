@@ -53,7 +53,7 @@ def learner_logprobs(
 
 
 class WeightPublisher:
-    """Publishes the learner's weights to every engine. A failed check stops the run with the tensor's name."""
+    """Publishes the learner's weights to every engine. A failed check stops the run and names the tensor."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class WeightPublisher:
         }
 
     def _cut(self, sequences: Sequence[ProbeSequence]) -> list[ProbeSequence]:
-        """The sequences of the probe, cut to what it compares; those without a completion token are left out."""
+        """The probe, cut to what it compares; sequences without a completion token are left out."""
         # An engine gives a sequence's log-probs by sampling one token after it, which must fit
         # the context too.
         limit = self.max_model_len - 1

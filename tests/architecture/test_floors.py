@@ -103,7 +103,7 @@ def floor(name: str) -> int | None:
 
 
 def target(imported: str, known: set[str]) -> str | None:
-    """The module of the package that an absolute name means: itself, its package, or where the name is defined."""
+    """The module that an absolute name means: itself, its package, or where the name is defined."""
     parts = imported.split(".")[1:]
     while parts:
         name = ".".join(parts)

@@ -1,4 +1,6 @@
-"""Packing: nothing is cut, nothing is lost, every replica runs as many micro-batches, denominators are global."""
+"""Packing: nothing is cut, nothing is lost, every replica runs as many micro-batches,
+denominators are global.
+"""
 
 from __future__ import annotations
 

@@ -175,8 +175,7 @@ def records_routing(config: RunConfig, moe_layers: int) -> bool:
 
 
 def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
-    """How a run samples. Raises ValueError when R3 is asked of an engine that cannot
-    record expert choices."""
+    """How a run samples. Raises ValueError when R3 is asked of an engine that cannot record experts."""
     if config.objective.routing_replay == "r3" and not info.can_record_routing:
         raise ValueError(
             f"routing_replay=r3 needs an engine that records expert choices: {info.name} cannot; use r2 with "

@@ -67,20 +67,38 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("other", "named"),
+    ("other", "message"),
     [
-        (PromptCursor(source(6), seed=1), "seed"),
-        (PromptCursor(source(6), seed=0, shuffle=False), "shuffle"),
-        (PromptCursor(source(7), seed=0), "fingerprint"),
-        (PromptCursor(source(6, answer="y"), seed=0), "fingerprint"),
+        (
+            PromptCursor(source(6), seed=1),
+            "data cursor: seed must be what the checkpoint was made with: got 1",
+        ),
+        (PromptCursor(source(6), seed=0, shuffle=False), "data cursor: shuffle must be what"),
+        (PromptCursor(source(7), seed=0), "data.train must have the prompts .* got 7, it has 6; .*accept="),
     ],
 )
-def test_a_place_in_other_data_is_refused(other, named):
+def test_a_place_in_other_data_is_refused(other, message):
     cursor = PromptCursor(source(6), seed=0)
     cursor.next(4)
-    with pytest.raises(ValueError, match=f"data cursor: {named} must be what the checkpoint was made with"):
+    with pytest.raises(ValueError, match=message):
         other.load_state_dict(cursor.state_dict())
     assert (other.epoch, other.position) == (0, 0)
+
+
+def test_a_repaired_record_keeps_the_order_and_is_said(caplog):
+    cursor, repaired = PromptCursor(source(6), seed=0), PromptCursor(source(6, answer="y"), seed=0)
+    cursor.next(4)
+    repaired.load_state_dict(cursor.state_dict())
+    assert "edited since the checkpoint" in caplog.text
+    assert ids(repaired.next(8)) == ids(cursor.next(8))
+
+
+def test_other_prompts_begin_a_new_epoch_where_that_is_accepted(caplog):
+    cursor, other = PromptCursor(source(6), seed=0), PromptCursor(source(7), seed=0)
+    cursor.next(8)
+    other.load_state_dict(cursor.state_dict(), accept_other_prompts=True)
+    assert (other.epoch, other.position) == (2, 0)
+    assert "7 prompts instead of 6" in caplog.text
 
 
 def test_a_place_outside_the_data_is_refused():

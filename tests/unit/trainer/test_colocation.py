@@ -1,4 +1,6 @@
-"""Learner and engines on one GPU: who is awake when. No GPU is needed to see it: the engine here only keeps the books."""
+"""Learner and engines on one GPU: who is awake when. No GPU is needed to see it: the engine here only
+keeps the books.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,7 @@ from dataclasses import replace
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.setup.build import build
-from gspo_dist.trainer.setup.checks import resolve_transport
-from gspo_dist.trainer.setup.factories import engine_factory
-from gspo_dist.trainer.setup.processes import process_env
-from tests.unit.trainer.test_loop import config, model, reward_file  # noqa: F401
+from tests.unit.trainer.small import config
 
 
 class Books:
@@ -35,7 +34,7 @@ def watched(owner: object, books: Books, *verbs: str) -> None:
         setattr(owner, verb, noted)
 
 
-def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> None:  # noqa: F811
+def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> None:
     run = build(config(model, reward_file, tmp_path / "run"))
     books = Books()
     engine: ReferenceEngine = run.pool.engine
@@ -57,16 +56,3 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
     assert books.seen["update_weights"] == {everything, weights}  # all awake before the first step only
     assert weights in books.seen["logprobs"]  # the probe: before the KV cache takes its memory back
     assert books.seen["empty_cache"] >= {frozenset(), weights}
-
-
-def test_what_a_gpu_host_gives_to_a_reference_engine_and_a_cpu_run(model, reward_file, tmp_path) -> None:  # noqa: F811
-    c = config(model, reward_file, tmp_path / "run")
-    c = replace(c, cluster=replace(c.cluster, in_process=False))
-    assert engine_factory(c, str(model), "cuda", 2).keywords["device"] == "cpu"
-    assert resolve_transport(c, "cuda") == "shm"
-    vllm = replace(c, rollout=replace(c.rollout, engine="vllm"))
-    assert engine_factory(vllm, str(model), "cuda", 2).keywords["device"] == "cuda"
-    assert resolve_transport(vllm, "cuda") == "nccl"
-    # Ray leaves a host's GPUs visible to actors that ask for none.
-    assert {env["CUDA_VISIBLE_DEVICES"] for env in process_env(c, "cpu").values()} == {""}
-    assert all("CUDA_VISIBLE_DEVICES" not in env for env in process_env(c, "cuda").values())

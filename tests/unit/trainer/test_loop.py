@@ -1,95 +1,21 @@
-"""The whole loop in one process: a real HF policy, the eager learner, the reference engine. No Ray, no vLLM."""
+"""The whole loop in one process: a real HF policy, the eager learner, the reference engine. No Ray or vLLM."""
 
 from __future__ import annotations
 
 import gc
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gspo_dist.cli.compose import run_config
-from gspo_dist.coldstart.model import build_model, save_model
-from gspo_dist.coldstart.recipes import Shape
-from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.trainer.heldout import EVALUATION_IDS
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.setup.build import build
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(
-        build_model(Shape(layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, expert_hidden=16), seed=0),
-        folder,
-    )
-    build_tokenizer().save_pretrained(folder)
-    return folder
-
-
-REWARD = '''
-def share_of_sevens(prompt, completion):
-    """Learnable at once from a random policy: the share of the digit 7."""
-    return completion.text.count("7") / max(1, len(completion))
-
-def broken(prompt, completion):
-    raise KeyError("no such key")
-'''
-
-
-@pytest.fixture(scope="module")
-def reward_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("reward") / "mine.py"
-    path.write_text(REWARD)
-    return path
-
-
-def config(model: Path, reward: Path, run_dir: Path, *extra: str):
-    return run_config(
-        [
-            "cluster=in_process",
-            "learner=eager",
-            "rollout=reference",
-            "model=local",
-            f"model.path={model}",
-            f"run_dir={run_dir}",
-            f"reward.function='{reward}:share_of_sevens'",
-            "reward=function",
-            "logger=quiet",
-            "steps=3",
-            "mini_batches=2",
-            "rollout.prompts_per_step=4",
-            "rollout.group_size=4",
-            "rollout.max_prompt_tokens=16",
-            "rollout.max_completion_tokens=8",
-            "learner.token_budget=128",
-            "learner.precision=fp32",
-            "rollout.precision=fp32",
-            "learner.optimizer.lr=0.01",
-            "evaluation.prompts=8",
-            "rollout.weight_sync.probe_tolerance=1e-4",
-            "rollout.weight_sync.probe_every=1",
-            *extra,
-        ]
-    )
-
-
-def go(c) -> tuple[dict, list[dict]]:
-    run = build(c)
-    try:
-        summary = train(run)
-    finally:
-        run.release()
-    return summary, read_jsonl(Path(c.run_dir) / "metrics.jsonl")
-
-
-def values(rows: list[dict]) -> list[dict]:
-    """What must repeat: everything but times and speeds."""
-    timed = ("time/", "perf/", "sync/check_fraction", "sync/gib_per_s")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+from gspo_dist.weights.verify import WeightSyncError
+from tests.unit.trainer.small import config, go, values
 
 
 def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
@@ -115,7 +41,7 @@ def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
 
 
 def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_file, tmp_path):
-    """In fp32 the engine's log-probs are the learner's: the ratio of the first mini-batch is 1 to rounding."""
+    """In fp32 the engine's log-probs are the learner's: the first mini-batch's ratio is 1 to rounding."""
     _, rows = go(config(model, reward_file, tmp_path / "run", "steps=5"))
     for row in rows[1:]:
         assert row["objective/mini_batch_0/clip_fraction"] == 0.0
@@ -166,9 +92,30 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(model, reward_file, tmp_p
     assert values(resumed) == values(whole)
 
 
+class Shifted:
+    """A learner whose engine is off by 0.01 nats per token: what the guard must find and take out."""
+
+    def __init__(self, run) -> None:
+        self.specs = []
+        generate, forward = run.pool.generate, run.learner.forward_backward
+
+        def shifted(prompts, spec, ids):
+            return [
+                [replace(c, logprobs=c.logprobs + np.float32(0.01)) for c in group]
+                for group in generate(prompts, spec, ids)
+            ]
+
+        def watched(mini, spec):
+            self.specs.append(spec)
+            return forward(mini, spec)
+
+        run.pool.generate, run.learner.forward_backward = shifted, watched
+
+
 @pytest.mark.parametrize("estimator", ["batch", "ema", "subset"])
-def test_the_guard_recentres_by_each_estimator(model, reward_file, tmp_path, estimator):
-    """A threshold of zero makes the guard act on any measurable offset; what it takes out is what was measured."""
+def test_the_guard_takes_out_of_later_steps_what_it_measured(model, reward_file, tmp_path, estimator):
+    """The engine says 0.01 nats more for every token, so every log ratio is off by -0.01: 33 clip widths."""
+    seen = []
     _, rows = go(
         config(
             model,
@@ -176,11 +123,153 @@ def test_the_guard_recentres_by_each_estimator(model, reward_file, tmp_path, est
             tmp_path / "run",
             "objective.guard.action=recentre",
             f"objective.guard.estimator={estimator}",
-            "objective.guard.threshold=0",
-            "objective.guard.subset_fraction=0.5",
-        )
+            "objective.guard.subset_fraction=1.0",
+            "rollout.weight_sync.probe_every=0",
+            f"reward.function='{reward_file}:spread'",
+        ),
+        lambda run: seen.append(Shifted(run)),
     )
-    assert all("guard/offset" in r for r in rows[1:])
+    measured = [r["guard/offset"] for r in rows[1:]]
+    applied = [r["guard/applied_offset"] for r in rows[1:]]
+    assert measured == pytest.approx([-0.01] * 3, abs=1e-5)
+    assert applied == pytest.approx([-0.01] * 3, abs=1e-5)
+    assert [r["guard/active"] for r in rows[1:]] == [1.0] * 3
+    offsets = [spec.offset for spec in seen[0].specs]  # 3 steps of 2 mini-batches
+    late = (
+        offsets if estimator == "subset" else offsets[1:]
+    )  # the others first measure in the first mini-batch
+    assert late == pytest.approx([-0.01] * len(late), abs=1e-5)
+    # Without the guard every sequence of the first mini-batch with a negative advantage is clipped.
+    assert rows[-1]["objective/mini_batch_0/clip_fraction_negative"] == 0.0
+
+
+def test_without_the_guard_the_same_offset_clips(model, reward_file, tmp_path):
+    _, rows = go(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            "objective.guard.action=warn",
+            "rollout.weight_sync.probe_every=0",
+            f"reward.function='{reward_file}:spread'",
+        ),
+        Shifted,
+    )
+    for row in rows[1:]:
+        assert row["objective/mini_batch_0/clip_fraction_negative"] == 1.0
+        assert row["objective/mini_batch_0/clip_fraction_positive"] == 0.0
+    assert rows[-1]["guard/applied_offset"] == 0.0
+
+
+def test_the_guard_switches_to_recomputation_and_the_offset_is_gone(model, reward_file, tmp_path):
+    _, rows = go(
+        config(
+            model,
+            reward_file,
+            tmp_path / "run",
+            "objective.guard.action=recompute",
+            "rollout.weight_sync.probe_every=0",
+            f"reward.function='{reward_file}:spread'",
+        ),
+        Shifted,
+    )
+    assert [r["old_logprobs/recomputed"] for r in rows[1:]] == [0.0, 1.0, 1.0]
+    assert rows[1]["objective/mini_batch_0/clip_fraction_negative"] == 1.0
+    assert rows[2]["objective/mini_batch_0/clip_fraction"] == 0.0
+
+
+def test_a_resumed_guard_goes_on_as_one_that_did_not_stop(model, reward_file, tmp_path):
+    knobs = [
+        "objective.guard.action=recentre",
+        "objective.guard.estimator=ema",
+        "rollout.weight_sync.probe_every=0",
+    ]
+    _, whole = go(config(model, reward_file, tmp_path / "whole", "steps=4", *knobs), Shifted)
+    go(config(model, reward_file, tmp_path / "parts", "steps=2", *knobs), Shifted)
+    _, parts = go(config(model, reward_file, tmp_path / "parts", "steps=4", *knobs), Shifted)
+    assert [r["guard/applied_offset"] for r in parts[1:]] == [r["guard/applied_offset"] for r in whole[1:]]
+    assert parts[3]["guard/applied_offset"] == pytest.approx(-0.01, abs=1e-5)
+
+
+def test_a_run_reports_what_its_learner_did(model, reward_file, tmp_path):
+    """Loss averaged over the mini-batches, counts added, fresh rollouts, one version per optimiser step."""
+    losses: list[float] = []
+
+    def watch(run):
+        forward = run.learner.forward_backward
+
+        def watched(mini, spec):
+            stats = forward(mini, spec)
+            losses.append(stats["objective/loss"].result())
+            return stats
+
+        run.learner.forward_backward = watched
+
+    _, rows = go(config(model, reward_file, tmp_path / "run"), watch)
+    for step, row in enumerate(rows[1:]):
+        assert row["objective/loss"] == pytest.approx(sum(losses[2 * step : 2 * step + 2]) / 2, rel=1e-12)
+        assert row["objective/sequences"] == pytest.approx(16.0, rel=1e-6)
+        assert row["rollout/staleness"] == 0.0
+        assert row["learner/policy_version"] == 2.0 * (step + 1)
+        assert row["rollout/completion_tokens_total"] == pytest.approx(
+            16 * sum(r["rollout/completion_tokens_mean"] for r in rows[1 : step + 2]), rel=1e-9
+        )
+        assert (
+            0.0 <= row["routing/engine/flip_fraction"] < 0.01
+            if "routing/engine/flip_fraction" in row
+            else True
+        )
+    assert "routing/engine/flip_fraction" in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("receipt", "message"),
+    [
+        ({"policy_version": 99}, "engine-0 reports policy version 99 after a sync of version 0"),
+        ({"checksums": {}}, "engine-0 did not receive"),
+    ],
+)
+def test_a_weight_sync_that_went_wrong_stops_the_run(model, reward_file, tmp_path, receipt, message):
+    run = build(config(model, reward_file, tmp_path / "run"))
+    finish = run.pool.engine.finish_weight_update
+    run.pool.engine.finish_weight_update = lambda version: replace(finish(version), **receipt)
+    with pytest.raises(WeightSyncError, match=message):
+        train(run)
+    run.release()
+
+
+def test_an_engine_that_computes_another_policy_stops_the_run(model, reward_file, tmp_path):
+    run = build(config(model, reward_file, tmp_path / "run"))
+    ask = run.pool.engine.logprobs_of
+    run.pool.engine.logprobs_of = lambda sequences: [values - 0.5 for values in ask(sequences)]
+    with pytest.raises(WeightSyncError, match=r"engine-0 and learner disagree after the sync of version 0"):
+        train(run)
+    run.release()
+
+
+def test_a_run_begins_with_one_evaluation_and_a_resumed_one_with_none(model, reward_file, tmp_path):
+    asked: list[int] = []
+
+    def watch(run):
+        generate = run.pool.generate
+
+        def counted(prompts, spec, ids):
+            asked.extend([min(ids)] if min(ids) >= EVALUATION_IDS else [])
+            return generate(prompts, spec, ids)
+
+        run.pool.generate = counted
+
+    summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=1"), watch)
+    assert len(asked) == 2  # before and after
+    before, after = rows[0]["eval/heldout/accuracy"], rows[1]["eval/heldout/accuracy"]
+    assert (summary["heldout_before"], summary["heldout_after"]) == (before, after)
+    asked.clear()
+    go(config(model, reward_file, tmp_path / "run", "steps=2"), watch)
+    assert len(asked) == 1
+    asked.clear()
+    summary, _ = go(config(model, reward_file, tmp_path / "run", "steps=2"), watch)  # nothing is left to do
+    assert asked == []
+    assert summary["heldout_before"] == before
 
 
 def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
@@ -198,7 +287,24 @@ def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
     run.release()
 
 
-def test_a_diverging_run_says_what_is_saved(model, reward_file, tmp_path):
+def test_a_diverging_run_says_where_it_was_and_what_is_saved(model, reward_file, tmp_path):
+    run = build(config(model, reward_file, tmp_path / "run", "checkpoint.every=1", "flips.every=0"))
+    forward = run.learner.forward_backward
+
+    def diverges(mini, spec):
+        if run.learner.policy_version == 3:
+            raise FloatingPointError("logprobs of rollout 20 are not finite")
+        return forward(mini, spec)
+
+    run.learner.forward_backward = diverges
+    with pytest.raises(FloatingPointError) as error:
+        train(run)
+    run.release()
+    saved = tmp_path / "run" / "checkpoints" / "step-000001"
+    assert error.value.__notes__ == [f"at step 2, policy version 3; saved: {saved}"]
+
+
+def test_a_real_divergence_is_stopped_with_the_rollout_named(model, reward_file, tmp_path):
     run = build(
         config(
             model,
@@ -210,10 +316,9 @@ def test_a_diverging_run_says_what_is_saved(model, reward_file, tmp_path):
             "flips.every=0",
         )
     )
-    with pytest.raises((FloatingPointError, ValueError, RuntimeError)) as error:
+    with pytest.raises(FloatingPointError, match=r"of rollout \d+ are not finite|loss is .* rollouts"):
         train(run)
     run.release()
-    assert "finite" in str(error.value) or "nan" in str(error.value).lower()
 
 
 def test_a_reference_policy_adds_its_kl(model, reward_file, tmp_path):
@@ -224,7 +329,7 @@ def test_a_reference_policy_adds_its_kl(model, reward_file, tmp_path):
 
 def test_a_run_folder_is_resumed_with_its_own_settings_or_not_at_all(model, reward_file, tmp_path):
     go(config(model, reward_file, tmp_path / "run", "steps=2"))
-    with pytest.raises(ValueError, match="made with other settings: seed, objective;"):
+    with pytest.raises(ValueError, match=r"made with other settings: .*objective\.name .*seed"):
         build(config(model, reward_file, tmp_path / "run", "steps=4", "seed=5", "objective=grpo"))
     with pytest.raises(
         ValueError, match=r"holds checkpoints of an earlier run and checkpoint\.resume is false"

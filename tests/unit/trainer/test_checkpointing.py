@@ -1,0 +1,141 @@
+"""What a checkpoint keeps, when it becomes real, and what a restored run continues from."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from gspo_dist.checkpoint import CheckpointStore
+from gspo_dist.config import CheckpointConfig, FlipsConfig, GuardConfig, ObjectiveConfig
+from gspo_dist.objectives.objective import get_objective
+from gspo_dist.trainer.checkpointing import checkpoint_due, commit, restore, save, what_is_saved
+from gspo_dist.trainer.flip_meter import FlipMeter
+from gspo_dist.trainer.guard import OffsetGuard
+from tests.unit.trainer.small import BookLearner
+from tests.unit.trainer.test_guard import measured
+
+
+class Cursor:
+    def __init__(self) -> None:
+        self.place, self.accepted = 0, None
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state, *, accept_other_prompts):
+        self.place, self.accepted = state["place"], accept_other_prompts
+
+
+def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint):
+    learner = BookLearner()
+    objective = ObjectiveConfig(name="gspo", guard=GuardConfig(action="recentre", estimator="ema"))
+    config = SimpleNamespace(
+        steps=steps,
+        checkpoint=CheckpointConfig(**checkpoint),
+        learner=SimpleNamespace(saves_asynchronously=asynchronous),
+    )
+    return SimpleNamespace(
+        config=config,
+        run_dir=folder,
+        store=CheckpointStore(folder, config.checkpoint.keep),
+        learner=learner,
+        cursor=Cursor(),
+        guard=OffsetGuard(objective, get_objective("gspo"), learner, 0),
+        flips=FlipMeter(FlipsConfig(every=0), learner, 0, 2, 1),
+        publisher=SimpleNamespace(published=1),
+        tokens_seen=0,
+        seconds=0.0,
+        seconds_before=0.0,
+        first_evaluation={},
+        last_evaluation={},
+        unfinished_save=None,
+        last_checkpoint=None,
+        completed_steps=0,
+    )
+
+
+def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
+    run = run_of(tmp_path)
+    run.learner.policy_version, run.cursor.place, run.tokens_seen, run.seconds = 12, 5, 777, 61.5
+    run.publisher.published = 4
+    run.first_evaluation, run.last_evaluation = {"eval/x": 0.25}, {"eval/x": 0.5}
+    run.guard.observe(measured(-1.5e-3), 0)
+    save(run, 3)
+    again = run_of(tmp_path)
+    restore(again, again.store.newest())
+    assert again.learner.policy_version == 12
+    assert again.learner.calls[-1] == (
+        "load",
+        {"folder": tmp_path / "checkpoints" / "step-000003" / "learner"},
+    )
+    assert (again.cursor.place, again.tokens_seen, again.seconds_before) == (5, 777, 61.5)
+    assert again.publisher.published == 3  # its first publication repeats the last one
+    assert (again.first_evaluation, again.last_evaluation) == ({"eval/x": 0.25}, {"eval/x": 0.5})
+    assert again.guard.state_dict() == run.guard.state_dict()
+    assert again.guard.decision.offset == pytest.approx(-1.5e-3, rel=1e-5)
+    assert again.completed_steps == 3
+    assert again.last_checkpoint == tmp_path / "checkpoints" / "step-000003"
+
+
+@pytest.mark.parametrize(
+    ("accept", "told"), [([], False), (["data.train"], True), (["data"], True), (["reward"], False)]
+)
+def test_other_prompts_are_accepted_by_name(tmp_path, accept, told):
+    save(run_of(tmp_path), 1)
+    again = run_of(tmp_path, accept=accept)
+    restore(again, again.store.newest())
+    assert again.cursor.accepted is told
+
+
+def test_an_asynchronous_save_becomes_real_a_step_later_and_the_last_one_at_once(tmp_path):
+    run = run_of(tmp_path, steps=2, asynchronous=True)
+    save(run, 1)
+    assert run.store.newest() is None
+    assert run.last_checkpoint is None
+    assert ("wait_saved", {}) not in run.learner.calls
+    commit(run)
+    assert run.store.newest().step == 1
+    assert run.learner.calls[-1] == ("wait_saved", {})
+    commit(run)  # nothing to do
+    assert run.learner.calls.count(("wait_saved", {})) == 1
+    save(run, 2)
+    assert run.store.newest().step == 2
+
+
+def test_a_save_that_was_not_committed_is_committed_by_the_next_one(tmp_path):
+    run = run_of(tmp_path, asynchronous=True, keep=5)
+    save(run, 1)
+    save(run, 2)
+    assert run.store.newest().step == 1
+    commit(run)
+    assert run.store.newest().step == 2
+
+
+def test_an_asynchronous_manifest_is_of_the_moment_of_the_save(tmp_path):
+    run = run_of(tmp_path, asynchronous=True)
+    run.tokens_seen, run.learner.policy_version = 10, 2
+    save(run, 1)
+    run.tokens_seen, run.learner.policy_version = 20, 4
+    commit(run)
+    state = run.store.newest().state
+    assert (state["tokens_seen"], state["policy_version"]) == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "due"),
+    [(0, True, [6]), (0, False, []), (2, True, [2, 4, 6]), (4, False, [4]), (6, False, [])],
+)
+def test_checkpoints_are_due_on_the_schedule_and_at_the_end(tmp_path, every, last, due):
+    run = run_of(tmp_path, steps=6, every=every, save_last=last)
+    assert [step for step in range(1, 7) if checkpoint_due(run, step)] == due
+
+
+def test_what_is_saved_is_said(tmp_path):
+    run = run_of(tmp_path, every=5)
+    assert what_is_saved(run) == "no checkpoint was saved yet (checkpoint.every = 5)"
+    save(run, 5)
+    assert what_is_saved(run) == f"saved: {tmp_path / 'checkpoints' / 'step-000005'}"
+    manifest = json.loads((tmp_path / "checkpoints" / "step-000005" / "manifest.json").read_text())
+    assert manifest["step"] == 5

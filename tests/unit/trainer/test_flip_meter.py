@@ -1,0 +1,132 @@
+"""Live flip rates of a step, on routes that are known by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from gspo_dist.config import FlipsConfig
+from gspo_dist.trainer.flip_meter import FlipMeter
+from tests.unit.trainer.small import BookLearner, packed, rollout, trace
+
+
+def meter(learner: BookLearner, *, every: int = 1, sequences: int = 8, layers: int = 2, replicas: int = 1):
+    return FlipMeter(FlipsConfig(every=every, sequences=sequences), learner, 0, layers, replicas)
+
+
+class Moving(BookLearner):
+    """Routes every token to experts e and e + 1, where e moves with the policy version: 3, then 4, then 6."""
+
+    def __init__(self) -> None:
+        super().__init__(route=lambda b: trace(b.num_tokens, {3: 3, 4: 4, 5: 6}[self.policy_version]))
+
+
+def measured(
+    m: FlipMeter, learner: BookLearner, rollouts, *, step: int = 1, minis: int = 2, replicas: int = 1
+):
+    m.begin(step, packed(rollouts, replicas=replicas), rollouts)
+    for index in range(minis):
+        learner.optim_step()
+        m.after_mini_batch(index)
+    m.finish_step()
+    return m.metrics()
+
+
+def test_flips_against_the_policy_before_the_step():
+    """{3, 4} against {4, 5}: half of the experts; against {6, 7}: all. Every router and token differs."""
+    learner = Moving()
+    out = measured(meter(learner), learner, [rollout(0), rollout(1)])
+    assert out["routing/update/flip_fraction/mini_batch_0"] == 0.5
+    assert out["routing/update/flip_fraction/mini_batch_1"] == 1.0
+    assert out["routing/update/flip_fraction"] == 1.0  # the whole step's
+    assert out["routing/update/router_flip_fraction"] == out["routing/update/token_flip_fraction"] == 1.0
+    assert out["routing/update/flip_fraction/layer_00"] == 1.0
+    assert not any(name.startswith("routing/engine") for name in out)  # the engine recorded nothing
+
+
+def test_flips_against_the_engine_before_the_update():
+    learner = Moving()
+    rollouts = [rollout(0, routing=trace(5, 3)), rollout(1, routing=trace(5, 4))]  # the learner says 3
+    out = measured(meter(learner), learner, rollouts)
+    assert out["routing/engine/flip_fraction"] == 0.25
+    assert out["routing/engine/token_flip_fraction"] == 0.5
+
+
+def test_one_rollout_without_a_trace_leaves_the_engine_out():
+    learner = Moving()
+    out = measured(meter(learner), learner, [rollout(0, routing=trace(5, 3)), rollout(1)])
+    assert not any(name.startswith("routing/engine") for name in out)
+
+
+def test_masked_copies_of_idle_replicas_do_not_count():
+    learner = Moving()
+    rollouts = [rollout(0, routing=trace(5, 4)), rollout(1, routing=trace(5, 3))]
+    out = measured(meter(learner, sequences=1, replicas=2), learner, rollouts, replicas=2)
+    assert out["routing/engine/flip_fraction"] in (0.0, 0.5)  # of the one that was sampled, whole
+    assert learner.calls[0] == ("logprobs", {"record_routing": True, "reference": False})
+
+
+def test_the_first_step_and_every_nth_after_it_are_measured():
+    m = meter(BookLearner(), every=3)
+    assert [step for step in range(1, 9) if m.due(step)] == [1, 4, 7]
+    assert not any(meter(BookLearner(), every=0).due(step) for step in range(1, 9))
+    assert not any(meter(BookLearner(), layers=0).due(step) for step in range(1, 9))
+
+
+def test_a_step_that_is_not_due_runs_nothing_and_reports_nothing():
+    learner = Moving()
+    m = meter(learner, every=2)
+    assert measured(m, learner, [rollout(0), rollout(1)], minis=1) != {}
+    learner.calls.clear()
+    assert measured(m, learner, [rollout(0), rollout(1)], step=2, minis=1) == {}
+    assert learner.calls == []
+
+
+def test_the_sample_carries_no_routes_so_that_the_learner_routes_freely():
+    learner = Moving()
+    rollouts = [rollout(0, routing=trace(5, 1)), rollout(1, routing=trace(5, 1))]
+    m = meter(learner)
+    m.begin(1, [mini.with_traces(rollouts) for mini in packed(rollouts)], rollouts)
+    assert learner.routed == [[None]]
+
+
+def test_the_history_holds_each_measured_step_once_and_survives_a_resume(tmp_path):
+    learner = Moving()
+    m = meter(learner)
+    measured(m, learner, [rollout(0, routing=trace(5, 4)), rollout(1, routing=trace(5, 4))], minis=2)
+    assert m.history["update"].steps.tolist() == [1]
+    assert m.history["update"].rates.tolist() == [[1.0, 1.0]]  # after the last mini-batch
+    assert m.history["engine"].rates.tolist() == [[0.5, 0.5]]
+    learner.policy_version = 3
+    measured(m, learner, [rollout(0), rollout(1)], step=2, minis=1)
+    m.save(tmp_path)
+    again = meter(learner)
+    again.restore(tmp_path, step=1)  # the checkpoint is of step 1: step 2 will be measured again
+    assert again.history["update"].steps.tolist() == [1]
+    assert again.history["engine"].rates.tolist() == [[0.5, 0.5]]
+    assert [p.name for p in again.draw(tmp_path)] == ["flips_engine.png", "flips_update.png"]
+    assert (tmp_path / "flips_update.png").stat().st_size > 1000
+
+
+def test_a_step_cut_short_leaves_no_mark():
+    learner = Moving()
+    m = meter(learner)
+    m.begin(1, packed([rollout(0)]), [rollout(0)])
+    m.finish_step()
+    assert m.history["update"].steps.tolist() == []
+
+
+def test_asking_for_metrics_changes_nothing():
+    learner = Moving()
+    m = meter(learner)
+    out = measured(m, learner, [rollout(0)])
+    out["routing/update/flip_fraction"] = 99.0
+    assert m.metrics()["routing/update/flip_fraction"] == 1.0
+    assert m.history["update"].steps.tolist() == [1]
+
+
+@pytest.mark.parametrize("folder", ["nothing-here"])
+def test_a_resume_without_a_saved_history_starts_empty(tmp_path, folder):
+    m = meter(BookLearner())
+    m.restore(tmp_path / folder, step=5)
+    assert len(m.history["update"]) == 0
+    assert m.draw(tmp_path) == []

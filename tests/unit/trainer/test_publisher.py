@@ -1,0 +1,203 @@
+"""A publication is only trusted when it is checked: what arrived (version, checksums) and what is
+computed (a probe).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gspo_dist.config import WeightSyncConfig
+from gspo_dist.rollout.engine import SyncReceipt
+from gspo_dist.trainer.publisher import PROBE_SEQUENCES, PROBE_TOKENS, WeightPublisher, probe_sequences
+from gspo_dist.weights.send import SentReport
+from gspo_dist.weights.verify import WeightSyncError
+from tests.unit.trainer.small import BookLearner, rollout
+
+SENT = {"a.weight": 11, "b.weight": 22}
+
+
+class Engines:
+    """A rollout pool of two engines that answers as told and writes down who is asked what."""
+
+    def __init__(self) -> None:
+        self.engines = {"engine-0": object(), "engine-1": object()}
+        self.receipts = {
+            name: SyncReceipt(3, dict(SENT), tensors=2, bytes=8, seconds_checking=0.0)
+            for name in self.engines
+        }
+        self.logprob = {"engine-0": -1.0, "engine-1": -1.0}
+        self.asked: list[list[np.ndarray]] = []
+        self.verbs: list[str] = []
+
+    def start_weight_update(self, timeout: float) -> None:
+        self.verbs.append("start")
+
+    def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
+        self.verbs.append("finish")
+        return self.receipts
+
+    def logprobs_of(self, sequences, timeout: float) -> dict[str, list[np.ndarray]]:
+        self.verbs.append("logprobs_of")
+        self.asked.append(list(sequences))
+        return {
+            name: [np.full(len(s) - 1, value, np.float32) for s in sequences]
+            for name, value in self.logprob.items()
+        }
+
+    def wake_up(self, weights_only: bool = False) -> None:
+        self.verbs.append("wake_up")
+
+
+class Sender(BookLearner):
+    """A learner that sends two tensors of 2 GiB together."""
+
+    def __init__(self, pool: Engines, logprob=-1.0) -> None:
+        super().__init__(logprob)
+        self.pool = pool
+
+    def send_weights(self, sync: WeightSyncConfig, engines) -> SentReport:
+        assert engines is self.pool.engines
+        self.pool.verbs.append("send")
+        return SentReport(dict(SENT), tensors=2, bytes=2 << 30, seconds_checking=0.0)
+
+    def empty_cache(self) -> None:
+        self.pool.verbs.append("empty_cache")
+
+
+def make(pool: Engines, *, colocated: bool = False, max_model_len: int = 4096, logprob=-1.0, **knobs):
+    sync = WeightSyncConfig(**({"transport": "shm", "probe_tolerance": 0.01} | knobs))
+    return WeightPublisher(sync, Sender(pool, logprob), pool, 1, max_model_len, colocated=colocated)
+
+
+def probe(count: int = 4, tokens: int = 3):
+    return probe_sequences(
+        [(r.prompt, r.completion) for r in (rollout(i, tokens=[5] * tokens) for i in range(count))]
+    )
+
+
+def test_a_good_publication_in_order():
+    pool = Engines()
+    publisher = make(pool)
+    out = publisher.publish(probe())
+    assert pool.verbs == ["start", "send", "finish", "logprobs_of"]
+    assert out["sync/bytes"] == 2.0 * 2**30
+    assert out["sync/probe_mean_abs"] == out["sync/probe_max_abs"] == 0.0
+    parts = out["time/sync/start_s"] + out["time/sync/send_s"] + out["time/sync/finish_s"]
+    assert out["sync/gib_per_s"] == pytest.approx(2.0 / parts, rel=1e-9)
+    assert publisher.published == 1
+
+
+@pytest.mark.parametrize(
+    ("receipt", "message"),
+    [
+        ({"checksums": {"a.weight": 11, "b.weight": 23}}, "engine-1 received other bytes for b.weight"),
+        ({"checksums": {"a.weight": 11}}, "engine-1 did not receive b.weight"),
+        ({"checksums": {**SENT, "c.weight": 1}}, "engine-1 received c.weight, which was not sent"),
+        ({"policy_version": 2}, "engine-1 reports policy version 2 after a sync of version 3"),
+    ],
+)
+def test_what_arrived_wrong_at_one_engine_stops_the_run_by_name(receipt, message):
+    pool = Engines()
+    pool.receipts["engine-1"] = replace(pool.receipts["engine-1"], **receipt)
+    publisher = make(pool)
+    with pytest.raises(WeightSyncError, match=message):
+        publisher.publish(probe())
+    assert publisher.published == 0
+
+
+def test_unchecked_receipts_are_the_users_choice():
+    pool = Engines()
+    pool.receipts["engine-1"] = replace(pool.receipts["engine-1"], policy_version=2)
+    assert make(pool, check=False).publish(probe())["sync/bytes"] > 0
+
+
+def test_the_probe_catches_an_engine_that_computes_another_policy_than_it_received():
+    pool = Engines()
+    pool.logprob["engine-1"] = -1.5
+    with pytest.raises(WeightSyncError, match=r"engine-1 and learner disagree .* 0\.5 nats"):
+        make(pool).publish(probe())
+
+
+def test_the_worst_engine_is_reported():
+    pool = Engines()
+    pool.logprob = {"engine-0": -1.25, "engine-1": -1.125}
+    out = make(pool, probe_tolerance=0.3).publish(probe())
+    assert out["sync/probe_mean_abs"] == out["sync/probe_max_abs"] == 0.25
+
+
+def test_only_completions_are_compared_and_each_token_with_itself():
+    """The learner's log-prob of token t is -t / 16; an engine's entry i speaks of token i + 1."""
+
+    def learner(batch):
+        return -batch.token_ids.double() / 16
+
+    class Same(Engines):
+        def logprobs_of(self, sequences, timeout):
+            # prompt tokens are given a wild value: they must not count
+            return {
+                name: [np.where(np.arange(1, len(s)) < 2, 99.0, -s[1:] / 16) for s in sequences]
+                for name in self.engines
+            }
+
+    out = make(Same(), logprob=learner).publish(
+        probe_sequences(
+            [(r.prompt, r.completion) for r in (rollout(i, tokens=[7, 8, 9 + i]) for i in range(3))]
+        )
+    )
+    assert out["sync/probe_max_abs"] == 0.0
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, [0]), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_the_first_publication_is_probed_and_then_every_nth(every, due):
+    pool = Engines()
+    publisher = make(pool, probe_every=every)
+    probed = [i for i in range(5) if "sync/probe_mean_abs" in publisher.publish(probe())]
+    assert probed == due
+
+
+def test_a_resumed_process_probes_its_first_publication_whatever_the_schedule():
+    pool = Engines()
+    publisher = make(pool, probe_every=4)
+    publisher.published = 6
+    assert "sync/probe_mean_abs" in publisher.publish(probe())
+    assert "sync/probe_mean_abs" not in publisher.publish(probe())  # publication 7
+    assert "sync/probe_mean_abs" in publisher.publish(probe())  # publication 8
+
+
+def test_a_probe_is_cut_to_what_an_engine_can_answer():
+    """Two prompt tokens; an engine samples one token more, so a sequence may fill the context but one."""
+    pool = Engines()
+    make(pool, max_model_len=6).publish(probe(count=9, tokens=9))
+    assert [len(s) for s in pool.asked[0]] == [5] * PROBE_SEQUENCES
+    pool = Engines()
+    make(pool, max_model_len=4096).publish(probe(count=1, tokens=PROBE_TOKENS + 7))
+    assert [len(s) for s in pool.asked[0]] == [2 + PROBE_TOKENS]
+
+
+def test_completions_without_a_token_are_left_out_of_a_probe():
+    pool = Engines()
+    empty = (np.array([1, 2]), 2)
+    out = make(pool).publish([empty, *probe(count=1)])
+    assert [len(s) for s in pool.asked[0]] == [5]
+    assert out["sync/probe_max_abs"] == 0.0
+    pool = Engines()
+    assert "sync/probe_mean_abs" not in make(pool).publish([empty])
+    assert pool.asked == []
+
+
+def test_colocated_engines_wake_after_the_learners_probe_and_before_their_own():
+    pool = Engines()
+
+    def learner(batch):
+        pool.verbs.append("learner")
+        return torch.full((batch.num_tokens,), -1.0)
+
+    make(pool, colocated=True, logprob=learner).publish(probe())
+    assert pool.verbs == ["start", "send", "finish", "learner", "empty_cache", "wake_up", "logprobs_of"]
+    pool.verbs.clear()
+    make(pool, colocated=True, probe_every=0).publish([])
+    assert pool.verbs == ["start", "send", "finish", "empty_cache", "wake_up"]

@@ -1,0 +1,181 @@
+"""The numbers of a step, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gspo_dist.learners.learner import OptimStep
+from gspo_dist.metrics.stat import Stat
+from gspo_dist.trainer.step_metrics import (
+    StepMetrics,
+    packing_metrics,
+    replay_metrics,
+    rollout_metrics,
+    sample_rows,
+    speed_metrics,
+    update_metrics,
+)
+from tests.unit.trainer.small import packed, rollout, trace
+
+
+def f64(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def mean(value: float, weight: float) -> Stat:
+    return Stat(f64(value * weight), f64(weight), "mean")
+
+
+def total(value: float) -> Stat:
+    return Stat(f64(value), f64(1.0), "sum")
+
+
+def test_a_batch_described_by_hand():
+    rollouts = [
+        rollout(0, group=0, reward=1.0, tokens=[5] * 2, version=4, parts={"format": 1.0}),
+        rollout(1, group=0, reward=0.0, tokens=[5] * 4, version=3, finish="length", parts={"timeout": 1.0}),
+        rollout(2, group=1, reward=1.0, tokens=[5] * 6, version=4, parts={"format": 0.5}),
+        rollout(3, group=1, reward=1.0, tokens=[5] * 8, version=4),
+    ]
+    out = rollout_metrics(rollouts, np.array([1.0, -1.0, 0.0, 0.0]), policy_version=5)
+    assert out["rollout/reward_mean"] == 0.75
+    assert out["rollout/reward_std"] == pytest.approx(math.sqrt(0.1875), rel=1e-12)
+    assert out["rollout/completion_tokens_mean"] == 5.0
+    assert out["rollout/completion_tokens_max"] == 8.0
+    assert out["rollout/truncated_fraction"] == 0.25
+    assert out["rollout/degenerate_group_fraction"] == 0.5
+    assert out["rollout/staleness"] == 2.0  # version 5 learns from a token of version 3
+    assert out["reward/format"] == pytest.approx(1.5 / 4)
+    assert out["reward/timeout_fraction"] == 0.25
+    assert "reward/timeout" not in out
+
+
+def test_only_a_reward_of_one_counts_as_right():
+    rollouts = [rollout(0, reward=0.99, tokens=[5] * 2), rollout(1, reward=1.0, tokens=[5] * 6)]
+    out = rollout_metrics(rollouts, np.zeros(2), 0)
+    assert out["rollout/length_correct_tokens"] == 6.0
+    assert out["rollout/length_wrong_tokens"] == 2.0
+
+
+def test_packing_is_counted_over_all_replicas_and_mini_batches():
+    minis = packed([rollout(i, tokens=[5] * 6) for i in range(4)], mini_batches=2, replicas=2)
+    assert packing_metrics(minis, 64) == {
+        "packing/micro_batches": 4.0,
+        "packing/efficiency": 4 * 8 / (4 * 64),
+    }
+
+
+def first_and_second() -> list[dict[str, Stat]]:
+    def stats(loss: float, clipped: float, ratio: float, square: float, weight: float) -> dict[str, Stat]:
+        return {
+            "objective/loss": total(loss),
+            "objective/tokens": total(10.0 * weight),
+            "objective/sequences": total(weight),
+            "objective/clip_fraction": mean(clipped, weight),
+            "objective/approx_kl_k3": mean(clipped / 2, weight),
+            "objective/sequence_log_ratio_mean": mean(ratio, weight),
+            "objective/sequence_log_ratio_square": mean(square, weight),
+            "values/sequence_log_ratio": Stat.concat(torch.tensor([0.0, math.log(2.0)], dtype=torch.float64)),
+        }
+
+    return [stats(2.0, 0.1, 0.5, 0.5, 1.0), stats(4.0, 0.5, 0.1, 0.3, 3.0)]
+
+
+def test_sums_of_a_mini_batch_are_averaged_over_them_and_counts_are_added():
+    out = update_metrics(first_and_second(), [OptimStep(1.0, 0.1, 4), OptimStep(3.0, 0.2, 5)])
+    assert out["objective/loss"] == 3.0  # (2 + 4) / 2
+    assert out["objective/tokens"] == 40.0
+    assert out["objective/sequences"] == 4.0
+    assert out["objective/clip_fraction"] == pytest.approx((0.1 + 3 * 0.5) / 4, rel=1e-12)
+    assert out["learner/grad_norm"] == 2.0
+    assert out["learner/lr"] == 0.2
+    assert out["learner/policy_version"] == 5.0
+
+
+def test_the_log_ratio_is_reported_by_mean_and_standard_deviation():
+    out = update_metrics(first_and_second(), [OptimStep(1.0, 0.1, 4)] * 2)
+    average, square = (0.5 + 3 * 0.1) / 4, (0.5 + 3 * 0.3) / 4
+    assert out["objective/log_ratio_mean"] == pytest.approx(average, rel=1e-12)
+    assert out["objective/log_ratio_std"] == pytest.approx(math.sqrt(square - average**2), rel=1e-12)
+    assert not any(name.startswith(("values/", "moment/")) or "sequence_log_ratio" in name for name in out)
+
+
+def test_quantiles_of_the_ratio_are_over_the_sequences_of_all_mini_batches():
+    """Ratios 1, 2, 1, 2: half of them each, so the median lies between."""
+    out = update_metrics(first_and_second(), [OptimStep(1.0, 0.1, 4)] * 2)
+    assert out["objective/sequence_ratio/q50"] == pytest.approx(1.5, rel=1e-12)
+    assert out["objective/sequence_ratio/q99"] == pytest.approx(2.0, rel=1e-12)
+
+
+def test_clip_fractions_are_reported_by_mini_batch():
+    out = update_metrics(first_and_second(), [OptimStep(1.0, 0.1, 4)] * 2)
+    assert out["objective/mini_batch_0/clip_fraction"] == pytest.approx(0.1, rel=1e-12)
+    assert out["objective/mini_batch_1/clip_fraction"] == pytest.approx(0.5, rel=1e-12)
+    assert out["objective/mini_batch_1/approx_kl_k3"] == pytest.approx(0.25, rel=1e-12)
+    assert "objective/mini_batch_2/clip_fraction" not in out
+
+
+def test_replay_costs_what_its_traces_weigh():
+    """Two layers, top-2 of 8 experts: 4 bytes per token, and one that marks known rows."""
+    rollouts = [rollout(i, routing=trace(5, 1)) for i in range(2)]
+    (mini,) = packed(rollouts)
+    assert replay_metrics("none", [mini], rollouts, recomputed=True) == {}
+    out = replay_metrics("r3", [mini], rollouts, recomputed=True)
+    assert out["routing/replay_bytes"] == 2 * 5 * (2 * 2 + 1)
+    assert out["routing/replay_bytes_per_token"] == 5.0
+    assert out["routing/native_row_fraction"] == 0.0
+    routed = mini.with_traces(rollouts)
+    assert replay_metrics("r2", [routed], [rollout(0)], recomputed=True)["routing/replay_bytes"] == 50.0
+    device = "routing/replay_device_copies_bytes"
+    assert replay_metrics("r3", [mini], rollouts, recomputed=False)[device] < out[device]
+
+
+def test_speeds_are_tokens_over_the_seconds_of_their_part():
+    times = {"time/step_s": 4.0, "time/collect_s": 2.0, "time/update_s": 0.5}
+    out = speed_metrics(times, [rollout(0), rollout(1)], tokens_seen=100)
+    assert out == times | {
+        "perf/tokens_per_s": 6 / 4.0,  # completion tokens
+        "perf/collect_tokens_per_s": 6 / 2.0,
+        "perf/update_tokens_per_s": 10 / 0.5,  # prompts are learnt on too
+        "rollout/completion_tokens_total": 100.0,
+    }
+
+
+def test_samples_are_spread_over_the_batch():
+    rollouts = [rollout(i, reward=float(i)) for i in range(9)]
+    rows = sample_rows(rollouts, np.arange(9) / 10, 3)
+    assert [r["rollout_id"] for r in rows] == [0, 4, 8]
+    assert rows[1] == {
+        "rollout_id": 4,
+        "prompt": "q4",
+        "completion": "c4",
+        "answer": "42",
+        "reward": 4.0,
+        "advantage": 0.4,
+        "tokens": 3,
+        "finish_reason": "stop",
+    }
+    assert sample_rows(rollouts, np.zeros(9), 0) == []
+    assert len(sample_rows(rollouts, np.zeros(9), 99)) == 9
+
+
+def test_a_row_joins_all_parts_and_refuses_a_name_that_two_report():
+    whole = StepMetrics(
+        rollouts={"a": 1.0},
+        packing={"b": 2.0},
+        update={"c": 3.0},
+        old_logprobs={"d": 4.0},
+        routing={"e": 5.0},
+        sync={"f": 6.0},
+        speed={"g": 7.0},
+        evaluation={"h": 8.0},
+        samples=[{"not": "a number"}],
+    )
+    assert whole.row() == dict(zip("abcdefgh", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], strict=True))
+    whole.evaluation = {"c": 9.0}
+    with pytest.raises(ValueError, match="every metric once: got c from two parts"):
+        whole.row()
