@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-from gspo_dist.metrics.sinks import JsonlSink, Sinks
+from gspo_dist.metrics.jsonl import MetricsFile
+from gspo_dist.metrics.sinks import Sinks
 from gspo_dist.trainer.summary import finish
 
 
@@ -23,13 +24,13 @@ class Pictures:
 
 
 def run_of(folder, *, evaluations: bool = True):
-    jsonl = JsonlSink(folder)
+    jsonl = MetricsFile(folder)
     for step, speed in ((1, 10.0), (2, 30.0), (3, 20.0)):
         jsonl.log(step, {"perf/tokens_per_s": speed, "rollout/reward_mean": 0.5})
     heat = folder / "flips_update.png"
     heat.write_bytes(b"png")
     pictures = Pictures()
-    sinks = Sinks([jsonl, pictures])
+    sinks = Sinks(jsonl, [pictures])
     return pictures, SimpleNamespace(
         run_dir=folder,
         config=SimpleNamespace(steps=3),

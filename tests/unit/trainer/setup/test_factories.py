@@ -106,6 +106,11 @@ def test_the_objective_is_bound_with_the_runs_parameters(model, reward_file, tmp
 
 def test_sinks_follow_the_logger(model, reward_file, tmp_path):
     c = config(model, reward_file, tmp_path)
-    assert [type(s).__name__ for s in make_sinks(c, tmp_path, 0).sinks] == ["JsonlSink"]
+    sinks = make_sinks(c, tmp_path, 0, None)
+    assert type(sinks.record).__name__ == "MetricsFile"
+    assert [type(s).__name__ for s in sinks.others] == ["SamplesFile"]
     c = replace(c, logger=replace(c.logger, console=True))
-    assert [type(s).__name__ for s in make_sinks(c, tmp_path, 0).sinks] == ["JsonlSink", "ConsoleSink"]
+    assert [type(s).__name__ for s in make_sinks(c, tmp_path, 0, None).others] == [
+        "SamplesFile",
+        "ConsoleSink",
+    ]
