@@ -25,12 +25,8 @@ from gspo_dist.files import write_text
 
 log = logging.getLogger(__name__)
 
-<<<<<<< HEAD
-FORMAT = 1
-"""Counts the manifests that a version cannot read. Fields that are new and may be missing keep the number."""
-=======
 FORMAT = 2
->>>>>>> c09e20a (Every wire of the trainer is held by a test of its module; resume bars mathematics, by key and values)
+"""Counts the manifests that a version cannot read. Fields that are new and may be missing keep the number."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def test_what_was_saved_comes_back(store):
     assert (found.learner / "rank-0" / "weights.bin").read_bytes() == bytes(100)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["files"] == {"rank-0/weights.bin": 100}
-    assert (manifest["format"], FORMAT) == (1, 1)
+    assert (manifest["format"], FORMAT) == (2, 2)
 
 
 def test_nothing_saved_is_no_checkpoint(store):
@@ -143,12 +143,12 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(store, monkeypatch):
     ("damage", "words"),
     [
         (lambda f: (f / "manifest.json").write_text(""), "manifest.json is torn (0 bytes that are no JSON)"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 1, "st'), "(17 bytes that are no JSON)"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2, "st'), "(17 bytes that are no JSON)"),
         (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json names no step"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "manifest.json names no step"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 2}'), "manifest.json names no step"),
         (
             lambda f: (f / "manifest.json").write_text('{"format": 7, "step": 3}'),
-            "has format 7, and this version reads 1",
+            "has format 7, and this version reads 2",
         ),
         (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
         (lambda f: (f / "learner/rank-0/weights.bin").unlink(), "learner/rank-0/weights.bin is missing"),
