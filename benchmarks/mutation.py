@@ -57,6 +57,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("trainer", "actors", "weights", "packing", "checkpoint", "rewards")
 EXTRA_TESTS = {
     "actors/learner_group.py": ["tests/unit/actors/test_rendezvous.py"],
+    "rewards/worker.py": ["tests/unit/rewards/test_pool.py"],
     "trainer": ["tests/unit/trainer"],
     "weights": ["tests/unit/weights"],
 }

@@ -49,6 +49,19 @@ def test_what_was_saved_comes_back(store):
     assert (manifest["format"], FORMAT) == (2, 2)
 
 
+def test_a_save_leaves_no_file_open(store):
+    before = os.listdir("/proc/self/fd")
+    save(store, 10)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_folders_of_other_names_are_not_read(store):
+    save(store, 10)
+    for name in ("step-backup", "step-x00020"):
+        (store.root / name).mkdir()
+    assert store.newest().step == 10
+
+
 def test_nothing_saved_is_no_checkpoint(store):
     assert store.newest() is None
     store.root.mkdir(parents=True)
