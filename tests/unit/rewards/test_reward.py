@@ -113,7 +113,7 @@ def test_a_function_that_cannot_be_called_is_refused_up_front(reward_file, body,
         ("exact_match", {"pattern": "(3"}, "reward.options.pattern must be a regular expression: got '(3'"),
         ("exact_match", {"strip": "no"}, "reward.options.strip must be true or false: got 'no'"),
         ("math", {"boxed_only": 1}, "reward.options.boxed_only must be true or false: got 1"),
-        ("exact_match", {"patern": "3"}, "exact_match has no option 'patern'; did you mean 'pattern'?"),
+        ("exact_match", {"patterns": "3"}, "exact_match has no option 'patterns'; did you mean 'pattern'?"),
     ],
 )
 def test_option_values_without_meaning_are_refused(function, options, message):
