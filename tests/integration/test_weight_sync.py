@@ -31,9 +31,10 @@ def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_pa
 def test_families_with_names_of_their_own_are_synced_too(family, tmp_path):
     """Their folders name or hold experts otherwise than Qwen's. Two of them have a buffer in the router."""
     result = run_case(family, tmp_path)
-    assert result["start"] < 1e-5
-    assert max(result["gaps"]) < 1e-5
-    assert min(result["moved"]) > 0.01
+    # Log-probs move by more than 2 nats; the largest difference seen is 9e-6 (Granite).
+    assert result["start"] < 2e-5
+    assert max(result["gaps"]) < 2e-5
+    assert min(result["moved"]) > 1
     assert len(set(result["tensors"])) == 1
 
 

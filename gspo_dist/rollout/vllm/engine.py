@@ -60,6 +60,22 @@ def prepare_process(device: str, threads: int, precision: str) -> None:
             torch.cpu._init_amx()
 
 
+def check_architecture(folder: ModelFolder) -> None:
+    """ValueError, with the architecture's name: vLLM has no model of its own for the folder.
+
+    vLLM would fall back to transformers' modules, for which a weight sync has never been checked.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    asked = list(folder.config.architectures or ())
+    known = ModelRegistry.get_supported_archs()
+    if not any(name in known for name in asked):
+        raise ValueError(
+            f"vLLM has no model of its own for {', '.join(asked) or 'a config without architectures'} "
+            f"({folder.path}): use another model, or rollout=reference for a small one"
+        )
+
+
 class VllmEngine:
     """Implements `RolloutEngine` with one `vllm.LLM` in this process.
 
@@ -133,6 +149,7 @@ class VllmEngine:
                 f"{current_platform.device_type}; run the launcher with GSPO_ACCELERATOR="
                 f"{'cpu' if self.device == 'cpu' else 'gpu'}, which makes the environment anew"
             )
+        check_architecture(self.folder)
         register()
         arguments: dict[str, Any] = {
             "model": str(model_path),

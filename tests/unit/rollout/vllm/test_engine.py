@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.vllm.engine import VllmEngine
+from gspo_dist.rollout.vllm.engine import VllmEngine, check_architecture
+from gspo_dist.weights.folder import ModelFolder
 from tests.unit.weights.tiny_models import make
 
 
@@ -23,6 +26,17 @@ def test_a_torn_weight_file_is_named_before_vllm_starts(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"model\.safetensors is torn: .*copy it again"):
         VllmEngine(RolloutConfig(), tmp_path)
+
+
+def test_an_architecture_that_vllm_does_not_have_is_named(tmp_path) -> None:
+    make(tmp_path, "qwen3")
+    check_architecture(ModelFolder(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for architectures, said in ((["Dots1ForCausalLM"], "Dots1ForCausalLM"), (None, "a config without")):
+        path.write_text(json.dumps({**config, "architectures": architectures}))
+        with pytest.raises(ValueError, match=f"no model of its own for {said}.*rollout=reference"):
+            check_architecture(ModelFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
