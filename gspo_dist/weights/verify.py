@@ -82,7 +82,7 @@ def probe_difference(
             raise ValueError(
                 f"probe sequence {i} has {len(a)} log-probs of the engine and {len(b)} of the learner"
             )
-        gaps.append(np.abs(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)))
+        gaps.append(np.abs(np.subtract(a, b, dtype=np.float64)))
     gap = np.concatenate(gaps)
     if not gap.size:
         raise ValueError("a probe needs at least one token: every sequence was empty")

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from gspo_dist.weights.bucket import BucketLayout
@@ -46,3 +47,13 @@ def test_what_is_filled_in_is_seen_again():
         assert torch.equal(got, wanted)
     assert seen[1][1].data_ptr() - buffer.data_ptr() == 64  # a view, no copy
     assert (buffer[60:64] == 255).all()  # the gap is left alone
+
+
+def test_a_layout_and_a_bucket_that_do_not_belong_together_are_refused():
+    bucket = [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+    layout = BucketLayout.of(bucket)
+    with pytest.raises(ValueError, match="zip"):
+        layout.fill(torch.zeros(layout.nbytes, dtype=torch.uint8), bucket[:1])
+    torn = BucketLayout.from_dict({**layout.to_dict(), "offsets": [0]})
+    with pytest.raises(ValueError, match="zip"):
+        list(torn.views(torch.zeros(layout.nbytes, dtype=torch.uint8)))

@@ -56,3 +56,27 @@ def test_nan_never_passes():
 def test_probes_that_compare_nothing_are_refused(engine, learner):
     with pytest.raises(ValueError, match="probe"):
         probe_difference(engine, learner)
+
+
+def test_a_probe_at_its_tolerance_passes():
+    assert check_probe([np.array([0.0])], [np.array([-0.5])], 0.5) == (0.5, 0.5)
+
+
+def test_lengths_that_differ_are_said_for_each_side():
+    with pytest.raises(
+        ValueError, match="probe sequence 1 has 2 log-probs of the engine and 3 of the learner"
+    ):
+        probe_difference([np.zeros(1), np.zeros(2)], [np.zeros(1), np.zeros(3)])
+    with pytest.raises(ValueError, match="at least one: got 2 and 1"):
+        probe_difference([np.zeros(1)] * 2, [np.zeros(1)])
+
+
+def test_float32_log_probs_are_compared_in_float64():
+    """0.1 and 1e9 in float32: in float32 the difference would be 1e9 again."""
+    a, b = np.array([0.1], dtype=np.float32), np.array([1e9], dtype=np.float32)
+    assert probe_difference([a], [b])[1] == 1e9 - float(a[0])
+
+
+def test_a_probe_says_its_version_and_its_engine():
+    with pytest.raises(WeightSyncError, match="engine-2 and learner disagree after the sync of version 7"):
+        check_probe([np.zeros(1)], [np.ones(1)], 0.1, engine="engine-2", policy_version=7)
