@@ -137,7 +137,7 @@ def places(hf: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
     names, found = FileNames(hf), {}
     tensors = dict(stored_tensors(hf))
-    for group in names.groups():
+    for group in names.groups:
         if len(group) > 1:
             raise ValueError(
                 f"the reference engine cannot update {group[0]}, which the folder joins with {group[1]}: "

@@ -15,6 +15,7 @@ in its own way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -54,7 +55,6 @@ class FileNames:
     """
 
     def __init__(self, hf: torch.nn.Module) -> None:
-        self.hf = hf
         # Under ZeRO 3 a parameter is empty between its uses, and DeepSpeed notes its shape in `ds_shape`.
         held = dict(hf.named_parameters())
         self.shapes = {
@@ -70,23 +70,27 @@ class FileNames:
                 for t in get_model_conversion_mapping(hf, add_legacy=False)
                 if not isinstance(t, PrefixChange)
             ]
+        # What transformers reads of a model to go back. The model itself would make it look up its rules at
+        # every call, which takes milliseconds.
+        self._rules = SimpleNamespace(_weight_conversions=transforms, config=hf.config)
         back = [t.reverse_transform() for t in reversed(transforms)]
         self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
         self._converters = [t for t in back if isinstance(t, WeightConverter)]
         self._sliced: dict[str, list[str] | None] = {}
-        self._joined = {name for group in self.groups() if len(group) > 1 for name in group}
-
-    def groups(self) -> list[list[str]]:
-        """Names in memory; those that make one tensor of the folder together. Most groups are one name."""
-        found: dict[str, list[str]] = {}
+        groups: dict[str, list[str]] = {}
+        self._same: set[str] = set()
         for name in self.shapes:
-            target, _ = rename_source_key(name, self._renamings, self._converters, reverse=True)
-            found.setdefault(target, []).append(name)
-        return list(found.values())
+            target, converter = rename_source_key(name, self._renamings, self._converters, reverse=True)
+            groups.setdefault(target, []).append(name)
+            if converter is None and target == name:
+                self._same.add(name)
+        self.groups = list(groups.values())
+        """Names in memory; those that make one tensor of the folder together. Most groups are one name."""
+        self._joined = {name for group in self.groups if len(group) > 1 for name in group}
 
     def join(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[NamedTensor]:
         """The folder's tensors that a group of tensors in memory makes."""
-        yield from revert_weight_conversion(self.hf, dict(tensors)).items()
+        yield from revert_weight_conversion(self._rules, dict(tensors)).items()
 
     def split(self, name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[NamedTensor]:
         """The folder's tensors of one parameter.
@@ -101,6 +105,9 @@ class FileNames:
                 f"the folder joins {name} with other parameters into one tensor, which this learner cannot "
                 "do: use learner.backend=eager"
             )
+        if name in self._same:
+            yield name, tensor
+            return
         per_expert = self._per_expert(name)
         if per_expert is None:
             if tuple(tensor.shape) != self.shapes[name]:
@@ -116,7 +123,7 @@ class FileNames:
             part = tensor[start : start + step]
             # The names of a part count from 0. Those of the whole come in the same order: for each kind of
             # tensor (gate, up) the experts 0, 1, ...
-            for i, piece in enumerate(revert_weight_conversion(self.hf, {name: part}).values()):
+            for i, piece in enumerate(revert_weight_conversion(self._rules, {name: part}).values()):
                 kind, expert = divmod(i, len(part))
                 yield per_expert[kind * experts + first + start + expert], piece
 
@@ -133,12 +140,12 @@ class FileNames:
         return self._sliced[name]
 
     def _on_meta(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
-        return revert_weight_conversion(self.hf, {name: torch.empty(shape, device="meta")})
+        return revert_weight_conversion(self._rules, {name: torch.empty(shape, device="meta")})
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of everything that the model streams, without touching a weight."""
         found: dict[str, tuple[int, ...]] = {}
-        for group in self.groups():
+        for group in self.groups:
             blank = {name: torch.empty(self.shapes[name], device="meta") for name in group}
             found |= {name: tuple(tensor.shape) for name, tensor in self.join(blank)}
         return found
@@ -147,7 +154,7 @@ class FileNames:
 def hf_named_weights(hf: torch.nn.Module) -> Iterator[NamedTensor]:
     """All weights of an HF model in memory under its folder's names, detached; fused experts in slices."""
     names, tensors = FileNames(hf), dict(stored_tensors(hf))
-    for group in names.groups():
+    for group in names.groups:
         if len(group) == 1:
             yield from names.split(group[0], tensors[group[0]])
         else:

@@ -126,7 +126,7 @@ class TwoProjections(torch.nn.Module):
 def test_parameters_that_the_folder_joins_are_joined():
     hf = TwoProjections()
     names = FileNames(hf)
-    assert sorted(map(sorted, names.groups())) == [["k.weight", "q.weight"], ["norm"]]
+    assert sorted(map(sorted, names.groups)) == [["k.weight", "q.weight"], ["norm"]]
     assert names.expected() == {"qk.weight": (6, 2), "norm": (2,)}
     stream = dict(hf_named_weights(hf))
     assert set(stream) == {"qk.weight", "norm"}
