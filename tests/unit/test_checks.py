@@ -10,7 +10,7 @@ from gspo_dist.checks import above, at_least, choose, divisors, nearest
 
 
 def test_the_nearest_name_comes_first_then_all_of_them():
-    assert nearest("trian", ["plan", "train"]) == "did you mean 'train'? known: plan, train"
+    assert nearest("trains", ["plan", "train"]) == "did you mean 'train'? known: plan, train"
     assert nearest("zzz", ["plan", "train"]) == "known: plan, train"
     assert nearest("zzz", []) == "known: (none)"
     assert nearest("abxx", ["abcd"]) == "did you mean 'abcd'? known: abcd"  # half of the letters are enough

@@ -17,10 +17,10 @@ from gspo_dist.cli.main import COMMANDS, USAGE, main
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "no command 'trian'; did you mean 'train'"),
+        (["trains"], "no command 'trains'; did you mean 'train'"),
         (
-            ["train", "learner.optimzer.lr=3"],
-            "unknown config key 'learner.optimzer.lr'. did you mean 'learner.opt",
+            ["train", "learner.optimiser.lr=3"],
+            "unknown config key 'learner.optimiser.lr'. did you mean 'learner.opt",
         ),
         (["train", "rollout.group_size=abc"], "rollout.group_size must be a whole number: got 'abc'"),
         (["train", "learner=mega"], "learner=mega is none of its options: did you mean 'megatron'?"),
