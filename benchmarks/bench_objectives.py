@@ -35,7 +35,8 @@ def ragged_lengths(tokens: int, seed: int) -> list[int]:
 def cases(tokens: int) -> dict[str, Callable[[], None]]:
     """Name -> one forward and backward."""
     lengths = ragged_lengths(tokens, seed=0)
-    segments = Segments.from_lengths(lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    segments = Segments(ids, len(lengths))
     denominators = Denominators(len(lengths), tokens, LONGEST)
     rng = torch.Generator().manual_seed(1)
     old = -2 * torch.rand(tokens, generator=rng)

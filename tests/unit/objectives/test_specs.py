@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from gspo_dist.cli.compose import run_config
 from gspo_dist.config import ObjectiveConfig
 from gspo_dist.objectives.specs import (
     CORRECTIONS,
@@ -134,3 +135,10 @@ def test_bounds_of_a_correction_overlay_its_defaults():
 def test_a_spec_checks_its_names(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveSpec("mine", **kwargs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_SPECS)
+def test_a_configuration_file_holds_the_published_values(name):
+    config = run_config([f"objective={name}"]).objective
+    assert config.name == name
+    assert {**OBJECTIVE_SPECS[name].defaults, **config.params} == OBJECTIVE_SPECS[name].defaults
