@@ -56,9 +56,7 @@ def test_experts_must_divide_over_the_ranks(model, reward_file, tmp_path):
     learner = replace(c.learner, backend="deepspeed", world_size=3)
     learner = replace(learner, deepspeed=replace(learner.deepspeed, expert_parallel=3))
     object.__setattr__(c, "learner", learner)
-    with pytest.raises(
-        ValueError, match=r"expert_parallel must divide num_experts: got 3 and 8; try 1, 2, 4, 8"
-    ):
+    with pytest.raises(ValueError, match=r"expert_parallel must divide num_experts: got 3 and 8; try 1"):
         check_backend(c, "cpu", str(model))
 
 
