@@ -58,9 +58,9 @@ class PromptCursor:
     def load_state_dict(self, state: Mapping[str, Any], *, accept_other_prompts: bool = False) -> None:
         """Goes to a saved place.
 
-        Prompts that were edited in place (a repaired record) keep their order, so the run goes on with a warning. Another
-        number of prompts has another order: that raises ValueError, as another seed or shuffling does, unless
-        `accept_other_prompts` says to begin a new epoch with them.
+        Prompts that were edited in place (a repaired record) keep their order, so the run goes on with a
+        warning. Another number of prompts has another order: that raises ValueError, as another seed or
+        shuffling does, unless `accept_other_prompts` says to begin a new epoch with them.
         """
         for name, now in (("seed", self._seed), ("shuffle", self._shuffle)):
             if state.get(name) != now:
@@ -72,9 +72,9 @@ class PromptCursor:
         if state["prompts"] != count:
             if not accept_other_prompts:
                 raise ValueError(
-                    f"data.train must have the prompts that the checkpoint was made with: got {count}, it has "
-                    f"{state['prompts']}; restore them, start a new run_dir, or begin a new epoch with these: "
-                    "'checkpoint.accept=[data.train]'"
+                    f"data.train must have the prompts that the checkpoint was made with: got {count}, it "
+                    f"has {state['prompts']}; restore them, start a new run_dir, or begin a new epoch with "
+                    "these: 'checkpoint.accept=[data.train]'"
                 )
             epoch, position = epoch + 1, 0
             log.warning(

@@ -1,4 +1,6 @@
-"""The main job with its real engines and processes: Ray, two vLLM engines, two DeepSpeed ranks; killed, resumed, maimed."""
+"""The main job with its real engines and processes (Ray, two vLLM engines, two DeepSpeed ranks): killed, resumed,
+maimed.
+"""
 
 from __future__ import annotations
 
@@ -186,6 +188,6 @@ def test_a_process_that_dies_is_named_with_its_last_lines(model, reward_file, tm
 
 
 def _logs(process: psutil.Process) -> list:
-    """Where a process's stdout goes, as psutil names open files (append-only logs are not listed on every system)."""
+    """Where a process's stdout goes, as psutil names open files; not every system lists append-only logs."""
     target = os.readlink(f"/proc/{process.pid}/fd/1")
     return [type("Log", (), {"path": target})]

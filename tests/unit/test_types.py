@@ -25,7 +25,8 @@ def test_a_completion_survives_the_trip_to_another_process():
     got = pickle.loads(pickle.dumps(sent))
     for name in ("token_ids", "loss_mask", "logprobs", "policy_versions"):
         a, b = getattr(sent, name), getattr(got, name)
-        assert a.dtype == b.dtype and np.array_equal(a, b), name
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
     assert (got.finish_reason, got.text) == ("stop", "käse")
     assert np.array_equal(got.routing.expert_ids, ids)
     assert np.array_equal(got.routing.known, routing.known)

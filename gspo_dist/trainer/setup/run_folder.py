@@ -60,8 +60,8 @@ def prepare_folder(run_dir: Path, config: RunConfig, checkpoint: Checkpoint | No
     if checkpoint is None:
         if any(run_dir.glob("checkpoints/step-*/manifest.json")):
             raise ValueError(
-                f"run_dir {run_dir} holds checkpoints of an earlier run and checkpoint.resume is false: choose "
-                "a new run_dir, or set checkpoint.resume=true"
+                f"run_dir {run_dir} holds checkpoints of an earlier run and checkpoint.resume is false: "
+                "choose a new run_dir, or set checkpoint.resume=true"
             )
     else:
         check_resume(run_dir, config, checkpoint)
@@ -77,8 +77,8 @@ def check_resume(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> No
     """
     if config.steps < checkpoint.step:
         raise ValueError(
-            f"steps must be at least those that are done: got {config.steps}, and {checkpoint.folder} is after "
-            f"step {checkpoint.step}; raise steps, or choose a new run_dir"
+            f"steps must be at least those that are done: got {config.steps}, and {checkpoint.folder} is "
+            f"after step {checkpoint.step}; raise steps, or choose a new run_dir"
         )
     path = run_dir / "config.json"
     if not path.is_file():
@@ -87,8 +87,8 @@ def check_resume(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> No
     foreign = changed_settings(old, new, FORMATS)
     if foreign:
         raise ValueError(
-            f"run_dir {run_dir} has checkpoints of another learner: {_told(foreign)}; restore it, or choose a "
-            "new run_dir (gspo export makes a model folder of this one to start from)"
+            f"run_dir {run_dir} has checkpoints of another learner: {_told(foreign)}; restore it, or "
+            "choose a new run_dir (gspo export makes a model folder of this one to start from)"
         )
     changed = {
         key: values
@@ -98,8 +98,8 @@ def check_resume(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> No
     barred = {key: values for key, values in changed.items() if not _within(key, config.checkpoint.accept)}
     if barred:
         raise ValueError(
-            f"run_dir {run_dir} was made with other settings: {_told(barred)}; restore them, choose a new run_dir, "
-            f"or let the steps to come differ: 'checkpoint.accept=[{','.join(barred)}]'"
+            f"run_dir {run_dir} was made with other settings: {_told(barred)}; restore them, choose a "
+            f"new run_dir, or let the steps to come differ: 'checkpoint.accept=[{','.join(barred)}]'"
         )
     if changed:
         log.warning("resuming with other settings, as accepted: %s", _told(changed))
