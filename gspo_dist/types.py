@@ -88,7 +88,7 @@ def _completion(
 
 @dataclass(frozen=True)
 class Rollout:
-    """A judged completion. `rollout_id` counts the run's rollouts; siblings of one prompt share `group_id`."""
+    """A judged completion. `rollout_id` counts the run's rollouts; siblings share `group_id`."""
 
     rollout_id: int
     group_id: int

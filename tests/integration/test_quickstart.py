@@ -1,5 +1,5 @@
-"""The main job with its real engines and processes (Ray, two vLLM engines, two DeepSpeed ranks): killed, resumed,
-maimed.
+"""The main job with its real engines and processes: Ray, two vLLM engines, two DeepSpeed ranks. It is killed,
+resumed and maimed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The whole loop in one process: a real HF policy, the eager learner, the reference engine. No Ray or vLLM."""
+"""The whole loop in one process: a real HF policy, the eager learner, the reference engine; no Ray."""
 
 from __future__ import annotations
 
