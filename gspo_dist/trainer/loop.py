@@ -119,7 +119,7 @@ def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[np.ndarra
         group_advantages(
             np.array([r.reward for r in rollouts]),
             np.array([r.group_id for r in rollouts]),
-            run.guard.objective.spec.advantage,
+            run.objective.spec.advantage,
         )
     )
     mini_batches = pack(

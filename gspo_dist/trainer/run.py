@@ -15,6 +15,7 @@ from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.metrics.sinks import Sinks
+from gspo_dist.objectives.objective import Objective
 from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.trainer.clock import StepClock
@@ -54,6 +55,8 @@ class Run:
     """Prompts of the evaluation, never trained on; may be empty."""
     probe_prompts: Sequence[Prompt]
     """A few prompts whose completions the first log-prob probe compares."""
+    objective: Objective
+    """The bound objective: its loss, its advantages, its clip."""
     guard: OffsetGuard
     old_logprobs: OldLogprobs
     flips: FlipMeter

@@ -66,6 +66,7 @@ def build(config: RunConfig) -> Run:
             cursor=PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
             heldout=list(heldout or ())[: config.evaluation.prompts],
             probe_prompts=list(itertools.islice(heldout or train, PROBE_SEQUENCES)),
+            objective=objective,
             guard=guard,
             old_logprobs=OldLogprobs(config.objective, learner, guard),
             flips=FlipMeter(
