@@ -391,9 +391,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained = tomllib.loads(reasons.read_text()) if reasons.is_file() else {}
     verdicts: list[tuple[Mutant, str]] = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as place:
-        trees = [] if args.list else [make_copy(args.root, Path(place) / f"job{i}") for i in range(args.jobs)]
-        for module in modules_of(args.root, args.modules):
-            mutants = mutants_of(args.root, module)
+        # A copy of its own for the originals: the run takes long, and somebody may edit the modules meanwhile.
+        root = make_copy(args.root, Path(place) / "original")
+        trees = [] if args.list else [make_copy(root, Path(place) / f"job{i}") for i in range(args.jobs)]
+        for module in modules_of(root, args.modules):
+            mutants = mutants_of(root, module)
             if args.sample is not None and args.sample < len(mutants):
                 chosen = random.Random(f"{args.seed}:{module}").sample(range(len(mutants)), args.sample)
                 mutants = [mutants[i] for i in sorted(chosen)]
@@ -401,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("\n".join(f"{m.module}:{m.line} {m.key}" for m in mutants))
             elif mutants:
                 began = time.monotonic()
-                for mutant, verdict in run(args.root, mutants, trees, args.timeout):
+                for mutant, verdict in run(root, mutants, trees, args.timeout):
                     verdicts.append((mutant, verdict))
                     if verdict == "survived" and reason_for(mutant, explained) is None:
                         print(f"survived {module}:{mutant.line} {mutant.key}", flush=True)

@@ -144,6 +144,8 @@ def test_a_reward_of_ones_own_may_check_answers(reward_file):
     answer_check(RewardConfig(function=f"{path}:g"))(-1)  # it has none
     with pytest.raises(ValueError, match="has no 'h'"):
         answer_check(RewardConfig(function=f"{path}:h"))
+    with pytest.raises(ValueError, match=r"did you mean 'exact_match'\?"):
+        answer_check(RewardConfig(function="exact_mach"))
 
 
 def test_the_first_answer_that_cannot_be_read_is_named_with_its_place():
@@ -210,6 +212,11 @@ def test_parts_must_be_named_finite_numbers():
         judge_rollout(lambda p, c: (1.0, {"length": math.nan}), PROMPT, completion("3"), 3)
     with pytest.raises(RewardError, match=r"its parts must be a mapping of names to numbers: got 0\.5"):
         judge_rollout(lambda p, c: (1.0, 0.5), PROMPT, completion("3"), 3)
+
+
+def test_the_first_rollout_has_the_number_zero():
+    with pytest.raises(RewardError, match="reward of rollout 0 "):
+        judge_rollout(lambda p, c: None, PROMPT, completion("3"), 0)
 
 
 def test_numpy_and_bool_rewards_become_floats():
