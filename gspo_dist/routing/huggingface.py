@@ -74,11 +74,6 @@ def _scaled_softmax(router: nn.Module, logits: Tensor, ids: Tensor) -> Tensor:
     return _scaled(router, torch.softmax(logits.float(), dim=-1).gather(1, ids))
 
 
-def _normalised_scaled_softmax(router: nn.Module, logits: Tensor, ids: Tensor) -> Tensor:
-    """The softmax in the logits' own type at `ids`, renormalised and scaled (Mistral 4)."""
-    return _scaled(router, _normalised(router, torch.softmax(logits, dim=-1).gather(1, ids), 1e-20))
-
-
 def _clamped_softmax(router: nn.Module, logits: Tensor, ids: Tensor) -> Tensor:
     """The softmax over all experts at `ids`, by its sum or `norm_min` if that is larger (Ernie 4.5)."""
     weights = torch.softmax(logits, dim=1, dtype=torch.float32).gather(-1, ids)
@@ -124,9 +119,6 @@ KINDS: dict[str, RouterKind] = {
             "Qwen2MoeTopKRouter",
             "Qwen3MoeTopKRouter",
             "Qwen3NextTopKRouter",
-            "Qwen3OmniMoeTextTopKRouter",
-            "Qwen3OmniMoeThinkerTextTopKRouter",
-            "Qwen3VLMoeTextTopKRouter",
             "Qwen3_5MoeTopKRouter",
         ),
         RouterKind(_softmax),
@@ -142,11 +134,9 @@ KINDS: dict[str, RouterKind] = {
             "ExaoneMoeTopkRouter",
             "Glm4MoeLiteTopkRouter",
             "Glm4MoeTopkRouter",
-            "Glm4vMoeTextTopkRouter",
             "GlmMoeDsaTopkRouter",
             "HYV3TopKRouter",
             "HYV4TopkRouter",
-            "KimiLinearTopkRouter",
             "MiMoV2FlashTopkRouter",
             "NemotronHTopkRouter",
             "SolarOpenTopkRouter",
@@ -154,7 +144,7 @@ KINDS: dict[str, RouterKind] = {
         RouterKind(_sigmoid),
     ),
     **dict.fromkeys(
-        ("LagunaTopKRouter", "MiniMaxM2TopKRouter", "MiniMaxM3VLTopKRouter", "Step3p7TopKRouter"),
+        ("LagunaTopKRouter", "MiniMaxM2TopKRouter", "MiniMaxM3VLTopKRouter"),
         RouterKind(_plain_sigmoid),
     ),
     **dict.fromkeys(
@@ -169,7 +159,6 @@ KINDS: dict[str, RouterKind] = {
     **dict.fromkeys(("GptOssTopKRouter", "GraniteMoeSWATopKRouter"), RouterKind(_softmax_of_chosen)),
     "Cohere2MoeTopKRouter": RouterKind(_chosen_by_name),
     "DeepseekV2TopkRouter": RouterKind(_scaled_softmax),
-    "Mistral4TopkRouter": RouterKind(_normalised_scaled_softmax),
     "Ernie4_5_MoeTopKRouter": RouterKind(_clamped_softmax),
     "Lfm2MoeTopKRouter": RouterKind(_sigmoid_lfm2),
 }

@@ -333,6 +333,15 @@ def test_every_familys_routes_are_recorded_and_replayed(family, dtype):
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in router.parameters()), name
 
 
+def test_every_class_that_is_served_has_a_family_above():
+    served = {
+        type(router).__name__
+        for family in families.FAMILIES
+        for router in routers.find_routers(families.make(family)).values()
+    }
+    assert served == set(routers.KINDS)
+
+
 @pytest.mark.parametrize(
     ("family", "message"),
     [
