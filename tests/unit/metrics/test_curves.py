@@ -17,13 +17,12 @@ ROWS = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """The figures that were saved, without the time that rendering takes."""
     saved = []
-    save = matplotlib.figure.Figure.savefig
 
-    def keep(figure, *args, **kwargs):
+    def keep(figure, path, **_):
         saved.append(figure)
-        save(figure, *args, **kwargs)
+        path.touch()
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     return saved
@@ -40,7 +39,6 @@ def test_lines_are_the_rows_that_have_the_key(tmp_path, drawn):
     assert (list(reward.get_xdata()), list(reward.get_ydata())) == ([1, 2], [0.5, 0.7])
     assert list(lines["held-out accuracy"][0].get_xdata()) == [0, 2]
     assert len(lines["entropy (nats per token)"]) == 0  # its one value was not finite
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("lowest", "scale"), [(1e-9, "log"), (0.0, "linear")])
@@ -59,6 +57,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     path = tmp_path / "curves.png"
     draw_curves(ROWS, path)
     before = path.read_bytes()
+    assert before.startswith(b"\x89PNG")
 
     def full(figure, target, **_):
         target.write_bytes(b"half")

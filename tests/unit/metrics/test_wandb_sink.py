@@ -81,6 +81,7 @@ def test_a_key_that_the_server_rejects_is_refused_online_and_offline_by_auto(wan
     assert "`wandb sync` sends it later" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_key_of_the_wrong_form_is_refused(wandb_server, monkeypatch):
     wandb_server("works")
     monkeypatch.setenv("WANDB_API_KEY", "short")

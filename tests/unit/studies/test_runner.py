@@ -141,6 +141,7 @@ def test_status_2_after_steps_of_learning_is_a_death(tmp_path, monkeypatch):
     assert [s.status for s in run_study(study_of(tmp_path, "ab"), print)] == ["died", "done"]
 
 
+@pytest.mark.slow
 def test_refused_input_of_real_processes(tmp_path):
     """A model folder that does not exist, in a folder whose name hydra's grammar would take apart."""
     base = ("model=local", f"model.path={tmp_path / 'absent'}", "logger=quiet")
@@ -223,6 +224,7 @@ runner.run_study(Study("s", (), dict(a=(), b=()), (0,), "a", r"{folder}"))
 """
 
 
+@pytest.mark.slow
 def test_a_cancelled_study_ends_the_run_that_is_under_way(tmp_path):
     """Real processes: SIGTERM to the study alone, as a scheduler sends it to a job's script."""
     pid, folder = tmp_path / "pid", tmp_path / "runs"

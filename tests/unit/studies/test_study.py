@@ -146,6 +146,7 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
         assert study.run_dir("gspo", 0) == tmp_path / "runs/gspo/seed-0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((conf_dir() / "study").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_arm_of_every_study_composes_to_equal_work_and_other_settings(path):
     study = load_study([f"study={path.stem}"], conf_dir(), read_yaml)
