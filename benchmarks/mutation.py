@@ -391,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained = tomllib.loads(reasons.read_text()) if reasons.is_file() else {}
     verdicts: list[tuple[Mutant, str]] = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as place:
-        # A copy of its own for the originals: the run takes long, and somebody may edit the modules meanwhile.
+        # The originals are copied too: a run takes long, and somebody may edit the modules meanwhile.
         root = make_copy(args.root, Path(place) / "original")
         trees = [] if args.list else [make_copy(root, Path(place) / f"job{i}") for i in range(args.jobs)]
         for module in modules_of(root, args.modules):

@@ -217,7 +217,7 @@ def test_what_a_reward_prints_is_a_log_line_and_no_output(pool_of, items_of, cap
         ("import no_such_package\ndef judge(p, c): return 1", "raised ModuleNotFoundError"),
         ("import os\nos._exit(9)", r"ended \(exit status 9\) while it imported it"),
         ("exit(1)", "raised SystemExit: 1"),
-        ("def other(p, c): return 1", "has no 'judge'; known: other"),
+        ("LIMIT = 1\ndef other(p, c): return 1", r"has no 'judge'; known: other$"),
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_told_at_the_start(pool_of, reward_file, body, message):

@@ -58,6 +58,12 @@ def test_a_function_of_a_module(reward_file, monkeypatch, tmp_path):
     assert judge_rollout(fn, PROMPT, completion(""), 0) == Judged(0.25, {})
 
 
+def test_only_functions_are_offered_for_a_wrong_name(reward_file):
+    path = reward_file("LIMIT = 1\ndef _own(p, c): return 1\ndef other(p, c): return 1\n")
+    with pytest.raises(ValueError, match=r"has no 'judge'; known: other$"):
+        resolve_reward(RewardConfig(function=f"{path}:judge"))
+
+
 def test_two_files_of_one_name_are_two_modules(reward_file, tmp_path):
     (tmp_path / "other").mkdir()
     one = reward_file("def f(prompt, completion):\n    return 1\n")
