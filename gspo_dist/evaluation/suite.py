@@ -113,7 +113,7 @@ def summarise(suite: str, k: int, rows: tuple[EvalRow, ...]) -> EvalResult:
     count = len(rows)
     means = [row.correct / k for row in rows]
     accuracy = math.fsum(means) / count
-    ks = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+    ks = sorted({2**i for i in range(k.bit_length())} | {k})
     completions = count * k
     return EvalResult(
         suite=suite,

@@ -56,6 +56,11 @@ def test_the_standard_error_is_that_of_a_mean_over_prompts():
     assert run().standard_error == pytest.approx(means.std(ddof=1) / math.sqrt(3), rel=1e-12)
 
 
+def test_two_prompts_have_a_standard_error_and_one_has_none():
+    assert clustered_standard_error([0.0, 1.0]) == 0.5  # sqrt((0.25 + 0.25) / (2 * 1))
+    assert math.isnan(clustered_standard_error([1.0]))
+
+
 def test_siblings_that_agree_add_no_certainty():
     once = [0.0, 1.0, 1.0, 0.0, 1.0]
     assert clustered_standard_error(once) == pytest.approx(np.std(once, ddof=1) / math.sqrt(5), rel=1e-12)
