@@ -104,8 +104,6 @@ def test_bad_corrections_name_the_field(name, bounds, message):
     old, rollout, adv, segments = three_sequences()
     with pytest.raises(ValueError, match=message):
         correction(name, old, rollout, adv, segments, **bounds)
-    with pytest.raises(ValueError, match="rollout_logprobs"):
-        correction("none", old, rollout[:2], adv, segments)
 
 
 def test_metrics_against_numpy():
@@ -178,3 +176,35 @@ def test_mismatch_metrics_and_corrections_do_not_depend_on_the_layout():
             full = correction(kind, lp, rollout, t.advantages, Segments(t.ids, 9))
             torch.testing.assert_close(part.weights, full.weights[mine], rtol=1e-12, atol=0)
             assert torch.equal(part.keep, full.keep[mine])
+
+
+@pytest.mark.parametrize("field", ["old_logprobs", "rollout_logprobs", "advantages", "logprobs"])
+def test_a_tensor_of_another_length_is_refused_by_name(field):
+    old, rollout, adv, segments = three_sequences()
+    given = {"old_logprobs": old, "rollout_logprobs": rollout, "advantages": adv, "logprobs": old}
+    given[field] = given[field][:2]
+    with pytest.raises(ValueError, match=rf"^{field} must be \[N=6\]"):
+        correction("opsm", segments=segments, **given)
+    if field in ("old_logprobs", "rollout_logprobs"):
+        with pytest.raises(ValueError, match=rf"^{field} must be \[N=6\]"):
+            mismatch_stats(given["old_logprobs"], given["rollout_logprobs"], segments)
+
+
+def test_a_value_on_the_bound_is_kept():
+    """Numbers that binary floats hold exactly: a drift of .5, a ratio of 1."""
+    old, rollout = torch.tensor([-1.0], dtype=F64), torch.tensor([-0.5], dtype=F64)
+    bad = torch.tensor([-1.0], dtype=F64)
+    assert correction("opsm", old, rollout, bad, of_lengths(1), high=0.5).keep.all()
+    assert not correction("opsm", old, rollout, bad, of_lengths(1), high=0.49).keep.any()
+    for name in ("token_mask", "sequence_mask", "geometric_reject"):
+        assert correction(name, old, old, bad, of_lengths(1), low=1.0, high=1.0).keep.all()
+
+
+def test_a_mismatch_beyond_the_limit_stays_finite():
+    """Exponents are held in [-20, 20]: one broken token neither overflows the weight nor the metrics."""
+    old, rollout = torch.tensor([-1.0, -900.0], dtype=F64), torch.tensor([-900.0, -1.0], dtype=F64)
+    got = correction("token_mask", old, rollout, torch.ones(2, dtype=F64), of_lengths(2))
+    assert got.weights.tolist() == pytest.approx([math.exp(20), math.exp(-20)], rel=1e-12)
+    metrics = mismatch_metrics(mismatch_stats(old, rollout, of_lengths(2)))
+    assert metrics["mismatch/token_mult_prob_error"] == pytest.approx(math.exp(20), rel=1e-12)
+    assert all(math.isfinite(value) for value in metrics.values())
