@@ -59,6 +59,38 @@ def test_training_releases_the_run_whether_or_not_it_ends_well(monkeypatch, caps
     assert "run folder   /runs/a" in capsys.readouterr().out
 
 
+def test_a_sweep_trains_once_per_value_and_leaves_its_list(monkeypatch, tmp_path: Path, capsys):
+    from gspo_dist.trainer import loop
+    from gspo_dist.trainer.setup import build as setup
+
+    seen = []
+
+    class Built:
+        run_dir = Path("/runs/a")
+
+        def release(self) -> None:
+            pass
+
+    def built(config) -> Built:
+        seen.append((config.seed, config.run_dir))
+        return Built()
+
+    done = {"completion_tokens": 1, "seconds": 1.0, "tokens_per_s_median": 1.0}
+    monkeypatch.setattr(setup, "build", built)
+    monkeypatch.setattr(loop, "train", lambda run: done)
+    monkeypatch.chdir(tmp_path)
+    main(["train", "-m", "seed=3,5", "run_dir=runs/seed-${seed}"])
+    assert seen == [(3, "runs/seed-3"), (5, "runs/seed-5")]
+    assert [p.name for p in tmp_path.iterdir()] == ["multirun.yaml"]  # hydra's own
+
+
+def test_a_job_of_a_sweep_that_no_run_allows_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "-m", "steps=0,1"])
+    assert stop.value.code == 2
+    assert "steps must be at least 1: got 0" in capsys.readouterr().err
+
+
 def test_evaluate_prints_a_line_per_metric_in_order(monkeypatch, capsys):
     from gspo_dist.trainer import evaluate
 
