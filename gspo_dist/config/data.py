@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gspo_dist.checks import choose
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -21,9 +23,17 @@ class DataConfig:
     nested field: reward_model.ground_truth."""
     chat_template: bool = True
     """Apply the tokenizer's chat template to questions given as text, where it has one."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template beside the messages, e.g. {enable_thinking: false}."""
     system_prompt: str | None = None
     """System message put before every question. Null: none."""
+    too_long: str = "stop"
+    """stop | skip: what a prompt of more than rollout.max_prompt_tokens tokens does. Skipped
+    ones are counted."""
     shuffle: bool = True
     """Take the training prompts in an order drawn anew for each pass, instead of the file's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of a procedural source (size, number of digits, ...)."""
+
+    def __post_init__(self) -> None:
+        choose("data.too_long", self.too_long, ("stop", "skip"))

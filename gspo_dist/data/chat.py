@@ -2,42 +2,114 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
-from gspo_dist.data.records import Record
+from gspo_dist.data.records import Message, Record
+
+Tokenizer = Any
+"""An HF tokenizer."""
 
 
 def render(
-    record: Record, tokenizer: Any, *, chat_template: bool, system_prompt: str | None
+    record: Record,
+    tokenizer: Tokenizer,
+    *,
+    chat_template: bool,
+    system_prompt: str | None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> tuple[str, tuple[int, ...]]:
     """(text, token ids) of a question.
 
-    A list of messages, and a text where `chat_template` holds and the tokenizer has a template, is rendered
-    by the template, up to and with the cue for the assistant's turn. Any other text is tokenized as it
-    stands, with the special tokens the tokenizer adds to a text. Raises ValueError when a template is
-    needed and there is none, or when the tokenizer does not know a character.
+    A list of messages is rendered by the tokenizer's template, and so is a text where `chat_template` holds
+    and the tokenizer has a template. Messages reach the template as they are, the record's `tools` and
+    `template_args` beside them. The text ends with the cue for the assistant's turn. A last message of the
+    assistant is a prefill: the text ends with it, open, and the completion goes on from there. Any other
+    text is tokenized as it stands, with the special tokens that the tokenizer adds to a text.
+
+    Raises ValueError, naming the record: a template is needed and there is none, it refuses the messages,
+    or the tokenizer does not know a character.
     """
     messages = _messages(record, tokenizer, chat_template, system_prompt)
     if messages is None:
         text, special = str(record.question), True
     else:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = _from_template(record, tokenizer, messages, template_args or {})
         special = False  # the template has written them already
-    token_ids = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+    try:
+        token_ids = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except Exception as error:  # a tokenizer may raise anything; the message must have the place
+        raise ValueError(
+            f"{record.where}: the tokenizer cannot read the question {text[:80]!r}: {error}"
+        ) from error
     if not token_ids:
         raise ValueError(f"{record.where}: the question gives no tokens: {text!r}")
+    _check_known(record, tokenizer, text, token_ids)
+    return text, token_ids
+
+
+def _check_known(record: Record, tokenizer: Tokenizer, text: str, token_ids: tuple[int, ...]) -> None:
+    """Raises ValueError where the tokenizer gave its token for the unknown.
+
+    A tokenizer that uses one token for several purposes (GPT-2: <|endoftext|> for all) says nothing by it.
+    """
     unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in token_ids:
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if unknown is not None and unknown not in others and unknown in token_ids:
         raise ValueError(
             f"{record.where}: the model's tokenizer does not know a part of the question {text[:80]!r} "
             f"(it gives {tokenizer.unk_token!r}); use a model whose vocabulary covers the data"
         )
-    return text, token_ids
+
+
+def _from_template(
+    record: Record, tokenizer: Tokenizer, messages: list[Message], template_args: Mapping[str, Any]
+) -> str:
+    """The text that the tokenizer's template makes of the messages."""
+    prefill = messages[-1]["role"] == "assistant"
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                tools=_tools(record),
+                tokenize=False,
+                add_generation_prompt=not prefill,
+                continue_final_message=prefill,
+                **template_args,
+            )
+        )
+    except Exception as error:  # templates are programs of others: jinja2 errors, KeyError, TypeError, ...
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        way_out = "change the messages to what the template allows, or data.template_args"
+        if prefill:
+            way_out += (
+                "; the last message is the assistant's and is continued: end with another role otherwise"
+            )
+        raise ValueError(
+            f"{record.where}: the tokenizer's chat template refuses the messages: {cause}; {way_out}"
+        ) from error
+
+
+def _tools(record: Record) -> list[Any] | None:
+    """The `tools` of a record for the template: a list, or the JSON text of one. None where it has none."""
+    tools = record.metadata.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{record.where}: 'tools' must be a list of tools or its JSON text: {error.msg} at column "
+                f"{error.colno}"
+            ) from None
+    if tools is not None and tools != "" and not isinstance(tools, list):
+        raise ValueError(f"{record.where}: 'tools' must be a list of tools: got {type(tools).__name__}")
+    return tools or None
 
 
 def _messages(
-    record: Record, tokenizer: Any, chat_template: bool, system_prompt: str | None
-) -> list[dict[str, str]] | None:
+    record: Record, tokenizer: Tokenizer, chat_template: bool, system_prompt: str | None
+) -> list[Message] | None:
     """The conversation to render, or None when the question is plain text to be used as it stands."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(record.question, str):
@@ -49,7 +121,7 @@ def _messages(
                     + "; unset it or write it into the questions"
                 )
             return None
-        messages = [{"role": "user", "content": record.question}]
+        messages: list[Message] = [{"role": "user", "content": record.question}]
     else:
         if not has_template:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -13,16 +14,26 @@ from gspo_dist.data.chat import render
 from gspo_dist.data.records import Record, read_file
 from gspo_dist.types import Prompt
 
+log = logging.getLogger(__name__)
+
+NAMED = 5
+"""Records that a message names; the rest are counted."""
+
 
 class PromptSource(Sequence[Prompt]):
-    """An immutable list of distinct prompts.
+    """An immutable list of distinct prompts."""
 
-    duplicates: records that were left out because an equal prompt with the same answer stands before them.
-    """
+    def __init__(
+        self, name: str, prompts: Sequence[Prompt], duplicates: int = 0, too_long: Sequence[str] = ()
+    ) -> None:
+        """duplicates: records left out because an equal prompt with the same answer stands before them.
+        too_long: where the records stand that were left out for their length.
 
-    def __init__(self, name: str, prompts: Sequence[Prompt], duplicates: int = 0) -> None:
+        Raises ValueError where no prompt is left.
+        """
         self.name = name
         self.duplicates = duplicates
+        self.too_long = tuple(too_long)
         self._prompts = tuple(prompts)
         if not self._prompts:
             raise ValueError(f"data source {name} must hold at least one prompt: got none")
@@ -105,19 +116,33 @@ def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Rec
 
 
 def _render_all(
-    config: DataConfig, source: str, records: list[Record], tokenizer: Any, max_prompt_tokens: int
+    config: DataConfig,
+    source: str,
+    records: list[Record],
+    tokenizer: Any,
+    max_prompt_tokens: int,
 ) -> PromptSource:
+    """Every record as its tokens, without equal ones; tells what is left out."""
     first: dict[tuple[int, ...], Prompt] = {}
     duplicates = 0
+    too_long: list[str] = []
     for record in records:
         text, token_ids = render(
-            record, tokenizer, chat_template=config.chat_template, system_prompt=config.system_prompt
+            record,
+            tokenizer,
+            chat_template=config.chat_template,
+            system_prompt=config.system_prompt,
+            template_args=config.template_args,
         )
         if len(token_ids) > max_prompt_tokens:
-            raise ValueError(
-                f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = {max_prompt_tokens} "
-                f"tokens: got {len(token_ids)}; raise the limit or remove the record"
-            )
+            if config.too_long == "stop":
+                raise ValueError(
+                    f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = "
+                    f"{max_prompt_tokens} tokens: got {len(token_ids)}; raise the limit, remove the record, "
+                    "or set data.too_long=skip"
+                )
+            too_long.append(record.where)
+            continue
         before = first.get(token_ids)
         if before is None:
             first[token_ids] = Prompt(record.where, token_ids, text, record.answer, record.metadata)
@@ -128,4 +153,21 @@ def _render_all(
                 f"{record.where}: the prompt of {before.prompt_id} again with another answer: "
                 f"{record.answer!r} and {before.answer!r}; remove one"
             )
-    return PromptSource(source, list(first.values()), duplicates)
+    if too_long:
+        log.warning(
+            "%s: %d of %d records are left out, over rollout.max_prompt_tokens = %d: %s%s",
+            source,
+            len(too_long),
+            len(records),
+            max_prompt_tokens,
+            ", ".join(too_long[:NAMED]),
+            ", ..." if len(too_long) > NAMED else "",
+        )
+    if duplicates:
+        log.warning(
+            "%s: %d of %d records are left out, each an earlier prompt again with the same answer",
+            source,
+            duplicates,
+            len(records),
+        )
+    return PromptSource(source, list(first.values()), duplicates, too_long)

@@ -1,4 +1,4 @@
-"""Reading questions from .jsonl and .parquet files; every error names the file and the line (or row)."""
+"""Reading questions from .jsonl and .parquet files. Every error names the file and the line (or row)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gspo_dist.data.plain import plain
+
+Message = dict[str, Any]
+"""One chat message as the tokenizer's template takes it: `role`, `content`, and whatever else
+the template reads."""
+
 
 @dataclass(frozen=True)
 class Record:
-    """One question before it is rendered: a text or a list of chat messages, its answer, and where
-    it came from."""
+    """One question before it is rendered."""
 
     where: str
-    question: str | list[dict[str, str]]
+    """Where it came from: "train.jsonl:17"."""
+    question: str | list[Message]
+    """A text, or chat messages."""
     answer: Any
+    """What the reward compares with, in the type that the file gives it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of the record."""
 
 
 def read_file(path: str, prompt_key: str, answer_key: str) -> list[Record]:
@@ -35,17 +44,36 @@ def read_file(path: str, prompt_key: str, answer_key: str) -> list[Record]:
     return records
 
 
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    # Bytes, not text: only so does an error of the encoding know its line.
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            where = f"{file}:{number}"
+            if number == 1:
+                if line.startswith(_UTF16):
+                    raise ValueError(f"{file} must be UTF-8: it is UTF-16; {_convert(file, 'UTF-16')}")
+                line = line.removeprefix(_UTF8_MARK)
             if not line.strip():
                 continue
             try:
-                yield f"{file}:{number}", json.loads(line)
+                yield where, json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: the line must be UTF-8: byte 0x{line[error.start]:02x} at column "
+                    f"{error.start + 1} is not; {_convert(file, 'LATIN1')}, if that is what the file is in"
+                ) from None
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{file}:{number}: a line must be one JSON object: {error.msg} at column {error.colno}"
+                    f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}"
                 ) from error
+
+
+def _convert(file: Path, encoding: str) -> str:
+    return f"convert it: iconv -f {encoding} -t UTF-8 {file.name} > utf8.jsonl"
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -53,14 +81,17 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
     number = 0
     try:
-        table = parquet.ParquetFile(file)
-    except ArrowException as error:
-        raise ValueError(f"{file} must be a parquet file: {error}; give one, or a .jsonl file") from error
-    with table:
-        for chunk in table.iter_batches():
-            for row in chunk.to_pylist():
-                yield f"{file}:row {number}", row
-                number += 1
+        with parquet.ParquetFile(file) as table:
+            for chunk in table.iter_batches():
+                for row in chunk.to_pylist():
+                    yield f"{file}:row {number}", row
+                    number += 1
+    except (ArrowException, OSError) as error:
+        cause = " ".join(str(error).split())  # pyarrow's messages have several lines
+        raise ValueError(
+            f"{file} must be a parquet file: it cannot be read from row {number} on ({cause}); copy it "
+            "again, or give a .jsonl file"
+        ) from error
 
 
 def _lookup(where: str, row: Mapping[str, Any], key: str, option: str) -> Any:
@@ -77,6 +108,7 @@ def _lookup(where: str, row: Mapping[str, Any], key: str, option: str) -> Any:
 def _record(where: str, row: Any, prompt_key: str, answer_key: str) -> Record:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object: got {type(row).__name__}")
+    row = {key: plain(f"{where}: {key!r}", value) for key, value in row.items()}
     question = _lookup(where, row, prompt_key, "data.prompt_key")
     answer = _lookup(where, row, answer_key, "data.answer_key")
     if answer is None:
@@ -91,13 +123,22 @@ def _record(where: str, row: Any, prompt_key: str, answer_key: str) -> Record:
     return Record(where, question, answer, rest)
 
 
-def _messages(where: str, value: Any, prompt_key: str) -> list[dict[str, str]]:
-    rule = f"{where}: {prompt_key!r} must be a text or a list of messages with a text role and content"
+def _messages(where: str, value: Any, prompt_key: str) -> list[Message]:
+    """The messages as they are, without fields that are null (a parquet column has every field
+    in every row)."""
+    rule = (
+        f"{where}: {prompt_key!r} must be a text or a list of messages, each with a role and with content or "
+        "tool_calls"
+    )
     if not isinstance(value, list) or not value:
         raise ValueError(f"{rule}: got {type(value).__name__} {value!r}"[:300])
+    messages = []
     for message in value:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
+        given = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+        content = given.get("content")
+        # Content is a text, or parts as multimodal templates take them; only a call of tools goes without.
+        told = isinstance(content, (str, list)) or (content is None and given.get("tool_calls"))
+        if not isinstance(given.get("role"), str) or not told:
             raise ValueError(f"{rule}: got {message!r}"[:300])
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+        messages.append(given)
+    return messages

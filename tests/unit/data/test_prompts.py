@@ -156,12 +156,17 @@ def test_a_text_is_rendered_by_the_template_with_the_system_prompt(write, chatty
 def test_messages_are_rendered_whatever_chat_template_says(write, chatty):
     path = write(
         {
-            "prompt": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}],
+            "prompt": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": "so?"},
+            ],
             "answer": "3",
         }
     )
     for chat_template in (True, False):
-        assert load(path, chatty, chat_template=chat_template)[0].text == "<user>hi<assistant>yes<assistant>"
+        text = load(path, chatty, chat_template=chat_template)[0].text
+        assert text == "<user>hi<assistant>yes<user>so?<assistant>"
 
 
 def test_the_template_writes_the_special_tokens_and_the_tokenizer_adds_none(write, chatty):

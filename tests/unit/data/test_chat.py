@@ -1,0 +1,138 @@
+"""What a record holds reaches the template, and a template that refuses says where."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gspo_dist.config import DataConfig
+from gspo_dist.data.chat import render
+from gspo_dist.data.prompts import load_prompts
+from gspo_dist.data.records import Record
+
+DUMP = (
+    "{{ messages | tojson }}|{{ tools | tojson }}|{{ enable_thinking | default('unset') }}"
+    "{% if add_generation_prompt %}|cue{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tokenizer(template: str | None, **special) -> PreTrainedTokenizerFast:
+    """Byte-level: it knows every character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, **{"eos_token": "<|endoftext|>", **special})
+    fast.chat_template = template
+    return fast
+
+
+def rendered(question, template, metadata=None, special=None, **options) -> str:
+    record = Record("f.jsonl:7", question, "1", metadata or {})
+    options = {"chat_template": True, "system_prompt": None, **options}
+    return render(record, tokenizer(template, **(special or {})), **options)[0]
+
+
+CONVERSATION = [
+    {"role": "user", "content": "weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "ask",
+        "tool_calls": [{"type": "function", "function": {"name": "get", "arguments": '{"c":1}'}}],
+    },
+    {"role": "tool", "content": "sunny", "name": "get", "tool_call_id": "1"},
+    {"role": "user", "content": [{"type": "text", "text": "so?"}]},
+]
+
+
+def test_messages_reach_the_template_as_they_are() -> None:
+    messages, tools, thinking, cue = rendered(CONVERSATION, DUMP).split("|")
+    assert json.loads(messages) == CONVERSATION
+    assert (tools, thinking, cue) == ("null", "unset", "cue")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_of_a_record_and_arguments_reach_the_template(as_text) -> None:
+    tools = [{"type": "function", "function": {"name": "get", "parameters": {}}}]
+    given = json.dumps(tools) if as_text else tools
+    parts = rendered("hi", DUMP, {"tools": given}, template_args={"enable_thinking": False}).split("|")
+    assert json.loads(parts[1]) == tools
+    assert parts[2] == "False"
+
+
+def test_tools_that_are_no_list_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"f.jsonl:7: 'tools' must be a list of tools: got dict"):
+        rendered("hi", DUMP, {"tools": {"name": "get"}})
+    with pytest.raises(ValueError, match=r"f.jsonl:7: 'tools' must be a list of tools or its JSON text"):
+        rendered("hi", DUMP, {"tools": "get"})
+
+
+def test_a_last_message_of_the_assistant_is_continued_and_not_closed() -> None:
+    question = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "The answer is"}]
+    assert rendered(question, PLAIN) == "<user>1+1?<end><assistant>The answer is"
+
+
+def test_a_template_that_refuses_says_where_and_why() -> None:
+    refuses = "{{ raise_exception('Only user and assistant roles are supported!') }}"
+    message = (
+        "f.jsonl:7: the tokenizer's chat template refuses the messages: Only user and assistant roles are "
+        "supported!; change the messages to what the template allows, or data.template_args"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rendered("hi", refuses)
+    with pytest.raises(ValueError, match=r"f.jsonl:7: the tokenizer's chat template refuses the messages: "):
+        rendered("hi", "{% for m in messages %}{{ m.content }")
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token", "pad_token"])
+def test_a_tokenizer_with_one_token_for_several_purposes_is_not_refused(role) -> None:
+    special = {"unk_token": "<|endoftext|>", role: "<|endoftext|>"}
+    template = "{{ '<|endoftext|>' }}" + PLAIN
+    assert rendered("hi", template, special=special).startswith("<|endoftext|><user>hi")
+
+
+def load(tmp_path, rows, **config):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_prompts(
+        DataConfig(train=str(path), chat_template=False, **config),
+        "train",
+        tokenizer(None),
+        max_prompt_tokens=4,
+        seed=0,
+    )
+
+
+ROWS = [{"prompt": p, "answer": "1"} for p in ("abc", "abcdef", "abc", "xyz", "uvwxyz")]
+
+
+def test_prompts_that_are_too_long_stop_the_run_or_are_counted_and_named(tmp_path, caplog) -> None:
+    with pytest.raises(
+        ValueError, match=r"train.jsonl:2: .*max_prompt_tokens = 4 tokens: got 6; .*data.too_long=skip"
+    ):
+        load(tmp_path, ROWS)
+    with caplog.at_level(logging.WARNING):
+        source = load(tmp_path, ROWS, too_long="skip")
+    assert [p.text for p in source] == ["abc", "xyz"]
+    path = tmp_path / "train.jsonl"
+    assert source.too_long == (f"{path}:2", f"{path}:5")
+    assert (
+        f"2 of 5 records are left out, over rollout.max_prompt_tokens = 4: {path}:2, {path}:5" in caplog.text
+    )
+    assert "1 of 5 records are left out, each an earlier prompt again" in caplog.text
+
+
+def test_a_file_of_prompts_that_are_all_too_long_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="must hold at least one prompt: got none"):
+        load(tmp_path, [ROWS[1]], too_long="skip")
