@@ -58,6 +58,8 @@ TOLERANCE = 2e-5
 1e-2 and more."""
 LENGTHS = (40, 33)
 """Tokens of the two sequences: longer than a miniature's windows and chunks, and no multiple of them."""
+MOST_PARAMETERS = 50_000_000
+"""A miniature has about a million. A family whose sizes are not all known is not built in memory."""
 REVISION = 1
 """Raised when the check itself changes, so that results of an older one are not read."""
 PROPERTIES = ("alone", "packed", "names", "routes")
@@ -234,6 +236,7 @@ class Pair:
         with torch.random.fork_rng(devices=[]), _one_thread():
             torch.manual_seed(0)
             small = small_config(config)
+            _check_small(small)
             original = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
             spread(original)
             learner = AutoModelForCausalLM.from_config(
@@ -275,6 +278,16 @@ def small_config(config: dict[str, Any]) -> PretrainedConfig:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(miniature(config)))
         return AutoConfig.from_pretrained(folder)
+
+
+def _check_small(config: PretrainedConfig) -> None:
+    """ValueError where the config has a size that `miniature` does not know, so that the
+    model stays large."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"it would have {parameters:,} parameters")
 
 
 def _vocabulary(config: PretrainedConfig) -> int:

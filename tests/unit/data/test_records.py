@@ -21,7 +21,7 @@ def read(path: Path):
     [
         (
             b'{"prompt": "a", "answer": 1}\n{"prompt": "caf\xe9", "answer": 1}\n',
-            "train.jsonl:2: the line must be UTF-8: byte 0xe9 at column 16 is not; convert it: iconv -f LATIN1",
+            "train.jsonl:2: the line must be UTF-8: byte 0xe9 at column 16 is not; convert it: iconv",
         ),
         (
             '{"prompt": "a", "answer": 1}\n'.encode("utf-16"),
