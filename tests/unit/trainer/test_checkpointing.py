@@ -79,6 +79,17 @@ def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
     assert again.last_checkpoint == tmp_path / "checkpoints" / "step-000003"
 
 
+def test_a_save_keeps_the_flip_rates_measured_so_far(tmp_path):
+    run = run_of(tmp_path)
+    run.flips = FlipMeter(FlipsConfig(every=1), run.learner, 0, 2, 1)
+    run.flips.history["update"].append(1, [0.25, 0.5])
+    save(run, 1)
+    again = run_of(tmp_path)
+    again.flips = FlipMeter(FlipsConfig(every=1), again.learner, 0, 2, 1)
+    restore(again, again.store.newest())
+    assert again.flips.history["update"].rates.tolist() == [[0.25, 0.5]]
+
+
 @pytest.mark.parametrize(
     ("accept", "told"), [([], False), (["data.train"], True), (["data"], True), (["reward"], False)]
 )

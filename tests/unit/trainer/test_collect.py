@@ -91,3 +91,12 @@ def test_the_worked_example_of_the_ids():
     out = judged(Judge(), [rollout(0).prompt, rollout(1).prompt], completions, 3)
     assert [r.group_id for r in out] == [3, 3, 4, 4]
     assert [r.rollout_id for r in out] == [6, 7, 8, 9]
+
+
+def test_a_pool_that_loses_a_verdict_or_a_group_is_not_trained_on():
+    lost = SimpleNamespace(judge=lambda items: [Judged(0.0, {})] * (len(items) - 1))
+    groups = [[rollout(0).completion] * 2] * 2
+    with pytest.raises(ValueError, match="shorter"):
+        judged(lost, [rollout(0).prompt, rollout(1).prompt], groups, 0)
+    with pytest.raises(ValueError, match="shorter|longer"):
+        judged(Judge(), [rollout(0).prompt], groups, 0)
