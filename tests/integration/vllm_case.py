@@ -314,23 +314,6 @@ FAMILIES = {
         "topk_group": 1,
         "use_qk_norm": True,
     },
-    "deepseek_v3": {
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 512,  # vLLM's CPU kernel of MLA takes this one only
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 32,
-        "num_key_value_heads": 4,
-    },
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {
         "num_experts": 8,
@@ -406,10 +389,6 @@ def granitemoe(folder):
 
 def glm4_moe(folder):
     return other_family(folder, "glm4_moe")
-
-
-def deepseek_v3(folder):
-    return other_family(folder, "deepseek_v3")
 
 
 def untold_head(folder):
