@@ -38,7 +38,7 @@ def read_head(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, HEAD_LIMIT):
+        if length > min(size - 8, HEAD_LIMIT):  # also where the file has less than the 8 bytes
             raise ValueError(
                 f"weight file {path} is torn: it has {size} bytes, and its head alone would need "
                 f"{length + 8}; copy the file again"

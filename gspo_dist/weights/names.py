@@ -133,10 +133,11 @@ class FileNames:
         """
         if name not in self._sliced:
             shape = self.shapes[name]
-            whole = list(self._on_meta(name, shape))
-            one = list(self._on_meta(name, (1, *shape[1:]))) if len(shape) > 1 else whole
-            fused = len(whole) > 1 and len(whole) == shape[0] * len(one)
-            self._sliced[name] = whole if fused else None
+            self._sliced[name] = None
+            if len(shape) > 1:
+                whole, one = (list(self._on_meta(name, (n, *shape[1:]))) for n in (shape[0], 1))
+                if len(whole) == shape[0] * len(one):
+                    self._sliced[name] = whole
         return self._sliced[name]
 
     def _on_meta(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:

@@ -314,13 +314,6 @@ FAMILIES = {
         "topk_group": 1,
         "use_qk_norm": True,
     },
-    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 64,
-    },
     "qwen3": {"head_dim": 32},
 }
 

