@@ -50,17 +50,38 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed: PackedLayout | None = None,
-    **_: object,
+    **asked: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, T, dim]; key, value [1, kv_heads, T, dim] -> ([1, T, heads, dim],
-    None); causal by sequence."""
+    """query [1, heads, T, dim]; key, value [1, kv_heads, T, dim] -> ([1, T, heads, dim], None); causal.
+
+    asked: what else the model passes. Raises ValueError for a part of an attention that this one does not
+    have: a soft cap, sinks, or a window shorter than the batch's longest sequence. Dropout is left out on
+    purpose, since log-probs must repeat.
+    """
     if packed is None:
         raise ValueError(f"attention {NAME!r} needs the packed layout: call the model through PolicyModel")
+    _refuse(asked, packed)
     if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32 kernel
         out = _flash(query, key, value, scaling, packed)
     else:
         out = _padded(query, key, value, scaling, packed)
     return out, None
+
+
+def _refuse(asked: dict[str, Any], packed: PackedLayout) -> None:
+    """Whatever changes the result and is not done here is an error, never left out in silence."""
+    for name, what in (("softcap", "a soft cap of its scores"), ("s_aux", "sinks")):
+        if asked.get(name) is not None:
+            raise ValueError(
+                f"the model's attention has {what} ({name}), which the packed attention does not have; use a "
+                "model without"
+            )
+    window = asked.get("sliding_window")
+    if window is not None and window < packed.longest:
+        raise ValueError(
+            f"the model's attention sees {window} tokens, and a sequence has {packed.longest}: the packed "
+            "attention has no windows; use a model with full attention"
+        )
 
 
 def _flash(
