@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
 from gspo_dist.learners.loss import LossSpec
@@ -31,6 +39,24 @@ SIZES = {
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
 }
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "lfm2_moe": {
+        "num_hidden_layers": 2,
+        "num_dense_layers": 0,
+        "layer_types": ["conv", "full_attention"],
+    },
+}
+"""Models with layers that carry a state from token to token."""
 BUDGETS = (64, 128, 34)
 """Token budgets of the first three mini-batches: each rank runs 2, 1 and 3 or more micro-batches."""
 FILLED = 25
@@ -43,7 +69,11 @@ It has one sequence more than there are ranks, so it needs fillers.
 def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
     """A random model saved as HF saves it; norms and biases off their neutral values."""
     torch.manual_seed(11)
-    if kind == "qwen3_moe":
+    model: PreTrainedModel
+    if kind in HYBRIDS:
+        config = AutoConfig.for_model(kind, **SIZES | HYBRIDS[kind] | {"pad_token_id": None} | changes)
+        model = AutoModelForCausalLM.from_config(config)
+    elif kind == "qwen3_moe":
         model = Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**SIZES | {"head_dim": 8, "norm_topk_prob": True} | changes)
         )

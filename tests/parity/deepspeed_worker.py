@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,7 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     out = {"on": on, "weights_on": case.exported(first), "noise_on": noise}
     first.engine.destroy()
     second = ranks.learner(spec)
+    out["refused"] = _refused(lambda: second.load(folder.parent / "elsewhere"))
     second.load(folder)
     out["version"] = second.policy_version
     out["noise_back"] = torch.rand(3)
@@ -92,6 +95,33 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     out["weights_back"] = case.exported(second)
     second.engine.destroy()
     return out
+
+
+def _refused(verb: Callable[[], object]) -> str:
+    try:
+        verb()
+    except ValueError as raised:
+        return str(raised)
+    return "nothing was refused"
+
+
+def other_layout(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    """Saves, then loads with another ZeRO stage."""
+    folder = Path(spec["folder"])
+    first = ranks.learner(spec)
+    first.save(folder)
+    first.engine.destroy()
+    second = ranks.learner(spec | {"config": {"deepspeed": {"zero_stage": 3}}})
+    out = {"refused": _refused(lambda: second.load(folder)), "version": second.policy_version}
+    second.engine.destroy()
+    return out
+
+
+def wrong_weights(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    """Tries to build a learner from folders whose weights are not those of their config."""
+    return {
+        name: _refused(partial(ranks.learner, spec | {"model": spec[name]})) for name in ("lacks", "extra")
+    }
 
 
 def broken(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:

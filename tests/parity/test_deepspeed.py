@@ -18,7 +18,13 @@ from tests.parity.ranks import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
-MODELS = {"moe": {}, "tied": {"tie_word_embeddings": True}, "shared": {"kind": "qwen2_moe"}}
+MODELS = {
+    "moe": {},
+    "tied": {"tie_word_embeddings": True},
+    "shared": {"kind": "qwen2_moe"},
+    "delta": {"kind": "qwen3_next"},
+    "conv": {"kind": "lfm2_moe"},
+}
 TWO_RANKS = {
     "zero0": ("moe", {"deepspeed": {"zero_stage": 0}}),
     "zero1": ("moe", {"deepspeed": {"zero_stage": 1}}),
@@ -35,6 +41,9 @@ TWO_RANKS = {
     "tied_zero2": ("tied", {"deepspeed": {"zero_stage": 2}}),
     "tied_experts3": ("tied", {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}}),
     "shared_zero3": ("shared", {"deepspeed": {"zero_stage": 3}}),
+    "delta_zero2": ("delta", {"deepspeed": {"zero_stage": 2}}),
+    "delta_checkpointed_zero3": ("delta", {"deepspeed": {"zero_stage": 3}, "activation_checkpointing": True}),
+    "conv_zero2": ("conv", {"deepspeed": {"zero_stage": 2}}),
     "shared_experts2": ("shared", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
 }
 REFERENCED = {
@@ -143,7 +152,10 @@ def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str, meas
     worst = 0.0
     for rank in ranks:
         for got, step in zip(rank["steps"], want["steps"], strict=True):
-            assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
+            # The delta rule's decays are exponentials of sums, which magnify what rounding moved the weights.
+            assert got["grad_norm"] == pytest.approx(
+                step["grad_norm"], rel=5e-5 if name.startswith("delta") else 1e-5
+            )
             assert got["lr"] == step["lr"]
             assert got["version"] == step["version"]
             worst = max(worst, abs(got["grad_norm"] / step["grad_norm"] - 1.0))

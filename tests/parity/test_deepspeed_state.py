@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.metrics.stat import merge_stats, results
@@ -49,6 +51,22 @@ BF16_EXPERTS = {
     f"bf16_experts{stage}": {"deepspeed": {"zero_stage": stage, "expert_parallel": 2}, "precision": "bf16"}
     for stage in (1, 2, 3)
 }
+
+
+WRONG = {f"wrong_zero{stage}": {"deepspeed": {"zero_stage": stage}} for stage in range(4)}
+GONE, NEW = "model.layers.1.self_attn.q_norm.weight", "model.layers.7.self_attn.q_norm.weight"
+
+
+def wrong_folder(model: Path, folder: Path, name: str) -> Path:
+    """A copy of the model with one tensor less, or with one that it has no place for."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    if name == "lacks":
+        del weights[GONE]
+    else:
+        weights[NEW] = weights[GONE].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def make_eager(model: Path, precision: str = "fp32") -> EagerLearner:
@@ -101,8 +119,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     fixed.forward_backward(given, case.make_spec(data[0]))
     fixed_run = {"outputs": fixed_outputs, "grad_norm": fixed.optim_step().grad_norm}
 
+    wrong = {n: wrong_folder(model, tmp_path_factory.mktemp(n), n) for n in ("lacks", "extra")}
     cases = {
-        name: {
+        name: wrong
+        | {
             "do": do,
             "config": config,
             "model": model,
@@ -116,6 +136,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ("broken", BROKEN),
             ("train", BF16),
             ("routes", BF16_EXPERTS),
+            ("wrong_weights", WRONG),
+            ("other_layout", {"other_layout": {"deepspeed": {"zero_stage": 1}}}),
         )
         for name, config in group.items()
     }
@@ -177,6 +199,26 @@ def test_resuming_equals_not_stopping_bit_for_bit(lab: dict, name: str) -> None:
         assert seen["weights_on"].keys() == seen["weights_back"].keys()
         for key, weight in seen["weights_on"].items():
             assert torch.equal(weight, seen["weights_back"][key]), key
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_folder_without_a_state_is_refused_on_every_rank(lab: dict, name: str) -> None:
+    for rank in lab["got"]:
+        assert rank[name]["refused"].startswith("no DeepSpeed checkpoint in ")
+
+
+def test_a_state_of_another_layout_is_refused_with_both_values(lab: dict) -> None:
+    for rank in lab["got"]:
+        seen = rank["other_layout"]
+        assert "learner.deepspeed.zero_stage was 1 and is 3" in seen["refused"]
+        assert seen["version"] == 0
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_weights_that_are_not_the_models_are_refused_by_name(lab: dict, name: str) -> None:
+    for rank in lab["got"]:
+        assert f"lacks the weights ['{GONE}']" in rank[name]["lacks"]
+        assert f"holds the weights ['{NEW}']" in rank[name]["extra"]
 
 
 @pytest.mark.parametrize("name", BROKEN)
