@@ -203,6 +203,24 @@ def test_resuming_equals_not_stopping_bit_for_bit(model: Path, tmp_path: Path, p
             assert torch.equal(a, b)
 
 
+def test_a_state_of_another_precision_or_a_torn_one_is_refused(model: Path, tmp_path: Path) -> None:
+    make(model, "bf16").save(tmp_path)
+    learner = make(model, "fp32")
+    with pytest.raises(ValueError, match=r"learner\.precision was bf16 and is fp32"):
+        learner.load(tmp_path)
+    file = tmp_path / "eager.pt"
+    file.write_bytes(file.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match=r"eager\.pt is torn"):
+        make(model, "bf16").load(tmp_path)
+    assert learner.policy_version == 0
+
+
+def test_a_full_disk_names_the_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "eager.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"no room for the learner's state.*eager\.pt"):
+        make(model).save(tmp_path)
+
+
 def test_a_log_prob_that_is_not_a_number_names_the_rollout(model: Path) -> None:
     learner = make(model)
     good = batch((0, 1, 2))
