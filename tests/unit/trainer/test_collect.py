@@ -98,5 +98,5 @@ def test_a_pool_that_loses_a_verdict_or_a_group_is_not_trained_on():
     groups = [[rollout(0).completion] * 2] * 2
     with pytest.raises(ValueError, match="shorter"):
         judged(lost, [rollout(0).prompt, rollout(1).prompt], groups, 0)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         judged(Judge(), [rollout(0).prompt], groups, 0)

@@ -58,7 +58,7 @@ def test_accuracy_by_hand_and_the_first_and_newest_are_remembered():
     run = run_of(reward=lambda prompt: float(prompt.prompt_id in right))
     first = evaluate(run)
     assert first["eval/heldout/accuracy"] == pytest.approx(1 / 3, rel=1e-12)
-    assert first["time/evaluation_s"] >= 0.0
+    assert 0.0 <= first["time/evaluation_s"] < 60.0
     right |= {"p1"}
     second = evaluate(run)
     assert second["eval/heldout/accuracy"] == pytest.approx(2 / 3, rel=1e-12)

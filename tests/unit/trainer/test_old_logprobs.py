@@ -105,3 +105,18 @@ def test_a_step_after_the_guard_rested_uses_the_engines_again():
     old.guard.decision = GuardDecision("none", 0.0, True, "")
     old.prepare(packed(rollouts), rollouts, 2)
     assert old.metrics() == {"old_logprobs/recomputed": 0.0}
+
+
+def test_before_the_first_step_nothing_is_recomputed():
+    assert make(BookLearner()).metrics() == {"old_logprobs/recomputed": 0.0}
+
+
+def test_every_step_begins_with_the_guards_own_measurement():
+    """The engine says -1 and the learner -1.01: measured on all sequences, before anything else is decided."""
+    learner, rollouts = BookLearner(-1.01), two()
+    old = make(learner, guard=GuardConfig(action="recompute", estimator="subset", subset_fraction=1.0))
+    (mini,) = old.prepare(packed(rollouts), rollouts, 1)
+    assert old.guard.metrics()["guard/active"] == 1.0
+    assert old.recomputed
+    assert [b.old_logprobs is not None for b in mini.batches()] == [True]
+    assert len(learner.calls) == 2  # the subset, and the recomputation that it asked for
