@@ -95,4 +95,5 @@ def test_the_advantage_is_the_objectives_own_unless_named():
     named = {"objective": {"advantage": "group_mean"}}
     assert from_mapping(RunConfig, named).objective.advantage_name == "group_mean"
     mine = {"objective": {"name": "a.b:C", "old_logprobs": "recompute", "guard": {"action": "off"}}}
-    assert from_mapping(RunConfig, mine).objective.advantage_name == "group_std"
+    assert from_mapping(RunConfig, mine).objective.advantage_name is None  # a user's objective brings its own
+    assert from_mapping(RunConfig, mine | {"rollout": {"group_size": 1}}).rollout.group_size == 1
