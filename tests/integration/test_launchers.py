@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [
     "quickstart.sh",
+    "check.sh",
     "test.sh",
     "single_node.sh",
     "ray_head.sh",

@@ -112,7 +112,7 @@ def test_before_the_first_step_nothing_is_recomputed():
 
 
 def test_every_step_begins_with_the_guards_own_measurement():
-    """The engine says -1 and the learner -1.01: measured on all sequences, before anything else is decided."""
+    """The engine says -1, the learner -1.01: measured on all sequences, before anything else is decided."""
     learner, rollouts = BookLearner(-1.01), two()
     old = make(learner, guard=GuardConfig(action="recompute", estimator="subset", subset_fraction=1.0))
     (mini,) = old.prepare(packed(rollouts), rollouts, 1)
