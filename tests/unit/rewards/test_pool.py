@@ -162,6 +162,12 @@ def test_a_process_that_ends_costs_its_rollout_only(pool_of, items_of, caplog, t
     assert f"reward of rollout 11 (prompt p1) ended its process ({how}): it counts as -0.5" in caplog.text
 
 
+def test_what_a_dead_worker_had_not_begun_is_judged_all_the_same(pool_of, items_of):
+    """Eight items for one worker are messages of four, two, one and one."""
+    verdicts = pool_of().judge(items_of("1", "die", "3", "4", "5", "6", "7", "8"))
+    assert rewards(verdicts) == [1.0, 0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
 def test_without_a_stated_reward_the_run_stops(pool_of, items_of):
     pool = pool_of(timeout_s=0.5, timeout_reward=None)
     with pytest.raises(

@@ -13,22 +13,32 @@ from gspo_dist.config import RewardConfig
 from gspo_dist.rewards.pool import LocalRewardPool
 
 DRIVER = """
-import sys, time
+import sys
+import numpy as np
 from gspo_dist.config import RewardConfig
 from gspo_dist.rewards.pool import LocalRewardPool
-pool = LocalRewardPool(RewardConfig(function=sys.argv[1]))
+from gspo_dist.types import Completion, Prompt
+pool = LocalRewardPool(RewardConfig(function=sys.argv[1], timeout_s=60.0))
 pool.start()
+empty = np.zeros(0)
 print(pool.workers[0].process.pid, flush=True)
-time.sleep(60)
+pool.judge([(0, Prompt("p", (1,), "q", "1"), Completion(empty, empty, empty, empty, "stop", "text"))])
 """
 
 
 @pytest.mark.slow
-def test_a_reward_process_does_not_outlive_a_parent_that_was_killed():
-    command = [sys.executable, "-c", DRIVER, "exact_match"]
+def test_a_reward_that_hangs_does_not_outlive_a_parent_that_was_killed(reward_file, tmp_path):
+    path = reward_file(
+        f"import time\ndef f(p, c):\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", DRIVER, f"{path}:f"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         worker = Path("/proc") / driver.stdout.readline().strip()
+        for _ in range(200):
+            if (tmp_path / "begun").exists():
+                break
+            time.sleep(0.05)
         assert worker.exists()
         driver.kill()
     for _ in range(100):
