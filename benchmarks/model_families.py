@@ -233,8 +233,8 @@ Megatron learner serves the families that `gspo_dist/learners/megatron/architect
 those that it lists itself. Neither is measured here.
 
 - **alone**: log-probs of one sequence are those of transformers' own forward, within {TOLERANCE} nats
-  in float32. It fails for scales after the head, windows, chunks, sinks and caps that the learner does
-  not have.
+  in float32. It fails for scales after the head, windows, chunks, sinks and caps that the learner does not
+  have, and for dropout and router noise of the training mode.
 - **packed**: they stay the same behind another sequence. It fails for layers with memory.
 - **names**: the learner streams the tensors of the model folder.
 - **routes**: experts can be recorded and replayed (routing replay, and the metric of routing flips).

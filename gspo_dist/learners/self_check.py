@@ -6,7 +6,7 @@ tried with numbers on a miniature of the architecture (`models.miniature`), in f
 before any process starts:
 
     alone    log-probs of one sequence equal those of transformers' own forward
-             (scales after the head, windows, attention sinks)
+             (scales after the head, windows, attention sinks, dropout and noise of the training mode)
     packed   log-probs of a sequence do not change when another one lies before it
              (layers with memory, chunked attention)
     names    the weights that the learner streams are those of the model folder, by name and shape
@@ -39,9 +39,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from gspo_dist.config import RunConfig
 from gspo_dist.files import write_text
-from gspo_dist.learners import attention
 from gspo_dist.learners.eager import hf_logprobs
-from gspo_dist.learners.hf_model import PolicyModel
+from gspo_dist.learners.hf_model import PolicyModel, load_policy
 from gspo_dist.models.config_file import read_config
 from gspo_dist.models.miniature import VOCABULARY, miniature
 from gspo_dist.models.shape import shape_from_config
@@ -199,7 +198,8 @@ def check_architecture(config: dict[str, Any]) -> Iterator[Finding]:
     try:
         pair = Pair.of(config)
     except Exception as error:  # whatever a class of transformers raises, the model cannot be checked
-        text = f"no miniature can be built: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        cause = (str(error).splitlines() or [""])[0][:300]
+        text = f"it cannot be made or loaded: {type(error).__name__}: {cause}"
         for name in ("alone", "packed", *(("routes",) if shape.moe_layers else ())):
             yield Finding(name, False, text)
         return
@@ -224,7 +224,7 @@ class Pair:
     """One miniature twice, with the same weights: as the learner runs it, and as transformers does."""
 
     policy: PolicyModel
-    """With packed attention and the learner's head."""
+    """As a run loads it: packed attention, the learner's head, in training mode."""
     original: PreTrainedModel
     """With transformers' own attention and head."""
     sequences: list[np.ndarray]
@@ -239,13 +239,10 @@ class Pair:
             _check_small(small)
             original = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
             spread(original)
-            learner = AutoModelForCausalLM.from_config(
-                copy.deepcopy(small), dtype=torch.float32, attn_implementation=attention.NAME
-            ).eval()
-            learner.load_state_dict(original.state_dict())
+            policy = _as_a_run_loads(original)
         random = np.random.default_rng(0)
         sequences = [random.integers(1, min(VOCABULARY, _vocabulary(small)), n) for n in LENGTHS]
-        return Pair(PolicyModel(learner), original, sequences)
+        return Pair(policy, original, sequences)
 
     def batch(self, which: list[int], routing: RoutingTrace | None = None) -> PackedBatch:
         """These sequences in one packed batch, every token but the first marked."""
@@ -271,6 +268,15 @@ class Pair:
         tokens = torch.from_numpy(self.sequences[which])
         logits = self.original(tokens[None], use_cache=False).logits[0].float()
         return logits.log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+
+
+def _as_a_run_loads(original: PreTrainedModel) -> PolicyModel:
+    """The learner's policy from a folder with these weights, by the loader that every run uses."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "miniature"
+        original.save_pretrained(folder)
+        (folder / "tokenizer.json").touch()  # a model folder has one; nothing here reads it
+        return load_policy(folder, "fp32")
 
 
 def small_config(config: dict[str, Any]) -> PretrainedConfig:
