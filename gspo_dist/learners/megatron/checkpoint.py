@@ -157,11 +157,7 @@ def check(state: dict[str, Any], folder: Path) -> None:
     for tensor in nested_values(state):
         for wanted in _tensors(tensor):
             if wanted.key not in stored:
-                raise ValueError(
-                    f"checkpoint {folder} is of another model: it has no {wanted.key}, which this model has "
-                    "with "
-                    f"shape {list(wanted.global_shape)}; point model.path at the model it was trained from"
-                )
+                raise ValueError(_absent(folder, wanted.key, list(wanted.global_shape)))
             found = stored[wanted.key].global_shape
             if tuple(found) != tuple(wanted.global_shape):
                 raise ValueError(
@@ -169,6 +165,20 @@ def check(state: dict[str, Any], folder: Path) -> None:
                     "and "
                     f"{list(wanted.global_shape)} here; point model.path at the model it was trained from"
                 )
+
+
+def _absent(folder: Path, key: str, shape: list[int]) -> str:
+    """Why a checkpoint without tensor `key` cannot be loaded, and the way out."""
+    if key.startswith("optimizer."):
+        return (
+            f"checkpoint {folder} keeps its optimiser in another way: it has no {key}; resume with the "
+            "learner.megatron.distributed_optimizer, precision_aware_optimizer and optimizer_cpu_offload that it "
+            "was saved with"
+        )
+    return (
+        f"checkpoint {folder} is of another model: it has no {key}, which this model has with shape {shape}; "
+        "point model.path at the model it was trained from"
+    )
 
 
 def _tensors(value: Any) -> list[ShardedTensor]:

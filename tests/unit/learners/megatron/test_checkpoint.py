@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,3 +36,21 @@ def test_every_extra_state_of_a_grouped_linear_is_left_out() -> None:
     }
     checkpoint._drop_extra_state(part)
     assert sorted(part.values()) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "optimizer.state.param.output_layer.weight",
+            r"keeps its optimiser in another way.*distributed_optimizer",
+        ),
+        (
+            "decoder.layers.1.mlp.router.weight",
+            r"is of another model.*with shape \[8, 64\]; point model\.path",
+        ),
+    ],
+)
+def test_a_missing_tensor_is_named_with_its_way_out(key: str, message: str) -> None:
+    assert re.search(rf"it has no {re.escape(key)}", checkpoint._absent(Path("saved"), key, [8, 64]))
+    assert re.search(message, checkpoint._absent(Path("saved"), key, [8, 64]))
