@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gspo_dist.config import FlipsConfig
+from gspo_dist.routing.flips import sample_sequences
 from gspo_dist.trainer.flip_meter import FlipMeter
 from tests.unit.trainer.small import BookLearner, packed, rollout, trace
 
@@ -130,3 +131,13 @@ def test_a_resume_without_a_saved_history_starts_empty(tmp_path, folder):
     m.restore(tmp_path / folder, step=5)
     assert len(m.history["update"]) == 0
     assert m.draw(tmp_path) == []
+
+
+def test_the_sample_of_a_step_is_drawn_by_seed_and_index():
+    learner = Moving()
+    seen: list[int] = []
+    learner.route = lambda b: (seen.extend(b.rollout_index.tolist()), trace(b.num_tokens, 3))[1]
+    rollouts = [rollout(i) for i in range(20)]
+    m = meter(learner, sequences=4)
+    m.begin(6, packed(rollouts), rollouts)
+    assert sorted(seen) == sample_sequences(range(20), 4, seed=0, step=5)

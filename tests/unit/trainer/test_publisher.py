@@ -12,6 +12,7 @@ import torch
 
 from gspo_dist.config import WeightSyncConfig
 from gspo_dist.rollout.engine import SyncReceipt
+from gspo_dist.trainer import publisher as module
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, PROBE_TOKENS, WeightPublisher, probe_sequences
 from gspo_dist.weights.send import SentReport
 from gspo_dist.weights.verify import WeightSyncError
@@ -58,11 +59,12 @@ class Sender(BookLearner):
     def __init__(self, pool: Engines, logprob=-1.0) -> None:
         super().__init__(logprob)
         self.pool = pool
+        self.seconds_checking = 0.0
 
     def send_weights(self, sync: WeightSyncConfig, engines) -> SentReport:
         assert engines is self.pool.engines
         self.pool.verbs.append("send")
-        return SentReport(dict(SENT), tensors=2, bytes=2 << 30, seconds_checking=0.0)
+        return SentReport(dict(SENT), tensors=2, bytes=2 << 30, seconds_checking=self.seconds_checking)
 
     def empty_cache(self) -> None:
         self.pool.verbs.append("empty_cache")
@@ -201,3 +203,25 @@ def test_colocated_engines_wake_after_the_learners_probe_and_before_their_own():
     pool.verbs.clear()
     make(pool, colocated=True, probe_every=0).publish([])
     assert pool.verbs == ["start", "send", "finish", "empty_cache", "wake_up"]
+
+
+def test_the_cost_of_checking_is_the_senders_and_the_slowest_engines(monkeypatch):
+    """A clock that moves a second per look: 3 s for the publication, of which 0.5 + 0.25 s were checking."""
+    ticks = iter(range(100, 200))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    pool = Engines()
+    for name, seconds in (("engine-0", 0.125), ("engine-1", 0.25)):
+        pool.receipts[name] = replace(pool.receipts[name], seconds_checking=seconds)
+    publisher = make(pool)
+    publisher.learner.seconds_checking = 0.5
+    out = publisher.publish([])
+    assert out["sync/check_fraction"] == 0.75 / 3
+    assert out["sync/gib_per_s"] == 2.0 / 3
+    assert [out[f"time/sync/{part}_s"] for part in ("start", "send", "finish")] == [1.0, 1.0, 1.0]
+
+
+def test_a_completion_without_a_prompt_is_compared_from_its_second_token():
+    pool = Engines()
+    bare = (np.array([5, 6]), 0)
+    assert make(pool).publish([bare])["sync/probe_max_abs"] == 0.0
+    assert [len(s) for s in pool.asked[0]] == [2]

@@ -82,3 +82,59 @@ def test_a_gpu_that_is_not_there_is_refused():
     assert resolve_device(ClusterConfig(in_process=True)) == "cpu"
     with pytest.raises(ValueError, match=r"cluster\.device=cuda needs a GPU: torch sees none on this host"):
         resolve_device(ClusterConfig(in_process=True, device="cuda"))
+
+
+@pytest.mark.parametrize(("gpus", "auto"), [(0, "cpu"), (8, "cuda")])
+def test_the_device_of_a_joined_cluster_is_what_ray_reports(monkeypatch, gpus, auto):
+    """Its head, where the command runs, may have no GPU."""
+    joined = []
+    monkeypatch.setattr("gspo_dist.actors.placement.start_ray", joined.append)
+    monkeypatch.setattr("gspo_dist.actors.placement.cluster_gpus", lambda: gpus)
+    cluster = ClusterConfig(address="auto")
+    assert resolve_device(cluster) == auto
+    assert joined == [cluster]
+    if not gpus:
+        with pytest.raises(ValueError, match="Ray reports none in the cluster; use cpu or auto"):
+            resolve_device(replace(cluster, device="cuda"))
+
+
+def test_nccl_is_taken_where_it_is_asked_for_and_can_work(model, reward_file, tmp_path):
+    c = config(model, reward_file, tmp_path, "rollout.weight_sync.transport=nccl")
+    c = changed(c, rollout={"engine": "vllm"})
+    object.__setattr__(c, "cluster", replace(c.cluster, in_process=False))
+    assert resolve_transport(c, "cuda") == "nccl"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_megatrons_knobs_are_checked_for_the_device_and_its_layers_on_a_gpu(
+    model, reward_file, tmp_path, monkeypatch, device
+):
+    asked = []
+    layout = "gspo_dist.learners.megatron.layout"
+    monkeypatch.setattr(f"{layout}.check_knobs", lambda knobs, gpu: asked.append(("knobs", gpu)))
+    monkeypatch.setattr(f"{layout}.check_transformer_engine", lambda: asked.append(("layers",)))
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "learner", replace(c.learner, backend="megatron"))
+    check_backend(c, device, str(model))
+    assert asked == [("knobs", False)] if device == "cpu" else [("knobs", True), ("layers",)]
+
+
+def test_a_megatron_layout_must_fit_the_model(model, reward_file, tmp_path):
+    c = config(model, reward_file, tmp_path, "model.self_check=false")
+    learner = replace(c.learner, backend="megatron", world_size=3)
+    learner = replace(learner, megatron=replace(learner.megatron, pipeline_parallel=3))
+    object.__setattr__(c, "learner", learner)
+    with pytest.raises(ValueError, match="pipeline_parallel"):  # of two layers
+        check_model(c, str(model))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_model_is_checked_with_numbers_unless_that_is_declined(
+    model, reward_file, tmp_path, monkeypatch, asked
+):
+    seen = []
+    monkeypatch.setattr(
+        "gspo_dist.learners.self_check.check_model_numerically", lambda folder, config: seen.append(folder)
+    )
+    check_model(config(model, reward_file, tmp_path, f"model.self_check={str(asked).lower()}"), str(model))
+    assert seen == ([str(model)] if asked else [])
