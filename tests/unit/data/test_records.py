@@ -107,3 +107,11 @@ def test_messages_without_role_or_content_are_refused(tmp_path, messages) -> Non
     path.write_text(json.dumps({"prompt": messages, "answer": 1}) + "\n")
     with pytest.raises(ValueError, match=r"train.jsonl:1: 'prompt' must be a text or a list of messages"):
         read(path)
+
+
+def test_every_field_of_a_message_is_read_except_nulls(tmp_path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "get"}}], "name": None}
+    told = {"role": "tool", "content": "sunny", "name": "get", "tool_call_id": "1", "reasoning_content": "r"}
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"prompt": [call, told], "answer": 1}) + "\n")
+    assert read(path)[0].question == [{"role": "assistant", "tool_calls": call["tool_calls"]}, told]
