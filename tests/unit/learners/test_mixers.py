@@ -129,6 +129,41 @@ def test_a_call_without_borders_is_refused(tmp_path: Path) -> None:
         policy.hf.model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
 
 
+def test_borders_of_another_batch_are_refused(tmp_path: Path) -> None:
+    policy = load_policy(save("lfm2_moe", tmp_path), "fp32")
+    logprobs(policy, SEQUENCES, MINE)
+    with pytest.raises(ValueError, match="called with 3 tokens and the borders of a batch of 148 tokens"):
+        policy.hf.model(input_ids=torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_the_layer_itself_never_sees_the_layout(tmp_path: Path) -> None:
+    """A kernel of another library would refuse an argument that it does not know."""
+    policy = load_policy(save("qwen3_next", tmp_path), "fp32")
+    (mixer,) = policy.mixers.modules.values()
+    seen: list[set[str]] = []
+    mixer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    logprobs(policy, SEQUENCES, MINE)
+    assert len(seen) == 1
+    assert "packed" not in seen[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 4}, "layers of kind sliding_attention .*its window 4 tokens"),
+        ("minimax", {"num_local_experts": 4}, "layer 1 of .* is of kind linear_attention"),
+    ],
+)
+def test_such_models_are_refused_when_they_are_loaded(
+    family: str, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **COMMON | changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        load_policy(tmp_path, "fp32")
+
+
 def shape(**config: object):
     return shape_from_config({"model_type": "qwen3", **COMMON, **config}, "toy")
 
