@@ -172,8 +172,8 @@ def _absent(folder: Path, key: str, shape: list[int]) -> str:
     if key.startswith("optimizer."):
         return (
             f"checkpoint {folder} keeps its optimiser in another way: it has no {key}; resume with the "
-            "learner.megatron.distributed_optimizer, precision_aware_optimizer and optimizer_cpu_offload that it "
-            "was saved with"
+            "learner.megatron.distributed_optimizer, precision_aware_optimizer and optimizer_cpu_offload "
+            "that it was saved with"
         )
     return (
         f"checkpoint {folder} is of another model: it has no {key}, which this model has with shape {shape}; "
