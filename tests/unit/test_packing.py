@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gspo_dist.packing import balanced_bins, pack, split_mini_batches, unpack
 from gspo_dist.probes import from_sequences, take_sequences
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import Completion, Prompt, Rollout
+from gspo_dist.types import Completion, LogprobOutput, Prompt, Rollout
 
 
 def rollout(
@@ -220,3 +220,47 @@ def test_sequence_ids_follow_the_boundaries():
     )
     ((batch,),) = mini.micro_batches
     assert torch.equal(batch.sequence_ids(), torch.tensor([0, 0, 1, 1, 1, 1, 1]))
+
+
+def test_sequences_are_those_that_teach():
+    """Three sequences on two replicas of one micro-batch each, so the fourth place is a filler."""
+    (mini,) = pack(
+        [rollout(i, 2, 6) for i in range(3)],
+        [1.0] * 3,
+        replicas=2,
+        token_budget=8,
+        mini_batches=1,
+        max_completion_length=6,
+        seed=(0,),
+    )
+    found = [int(batch.rollout_index[s]) for batch, s in mini.sequences()]
+    assert sorted(found) == [0, 1, 2]
+    assert sum(batch.num_sequences for batch in mini.batches()) == 4
+    assert mini.replicas == 2
+
+
+def test_outputs_are_attached_batch_by_batch_and_none_is_lost():
+    (mini,) = pack(
+        [rollout(i, 2, 6) for i in range(4)],
+        [1.0] * 4,
+        replicas=2,
+        token_budget=8,
+        mini_batches=1,
+        max_completion_length=6,
+        seed=(0,),
+    )
+    outputs = [
+        [LogprobOutput(torch.full((8,), float(i)), torch.zeros(8), "trace") for i in (r, r + 2)]
+        for r in (0, 1)
+    ]
+    old = mini.with_outputs(outputs)
+    assert [b.old_logprobs[0].item() for b in old.batches()] == [0.0, 2.0, 1.0, 3.0]
+    assert [b.routing for b in old.batches()] == [None] * 4
+    assert [b.routing for b in mini.with_outputs(outputs, keep_routing=True).batches()] == ["trace"] * 4
+    assert [b.ref_logprobs[0].item() for b in mini.with_reference(outputs).batches()] == [0.0, 2.0, 1.0, 3.0]
+    assert old.denominators == mini.denominators
+    for short in ([outputs[0]], [outputs[0][:1], outputs[1]]):
+        with pytest.raises(ValueError, match="shorter"):
+            mini.with_outputs(short)
+        with pytest.raises(ValueError, match="shorter"):
+            mini.with_reference(short)

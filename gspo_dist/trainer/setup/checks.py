@@ -56,6 +56,10 @@ def resolve_transport(config: RunConfig, device: str) -> str:
 
 def check_backend(config: RunConfig, device: str, model: str) -> None:
     """The learner's own rules about its knobs on this device and for this model folder. Raises ValueError."""
+    if config.learner.backend in ("eager", "deepspeed"):
+        from gspo_dist.learners.mixers import check_layers
+
+        check_layers(read_shape(model))
     if config.learner.backend == "deepspeed":
         from gspo_dist.learners.deepspeed.config import check
 

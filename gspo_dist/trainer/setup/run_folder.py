@@ -12,6 +12,7 @@ from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import read_mapping, to_mapping
 from gspo_dist.files import write_text
+from gspo_dist.learners.state_files import check_resume as check_state
 from gspo_dist.metrics.jsonl import write_json
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def check_resume(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> No
     """Raises ValueError, naming keys and both values, when the run in `run_dir` cannot go on
     as `config` says.
     """
+    check_state(checkpoint.learner, config.learner)
     if config.steps < checkpoint.step:
         raise ValueError(
             f"steps must be at least those that are done: got {config.steps}, and {checkpoint.folder} is "

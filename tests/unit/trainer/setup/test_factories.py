@@ -114,3 +114,66 @@ def test_sinks_follow_the_logger(model, reward_file, tmp_path):
         "SamplesFile",
         "ConsoleSink",
     ]
+
+
+def test_the_objective_gets_every_knob_of_the_run(model, reward_file, tmp_path):
+    knobs = ["objective=grpo", "objective.kl_coef=0.25", "objective.kl_estimator=k2"]
+    knobs += ["objective.aggregation=token_mean", "objective.advantage=group_mean"]
+    made = make_objective(config(model, reward_file, tmp_path, *knobs))
+    assert (made.kl_coef, made.kl_estimator) == (0.25, "k2")
+    assert (made.spec.aggregation, made.spec.advantage) == ("token_mean", "group_mean")
+
+
+def test_a_rank_is_told_who_it_is_and_where_to_meet(model, reward_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "gspo_dist.learners.deepspeed.learner.DeepSpeedLearner",
+        lambda *args, **told: seen.append((args, told)),
+    )
+    monkeypatch.setattr("gspo_dist.trainer.setup.factories.cap_threads", lambda *asked: seen.append(asked))
+    monkeypatch.setattr("gspo_dist.host.usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "learner", replace(c.learner, backend="deepspeed", world_size=4))
+    learner_factory(c, "folder", "cpu")(rank=3, world_size=4, master_addr="10.0.0.1", master_port=99)
+    threads, (args, told) = seen
+    assert threads == (2, "cpu")  # a fourth of eight cores
+    assert args == (c.learner, "folder")
+    assert {name: told[name] for name in ("rank", "world_size", "master_addr", "master_port")} == {
+        "rank": 3,
+        "world_size": 4,
+        "master_addr": "10.0.0.1",
+        "master_port": 99,
+    }
+
+
+def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "gspo_dist.rollout.vllm.engine.VllmEngine", lambda *args, **told: seen.append((args, told))
+    )
+    c = config(model, reward_file, tmp_path, "seed=9", "rollout.threads=3")
+    object.__setattr__(c, "rollout", replace(c.rollout, engine="vllm"))
+    engine_factory(c, "folder", "cpu", 2)(name="engine-5")
+    ((args, told),) = seen
+    assert args == (c.rollout, "folder")
+    assert told == {
+        "name": "engine-5",
+        "device": "cpu",
+        "seed": 9,
+        "record_routing": True,
+        "threads": 3,
+        "sleep_mode": False,
+        "transport": "shm",
+    }
+
+
+def test_wandb_is_a_sink_where_a_mode_was_found(model, reward_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("gspo_dist.trainer.setup.factories.open_wandb", lambda *told: told)
+    (tmp_path / "run_id").write_text("abc")
+    sinks = make_sinks(config(model, reward_file, tmp_path), tmp_path, 0, "offline")
+    mode, _, folder, _, identity = sinks.others[-1]
+    assert (mode, folder, identity) == ("offline", tmp_path, "abc")
+    monkeypatch.setattr("gspo_dist.trainer.setup.factories.open_wandb", lambda *told: None)
+    sinks = make_sinks(config(model, reward_file, tmp_path), tmp_path, 0, "offline")
+    assert [type(s).__name__ for s in sinks.others] == ["SamplesFile"]  # it could not be opened

@@ -58,3 +58,125 @@ def test_in_process_parts_end_together(model, reward_file, tmp_path, monkeypatch
     assert parts.info.moe_layers == 2
     parts.release()
     assert sorted(ended) == ["LocalLearnerGroup", "LocalRewardPool", "LocalRolloutPool"]
+
+
+class Places:
+    """Stands for the cluster's grant: every actor's options name its kind, its index and its threads."""
+
+    def __init__(self, layout, timeout, *, local) -> None:
+        self.layout, self.timeout, self.local, self.released = layout, timeout, local, 0
+
+    def options(self, kind, index, env):
+        return (kind, index, env["OMP_NUM_THREADS"])
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class Made:
+    """Stands for a group of actors: keeps what it was made of."""
+
+    def __init__(self, *args) -> None:
+        self.args, self.closed = args, 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Ray's side of `Processes`, as books: what was started, reserved and stopped."""
+    books = {"started": [], "stopped": 0, "places": []}
+    placement = "gspo_dist.actors.placement"
+
+    def reserve(layout, timeout, *, local):
+        books["places"].append(Places(layout, timeout, local=local))
+        return books["places"][-1]
+
+    def stop() -> None:
+        books["stopped"] += 1
+
+    monkeypatch.setattr(f"{placement}.start_ray", lambda c: books["started"].append(c) or True)
+    monkeypatch.setattr(f"{placement}.stop_ray", stop)
+    monkeypatch.setattr(f"{placement}.Reservation", reserve)
+    for module_name, name in (
+        ("rollout_pool", "RayRolloutPool"),
+        ("learner_group", "RayLearnerGroup"),
+        ("reward_pool", "RayRewardPool"),
+    ):
+        monkeypatch.setattr(f"gspo_dist.actors.{module_name}.{name}", Made)
+    return books
+
+
+def distributed(model, reward_file, folder, **cluster):
+    c = config(model, reward_file, folder)
+    object.__setattr__(c, "learner", replace(c.learner, backend="deepspeed", world_size=2, threads=3))
+    object.__setattr__(c, "rollout", replace(c.rollout, engines=3, threads=5))
+    object.__setattr__(c, "cluster", replace(c.cluster, in_process=False, **cluster))
+    return c
+
+
+def test_every_kind_of_actor_is_made_with_its_own_settings_and_ended_with_the_block(
+    model, reward_file, tmp_path, cluster
+):
+    c = distributed(model, reward_file, tmp_path, placement_timeout_s=7.0)
+    with module.Processes(c, str(model), "cpu", tmp_path, 2) as processes:
+        pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
+        (places,) = cluster["places"]
+        assert (places.timeout, places.local) == (7.0, True)
+        assert (len(places.layout.learners), len(places.layout.engines)) == (2, 3)
+        logs = tmp_path / "logs"
+        assert pool.args == (c.rollout, processes.make_engine, [("engine", i, "5") for i in range(3)], logs)
+        assert learner.args == (c.learner, processes.make_rank, [("learner", i, "3") for i in range(2)], logs)
+        assert rewards.args == (c.reward, logs)
+        assert cluster["stopped"] == places.released == pool.closed == 0
+    assert (pool.closed, learner.closed, rewards.closed) == (1, 1, 1)
+    assert (places.released, cluster["stopped"]) == (1, 1)
+
+
+def test_an_evaluation_reserves_no_learner_and_an_export_no_engine(model, reward_file, tmp_path, cluster):
+    c = distributed(model, reward_file, tmp_path)
+    with module.Processes(c, str(model), "cpu", tmp_path, 2, learners=False):
+        pass
+    with module.Processes(c, str(model), "cpu", tmp_path, 2, engines=False):
+        pass
+    evaluation, export = (places.layout for places in cluster["places"])
+    assert (len(evaluation.learners), len(evaluation.engines)) == (0, 3)
+    assert (len(export.learners), len(export.engines)) == (2, 0)
+
+
+def test_what_is_kept_is_ended_by_whoever_it_was_handed_to(model, reward_file, tmp_path, cluster):
+    with module.Processes(distributed(model, reward_file, tmp_path), str(model), "cpu", tmp_path, 2) as p:
+        learner, end = p.learner(), p.keep()
+    assert learner.closed == 0
+    end()
+    assert (learner.closed, cluster["stopped"]) == (1, 1)
+
+
+def test_a_cluster_without_room_leaves_no_ray_behind(model, reward_file, tmp_path, cluster, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("gspo_dist.actors.placement.Reservation", full)
+    processes = module.Processes(distributed(model, reward_file, tmp_path), str(model), "cpu", tmp_path, 2)
+    with pytest.raises(RuntimeError, match="no room"):
+        processes.__enter__()
+    assert cluster["stopped"] == 1
+
+
+def test_a_cluster_that_was_joined_is_told_apart_from_one_of_the_runs_own(
+    model, reward_file, tmp_path, cluster
+):
+    c = distributed(model, reward_file, tmp_path, address="auto")
+    with module.Processes(c, str(model), "cpu", tmp_path, 2):
+        assert cluster["places"][0].local is False
+
+
+def test_on_a_gpu_threads_are_shared_by_gpu_unless_asked_for(
+    model, reward_file, tmp_path, monkeypatch, four_cores
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    env = process_env(config(model, reward_file, tmp_path), "cuda")
+    assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == ("2", "2")
+    env = process_env(config(model, reward_file, tmp_path, "learner.threads=1", "rollout.threads=3"), "cuda")
+    assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == ("1", "3")

@@ -14,6 +14,7 @@ import pytest
 from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.cli.compose import run_config
 from gspo_dist.config.mapping import to_mapping
+from gspo_dist.learners.state_files import write_layout
 from gspo_dist.trainer.setup.run_folder import changed_settings, prepare_folder
 
 
@@ -139,3 +140,14 @@ def test_changes_are_found_inside_the_sections_only():
     assert changed_settings(a, b, ["seed"]) == {"seed": (0, 1)}
     assert changed_settings(a, b, ["objective"]) == {}
     assert changed_settings(a, b, ["see"]) == {}  # a section is a whole word
+
+
+def test_a_state_of_another_layout_is_refused_before_anything_starts(folder):
+    """What the learner wrote beside its state is compared first: no acceptance resharding could need."""
+    state = folder / "checkpoints" / "step-000004" / "learner"
+    state.mkdir(parents=True)
+    write_layout(
+        state, replace(config().learner, precision="fp32" if config().learner.precision == "bf16" else "bf16")
+    )
+    with pytest.raises(ValueError, match="precision"):
+        resume(folder, "checkpoint.accept=[learner]")
