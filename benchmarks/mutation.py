@@ -58,7 +58,7 @@ ROOMS = ("trainer", "actors", "weights", "packing", "checkpoint", "rewards")
 EXTRA_TESTS = {
     "actors/learner_group.py": ["tests/unit/actors/test_rendezvous.py"],
     "rewards/worker.py": ["tests/unit/rewards/test_pool.py"],
-    "trainer": ["tests/unit/trainer"],
+    "trainer/setup/build.py": ["tests/unit/trainer/test_loop.py"],
     "weights": ["tests/unit/weights"],
 }
 """Module or room -> files or folders of tests that hold it beside its own file."""
