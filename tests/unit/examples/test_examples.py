@@ -17,7 +17,8 @@ from gspo_dist.cli.compose import run_config
 from gspo_dist.examples import digit_reward, make_sums, squared
 from gspo_dist.objectives import Denominators, Segments
 from gspo_dist.types import Completion, Prompt
-from tests.unit.trainer.test_loop import config, go, model, reward_file  # noqa: F401 - fixtures are found by name
+from tests.unit.trainer.conftest import model, reward_file  # noqa: F401 - fixtures are found by name
+from tests.unit.trainer.small import config, go
 
 EXAMPLES = sorted(path.stem for path in Path(squared.__file__).parent.glob("*.py") if path.stem != "__init__")
 
@@ -174,3 +175,18 @@ def test_a_run_puts_chat_messages_through_the_template(model, reward_file, tmp_p
     sample = lines(tmp_path / "run" / "samples.jsonl")[-1]
     questions = {f"<{r['prompt'][1]['content']}>" for r in lines(tmp_path / "train.jsonl")}
     assert sample["prompt"] in questions
+
+
+def test_the_readmes_objective_is_the_examples() -> None:
+    """Its code block runs as it stands, and gives the loss of squared.py."""
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (block,) = [b for b in text.split("```python\n")[1:] if "my_objectives.py" in b]
+    names: dict[str, object] = {}
+    exec(block.split("```")[0], names)
+    theirs, ours = names["SQUARED"], squared.SQUARED
+    assert theirs.spec == ours.spec
+    lengths = [2, 3]
+    segments = Segments(torch.repeat_interleave(torch.arange(2), torch.tensor(lengths)), 2)
+    logprobs, old = -torch.arange(1.0, 6.0), -torch.arange(2.0, 7.0) / 2
+    args = (logprobs, old, torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0]), segments)
+    assert torch.equal(theirs.surrogate(*args, strength=0.5).loss, squared.squared(*args, strength=0.5).loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,9 @@ def test_replay_costs_what_its_traces_weigh():
     assert out["routing/replay_bytes"] == 2 * 5 * (2 * 2 + 1)
     assert out["routing/replay_bytes_per_token"] == 5.0
     assert out["routing/native_row_fraction"] == 0.0
+    known = np.array([True, True, True, True, False])  # the last token of a sequence was not routed
+    last = [rollout(i, routing=replace(trace(5, 1), known=known)) for i in range(2)]
+    assert replay_metrics("r3", [mini], last, recomputed=True)["routing/native_row_fraction"] == 2 / 10
     routed = mini.with_traces(rollouts)
     assert replay_metrics("r2", [routed], [rollout(0)], recomputed=True)["routing/replay_bytes"] == 50.0
     device = "routing/replay_device_copies_bytes"
@@ -149,6 +153,7 @@ def test_samples_are_spread_over_the_batch():
     rollouts = [rollout(i, reward=float(i)) for i in range(9)]
     rows = sample_rows(rollouts, np.arange(9) / 10, 3)
     assert [r["rollout_id"] for r in rows] == [0, 4, 8]
+    assert [r["rollout_id"] for r in sample_rows(rollouts, np.zeros(9), 2)] == [0, 8]
     assert rows[1] == {
         "rollout_id": 4,
         "prompt": "q4",

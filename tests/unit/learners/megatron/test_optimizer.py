@@ -70,7 +70,7 @@ def test_a_step_clips_by_the_norm_before_clipping(
     monkeypatch.setattr(torch.Tensor, "type", lambda self: "torch.cuda.FloatTensor")
     optimizer = PlainOptimizer([3.0, 4.0], clip)
     assert clipped_step(optimizer, 0.1, 7) == 5.0
-    assert [float(p) for p in optimizer.parameters] == pytest.approx(moved, rel=1e-5)
+    assert [p.item() for p in optimizer.parameters] == pytest.approx(moved, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

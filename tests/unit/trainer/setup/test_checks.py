@@ -116,7 +116,7 @@ def test_megatrons_knobs_are_checked_for_the_device_and_its_layers_on_a_gpu(
     c = config(model, reward_file, tmp_path)
     object.__setattr__(c, "learner", replace(c.learner, backend="megatron"))
     check_backend(c, device, str(model))
-    assert asked == [("knobs", False)] if device == "cpu" else [("knobs", True), ("layers",)]
+    assert asked == ([("knobs", False)] if device == "cpu" else [("knobs", True), ("layers",)])
 
 
 def test_a_megatron_layout_must_fit_the_model(model, reward_file, tmp_path):
@@ -138,3 +138,35 @@ def test_the_model_is_checked_with_numbers_unless_that_is_declined(
     )
     check_model(config(model, reward_file, tmp_path, f"model.self_check={str(asked).lower()}"), str(model))
     assert seen == ([str(model)] if asked else [])
+
+
+@pytest.mark.parametrize("backend", ["eager", "deepspeed"])
+def test_layers_that_packing_would_mix_are_refused_before_anything_starts(
+    model, reward_file, tmp_path, backend
+):
+    """A window: the packed attention has none, so tokens would see further than the model means."""
+    windowed = tmp_path / "windowed"
+    windowed.mkdir()
+    hf = json.loads((model / "config.json").read_text())
+    hf |= {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+    hf |= {"layer_types": ["sliding_attention"] * hf["num_hidden_layers"]}
+    (windowed / "config.json").write_text(json.dumps(hf))
+    c = config(model, reward_file, tmp_path / "run")
+    object.__setattr__(c, "learner", replace(c.learner, backend=backend))
+    with pytest.raises(ValueError, match="layers of kind sliding_attention"):
+        check_backend(c, "cpu", str(windowed))
+
+
+def test_a_dense_model_without_replay_passes_and_has_no_moe_layers(model, reward_file, tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    hf = json.loads((model / "config.json").read_text())
+    hf |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 16}
+    for key in [k for k in hf if "expert" in k or k.startswith(("moe", "router"))]:
+        del hf[key]
+    (dense / "config.json").write_text(json.dumps(hf))
+    for path in model.iterdir():
+        if path.name != "config.json":
+            (dense / path.name).symlink_to(path)
+    c = config(model, reward_file, tmp_path / "run", "model.self_check=false")
+    assert check_model(c, str(dense)) == 0

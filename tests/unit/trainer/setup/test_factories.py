@@ -177,3 +177,29 @@ def test_wandb_is_a_sink_where_a_mode_was_found(model, reward_file, tmp_path, mo
     monkeypatch.setattr("gspo_dist.trainer.setup.factories.open_wandb", lambda *told: None)
     sinks = make_sinks(config(model, reward_file, tmp_path), tmp_path, 0, "offline")
     assert [type(s).__name__ for s in sinks.others] == ["SamplesFile"]  # it could not be opened
+
+
+def test_a_megatron_rank_finds_its_meeting_in_the_environment(model, reward_file, tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setattr(
+        "gspo_dist.learners.megatron.learner.MegatronLearner", lambda *args, **told: (args, told)
+    )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "unset")
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "learner", replace(c.learner, backend="megatron", world_size=4))
+    args, _ = learner_factory(c, "folder", "cpu")(
+        rank=3, world_size=4, master_addr="10.0.0.1", master_port=99
+    )
+    assert args == (c.learner, "folder")
+    found = {
+        name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    assert found == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "99",
+    }

@@ -180,3 +180,48 @@ def test_on_a_gpu_threads_are_shared_by_gpu_unless_asked_for(
     assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == ("2", "2")
     env = process_env(config(model, reward_file, tmp_path, "learner.threads=1", "rollout.threads=3"), "cuda")
     assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == ("1", "3")
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
+    model, reward_file, tmp_path, monkeypatch, colocated
+):
+    """vLLM measures free GPU memory while it starts, so a colocated learner waits until the engine sleeps."""
+    said: list[str] = []
+
+    class Part:
+        def __init__(self, name: str, *verbs: str) -> None:
+            for verb in verbs:
+                setattr(self, verb, lambda _said=f"{name}.{verb}": said.append(_said) or "info")
+
+    class Actors:
+        def __init__(self, *told) -> None:
+            said.append("made" if told == (c, "folder", "cpu", tmp_path, 2) else "made wrongly")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error) -> None: ...
+        def pool(self):
+            return Part("engine", "start", "sleep", "wake_up")
+
+        def learner(self):
+            return Part("learner", "start", "empty_cache")
+
+        def rewards(self):
+            return Part("rewards", "start")
+
+        def keep(self):
+            return "end"
+
+    threads = []
+    monkeypatch.setattr(module, "Processes", Actors)
+    monkeypatch.setattr(module, "cap_threads", lambda *asked: threads.append(asked))
+    c = distributed(model, reward_file, tmp_path, colocated=colocated)
+    parts = module.start_on_ray(c, "folder", "cpu", tmp_path, 2)
+    assert threads == [(1, "cpu")]
+    assert (parts.info, parts.release) == ("info", "end")
+    said = [word for word in said if not word.startswith("rewards")]
+    together = ["learner.start", "engine.start"]
+    one_by_one = ["engine.start", "engine.sleep", "learner.start", "learner.empty_cache", "engine.wake_up"]
+    assert said == ["made", *(one_by_one if colocated else together)]
