@@ -59,7 +59,8 @@ def test_the_eager_learner_is_built_with_its_share_of_threads(model, reward_file
 @pytest.mark.parametrize(
     ("extra", "moe_layers", "records"),
     [
-        (["flips.every=1"], 2, True),
+        (["flips.every=1"], 1, True),
+        (["flips.every=2"], 2, True),
         (["flips.every=1"], 0, False),
         (["flips.every=0"], 2, False),
         (["flips.every=0", "objective=grpo_r3"], 2, True),
@@ -72,6 +73,13 @@ def test_engines_record_where_r3_or_the_flip_metric_needs_it(
     c = config(model, reward_file, tmp_path, *extra)
     assert records_routing(c, moe_layers) is records
     assert engine_factory(c, str(model), "cpu", moe_layers).keywords["record_routing"] is records
+
+
+def test_the_reference_engine_is_told_who_it_is(model, reward_file, tmp_path):
+    engine = engine_factory(config(model, reward_file, tmp_path), str(model), "cpu", 2)(name="engine-7")
+    facts = engine.info()
+    assert (facts.name, facts.device, facts.can_record_routing) == ("engine-7", "cpu", True)
+    engine.close()
 
 
 def test_the_reference_engine_stays_on_the_cpu(model, reward_file, tmp_path):
