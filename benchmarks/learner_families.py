@@ -9,9 +9,9 @@ tables of `routing.huggingface` for the router classes in its modeling file. No 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -72,8 +72,16 @@ def with_table(text: str) -> str:
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
 
 
-if __name__ == "__main__":
-    if "--write" in sys.argv:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    if parser.parse_args().write:
         README.write_text(with_table(README.read_text()))
     else:
         print(table())
+
+
+if __name__ == "__main__":
+    main()
