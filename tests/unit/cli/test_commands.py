@@ -84,7 +84,8 @@ def test_a_sweep_trains_once_per_value_and_leaves_its_list(monkeypatch, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["multirun.yaml"]  # hydra's own
 
 
-def test_a_job_of_a_sweep_that_no_run_allows_ends_with_status_2(capsys):
+def test_a_job_of_a_sweep_that_no_run_allows_ends_with_status_2(monkeypatch, tmp_path: Path, capsys):
+    monkeypatch.chdir(tmp_path)  # hydra leaves its list of jobs in the working directory
     with pytest.raises(SystemExit) as stop:
         main(["train", "-m", "steps=0,1"])
     assert stop.value.code == 2

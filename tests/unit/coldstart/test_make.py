@@ -105,6 +105,7 @@ def _ask(cache: str, barrier, results) -> None:
     results.put((str(folder), any("making model" in line for line in said), (folder / make.DONE).is_file()))
 
 
+@pytest.mark.slow
 def test_of_processes_that_ask_together_one_makes_it(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.Queue()

@@ -47,6 +47,7 @@ def test_squared_by_hand():
     assert logprobs.grad.tolist() == pytest.approx([-1.0 + 0.15] * 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_the_objective_and_its_parameter(model, reward_file, tmp_path):  # noqa: F811
     """The first mini-batch is at ratio 1, where the trust region has neither value nor gradient.
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.setup.build import build
@@ -34,6 +36,7 @@ def watched(owner: object, books: Books, *verbs: str) -> None:
         setattr(owner, verb, noted)
 
 
+@pytest.mark.slow
 def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> None:
     run = build(config(model, reward_file, tmp_path / "run"))
     books = Books()

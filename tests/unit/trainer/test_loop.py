@@ -18,6 +18,7 @@ from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.trainer.small import config, go, values
 
 
+@pytest.mark.slow
 def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
     summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=12"))
     rewards = [r["rollout/reward_mean"] for r in rows if "rollout/reward_mean" in r]
@@ -52,6 +53,7 @@ def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_
     )  # the policy has moved by then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo", "sapo", "minirl"]
 )
@@ -70,6 +72,7 @@ def test_every_path_of_old_logprobs_and_replay_runs(model, reward_file, tmp_path
         assert last["routing/native_row_fraction"] == 0.0
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_agree(model, reward_file, tmp_path):
     _, a = go(config(model, reward_file, tmp_path / "a"))
     _, b = go(config(model, reward_file, tmp_path / "b"))
@@ -78,6 +81,7 @@ def test_two_runs_with_one_seed_agree(model, reward_file, tmp_path):
     assert values(a) != values(c)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_stopped(model, reward_file, tmp_path):
     _, whole = go(config(model, reward_file, tmp_path / "whole", "steps=4"))
     stopped = config(model, reward_file, tmp_path / "parts", "steps=4", "checkpoint.every=2")
@@ -112,6 +116,7 @@ class Shifted:
         run.pool.generate, run.learner.forward_backward = shifted, watched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["batch", "ema", "subset"])
 def test_the_guard_takes_out_of_later_steps_what_it_measured(model, reward_file, tmp_path, estimator):
     """The engine says 0.01 nats more for every token, so every log ratio is off by -0.01: 33 clip widths."""
@@ -143,6 +148,7 @@ def test_the_guard_takes_out_of_later_steps_what_it_measured(model, reward_file,
     assert rows[-1]["objective/mini_batch_0/clip_fraction_negative"] == 0.0
 
 
+@pytest.mark.slow
 def test_without_the_guard_the_same_offset_clips(model, reward_file, tmp_path):
     _, rows = go(
         config(
@@ -161,6 +167,7 @@ def test_without_the_guard_the_same_offset_clips(model, reward_file, tmp_path):
     assert rows[-1]["guard/applied_offset"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_guard_switches_to_recomputation_and_the_offset_is_gone(model, reward_file, tmp_path):
     _, rows = go(
         config(
@@ -178,6 +185,7 @@ def test_the_guard_switches_to_recomputation_and_the_offset_is_gone(model, rewar
     assert rows[2]["objective/mini_batch_0/clip_fraction"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_resumed_guard_goes_on_as_one_that_did_not_stop(model, reward_file, tmp_path):
     knobs = [
         "objective.guard.action=recentre",
@@ -191,6 +199,7 @@ def test_a_resumed_guard_goes_on_as_one_that_did_not_stop(model, reward_file, tm
     assert parts[3]["guard/applied_offset"] == pytest.approx(-0.01, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_reports_what_its_learner_did(model, reward_file, tmp_path):
     """Loss averaged over the mini-batches, counts added, fresh rollouts, one version per optimiser step."""
     losses: list[float] = []
@@ -247,6 +256,7 @@ def test_an_engine_that_computes_another_policy_stops_the_run(model, reward_file
     run.release()
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_one_evaluation_and_a_resumed_one_with_none(model, reward_file, tmp_path):
     asked: list[int] = []
 
@@ -321,12 +331,14 @@ def test_a_real_divergence_is_stopped_with_the_rollout_named(model, reward_file,
     run.release()
 
 
+@pytest.mark.slow
 def test_a_reference_policy_adds_its_kl(model, reward_file, tmp_path):
     _, rows = go(config(model, reward_file, tmp_path / "run", "objective.kl_coef=0.1", "steps=2"))
     first, second = rows[1]["objective/kl_reference"], rows[2]["objective/kl_reference"]
     assert 0.0 <= first < second  # the policy leaves the reference
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_resumed_with_its_own_settings_or_not_at_all(model, reward_file, tmp_path):
     go(config(model, reward_file, tmp_path / "run", "steps=2"))
     with pytest.raises(ValueError, match=r"made with other settings: .*objective\.name .*seed"):
@@ -340,6 +352,7 @@ def test_a_run_folder_is_resumed_with_its_own_settings_or_not_at_all(model, rewa
     assert summary["policy_version"] == 6
 
 
+@pytest.mark.slow
 def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
     mine = config(model, reward_file, tmp_path / "run", "steps=1")
     first = build(mine)
@@ -353,6 +366,7 @@ def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
     go(mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["grpo_r2", "grpo_r3", "gspo_r3"])
 def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_use(
     model, reward_file, tmp_path, objective, monkeypatch

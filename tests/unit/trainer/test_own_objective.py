@@ -38,6 +38,7 @@ def own(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_it_brings_its_own_advantage_estimator(model, reward_file, tmp_path, own):
     """With "none" the advantages are the rewards, unless the config asks for another estimator."""
     _, (row,) = go(config(model, reward_file, tmp_path / "own", *own))

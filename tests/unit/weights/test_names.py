@@ -23,6 +23,7 @@ def stored(folder):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stream_is_the_folder_bit_for_bit(family, tmp_path):
     hf = make(tmp_path, family)

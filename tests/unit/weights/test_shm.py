@@ -54,7 +54,7 @@ def test_a_torn_file_is_refused(transport):
 
 
 def test_no_room_is_an_error_with_a_way_out_not_a_crash(tmp_path):
-    shm = Path("/dev/shm") / "gspo-test-no-room"
+    shm = Path("/dev/shm") / f"gspo-test-no-room-{os.getpid()}"  # tests may run side by side
     with pytest.raises(
         ValueError,
         match=r"no room for a weight bucket: 1073741824 MiB wanted, \d+ MiB free; lower .*bucket_mib",
@@ -63,6 +63,7 @@ def test_no_room_is_an_error_with_a_way_out_not_a_crash(tmp_path):
     assert not shm.exists()
 
 
+@pytest.mark.slow
 def test_the_buckets_of_a_killed_sender_are_swept_and_those_of_a_living_one_are_not(tmp_path):
     script = (
         "import sys, torch; from pathlib import Path; from gspo_dist.weights.shm import ShmTransport\n"

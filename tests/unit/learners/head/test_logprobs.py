@@ -369,6 +369,7 @@ os._exit(0)  # gloo's threads abort now and then when the interpreter tears them
 """
 
 
+@pytest.mark.slow
 def test_a_vocabulary_split_over_two_processes_equals_one_process(tmp_path):
     ranks = [
         subprocess.Popen(
