@@ -140,6 +140,7 @@ def test_the_subset_is_measured_exactly_before_the_update():
     g.begin_step(packed(rollouts), rollouts, 1)
     assert spec_of(g, 0).offset == pytest.approx(-0.003, abs=1e-6)  # sequences weigh equally, not tokens
     assert g.metrics()["guard/applied_offset"] == pytest.approx(-0.003, abs=1e-6)
+    assert "-0.003 +- 0 is" in g.decision.reason  # all were measured: nothing is left to chance
     g.observe(measured(-1.5e-3), 0)  # reported, but the subset decides
     assert g.metrics()["guard/offset"] == pytest.approx(-1.5e-3, rel=1e-12)
     assert spec_of(g, 1).offset == pytest.approx(-0.003, abs=1e-6)
