@@ -264,3 +264,25 @@ def test_outputs_are_attached_batch_by_batch_and_none_is_lost():
             mini.with_outputs(short)
         with pytest.raises(ValueError, match="shorter"):
             mini.with_reference(short)
+
+
+def test_every_rollout_has_its_advantage():
+    layout = {"replicas": 1, "token_budget": 16, "mini_batches": 1, "max_completion_length": 8, "seed": (0,)}
+    with pytest.raises(ValueError, match="one entry per rollout: got 1 for 2"):
+        pack([rollout(0, 2, 2), rollout(1, 2, 2)], [1.0], **layout)
+
+
+def test_a_filler_is_the_shortest_sequence_so_that_it_costs_least():
+    sizes = [8, 8, 4]  # tokens; two replicas need four micro-batches of at most eight
+    (mini,) = pack(
+        [rollout(i, 2, size - 2) for i, size in enumerate(sizes)],
+        [1.0] * 3,
+        replicas=2,
+        token_budget=8,
+        mini_batches=1,
+        max_completion_length=6,
+        seed=(0,),
+    )
+    fillers = [b for b in mini.batches() if not b.loss_mask.any()]
+    assert [b.num_tokens for b in fillers] == [4] * len(fillers)
+    assert len(fillers) == 1

@@ -141,3 +141,11 @@ def test_the_sample_of_a_step_is_drawn_by_seed_and_index():
     m = meter(learner, sequences=4)
     m.begin(6, packed(rollouts), rollouts)
     assert sorted(seen) == sample_sequences(range(20), 4, seed=0, step=5)
+
+
+def test_a_drawing_comes_with_its_numbers(tmp_path):
+    learner = Moving()
+    m = meter(learner)
+    measured(m, learner, [rollout(0)], minis=1)
+    m.draw(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flips_update.npz", "flips_update.png"]

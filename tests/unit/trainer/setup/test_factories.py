@@ -16,6 +16,7 @@ from gspo_dist.trainer.setup.factories import (
     make_objective,
     make_sinks,
     records_routing,
+    resolved_weight_sync,
     sampling_spec,
 )
 from tests.unit.trainer.small import config
@@ -211,3 +212,9 @@ def test_a_megatron_rank_finds_its_meeting_in_the_environment(model, reward_file
         "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "99",
     }
+
+
+def test_the_weight_syncs_transport_is_resolved_and_nothing_else(model, reward_file, tmp_path):
+    c = config(model, reward_file, tmp_path)
+    assert c.rollout.weight_sync.transport == "auto"
+    assert resolved_weight_sync(c, "cpu") == replace(c.rollout.weight_sync, transport="shm")
