@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_dist.batch import LogprobOutput
 from gspo_dist.packing import balanced_bins, pack, split_mini_batches, unpack
 from gspo_dist.probes import from_sequences, take_sequences
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import Completion, LogprobOutput, Prompt, Rollout
+from gspo_dist.types import Completion, Prompt, Rollout
 
 
 def rollout(
