@@ -1,4 +1,4 @@
-"""The records of a learner's pass, which hold tensors: a packed micro-batch, and what a forward says of it."""
+"""The records of a learner's pass, which hold tensors: a packed micro-batch, and what a forward says."""
 
 from __future__ import annotations
 
