@@ -1,4 +1,7 @@
-"""The records of a learner's pass, which hold tensors: a packed micro-batch, and what a forward says."""
+"""The records of a learner's pass, which hold tensors: a packed micro-batch, and what a forward says of it.
+
+Shapes: S sequences laid end to end in T tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,35 @@ from gspo_dist.routing.trace import RoutingTrace
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of one data-parallel rank: S whole sequences laid end to end in T tokens, no padding.
+    """One micro-batch of one data-parallel replica: S whole sequences laid end to end in T
+    tokens, no padding.
 
     Entry t of every [T] field speaks of token t itself: `old_logprobs[t]` is log p(token t | the tokens
     before it in its sequence), which a model computes from the hidden state at t - 1. With prompt (5, 6) and
     completion (7, 8): token_ids = [5 6 7 8], position_ids = [0 1 2 3], loss_mask = [F F T T],
     rollout_logprobs = [0 0 lp(7) lp(8)].
-
-    cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its
-    place in the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T]
-    float32 or None. routing: expert ids by input token, or None; when present, the learner replays it.
     """
 
     token_ids: torch.Tensor
+    """[T] int64."""
     position_ids: torch.Tensor
+    """[T] int64: places within the sequence, from 0."""
     cu_seqlens: torch.Tensor
+    """[S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]."""
     loss_mask: torch.Tensor
+    """[T] bool: True = trained on."""
     advantages: torch.Tensor
+    """[T] float32."""
     rollout_logprobs: torch.Tensor
+    """[T] float32: the engine's log-probs; 0 where nothing is trained."""
     rollout_index: torch.Tensor
+    """[S] int64: each sequence's place in the rollout batch."""
     old_logprobs: torch.Tensor | None = None
+    """[T] float32: the learner's own at the start of the update. None: the engine's are used."""
     ref_logprobs: torch.Tensor | None = None
+    """[T] float32: the frozen starting policy's. None without a KL term."""
     routing: RoutingTrace | None = None
+    """Expert ids by input token. Where present, the learner replays them."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,9 +58,7 @@ class PackedBatch:
         return slice(int(self.cu_seqlens[sequence]), int(self.cu_seqlens[sequence + 1]))
 
     def has_trained_tokens(self, sequence: int) -> bool:
-        """Whether the sequence teaches anything: False for the masked copies that fill
-        idle replicas (`packing.pack`).
-        """
+        """Whether the sequence teaches anything. The masked copies that fill idle replicas do not."""
         return bool(self.loss_mask[self.rows(sequence)].any())
 
     def sequence_ids(self) -> torch.Tensor:
@@ -64,12 +72,11 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class LogprobOutput:
-    """What one forward pass says of a packed batch.
-
-    logprobs [T] float32 (0 where loss_mask is False); entropy [T] float32, of the same next-token
-    distributions; routing: the expert ids this pass used, when it was asked to record them.
-    """
+    """What one forward pass says of a packed batch."""
 
     logprobs: torch.Tensor
+    """[T] float32: 0 where loss_mask is False."""
     entropy: torch.Tensor
+    """[T] float32, in nats, of the same next-token distributions."""
     routing: RoutingTrace | None = None
+    """The expert ids that this pass used, where it was asked to record them."""

@@ -1,7 +1,10 @@
 """The records that travel through a step: prompt -> completion -> rollout (-> `batch.PackedBatch`).
 
-Everything a later step needs is recorded here when it is made (token ids, loss mask, engine log-probs, policy
-version of every token, expert choices); nothing is inferred later from padding ids or from global state.
+Everything that a later step needs is recorded when it is made: token ids, loss mask, engine
+log-probs, the policy version of every token, expert choices. Nothing is inferred later from padding
+ids or from global state.
+
+Shapes: P tokens of a prompt, N of a completion.
 
 Their columns are numpy arrays: a reward process reads them and must start without torch, which takes a second
 or more to import.
@@ -23,36 +26,45 @@ class Prompt:
     """One question: its tokens as the engine receives them, and what a reward needs to judge an answer."""
 
     prompt_id: str
+    """Names it in errors and samples: its file and line, or its task and index."""
     token_ids: tuple[int, ...]
+    """[P], with the chat template's own tokens."""
     text: str
+    """What the tokens say, for people and rewards."""
     answer: Any = None
+    """What the reward compares with, in the type that the data has."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else the record holds. Only rewards read it."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens an engine sampled for one prompt, with all that the engine knows about them (N tokens).
+    """The tokens that an engine sampled for one prompt, with all that the engine knows about them.
 
-    token_ids [N] int64; loss_mask [N] bool, True = trained on (a tool's tokens would be False);
-    logprobs [N] float32, natural logarithm, of the sampling distribution (after the temperature);
-    policy_versions [N] int32, completed optimiser steps of the weights that sampled the token;
-    routing: rows of prompt + completion (P + N), None unless the engine was asked to record.
+    Raises ValueError for columns of different lengths, and for a log-prob that is not finite.
     """
 
     token_ids: np.ndarray
+    """[N] int64."""
     loss_mask: np.ndarray
+    """[N] bool: True = trained on. Tokens that a tool put in would be False."""
     logprobs: np.ndarray
+    """[N] float32: natural logarithms under the sampling distribution, after the temperature."""
     policy_versions: np.ndarray
+    """[N] int32: completed optimiser steps of the weights that sampled the token."""
     finish_reason: str
+    """stop | length (`max_tokens` was reached)."""
     text: str
+    """The tokens without special ones, for people and rewards."""
     routing: RoutingTrace | None = None
+    """Expert ids of prompt and completion, P + N rows. None unless the engine was asked to record."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         for name in ("loss_mask", "logprobs", "policy_versions"):
             got = len(getattr(self, name))
             if got != n:
-                raise ValueError(f"completion.{name} must have one entry a token: got {got} for {n} tokens")
+                raise ValueError(f"completion.{name} must have one entry per token: got {got} for {n} tokens")
         if not np.isfinite(self.logprobs).all():
             at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
             raise ValueError(
@@ -90,14 +102,17 @@ def _completion(
 
 @dataclass(frozen=True)
 class Rollout:
-    """A judged completion. `rollout_id` counts the run's rollouts; siblings share `group_id`."""
+    """A judged completion."""
 
     rollout_id: int
+    """Counts the rollouts of the run."""
     group_id: int
+    """Counts the groups of the run. Siblings, completions of one prompt in one step, share it."""
     prompt: Prompt
     completion: Completion
     reward: float
     reward_parts: Mapping[str, float] = field(default_factory=dict)
+    """Named terms of the reward, logged as reward/NAME."""
 
     @property
     def num_tokens(self) -> int:
@@ -107,14 +122,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """How to sample: `n` completions a prompt, at most `max_tokens` each; `seed` makes
-    every completion repeatable.
-    """
+    """How to sample."""
 
     n: int
+    """Completions per prompt."""
     max_tokens: int
+    """Longest completion, in tokens."""
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    """Makes every completion repeatable, together with the ids of the requests. None: it is not."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion; the token itself belongs to it."""
     record_routing: bool = False
+    """Completions carry the experts that the engine used."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gspo_dist.checks import at_least
+from gspo_dist.config.mapping import within
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 1)
+
+    def accepts(self, key: str) -> bool:
+        """Whether a change of this knob is accepted, by its own name or by that of a section around it."""
+        return within(key, self.accept)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,6 +81,14 @@ def knobs(cls: type, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(hints[key]):
             found |= knobs(typing.cast(type, hints[key]), f"{prefix}{key}.")
     return found
+
+
+def within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a knob is one of these, or lies in one of these sections.
+
+    Example: "reward.options" lies in "reward", and "rewards" does not.
+    """
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def described(kind: Any) -> str:
