@@ -51,6 +51,64 @@ def test_colocation_is_one_host(reserved) -> None:
     assert reserved == [("STRICT_PACK", 2)]
 
 
+def test_a_shared_bundle_has_room_for_both_who_share_it(monkeypatch) -> None:
+    made = layout("rollout=vllm", "cluster.colocated=true")
+    asked = []
+    monkeypatch.setattr(Reservation, "_reserve", lambda self, bundles, *rest: asked.extend(bundles))
+    Reservation(made, 600.0, local=False)
+    both = [
+        (rank.cpus + engine.cpus, rank.gpus + engine.gpus)
+        for rank, engine in zip(made.learners, made.engines, strict=True)
+    ]
+    assert [(bundle["CPU"], bundle["GPU"]) for bundle in asked] == both == [(2, 1.0)] * 2
+
+
+def test_every_actor_is_pinned_to_its_bundle_with_the_gpus_of_its_kind(monkeypatch) -> None:
+    made = layout("rollout=vllm", "rollout.tensor_parallel=4", "rollout.engines=1")
+    groups = iter(("of the learners", "of the engines"))
+    monkeypatch.setattr(Reservation, "_reserve", lambda self, *rest: next(groups))
+    monkeypatch.setattr(
+        placement,
+        "PlacementGroupSchedulingStrategy",
+        lambda placement_group, placement_group_bundle_index: (placement_group, placement_group_bundle_index),
+    )
+    places = Reservation(made, 600.0, local=False)
+    for kind, index, cpus, gpus in (("learner", 1, 1, 1.0), ("engine", 0, 1, 4.0)):
+        assert places.options(kind, index, {"MARK": "7"}) == {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "scheduling_strategy": (f"of the {kind}s", index),
+            "runtime_env": {"env_vars": {"MARK": "7"}},
+        }
+
+
+def test_what_was_granted_is_given_back_when_the_rest_is_not(monkeypatch) -> None:
+    """Else a retry in the same cluster would find the learners' GPUs taken by nobody."""
+    granted = iter((True, False))
+    groups = [SimpleNamespace(wait=lambda seconds: next(granted)) for _ in range(2)]
+    made, removed = iter(groups), []
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: next(made))
+    monkeypatch.setattr(placement, "remove_placement_group", removed.append)
+    monkeypatch.setattr(placement.ray, "available_resources", lambda: {"CPU": 3.0})
+    with pytest.raises(RuntimeError, match="free are CPU 3, GPU 0"):
+        Reservation(layout(), 1.0, local=False)
+    assert removed == groups
+
+
+def test_a_cluster_of_ones_own_is_quiet_small_and_not_nice(monkeypatch) -> None:
+    started = []
+    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(placement.ray, "init", lambda **options: started.append(options))
+    monkeypatch.setattr(placement, "_object_store_bytes", lambda: 123)
+    quiet = {"RAY_DISABLE_DOCKER_CPU_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    for found, niceness in (({}, "0"), ({"RAY_worker_niceness": "5"}, "5")):  # what is set already is kept
+        monkeypatch.setattr(placement.os, "environ", found)
+        assert start_ray(ClusterConfig()) is True
+        assert found == {"RAY_worker_niceness": niceness, **quiet}
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    assert started == [{**options, "object_store_memory": 123}] * 2
+
+
 def test_a_reference_engine_takes_no_gpu() -> None:
     assert [b.gpus for b in layout("rollout=reference").engines] == [0, 0]
     assert [b.gpus for b in layout("rollout=vllm", "rollout.tensor_parallel=4").engines] == [4, 4]

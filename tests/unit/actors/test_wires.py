@@ -1,0 +1,273 @@
+"""What each pool asks of its actors, and how long it waits for them: no process is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from gspo_dist.actors import learner_group, process
+from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
+from gspo_dist.actors.process import ActorProcess, Actors
+from gspo_dist.actors.reward_pool import GRACE_S, RayRewardPool, RewardWorker
+from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
+from gspo_dist.config import DeepSpeedConfig, LearnerConfig, RewardConfig, RolloutConfig, WeightSyncConfig
+from gspo_dist.learners.learner import OptimStep
+from gspo_dist.objectives.aggregate import Denominators
+from gspo_dist.packing import MiniBatch
+from gspo_dist.rewards.pool import START_TIMEOUT_S
+from gspo_dist.rollout.engine import EngineInfo
+from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.weights.send import SentReport
+
+LEARNER_S, ENGINE_S, SYNC_S = 7000.0, 8000.0, 9000.0
+"""Longer than any wait of the package's own, so that a number says whose it is."""
+SENT = SentReport({}, 2, 28, 0.0)
+INFO = EngineInfo("engine", "cpu", 64, 100, 0, 0, 0, False, 2)
+ANSWERS: dict[str, Callable[[], Any]] = {
+    "host": lambda: ("10.0.0.1", 29600),
+    "start": lambda: INFO,
+    "optim_step": lambda: OptimStep(0.0, 0.5, 1),
+    "send_weights": lambda: SENT,
+    "export": lambda: 2,
+    "forward_backward": lambda: {},
+    "logprobs": lambda: [],
+    "generate": lambda: [[]],
+    "judge": lambda: [],
+}
+
+
+class Handle:
+    """Stands for an actor: every call is written down as (name, method, arguments)."""
+
+    def __init__(self, calls: list[Any], options: dict[str, Any], *made: Any) -> None:
+        self.calls, self.options, self.made = calls, options, made
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*args: Any, **kwargs: Any) -> str:
+            self.calls.append((self.made[0], method, args, kwargs))
+            return method
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def ray_calls(monkeypatch):
+    """Ray without Ray: the calls of all actors, and (method, seconds) of every wait."""
+    calls: list[Any] = []
+    waits: list[tuple[str, float]] = []
+
+    def remote(kind):
+        return SimpleNamespace(
+            options=lambda **options: SimpleNamespace(remote=lambda *made: Handle(calls, options, *made))
+        )
+
+    def gather(self, refs, timeout):
+        waits.extend({(method, timeout) for method in refs.values()})
+        return {name: ANSWERS.get(method, lambda: None)() for name, method in refs.items()}
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(Actors, "gather", gather)
+    return calls, waits
+
+
+def learners(folder: Path) -> RayLearnerGroup:
+    config = LearnerConfig(
+        backend="deepspeed", world_size=2, timeout_s=LEARNER_S, deepspeed=DeepSpeedConfig(expert_parallel=1)
+    )
+    group = RayLearnerGroup(config, lambda **_: None, [{"place": 0}, {"place": 1}], folder)
+    group.replica_of = {"learner-0": 0, "learner-1": 1}
+    return group
+
+
+def engines(folder: Path) -> RayRolloutPool:
+    config = RolloutConfig(engines=2, timeout_s=ENGINE_S)
+    return RayRolloutPool(config, lambda **_: None, [{"place": 0}, {"place": 1}], folder)
+
+
+def test_every_actor_gets_the_options_of_its_own_place(ray_calls, tmp_path) -> None:
+    for pool in (learners(tmp_path), engines(tmp_path)):
+        assert [handle.options for handle in pool.actors.handles.values()] == [{"place": 0}, {"place": 1}]
+        assert [handle.made for handle in pool.actors.handles.values()] == [
+            (name, str(tmp_path)) for name in pool.actors.handles
+        ]
+    rewards = RayRewardPool(RewardConfig(workers=2), tmp_path)
+    assert [handle.options for handle in rewards.actors.handles.values()] == [{"num_cpus": 0}] * 2
+
+
+def test_learner_verbs_wait_as_long_as_the_learner_may_take(ray_calls, tmp_path) -> None:
+    _, waits = ray_calls
+    group = learners(tmp_path)
+    group.logprobs(((), ()))
+    group.forward_backward(MiniBatch(((), ()), Denominators(1, 1, 1)), "spec")
+    group.optim_step()
+    group.export(tmp_path, tmp_path)
+    group.save(tmp_path)
+    group.load(tmp_path, 3)
+    group.wait_saved()
+    group.empty_cache()
+    assert len(waits) == 8
+    assert {seconds for _, seconds in waits} == {LEARNER_S}
+
+
+def test_ranks_are_built_within_the_learners_time_at_one_address(ray_calls, tmp_path) -> None:
+    calls, waits = ray_calls
+    group = learners(tmp_path)
+    group.start()
+    assert waits == [("host", learner_group.START_TIMEOUT_S), ("start", LEARNER_S)]
+    started = [(name, args) for name, method, args, _ in calls if method == "start"]
+    assert started == [(f"learner-{rank}", (group.make, rank, 2, ("10.0.0.1", 29600))) for rank in range(2)]
+
+
+def test_a_publication_waits_as_long_as_the_sync_may_take(ray_calls, tmp_path) -> None:
+    calls, waits = ray_calls
+    sync = WeightSyncConfig(timeout_s=SYNC_S)
+    assert learners(tmp_path).send_weights(sync, {"engine-0": "handle"}) is SENT
+    pool = engines(tmp_path)
+    pool.start_weight_update(SYNC_S)
+    pool.finish_weight_update(3, SYNC_S)
+    pool.logprobs_of([np.arange(3)], SYNC_S)
+    assert waits == [
+        (method, SYNC_S)
+        for method in ("send_weights", "start_weight_update", "finish_weight_update", "logprobs_of")
+    ]
+    assert [args for _, method, args, _ in calls if method == "send_weights"] == [
+        (sync, {"engine-0": "handle"}, str(tmp_path))
+    ] * 2
+
+
+def test_engine_verbs_wait_as_long_as_the_engines_may_take(ray_calls, tmp_path) -> None:
+    _, waits = ray_calls
+    pool = engines(tmp_path)
+    pool.start()
+    pool.generate([Prompt("p", (1,), "q")], SamplingSpec(n=1, max_tokens=2), [5])
+    pool.sleep()
+    pool.wake_up()
+    assert {seconds for _, seconds in waits} == {ENGINE_S}
+    assert [method for method, _ in waits] == ["start", "generate", "sleep", "wake_up"]
+
+
+def test_rewards_are_given_the_time_of_all_their_rollouts_and_no_routes(ray_calls, tmp_path) -> None:
+    """Three rollouts on two workers are chunks of two and one; each may also cost the start of a process."""
+    calls, waits = ray_calls
+    pool = RayRewardPool(RewardConfig(workers=2, timeout_s=1000.0), tmp_path)
+    pool.start()
+    columns = np.zeros(1, np.int64), np.ones(1, bool), np.zeros(1, np.float32), np.zeros(1, np.int32)
+    trace = RoutingTrace(np.zeros((2, 1, 2), np.uint8), np.ones(2, bool), 8)
+    completion = Completion(*columns, "stop", "7", trace)
+    pool.judge([(i, Prompt("p", (1,), "q"), completion) for i in range(3)])
+    assert waits == [
+        ("start", START_TIMEOUT_S + GRACE_S),
+        ("judge", (1000.0 + START_TIMEOUT_S) * 2 + GRACE_S),
+    ]
+    chunks = [args[0] for _, method, args, _ in calls if method == "judge"]
+    assert [[i for i, _, _ in chunk] for chunk in chunks] == [[0, 1], [2]]
+    assert all(sent == replace(completion, routing=None) for chunk in chunks for _, _, sent in chunk)
+
+
+def test_a_reward_worker_has_one_process(monkeypatch, tmp_path) -> None:
+    made = []
+    monkeypatch.setattr("gspo_dist.actors.reward_pool.LocalRewardPool", made.append)
+    monkeypatch.setattr(ActorProcess, "__init__", lambda self, name, log_dir: None)
+    config = RewardConfig(workers=4, timeout_s=3.0)
+    RewardWorker("reward-0", str(tmp_path), config)
+    assert made == [replace(config, workers=1)]
+
+
+class Learner:
+    """The exporter or another rank of a learner with two tensors."""
+
+    def __init__(self, exporter: bool) -> None:
+        self.is_exporter, self.asked, self.drawn = exporter, [], 0
+
+    def weights(self, bucket_bytes):
+        self.asked.append(bucket_bytes)
+        for name in ("a", "b"):
+            self.drawn += 1
+            yield [(name, torch.ones(3))]
+
+
+def rank_of(learner) -> LearnerRank:
+    rank = object.__new__(LearnerRank)
+    rank.name, rank._learner, rank._transport = "learner-0", learner, None
+    return rank
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_publication_uses_the_buckets_the_check_and_the_time_of_its_settings(
+    ray_calls, tmp_path, check
+) -> None:
+    calls, waits = ray_calls
+    handles = {f"engine-{i}": Handle(calls, {}, f"engine-{i}") for i in range(2)}
+    sync = WeightSyncConfig(transport="shm", bucket_mib=3, check=check, timeout_s=SYNC_S)
+    learner = Learner(exporter=True)
+    report = rank_of(learner).send_weights(sync, handles, str(tmp_path))
+    assert report is not None
+    assert (learner.asked, report.tensors, set(report.checksums)) == (
+        [3 << 20],
+        2,
+        {"a", "b"} if check else set(),
+    )
+    assert waits == [("init_weight_sync", SYNC_S), ("update_weights", SYNC_S), ("update_weights", SYNC_S)]
+    assert [args for _, method, args, _ in calls if method == "init_weight_sync"] == [({"check": check},)] * 2
+
+
+def test_the_other_ranks_draw_every_bucket_and_send_none(ray_calls, tmp_path) -> None:
+    calls, _ = ray_calls
+    learner = Learner(exporter=False)
+    sync = WeightSyncConfig(transport="shm", bucket_mib=3)
+    assert rank_of(learner).send_weights(sync, {}, str(tmp_path)) is None
+    assert (learner.asked, learner.drawn, calls) == ([3 << 20], 2, [])
+
+
+def test_stats_leave_a_rank_on_the_host() -> None:
+    stat = SimpleNamespace(cpu=lambda: "on the host")
+    learner = SimpleNamespace(forward_backward=lambda batches, spec: {f"{spec}/{len(batches)}": stat})
+    assert rank_of(learner).forward_backward(["batch"], "spec") == {"spec/1": "on the host"}
+
+
+def test_a_gpus_cache_is_emptied_and_its_peak_counted(monkeypatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 30)
+    rank = rank_of(None)
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        rank.empty_cache()
+        peaks = rank.peak_memory()
+        assert (len(emptied), peaks.get("gpu")) == ((1, 5 << 30) if gpu else (0, None))
+
+
+def test_an_engine_process_builds_its_engine_under_its_name() -> None:
+    engine = SimpleNamespace(info=lambda: INFO)
+    engine_process = object.__new__(EngineProcess)
+    engine_process.name, engine_process._engine = "engine-3", None
+    asked = []
+
+    def make(name):
+        asked.append(name)
+        return engine
+
+    assert engine_process.start(make) is INFO
+    assert (asked, engine_process.engine) == (["engine-3"], engine)
+
+
+def test_the_log_takes_both_outputs_at_its_end(monkeypatch, tmp_path) -> None:
+    """Errors too: a traceback of C++ or of a child goes to descriptor 2."""
+    moved = []
+    path = tmp_path / "below" / "one.log"
+    with monkeypatch.context() as patch:
+        patch.setattr(process.os, "dup2", lambda log, to: moved.append((process.os.write(log, b"x"), to)))
+        for _ in range(2):
+            ActorProcess("one", str(path.parent))
+    assert moved == [(1, 1), (1, 2)] * 2
+    assert path.read_text() == "xxxx"
