@@ -37,8 +37,7 @@ class Shape:
     max_positions: int = 4096
     """Longest sequence in tokens."""
     init_std: float = 0.06
-    """Spread of the initial weights. HF's 0.02 leaves the first hundred steps without progress
-    at this width."""
+    """Spread of the initial weights. HF's 0.02 makes no progress for a hundred steps at this width."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class WarmStart:
     """Supervised training on worked additions by a pupil with bad habits.
 
     forget_carry is above one half on purpose. The most likely continuation then leaves carries out, so that
-    greedy decoding is wrong wherever a carry matters. Sampling still finds the right solution often enough
-    to be rewarded.
+    greedy decoding is wrong wherever a carry matters. Sampling still finds the right solution often enough to
+    be rewarded.
     """
 
     steps: int = 320

@@ -1,5 +1,4 @@
-"""Values of a record as plain JSON values: what a file holds keeps its meaning, and what has none
-here is refused."""
+"""Values of a record as plain JSON values. What has no meaning as one is refused."""
 
 from __future__ import annotations
 
@@ -71,8 +70,10 @@ def _decoded(where: str, value: bytes) -> str:
 
 
 def _whole_text(where: str, text: str) -> str:
-    """`text` itself. JSON can spell half of a surrogate pair ("\\\\ud83d"), which no tokenizer and
-    no file takes."""
+    """`text` itself. Raises ValueError for half of a surrogate pair.
+
+    JSON can spell one ("\\ud83d"), but no tokenizer and no file takes it.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -55,8 +55,10 @@ class PromptSource(Sequence[Prompt]):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over every prompt's tokens and answer, in order: a resumed run checks
-        that nothing changed."""
+        """16 hex digits over every prompt's tokens and answer, in order.
+
+        By it a resumed run tells whether the prompts were edited.
+        """
         digest = hashlib.sha256()
         for prompt in self._prompts:
             digest.update(repr((prompt.token_ids, prompt.answer)).encode())

@@ -11,8 +11,7 @@ from typing import Any
 from gspo_dist.data.plain import plain
 
 Message = dict[str, Any]
-"""One chat message as the tokenizer's template takes it: `role`, `content`, and whatever else
-the template reads."""
+"""One chat message: `role`, `content`, and whatever else the tokenizer's template reads."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,10 @@ def _record(where: str, row: Any, prompt_key: str, answer_key: str) -> Record:
 
 
 def _messages(where: str, value: Any, prompt_key: str) -> list[Message]:
-    """The messages as they are, without fields that are null (a parquet column has every field
-    in every row)."""
+    """The messages as they are, without fields that are null.
+
+    A parquet column has every field in every row, null where a message goes without it.
+    """
     rule = (
         f"{where}: {prompt_key!r} must be a text or a list of messages, each with a role and with content or "
         "tool_calls"

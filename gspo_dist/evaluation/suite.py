@@ -83,12 +83,12 @@ def evaluate(
     suite: str = "heldout",
     correct_at: float = 1.0,
 ) -> EvalResult:
-    """Samples `spec.n` completions per prompt and judges them; right is a reward of `correct_at` or more.
+    """Samples `spec.n` completions per prompt and judges them. A reward of `correct_at` or more is right.
 
     pass@k' is given for the powers of two below spec.n and for spec.n itself.
 
-    Raises ValueError without prompts, and when `generate` gives another number of completions than asked for;
-    and what `judge` raises.
+    Raises ValueError without prompts, and when `generate` gives another number of completions than asked for.
+    Raises what `judge` raises.
     """
     if not prompts:
         raise ValueError(f"evaluation {suite!r} must have at least one prompt: got none; set data.heldout")
@@ -131,8 +131,7 @@ def summarise(suite: str, k: int, rows: tuple[EvalRow, ...]) -> EvalResult:
 def clustered_standard_error(cluster_means: Sequence[float]) -> float:
     """sqrt(sum (m_i - mean)^2 / (N (N - 1))) over N clusters of equal size; nan for one cluster.
 
-    Completions of one prompt rise and fall together. The independent draws are the prompts,
-    not the completions.
+    Completions of one prompt rise and fall together, so the independent draws are the prompts.
     """
     n = len(cluster_means)
     if n < 2:

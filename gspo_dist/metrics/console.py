@@ -52,9 +52,8 @@ class ConsoleSink:
         self.task = self.progress.add_task("", total=total_steps, completed=completed_steps)
 
     def log(self, step: int, row: Row) -> None:
-        """Prints the columns that the row has a number for. The bar starts here:
-        before, nothing progresses."""
-        self.progress.start()
+        """Prints the columns that the row has a number for."""
+        self.progress.start()  # here and not in __init__: before the first step nothing progresses
         text = "  ".join(
             f"{label} {form.format(row[key])}"
             for label, key, form in COLUMNS

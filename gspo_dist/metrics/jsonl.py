@@ -125,24 +125,32 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     A line that is no JSON object is left out: a kill, or a machine that lost power, tears the last one.
     """
+    return _whole_rows(_lines(path)) if path.is_file() else []
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _whole_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
 def cut_back(path: Path, completed_steps: int) -> None:
-    """Leaves the whole rows up to `completed_steps`, none for 0; a torn line is dropped and said."""
+    """Leaves the whole rows up to `completed_steps`, none for 0. A torn line is dropped and said."""
     if not path.is_file():
         return
-    rows = read_jsonl(path)
-    torn = len(path.read_text(encoding="utf-8", errors="replace").splitlines()) - len(rows)
+    lines = _lines(path)
+    rows = _whole_rows(lines)
+    torn = len(lines) - len(rows)
     if torn and completed_steps:
         log.warning("%s: %d torn line(s) dropped, %d whole rows are there", path, torn, len(rows))
     kept = [row for row in rows if completed_steps and row.get("step", math.inf) <= completed_steps]

@@ -35,9 +35,9 @@ def metrics() -> Iterator[Metric]:
 def metric_of(key: str) -> Metric | None:
     """The entry of a logged key, or None for a key that no run logs.
 
+    Example: `routing/update/flip_fraction/layer_03` belongs to `routing/update/flip_fraction/layer_{layer}`.
     An entry without placeholders comes before one that matches by them: `reward/timeout_fraction` has its own
-    entry and is no `reward/{part}`. Example: `routing/update/flip_fraction/layer_03` belongs to the entry
-    `routing/update/flip_fraction/layer_{layer}`.
+    entry and is no `reward/{part}`.
     """
     literal, patterns = _lookup()
     if key in literal:

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 Mode = Literal["online", "offline"]
 
 LOGIN_TIMEOUT_S = 25.0
-"""For the trial login, in a process of its own. wandb gives up by itself after 10 s; this bounds
-what does not."""
+"""For the trial login, which runs in a process of its own. wandb gives up on a server after 10 s. This
+ends what does not give up."""
 INIT_TIMEOUT_S = 30.0
 """For creating the run on the server."""
 FINISH_TIMEOUT_S = 300.0
@@ -54,8 +54,9 @@ REJECTED = ("no key", "not logged in", "401", "403", "invalid", "unauthorized", 
 def choose_mode(config: WandbConfig) -> Mode | None:
     """Where the run will be logged, tried now; None for `mode: off`.
 
-    Takes some seconds with a key, and at most LOGIN_TIMEOUT_S. A fall back to offline is said. Raises
-    ValueError with the way out for `mode: online` with no key, or with one that the server rejects.
+    `off`, `offline`, and `auto` without a key start nothing and ask nobody. The others log in for a trial,
+    which takes some seconds, at most LOGIN_TIMEOUT_S. Where that fails, the fall back to offline is said.
+    Raises ValueError with the way out for `mode: online` with no key, or with one that the server rejects.
     """
     if config.mode == "off":
         return None
@@ -90,8 +91,10 @@ def _server() -> str:
 
 
 def _try_login() -> str | None:
-    """What is wrong with the server or the key, or None. In a process of its own, which can be
-    ended for sure."""
+    """What is wrong with the server or the key, or None.
+
+    It runs in a process of its own, because a thread that hangs in wandb could not be ended.
+    """
     if not has_key():
         return "no key is set"
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_MODE"}
@@ -191,8 +194,7 @@ class WandbSink:
         self.run.log({name: wandb.Image(str(path))})
 
     def close(self, summary: Mapping[str, object]) -> None:
-        """Sends the numbers and texts of the summary and waits for the last uploads,
-        FINISH_TIMEOUT_S at most."""
+        """Sends the summary's numbers and texts. Waits for the last uploads, FINISH_TIMEOUT_S at most."""
         self.run.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float, str))})
         self.run.finish()
 

@@ -12,8 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from gspo_dist.studies.analysis import (
     Paired,
     RunData,
@@ -94,6 +92,11 @@ def _stabler(runs: Sequence[RunData]) -> Verdict:
     return Verdict(claim, rule, verdict, figures)
 
 
+def _clip_fraction(runs: Sequence[RunData], arm: str) -> float:
+    """Mean over the arm's runs that logged one; nan where none did."""
+    return estimate([run.mean(CLIP) for run in runs if run.arm == arm]).mean
+
+
 def _clips_more(runs: Sequence[RunData]) -> Verdict:
     claim = "2. GSPO clips about two orders of magnitude more tokens, and learns better all the same"
     rule = "mean clip fraction of gspo_recompute over that of grpo at least 30 (one and a half orders)"
@@ -101,11 +104,12 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
         return _no_arms(claim, rule, missing)
     # The recomputed arm, because what the engine's log-probs clip before any learning is not the
     # paper's subject.
-    gspo, grpo = (
-        float(np.mean([r.mean(CLIP) for r in runs if r.arm == a])) for a in ("gspo_recompute", "grpo")
-    )
-    engine = [r.mean(CLIP) for r in runs if r.arm == "gspo"]
-    ratio = gspo / grpo if grpo > 0 else math.inf
+    gspo, grpo, engine = (_clip_fraction(runs, arm) for arm in ("gspo_recompute", "grpo", "gspo"))
+    for arm, fraction in (("gspo_recompute", gspo), ("grpo", grpo)):
+        if math.isnan(fraction):
+            return Verdict(claim, rule, f"not testable: {arm} logged no clip fraction", "")
+    without = math.inf if gspo > 0 else 1.0  # where neither clips, they are equal
+    ratio = gspo / grpo if grpo > 0 else without
     test = paired(runs, "gspo_recompute", "grpo", final_accuracy)
     if not test.testable:
         better = f"whether it learns better is not testable: {_too_few_seeds(test)}"
@@ -116,7 +120,7 @@ def _clips_more(runs: Sequence[RunData]) -> Verdict:
     verdict = f"reproduced ({better})" if ratio >= 30 else "not reproduced"
     figures = (
         f"gspo_recompute {gspo:.3g}, grpo {grpo:.3g}: ratio {ratio:.3g}"
-        + (f"; gspo on engine log-probs {float(np.mean(engine)):.3g}" if engine else "")
+        + ("" if math.isnan(engine) else f"; gspo on engine log-probs {engine:.3g}")
         + f"; accuracy {test.text(100, ' points')}"
     )
     return Verdict(claim, rule, verdict, figures)

@@ -23,6 +23,9 @@ Arms = Mapping[str, list[RunData]]
 Place = Callable[[list[RunData], np.ndarray], np.ndarray]
 """(runs of an arm, steps) -> where the steps stand on the x axis."""
 
+Draw = Callable[[Figure, Arms], bool]
+"""Draws a picture and says whether any run has its metrics."""
+
 COLOURS = ("#1b6ca8", "#7fb7e6", "#c23b22", "#e8963a", "#6a994e", "#7b4ea3", "#555555", "#c9a227")
 """Of the arms, in their order."""
 TIME_PARTS = ("collect", "reward", "old_logprobs", "update", "sync", "flips", "pack", "other")
@@ -39,8 +42,8 @@ class Picture:
     """Heading in the report."""
     name: str
     """File name."""
-    draw: Callable[[Figure, Arms], bool]
-    """Draws it; False where no run has its metrics."""
+    draw: Draw
+    """What is on it."""
     height: float = 4.2
     """Inches, of 14 across."""
 
@@ -53,8 +56,8 @@ def by_arm(study: Study, runs: Sequence[RunData]) -> dict[str, list[RunData]]:
 def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
     """Writes every figure that has data to `folder`; title -> path.
 
-    A figure that cannot be drawn or written is said in the log and left out: the report's
-    numbers matter more.
+    A figure that cannot be drawn or written is said in the log and left out, because the report's numbers
+    matter more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arms = by_arm(study, runs)
@@ -73,17 +76,20 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
     return out
 
 
-def _line(axis: Axes, arms: Arms, key: str, x: Place | None = None) -> bool:
-    """One line per arm, the mean over seeds with a band of one standard error; False where no arm
-    has the metric.
+def _coloured(arms: Arms) -> list[tuple[str, str, list[RunData]]]:
+    """(colour, arm, its runs). After the last colour they begin again."""
+    return [(COLOURS[i % len(COLOURS)], arm, runs) for i, (arm, runs) in enumerate(arms.items())]
 
-    Each line is thinner than the one before it, so that equal ones show.
+
+def _line(axis: Axes, arms: Arms, key: str, x: Place | None = None) -> bool:
+    """One line per arm, the mean over seeds with a band of one standard error.
+
+    Each line is thinner than the one before it, so that equal ones show. Returns False where no arm has the
+    metric.
     """
     drawn = False
     widths = np.linspace(3.0, 1.2, len(arms))
-    for width, colour, (arm, runs) in zip(
-        widths, COLOURS * 4, arms.items(), strict=False
-    ):  # colours left over
+    for width, (colour, arm, runs) in zip(widths, _coloured(arms), strict=True):
         steps, mean, error = band(runs, key)
         if not len(steps):
             continue
@@ -124,7 +130,7 @@ def _minutes(runs: list[RunData], steps: np.ndarray) -> np.ndarray:
     return np.mean(totals, 0)
 
 
-# Each of the following draws one picture and returns whether any run has its metrics.
+# The pictures, and what they share.
 
 
 def _learning(figure: Figure, arms: Arms) -> bool:
@@ -168,6 +174,18 @@ def _panels(axes: Sequence[Axes], arms: Arms, metrics: Mapping[str, str]) -> lis
     return drawn
 
 
+def _side_by_side(metrics: Mapping[str, str]) -> Draw:
+    """A picture of one panel per metric (key -> title)."""
+
+    def draw(figure: Figure, arms: Arms) -> bool:
+        axes = figure.subplots(1, len(metrics))
+        drawn = _panels(axes, arms, metrics)
+        _legend(axes)
+        return any(drawn)
+
+    return draw
+
+
 def _clipping(figure: Figure, arms: Arms) -> bool:
     axes = figure.subplots(1, 3, sharey=True)
     metrics = {
@@ -179,18 +197,6 @@ def _clipping(figure: Figure, arms: Arms) -> bool:
     for axis in axes:
         axis.set_yscale("symlog", linthresh=1e-4)  # GRPO's 0.002 and GSPO's 0.4 on one axis, and 0 too
         axis.set_ylim(0, 1)
-    _legend(axes)
-    return any(drawn)
-
-
-def _contract(figure: Figure, arms: Arms) -> bool:
-    axes = figure.subplots(1, 3)
-    metrics = {
-        "guard/offset_clip_widths": "offset of the mean log ratio (clip widths)",
-        "objective/mini_batch_0/clip_fraction_negative": "clipped in mini-batch 0: A < 0",
-        "objective/mini_batch_0/clip_fraction_positive": "clipped in mini-batch 0: A > 0",
-    }
-    drawn = _panels(axes, arms, metrics)
     _legend(axes)
     return any(drawn)
 
@@ -213,7 +219,7 @@ def _routing(figure: Figure, arms: Arms) -> bool:
 def _layers(axis: Axes, arms: Arms) -> bool:
     """Mean flip rate after a step's updates, by layer."""
     drawn = False
-    for colour, (arm, runs) in zip(COLOURS * 4, arms.items(), strict=False):  # colours left over
+    for colour, arm, runs in _coloured(arms):
         found = {key for run in runs for row in run.rows for key in row if key.startswith(LAYERS)}
         keys = sorted(found, key=lambda key: int(key.removeprefix(LAYERS)))
         if keys:
@@ -229,18 +235,6 @@ def _layers(axis: Axes, arms: Arms) -> bool:
     axis.set_xlabel("MoE layer")
     axis.grid(alpha=0.25)
     return drawn
-
-
-def _health(figure: Figure, arms: Arms) -> bool:
-    axes = figure.subplots(1, 3)
-    metrics = {
-        "objective/entropy": "entropy (nats per token)",
-        "rollout/completion_tokens_mean": "completion length (tokens)",
-        "learner/grad_norm": "gradient norm",
-    }
-    drawn = _panels(axes, arms, metrics)
-    _legend(axes)
-    return any(drawn)
 
 
 def _cost(figure: Figure, arms: Arms) -> bool:
@@ -269,12 +263,22 @@ def peak_memory(run: RunData) -> float:
     return float(sum(p.get("host", 0) for p in run.summary["peak_memory_bytes"].values()))
 
 
+CONTRACT = {
+    "guard/offset_clip_widths": "offset of the mean log ratio (clip widths)",
+    "objective/mini_batch_0/clip_fraction_negative": "clipped in mini-batch 0: A < 0",
+    "objective/mini_batch_0/clip_fraction_positive": "clipped in mini-batch 0: A > 0",
+}
+HEALTH = {
+    "objective/entropy": "entropy (nats per token)",
+    "rollout/completion_tokens_mean": "completion length (tokens)",
+    "learner/grad_norm": "gradient norm",
+}
 PICTURES = (
     Picture("Held-out accuracy and training reward", "learning.png", _learning, height=8),
     Picture("Clipped tokens (logarithmic)", "clipping.png", _clipping),
-    Picture("The first mini-batch: offset and clipping", "contract.png", _contract),
+    Picture("The first mini-batch: offset and clipping", "contract.png", _side_by_side(CONTRACT)),
     Picture("Routing flips and mismatch", "routing.png", _routing),
-    Picture("Entropy, length, gradient norm", "health.png", _health),
+    Picture("Entropy, length, gradient norm", "health.png", _side_by_side(HEALTH)),
     Picture("Time of a step and peak memory", "cost.png", _cost),
 )
 """In the report's order."""

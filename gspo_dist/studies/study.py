@@ -86,8 +86,7 @@ class Study:
 def _quoted(text: str) -> str:
     """`text` as a value of hydra's override grammar: as it is where every character is plain, else in quotes.
 
-    A plain folder stays unquoted because an ended run is known by its overrides, and earlier
-    versions quoted nothing.
+    A plain folder stays unquoted: an ended run is known by its overrides, and older versions quoted nothing.
     """
     if re.fullmatch(r"[A-Za-z0-9_./+-]+", text):
         return text
@@ -95,8 +94,7 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
-# -- reading
-# ----------------------------------------------------------------------------------------------------
+# -- reading --
 
 
 def load_study(args: Sequence[str], conf: Path, read_yaml: Callable[[Path], Any]) -> Study:

@@ -42,9 +42,9 @@ class Section:
 
 
 def sections(mini_batches: int = 4) -> tuple[Section, ...]:
-    """The page, from the question (who learns more?) to its reasons; every metric is one that runs log.
+    """The page, from the question (who learns more?) to its reasons. Every metric is one that runs log.
 
-    mini_batches: optimiser steps per rollout batch, as the runs had; the last one has panels of its own.
+    mini_batches: optimiser steps per rollout batch, as the runs had. The last one has panels of its own.
     """
     last = mini_batches - 1
     return (

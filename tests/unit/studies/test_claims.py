@@ -67,6 +67,24 @@ def test_the_ratio_of_clipping_is_held_to_thirty(arm):
         assert verdicts_on(runs)[1].verdict == verdict
 
 
+def test_no_clip_fraction_proves_no_ratio(make_run, arm):
+    """A run that diverged in its first step logged none: it says nothing, and alone it decides nothing."""
+    gspo = arm("gspo_recompute", 0.6, 0.3)
+    silent = [make_run("grpo", seed, [0.6], status="diverged") for seed in range(3)]
+    assert verdicts_on([*gspo, *silent])[1].verdict == "not testable: grpo logged no clip fraction"
+    others = arm("grpo", 0.6, 0.001)[1:]
+    assert verdicts_on([*gspo, silent[0], *others])[1].figures.startswith(
+        "gspo_recompute 0.3, grpo 0.001: ratio 300;"
+    )
+
+
+def test_where_nothing_is_clipped_nothing_is_reproduced(arm):
+    runs = [*arm("gspo_recompute", 0.6, 0.0), *arm("grpo", 0.6, 0.0)]
+    assert verdicts_on(runs)[1].verdict == "not reproduced"
+    runs = [*arm("gspo_recompute", 0.6, 0.1), *arm("grpo", 0.6, 0.0)]
+    assert verdicts_on(runs)[1].verdict.startswith("reproduced")
+
+
 def test_equality_is_held_to_five_points_for_the_whole_interval(make_run):
     """Differences of -1 and +1 points: s = 1.414, half width 12.706 * 1.414 / sqrt(2) = 12.7 points."""
 
