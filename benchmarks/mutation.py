@@ -4,30 +4,39 @@
     python benchmarks/mutation.py --modules trainer/loop.py --sample 40 --seed 1
     python benchmarks/mutation.py --modules weights --list            # the changes, without running anything
 
-`--modules` takes files and rooms below gspo_dist (`rewards`, `trainer/loop.py`, `checkpoint`); without it,
-the rooms whose wiring must be held: trainer, actors, weights, packing, checkpoint, rewards. `--sample N`
-takes N changes of each module, the same ones for the same `--seed`.
+`--modules` takes files and rooms below gspo_dist (`rewards`, `trainer/loop.py`, `checkpoint`). Without it,
+the rooms whose wiring must be held are taken: trainer, actors, weights, packing, checkpoint, rewards.
+`--sample N` takes N changes of each module, the same ones for the same `--seed`.
 
-Which tests belong to a module. `room/module.py` has `tests/unit/room/test_module.py`, and what
-`EXTRA_TESTS` below adds for it; the tests run in that order and stop at the first failure, so the cheap
-ones come first. A module with neither has every test of `tests/unit/room`. All tests run, those marked slow
-too. A module whose own tests fail without any change is an error, because nothing could be said about it.
+Which tests belong to a module
+    `room/module.py` has `tests/unit/room/test_module.py`, and what `EXTRA_TESTS` below adds for it. A module
+    with neither has every test of `tests/unit/room`. Tests marked slow run too. The module's own file comes
+    first and the first failure ends the run, so that the cheap tests decide most changes. A module whose
+    tests fail without any change is an error, because nothing could be said about it.
 
-What is changed: comparisons are negated and moved by their boundary; `and` and `or`, `+` and `-`, `*` and
-`/` change places; numbers grow by one and truth values flip; conditions are negated; expression calls,
-augmented assignments, assignments to attributes and items, and raises are dropped; the first two positional
-arguments change places; a returned value becomes None; a keyword argument is left out. Texts, annotations
-and decorators stay as they are.
+What is changed, one place at a time
+    - A comparison is negated, and moved by its boundary.
+    - A condition is negated.
+    - `and` and `or`, `+` and `-`, `*` and `/` change places.
+    - A number grows by one. A truth value flips.
+    - A call that stands alone, an augmented assignment, an assignment to an attribute or item, and a raise
+      are dropped.
+    - The first two positional arguments change places. A keyword argument is left out.
+    - A returned value becomes None.
+    Texts, annotations and decorators stay as they are.
 
-How it runs. Each job has a copy of the package and its tests. The changed module is written there, and a
-child forked from this process runs pytest in it. The child has torch and other heavy libraries imported
-already, and never the package. Processes that the tests start (Ray workers, ranks) import the copy too, by
-PYTHONPATH. A change is killed when the tests fail, times out when they take five times as long as without
-it (and at least 30 s), and else survives.
+How it runs
+    Each job has a copy of the package and its tests. The changed module is written there, and a child forked
+    from this process runs pytest in it. The child has torch and other heavy libraries imported already, but
+    never the package. Processes that the tests start (Ray workers, ranks) import the copy too, by PYTHONPATH.
+
+What is said of a change
+    killed: its tests fail. timed out: they take five times as long as without it, and at least 30 s, or
+    longer than `--timeout`. survived: they pass.
 
 `mutation_explained.toml` beside this file holds the reason for each survivor that cannot or need not be
-killed: a table per module, whose keys read `function: change`, as printed in the report. The table `"*"`
-holds patterns for all modules, in which `*` stands for any text.
+killed. It has a table per module, whose keys read `function: change`, as printed in the report. The table
+`"*"` holds patterns for all modules, in which `*` stands for any text.
 """
 
 from __future__ import annotations
@@ -282,12 +291,23 @@ def ended(child: Child) -> str | None:
     pid, status = os.waitpid(child.pid, os.WNOHANG)
     if pid == 0 and time.monotonic() < child.deadline:
         return None
+    if pid == 0:
+        end(child)
+        return "timed out"
+    _kill_group(child)
+    return "survived" if status == 0 else "killed"
+
+
+def end(child: Child) -> None:
+    """Ends a pytest that still runs, and all that its tests started."""
+    _kill_group(child)
+    os.kill(child.pid, signal.SIGKILL)  # it may have no group of its own yet
+    os.waitpid(child.pid, 0)
+
+
+def _kill_group(child: Child) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    if pid == 0:
-        os.waitpid(child.pid, 0)
-        return "timed out"
-    return "survived" if status == 0 else "killed"
 
 
 def make_copy(root: Path, place: Path) -> Path:
@@ -306,8 +326,12 @@ def check_baseline(root: Path, tree: Path, module: str, tests: Sequence[str]) ->
     """Seconds that the tests of an unchanged module take. Raises ValueError when they fail."""
     source = ast.unparse(ast.parse((root / "gspo_dist" / module).read_text(encoding="utf-8")))
     child = start(tree, module, source, tests, 600, learn=True)
-    while (verdict := ended(child)) is None:
-        time.sleep(0.02)
+    try:
+        while (verdict := ended(child)) is None:
+            time.sleep(0.02)
+    except KeyboardInterrupt:
+        end(child)
+        raise
     if verdict != "survived":
         tail = (tree / "output.txt").read_text(errors="replace")[-3000:]
         raise ValueError(f"the tests of {module} must pass without a change: they {verdict}\n{tail}")
@@ -323,22 +347,27 @@ def check_baseline(root: Path, tree: Path, module: str, tests: Sequence[str]) ->
 def run(
     root: Path, mutants: Sequence[Mutant], trees: Sequence[Path], timeout: float | None
 ) -> Iterator[tuple[Mutant, str]]:
-    """Judges the mutants of one module, one per copy at a time."""
+    """Judges the mutants of one module, one per copy at a time. Raises what `check_baseline` raises."""
     module = mutants[0].module
     tests = tests_of(root, module)
-    limit = timeout or max(30.0, 5 * check_baseline(root, trees[0], module, tests))
+    unchanged_s = check_baseline(root, trees[0], module, tests)
+    limit = timeout or max(30.0, 5 * unchanged_s)
     waiting, running = list(reversed(mutants)), {}
-    while waiting or running:
-        for tree in trees:
-            if tree in running:
-                mutant, child = running[tree]
-                if (verdict := ended(child)) is not None:
-                    del running[tree]
-                    yield mutant, verdict
-            if tree not in running and waiting:
-                mutant = waiting.pop()
-                running[tree] = mutant, start(tree, module, mutant.source, tests, limit)
-        time.sleep(0.01)
+    try:
+        while waiting or running:
+            for tree in trees:
+                if tree in running:
+                    mutant, child = running[tree]
+                    if (verdict := ended(child)) is not None:
+                        del running[tree]
+                        yield mutant, verdict
+                if tree not in running and waiting:
+                    mutant = waiting.pop()
+                    running[tree] = mutant, start(tree, module, mutant.source, tests, limit)
+            time.sleep(0.01)
+    finally:  # Ctrl-C does not reach the children: each is in a group of its own
+        for _, child in running.values():
+            end(child)
     for tree in trees:
         shutil.copy2(root / "gspo_dist" / module, tree / "gspo_dist" / module)
 

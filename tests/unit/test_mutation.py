@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,9 +80,34 @@ def test_a_sample_is_the_same_for_the_same_seed(project):
     assert set(one) | set(other) <= set(whole)
 
 
-def test_a_module_whose_tests_fail_unchanged_is_an_error(project):
+@pytest.mark.parametrize("more", [[], ["--timeout", "60"]], ids=["", "timeout"])
+def test_a_module_whose_tests_fail_unchanged_is_an_error(project, more):
+    """Also with a limit of one's own, for which nobody has to know how long they take."""
     (project / "tests/unit/test_weak.py").write_text("def test_it():\n    assert False\n")
-    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak"]
+    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "the tests of weak.py must pass without a change" in done.stderr
+
+
+def test_an_interrupt_ends_the_tests_that_run(project):
+    """The test hangs once `half` is changed. Ctrl-C comes while it does."""
+    pid_file = project / "pid"
+    (project / "tests/unit/test_weak.py").write_text(
+        "import os, pathlib, time\n"
+        "from gspo_dist.weak import half\n"
+        "def test_half():\n"
+        "    if half(2) != 1:\n"
+        f"        pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
+        "        time.sleep(100)\n"
+    )
+    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        deadline = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
