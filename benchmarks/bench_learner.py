@@ -5,7 +5,7 @@
     python benchmarks/bench_learner.py --layers 4 --gpu H100  # GPUs: layers of Qwen3-30B-A3B, with MFU
 
 Every learner gets the same sequences (lengths with a long tail, fixed seed) through the same packer.
-`update` is forward, backward and optimiser step of one mini-batch; `old log-probs` is the pass without
+`update` is forward, backward and optimiser step of one mini-batch. `old log-probs` is the pass without
 gradients. Ranks are Ray actors, as in a run. Packing pads nothing: the unused share is what the
 micro-batches leave of `learner.token_budget`. MFU counts three times the forward FLOPs (no recomputation)
 against the GPU's dense bf16 peak.
@@ -232,8 +232,10 @@ def main() -> None:
 
 
 def mfu(model: str, row: dict[str, float], rollouts: list[Rollout], gpu: Gpu, ranks: int) -> float:
-    """Model FLOPs utilisation of the update: 3 x the forward's FLOPs (backward counts double) over
-    the dense peak."""
+    """Model FLOPs utilisation of the update: 3 x the forward's FLOPs over the dense peak.
+
+    The backward pass counts as two forward ones.
+    """
     lengths = np.array([len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rollouts])
     shape = shape_from_config(json.loads(Path(model, "config.json").read_text()), "bench")
     # Attention's share of a token grows with its sequence: the mean over tokens, not over sequences.

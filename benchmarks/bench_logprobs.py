@@ -5,17 +5,21 @@
     python benchmarks/bench_logprobs.py --gpu H100           # no measurement: what a card's data sheet allows
 
 The head has a hidden size H of 2,048 and a vocabulary V of 151,936. First every implementation of this
-package is checked against float64 at small sizes; the exit status is 1 if one is wrong. Then each method runs
-forward alone (no gradient: the pass over old log-probs) and forward + backward with an arbitrary gradient per
-token. It needs torch, and triton on a GPU. liger-kernel, cut-cross-entropy and torch's own
-linear_cross_entropy take part where they are installed.
+package is checked against float64 at small sizes. The exit status is 1 if one is wrong. Then each method runs
+forward alone, without gradient, as the pass over old log-probs does. It also runs forward + backward with an
+arbitrary gradient per token. It needs torch, and triton on a GPU. liger-kernel, cut-cross-entropy and torch's
+own linear_cross_entropy take part where they are installed.
 
-Floors are measured on the same device with the same matmul library and nothing else: forward 2NHV FLOPs;
-forward and backward 8NHV (the logits once more in the backward) and 6NHV (logits kept). Memory on CUDA is the
-peak allocated beyond the inputs. On a CPU it is the peak resident set over the first call, beyond what was
-resident before it. Both include the gradients of hidden and weight, which are given beside. Errors: log-probs
-against float64 of the same inputs; gradients in relative norm, of hidden on the first rows and of weight on a
-sample of rows.
+Time is compared with floors: the matrix products of N tokens alone, measured on the same device.
+    2NHV   FLOPs of the forward pass.
+    6NHV   FLOPs of forward + backward when the logits are kept.
+    8NHV   FLOPs of forward + backward when the backward pass computes them once more.
+
+Memory is what the first call takes beyond its inputs: the peak allocated on CUDA, the peak resident set on a
+CPU. It includes the gradients of hidden and weight, whose size stands in a column of its own.
+
+Errors are against float64 of the same inputs. Those of the gradients are relative norms, over the first rows
+of hidden's and over a sample of the rows of weight's.
 """
 
 from __future__ import annotations
@@ -244,8 +248,10 @@ def measure_floor(tokens: int, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(name: str, tokens: int, true: dict[str, Tensor], args: argparse.Namespace) -> dict[str, float]:
-    """One method at one size: memory on its first call after a small one (CUDA: after warming up), then
-    time."""
+    """One method at one size: its memory and errors on one call, then its times.
+
+    On a CPU that call is the first but for a small one. On CUDA the method has run at this size before.
+    """
     run = methods(args.device == "cuda", args.budget_mib)[name]
     cuda = args.device == "cuda"
     torch.compiler.reset()  # the dtypes of the check would count against this one's recompilations
@@ -259,10 +265,9 @@ def measure(name: str, tokens: int, true: dict[str, Tensor], args: argparse.Name
         with torch.no_grad():
             run(hidden, weight, ids)
 
+    # A small call first, so that libraries load and compile outside the count.
     small = [hidden[:8].detach().requires_grad_(), weight[:640].detach().clone().requires_grad_()]
-    torch.autograd.grad(
-        run(*small, ids[:8] % 640).sum(), small
-    )  # libraries load and compile outside the count
+    torch.autograd.grad(run(*small, ids[:8] % 640).sum(), small)
     if cuda:
         step()
         torch.cuda.synchronize()

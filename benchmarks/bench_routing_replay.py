@@ -8,14 +8,17 @@
     python benchmarks/bench_routing_replay.py --device cuda --precision bf16 --layers 24 --hidden 1024 \\
         --experts 128 --top-k 8 --moe-intermediate 384 --sequences 8 --length 2048 --out replay.json
 
-Three parts. Arithmetic: bytes of a batch of 1,024 rollouts in every mode. Host: concatenating, checking and
-moving the trace of a micro-batch at Qwen3-30B-A3B's size. Step: the pass over old log-probs and forward +
-backward under none, r2 (records in the first pass, replays in the second) and r3 (replays in both). The r3
-trace is the learner's own with the last token of every sequence unknown, as an engine leaves it: all modes
-compute the same network, and only the machinery differs. Modes are interleaved, round after round. Medians
-and quartiles are printed; on a CPU the seconds are the process's CPU time. Before anything is timed, the
-log-probs under the learner's own routes are compared with the plain ones; the exit status is 1 if one changes
-by more than --tolerance.
+It has three parts:
+    Arithmetic   bytes of a batch of 1,024 rollouts in every mode.
+    Host         concatenating, checking and moving the trace of a micro-batch at Qwen3-30B-A3B's size.
+    Step         the pass over old log-probs and forward + backward under none, r2 (records in the first pass,
+                 replays in the second) and r3 (replays in both).
+
+The r3 trace is the learner's own with the last token of every sequence unknown, as an engine leaves it. So
+all modes compute the same network, and only the machinery differs. Modes are interleaved, round after round.
+Medians and quartiles are printed. On a CPU the seconds are the process's CPU time. Before anything is timed,
+the log-probs under the learner's own routes are compared with the plain ones. The exit status is 1 if one
+changes by more than --tolerance.
 
 --quickstart runs `gspo train experiment=quickstart` with GRPO and recomputed old log-probs under none, r2 and
 r3, one after the other and round after round. A learning rate of 1e-12 lets every run sample the same
@@ -112,8 +115,7 @@ def quartiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of wall time on a GPU; of this process's CPU time on a CPU, which other processes
-    stretch far less."""
+    """Seconds of wall time on a GPU. On a CPU, CPU time of this process: others stretch it far less."""
     if device.type == "cpu":
         start = time.process_time()
         work()
@@ -191,8 +193,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
 
 
 def make_batch(args: argparse.Namespace, rank: int) -> PackedBatch:
-    """`--sequences` rollouts of `--length` tokens, a quarter of each the prompt, packed
-    into one micro-batch."""
+    """`--sequences` rollouts of `--length` tokens in one micro-batch. A quarter of each is the prompt."""
     rng = np.random.default_rng([1, rank])
     prompt = args.length // 4
     new = args.length - prompt

@@ -44,9 +44,8 @@ class Shape:
 class WarmStart:
     """Supervised training on worked additions by a pupil with bad habits.
 
-    forget_carry is above one half on purpose. The most likely continuation then leaves carries out, so that
-    greedy decoding is wrong wherever a carry matters. Sampling still finds the right solution often enough to
-    be rewarded.
+    forget_carry is above one half on purpose. The most likely continuation then leaves carries out, so greedy
+    decoding is wrong wherever a carry matters. Sampling still finds the right solution often enough to learn.
     """
 
     steps: int = 320

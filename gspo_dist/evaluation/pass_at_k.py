@@ -8,8 +8,8 @@ from math import comb
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """1 - C(n - correct, k) / C(n, k): the share of k-subsets of the n completions that hold a right one.
 
-    arXiv 2107.03374, equation 1, in exact integers up to the one division. Raises ValueError for counts that
-    cannot be.
+    arXiv 2107.03374, equation 1, in exact integers up to the one division. Raises ValueError unless
+    0 <= correct <= n and 1 <= k <= n.
 
     Example: n 4, correct 1, k 2. Three of the six pairs hold the right one: 0.5.
     """

@@ -56,8 +56,8 @@ def by_arm(study: Study, runs: Sequence[RunData]) -> dict[str, list[RunData]]:
 def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
     """Writes every figure that has data to `folder`; title -> path.
 
-    A figure that cannot be drawn or written is said in the log and left out, because the report's numbers
-    matter more.
+    A figure that cannot be drawn or written is said in the log and left out. The report's numbers matter
+    more than its pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arms = by_arm(study, runs)
@@ -84,8 +84,8 @@ def _coloured(arms: Arms) -> list[tuple[str, str, list[RunData]]]:
 def _line(axis: Axes, arms: Arms, key: str, x: Place | None = None) -> bool:
     """One line per arm, the mean over seeds with a band of one standard error.
 
-    Each line is thinner than the one before it, so that equal ones show. Returns False where no arm has the
-    metric.
+    Each line is thinner than the one before it, so that equal ones show. Returns whether any arm has the
+    metric at all.
     """
     drawn = False
     widths = np.linspace(3.0, 1.2, len(arms))
