@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,20 @@ def test_a_module_whose_tests_fail_unchanged_is_an_error(project, more):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "the tests of weak.py must pass without a change" in done.stderr
+
+
+def test_every_explanation_is_of_a_change_that_exists():
+    """One whose code was edited explains nothing any more, and would be thought to."""
+    explained = tomllib.loads((TOOL.parent / "mutation_explained.toml").read_text())
+    explained.pop("*")
+    command = [sys.executable, str(TOOL), "--list", "--modules", *explained]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    changes = {
+        (place.rpartition(":")[0], key)
+        for place, _, key in (line.partition(" ") for line in listed.splitlines())
+    }
+    wanted = {(module, key) for module, keys in explained.items() for key in keys}
+    assert wanted - changes == set()
 
 
 def test_an_interrupt_ends_the_tests_that_run(project):
