@@ -144,15 +144,7 @@ def taken_logprobs(
     half = hidden.dtype in (torch.bfloat16, torch.float16)
     logits_dtype = torch.float32 if half and fp32_head else hidden.dtype
     passes = choose_passes(implementation, hidden, logits_dtype, capped=logit_softcap is not None)
-    held = max(len(ids) * passes.logit_buffers, 1)
-    if chunk_tokens is None:
-        columns = _default_columns(hidden, held * logits_dtype.itemsize)
-    else:
-        columns = chunk_tokens * len(weight) // held
-    block = _block_columns(columns, len(weight))
-    if kept_bytes is None:
-        kept_bytes = GPU_KEPT_BYTES if hidden.is_cuda else CPU_KEPT_BYTES
-    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    block = _block_width(hidden, weight, passes.logit_buffers, logits_dtype, chunk_tokens)
     options = _Options(
         passes=passes,
         factor=logit_scale / temperature,
@@ -161,7 +153,7 @@ def taken_logprobs(
         logits_dtype=logits_dtype,
         with_entropy=with_entropy,
         parallel=vocab_parallel,
-        kept_blocks=kept_bytes // max(1, len(ids) * block * logits_dtype.itemsize) if differentiable else 0,
+        kept_blocks=_blocks_to_keep(hidden, weight, block * logits_dtype.itemsize, kept_bytes),
     )
     logprobs, entropy = _TakenLogprobs.apply(hidden, weight, bias, ids, options)
     return LogprobsAndEntropy(logprobs, entropy)
@@ -291,11 +283,33 @@ def _reduce(state: SoftmaxState, group: dist.ProcessGroup) -> SoftmaxState:
     return SoftmaxState(peak, total, dot, taken)
 
 
-def _default_columns(hidden: Tensor, column_bytes: int) -> int:
-    """How many columns of `column_bytes` fit the fixed budget of `hidden`'s device."""
-    if hidden.is_cuda:
-        return GPU_BUDGET_BYTES // column_bytes
-    return max(CPU_COLUMNS, CPU_BUDGET_BYTES // column_bytes)
+def _block_width(
+    hidden: Tensor, weight: Tensor, buffers: int, logits_dtype: torch.dtype, chunk_tokens: int | None
+) -> int:
+    """Columns of a block: what `chunk_tokens` allows, or what fits the fixed budget of `hidden`'s device.
+
+    buffers: tensors of a block's shape that a pass holds at once.
+    """
+    held = max(len(hidden) * buffers, 1)  # numbers per column
+    if chunk_tokens is not None:
+        most = chunk_tokens * len(weight) // held
+    elif hidden.is_cuda:
+        most = GPU_BUDGET_BYTES // (held * logits_dtype.itemsize)
+    else:
+        most = max(CPU_COLUMNS, CPU_BUDGET_BYTES // (held * logits_dtype.itemsize))
+    return _block_columns(most, len(weight))
+
+
+def _blocks_to_keep(hidden: Tensor, weight: Tensor, row_bytes: int, kept_bytes: int | None) -> int:
+    """How many of the first blocks stay from forward to backward. None where no gradient will be asked for.
+
+    row_bytes: one token's part of a block.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return 0
+    if kept_bytes is None:
+        kept_bytes = GPU_KEPT_BYTES if hidden.is_cuda else CPU_KEPT_BYTES
+    return kept_bytes // max(1, len(hidden) * row_bytes)
 
 
 def _block_columns(most: int, vocabulary: int) -> int:
