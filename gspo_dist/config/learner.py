@@ -137,6 +137,18 @@ class MegatronConfig:
                 f"got virtual_stages {self.virtual_stages}; set pipeline_parallel or virtual_stages=1"
             )
 
+    def check_ranks(self, world_size: int) -> None:
+        """Raises ValueError unless both ways to cut the ranks divide them: with the experts and without."""
+        for sizes, shared in (
+            ("tensor_parallel x pipeline_parallel x context_parallel", self.model_parallel),
+            ("expert_tensor_parallel x expert_parallel x pipeline_parallel", self.expert_model_parallel),
+        ):
+            if world_size % shared:
+                raise ValueError(
+                    f"learner.megatron: {sizes} must divide learner.world_size: got {shared} and "
+                    f"{world_size}; try {divisors(world_size)}"
+                )
+
     @property
     def model_parallel(self) -> int:
         """Ranks that share one data-parallel replica."""
@@ -196,19 +208,7 @@ class LearnerConfig:
                     f"got {expert_parallel} and {self.world_size}; try {divisors(self.world_size)}"
                 )
         if self.backend == "megatron":
-            shared = self.megatron.model_parallel
-            if self.world_size % shared:
-                raise ValueError(
-                    "learner.megatron: tensor_parallel x pipeline_parallel x context_parallel must divide "
-                    f"learner.world_size: got {shared} and {self.world_size}; try {divisors(self.world_size)}"
-                )
-            shared = self.megatron.expert_model_parallel
-            if self.world_size % shared:
-                raise ValueError(
-                    "learner.megatron: expert_tensor_parallel x expert_parallel x pipeline_parallel must "
-                    f"divide learner.world_size: got {shared} and {self.world_size}; "
-                    f"try {divisors(self.world_size)}"
-                )
+            self.megatron.check_ranks(self.world_size)
 
     @property
     def saves_asynchronously(self) -> bool:

@@ -3,9 +3,8 @@
 A layout is checked against the model and the number of ranks, knobs against each other and the machine. All
 of it is arithmetic without torch, so that `gspo plan` makes the same checks before anything starts.
 
-Ranks are ordered as megatron-core orders them, fastest first: tensor, context, data, pipeline.
-The experts have a
-factorisation of their own of the same ranks: expert_tensor x expert x expert_data x pipeline.
+Ranks are ordered as megatron-core orders them, fastest first: tensor, context, data, pipeline. The experts
+have a factorisation of their own of the same ranks: expert_tensor x expert x expert_data x pipeline.
 
 Example: 16 ranks with tensor 2, context 2, pipeline 2 and expert 4 have 16 / 8 = 2 data-parallel replicas,
 and 16 / (4 x 2) = 2 replicas of each expert.
@@ -60,9 +59,10 @@ class Layout:
 
 def check_layout(config: MegatronConfig, model: ModelShape, world_size: int) -> Layout:
     """The layout, or ValueError: which number does not divide which, and the divisors that would."""
+    config.check_ranks(world_size)
     # null means: wherever it does something.
     sequence = config.tensor_parallel > 1 and config.sequence_parallel is not False
-    tp, pp, cp = config.tensor_parallel, config.pipeline_parallel, config.context_parallel
+    tp, pp = config.tensor_parallel, config.pipeline_parallel
     _divides("tensor_parallel", tp, "num_attention_heads", model.heads)
     if model.kv_heads % tp and tp % model.kv_heads:
         raise ValueError(
@@ -75,11 +75,7 @@ def check_layout(config: MegatronConfig, model: ModelShape, world_size: int) -> 
         _divides("tensor_parallel", tp, "hidden_size", model.hidden)
     stages = pp * config.virtual_stages
     _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.layers)
-    if tp * pp * cp == 0 or world_size % (tp * pp * cp):
-        _refuse(
-            "tensor_parallel x pipeline_parallel x context_parallel", tp * pp * cp, "world_size", world_size
-        )
-    _check_experts(config, model, world_size, sequence)
+    _check_experts(config, model, sequence)
     return Layout(
         world_size,
         tp,
@@ -87,34 +83,27 @@ def check_layout(config: MegatronConfig, model: ModelShape, world_size: int) -> 
         config.virtual_stages,
         config.expert_parallel,
         config.expert_tensor_parallel,
-        cp,
+        config.context_parallel,
         sequence,
     )
 
 
-def _check_experts(config: MegatronConfig, model: ModelShape, world_size: int, sequence: bool) -> None:
+def _check_experts(config: MegatronConfig, model: ModelShape, sequence: bool) -> None:
     ep, etp = config.expert_parallel, config.expert_tensor_parallel
     if not model.moe_layers:
         if ep > 1 or etp > 1:
             raise ValueError(
                 "learner.megatron.expert_parallel and expert_tensor_parallel need a mixture-of-experts "
-                "model: got "
-                f"{ep} and {etp} for {model.architecture} without experts; set both to 1"
+                f"model: got {ep} and {etp} for {model.architecture} without experts; set both to 1"
             )
         return
     _divides("expert_parallel", ep, "num_experts", model.num_experts)
     _divides("expert_tensor_parallel", etp, "moe_intermediate_size", model.expert_ffn)
     _divides("tensor_parallel", config.tensor_parallel, "shared_expert_intermediate_size", model.shared_ffn)
-    shared = ep * etp * config.pipeline_parallel
-    if world_size % shared:
-        _refuse(
-            "expert_tensor_parallel x expert_parallel x pipeline_parallel", shared, "world_size", world_size
-        )
     if config.tensor_parallel > 1 and not sequence:
         raise ValueError(
             "learner.megatron.sequence_parallel must be on for a mixture of experts with tensor_parallel > "
-            "1: got "
-            f"tensor_parallel {config.tensor_parallel} and sequence_parallel false; leave it null"
+            f"1: got tensor_parallel {config.tensor_parallel} and sequence_parallel false; leave it null"
         )
     if config.expert_bias and config.aux_loss_coef:
         raise ValueError(
@@ -123,17 +112,15 @@ def _check_experts(config: MegatronConfig, model: ModelShape, world_size: int, s
         )
     if config.token_dispatcher == "allgather" and ep * etp > config.tensor_parallel * config.context_parallel:
         raise ValueError(
-            "learner.megatron.token_dispatcher allgather cannot serve experts shared by data replicas, whose "
-            "micro-batches "
-            f"differ in length: got expert_parallel {ep} x expert_tensor_parallel {etp} above "
-            "tensor_parallel "
-            f"{config.tensor_parallel} x context_parallel {config.context_parallel}; use alltoall"
+            "learner.megatron.token_dispatcher allgather cannot serve experts shared by data replicas, "
+            f"whose micro-batches differ in length: got expert_parallel {ep} x expert_tensor_parallel {etp} "
+            f"above tensor_parallel {config.tensor_parallel} x context_parallel {config.context_parallel}; "
+            "use alltoall"
         )
     if config.token_dispatcher == "flex" and ep * etp == 1:
         raise ValueError(
             "learner.megatron.token_dispatcher flex (DeepEP) sends tokens between expert ranks: got "
-            "expert_parallel 1 and "
-            "expert_tensor_parallel 1; use alltoall"
+            "expert_parallel 1 and expert_tensor_parallel 1; use alltoall"
         )
     if config.token_dispatcher == "allgather" and config.pipeline_parallel > 1:
         raise ValueError(
@@ -153,8 +140,7 @@ def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
     if gpu and config.precision == "fp32":
         raise ValueError(
             "learner=megatron needs learner.precision=bf16 on GPUs: got fp32, for which Transformer Engine "
-            "(2.9, 2.10) has "
-            "no attention over packed sequences; use bf16, or learner=deepspeed"
+            "(2.9, 2.10) has no attention over packed sequences; use bf16, or learner=deepspeed"
         )
     if megatron.token_dispatcher == "flex" and not gpu:
         raise ValueError("learner.megatron.token_dispatcher flex (DeepEP) needs a GPU: use alltoall")
@@ -178,20 +164,14 @@ def check_transformer_engine() -> None:
     if not have_transformer_engine():
         raise ValueError(
             "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it "
-            "(it is compiled "
-            "against torch and CUDA); build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or "
-            "`pip install "
-            "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use "
-            "learner=deepspeed"
+            "(it is compiled against torch and CUDA); build docker/Dockerfile.gpu with --build-arg "
+            "TRANSFORMER_ENGINE=1, or `pip install --no-build-isolation "
+            "'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
         )
 
 
 def _divides(knob: str, value: int, what: str, total: int) -> None:
     if total % value:
-        _refuse(knob, value, what, total)
-
-
-def _refuse(knob: str, value: int, what: str, total: int) -> None:
-    raise ValueError(
-        f"learner.megatron.{knob} must divide {what}: got {value} and {total}; try {divisors(total)}"
-    )
+        raise ValueError(
+            f"learner.megatron.{knob} must divide {what}: got {value} and {total}; try {divisors(total)}"
+        )

@@ -68,11 +68,15 @@ def test_published_layouts_pass_and_factor_the_ranks(model: ModelShape, ranks: i
             r"pipeline_parallel x virtual_stages must divide num_hidden_layers: got 5 and 48",
         ),
         (8, {"pipeline_parallel": 4, "virtual_stages": 5}, r"got 20 and 48; try 1, 2, 3, 4, 6"),
-        (6, {"tensor_parallel": 4}, r"context_parallel must divide world_size: got 4 and 6; try 1, 2, 3, 6"),
+        (
+            6,
+            {"tensor_parallel": 4},
+            r"context_parallel must divide learner.world_size: got 4 and 6; try 1, 2, 3, 6",
+        ),
         (
             4,
             {"expert_parallel": 8},
-            r"expert_parallel x pipeline_parallel must divide world_size: got 8 and 4; try 1, 2, 4",
+            r"expert_parallel x pipeline_parallel must divide learner.world_size: got 8 and 4; try 1, 2, 4",
         ),
         (
             5,
