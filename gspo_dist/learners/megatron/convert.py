@@ -14,7 +14,6 @@ Letters: H hidden, ng query groups, np query heads, d head dimension.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gspo_dist.models.shape import ModelShape
+from gspo_dist.weights.folder import read_folder
 
 
 class TensorSource(Protocol):
@@ -41,71 +41,53 @@ class TensorSource(Protocol):
 
 
 class SafetensorsFolder:
-    """The *.safetensors of an HF folder, read slice by slice. ValueError for a missing shard or tensor.
+    """The *.safetensors of an HF folder, read slice by slice.
 
     Experts may be named one by one (`experts.3.up_proj.weight`), as most files hold them. They may also be
     fused (`experts.gate_up_proj` [E, 2I, H]), as transformers 5 holds them in memory.
+
+    Raises ValueError for a shard that is missing or torn, and later for a tensor that no shard holds.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            missing = sorted(f for f in set(self.files.values()) if not (self.folder / f).is_file())
-            if missing:
-                raise ValueError(
-                    f"model.path lacks shards that its index names: {', '.join(missing[:4])} "
-                    f"({len(missing)} of {len(set(self.files.values()))}) in {self.folder}; copy the folder "
-                    "again"
-                )
-        else:
-            shards = sorted(self.folder.glob("*.safetensors"))
-            if not shards:
-                raise ValueError(f"model.path must hold *.safetensors: none in {self.folder}")
-            self.files = {}
-            for shard in shards:
-                with safe_open(shard, "pt") as f:
-                    self.files |= dict.fromkeys(list(f.keys()), shard.name)
+        self.folder = Path(folder).expanduser()
+        self.tensors = read_folder(self.folder)
 
     def _locate(self, name: str) -> tuple[str, int | None, int]:
         """(stored name, expert or None, which half of a fused gate_up).
 
         Example: experts.3.up_proj.weight in a fused folder is (experts.gate_up_proj, 3, 1).
         """
-        if name in self.files:
+        if name in self.tensors:
             return name, None, 0
         expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
         if expert:
             stem, number, part = expert.groups()
             fused = f"{stem}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-            if fused in self.files:
+            if fused in self.tensors:
                 return fused, int(number), int(part == "up")
         raise ValueError(
-            f"model.path has no tensor {name}: {self.folder} holds {len(self.files)} others; its config.json "
-            "does "
-            "not describe its weights, or a shard is missing"
+            f"model.path has no tensor {name}: {self.folder} holds {len(self.tensors)} others; its "
+            "config.json does not describe its weights, or a shard is missing"
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored, expert, _ = self._locate(name)
-        with safe_open(self.folder / self.files[stored], "pt") as f:
-            shape = tuple(f.get_slice(stored).get_shape())
+        shape = self.tensors[stored].shape
         if expert is None:
             return shape
         return (shape[1] // 2, shape[2]) if stored.endswith("gate_up_proj") else shape[1:]
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         stored, expert, half = self._locate(name)
-        with safe_open(self.folder / self.files[stored], "pt") as f:
+        with safe_open(self.folder / self.tensors[stored].file, "pt") as f:
             part = f.get_slice(stored)
-            shape = part.get_shape()
             if expert is not None:
                 size = self.shape(name)[0]
                 start, stop, _ = rows.indices(size)
                 offset = half * size if stored.endswith("gate_up_proj") else 0
                 return part[expert, start + offset : stop + offset, columns]
-            return part[rows] if len(shape) == 1 else part[rows, columns]
+            return part[rows] if len(self.tensors[stored].shape) == 1 else part[rows, columns]
 
 
 class Rule(Protocol):

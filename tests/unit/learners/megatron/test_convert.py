@@ -124,11 +124,19 @@ def test_folder_reads_slices_fused_experts_and_names_what_is_missing(tmp_path: P
         folder.read("model.norm.weight")
 
 
+def test_a_torn_shard_is_refused_before_a_tensor_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(64)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"weight file .*model\.safetensors is torn"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(
-        ValueError, match=r"lacks shards that its index names: model-00002-of-00002.safetensors \(1 of 2\)"
+        ValueError, match=r"lacks model-00002-of-00002\.safetensors, which its index names; copy the folder"
     ):
         SafetensorsFolder(tmp_path)
