@@ -224,6 +224,38 @@ def test_a_run_without_routes_is_told_and_one_with_them_refused(
     assert "does without routes" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("family", "noise"),
+    [
+        ("mixtral", {"sliding_window": None, "router_jitter_noise": 0.1}),
+        ("phi", {"resid_pdrop": 0.1}),
+        ("phimoe", {"router_jitter_noise": 0.1}),
+    ],
+)
+def test_noise_of_the_training_mode_is_named_and_without_it_the_model_passes(family, noise) -> None:
+    """A learner that trains with noise has log-probs that do not repeat, whatever packs or replays them."""
+    found = findings(family, **noise)["alone"]
+    assert not found.passed
+    assert "draws random numbers in training (set its dropout and router noise to 0" in found.measured
+    assert nats(found) > 1e-3
+    assert findings(family, **{name: value and 0.0 for name, value in noise.items()})["alone"].passed
+
+
+def test_attention_dropout_is_left_out_and_not_noise() -> None:
+    assert findings("qwen2", attention_dropout=0.5)["alone"].passed
+
+
+def test_a_run_of_the_megatron_learner_is_told_that_names_alone_were_compared(
+    folder, tmp_path, monkeypatch, caplog
+) -> None:
+    bad = SelfCheck("mixtral", (Finding("alone", False, "noise"), Finding("names", True, "9 tensors")), 0.1)
+    monkeypatch.setattr(self_check, "_check", lambda *args: bad)
+    with caplog.at_level(logging.INFO):
+        check_model_numerically(folder, run(tmp_path, learner=LearnerConfig(backend="megatron")))
+    assert "compared names and shapes" in caplog.text
+    assert "does without" not in caplog.text
+
+
 def test_a_run_needs_what_it_uses() -> None:
     base = RunConfig()
     assert required(base) == ("alone", "packed", "names", "routes")
