@@ -152,10 +152,11 @@ def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str, meas
     worst = 0.0
     for rank in ranks:
         for got, step in zip(rank["steps"], want["steps"], strict=True):
-            # The delta rule's decays are exponentials of sums, which magnify what rounding moved the weights.
-            assert got["grad_norm"] == pytest.approx(
-                step["grad_norm"], rel=5e-5 if name.startswith("delta") else 1e-5
-            )
+            # The delta rule magnifies what rounding moved the weights in the steps before. Measured: moving
+            # the weights by 1e-7 of their size moves the fourth norm by up to 2.8e-6 of it, and by at most
+            # 4e-7 without such layers. Against eager it is off by 1e-7 at first, 1.9e-5 at the fourth step.
+            late = name.startswith("delta") and step["version"] == 4
+            assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=5e-5 if late else 1e-5)
             assert got["lr"] == step["lr"]
             assert got["version"] == step["version"]
             worst = max(worst, abs(got["grad_norm"] / step["grad_norm"] - 1.0))

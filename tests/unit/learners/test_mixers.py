@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,10 @@ def test_packed_alone_and_hf_agree_in_value_and_gradient(family: str, tmp_path: 
         if parameter.grad is not None:
             errors.append((mine[name].grad - parameter.grad).norm())
             norms.append(parameter.grad.norm())
-            # A_log's few numbers are sums of exponentials of sums, whose order padding changes.
-            assert errors[-1] <= 5e-5 * norms[-1] + 1e-9, name
+            # The decays of the delta rule are a few numbers that all tokens add to. Measured, A_log of
+            # qwen3_5_moe_text: HF and packed differ by 3.7e-5; HF is 4.7e-5 off a float64 pass, packed 1.1e-5
+            decay = name.endswith(("linear_attn.A_log", "linear_attn.dt_bias"))
+            assert errors[-1] <= (5e-5 if decay else 1e-5) * norms[-1] + 1e-9, name
     assert torch.stack(errors).norm() <= 1e-5 * torch.stack(norms).norm()
 
 
@@ -121,6 +124,17 @@ def test_recomputed_layers_keep_the_borders(family: str, tmp_path: Path) -> None
     for plain, again in zip(*grads, strict=True):
         assert (plain is None) == (again is None)
         assert plain is None or torch.equal(plain, again)
+
+
+def test_a_copy_keeps_the_borders_of_its_own_batch(tmp_path: Path) -> None:
+    """The eager learner's reference is a copy, and the two get other batches between forward and backward."""
+    policy = load_policy(save("lfm2_moe", tmp_path), "fp32")
+    reference = copy.deepcopy(policy)
+    want = logprobs(policy, SEQUENCES, MINE)
+    got = logprobs(reference, SEQUENCES[:3], MINE)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="the borders of a batch of 148 tokens"):
+        policy.hf.model(input_ids=torch.zeros(1, 147, dtype=torch.int64))
 
 
 def test_a_call_without_borders_is_refused(tmp_path: Path) -> None:
