@@ -31,8 +31,10 @@ class LearnerGroup(Protocol):
         ...
 
     def start(self) -> None:
-        """Builds every rank's learner; the first verb, once. Raises ValueError for
-        settings that cannot run."""
+        """Builds every rank's learner. The first verb, called once.
+
+        Raises ValueError for settings that cannot run.
+        """
         ...
 
     def logprobs(
@@ -45,7 +47,7 @@ class LearnerGroup(Protocol):
         ...
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
-        """Adds the gradient of a mini-batch's loss; returns the stats of all ranks, merged, on the host.
+        """Adds the gradient of a mini-batch's loss. Returns the stats of all ranks, merged, on the host.
 
         A second call before `optim_step` adds a second mini-batch to the step. Raises FloatingPointError,
         naming the rollout, when a log-prob or the loss is not finite.
@@ -62,14 +64,15 @@ class LearnerGroup(Protocol):
     def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
         """Publishes the current weights to all engines, and returns when all have loaded every bucket.
 
-        engines: by name; the same ones at every call, because the first call connects to them. May be called
-        again. Raises WeightSyncError when an engine took something else than was sent, and what an engine
-        raised. Then the engines hold a mixture of versions: publish again before they generate.
+        engines: by name, and the same ones at every call, because the first call connects to them.
+
+        May be called again. Raises WeightSyncError when an engine took something else than was sent, and what
+        an engine raised. Then the engines hold a mixture of versions: publish again before they generate.
         """
         ...
 
     def export(self, source: Path, target: Path) -> int:
-        """Writes the weights as an HF folder, with `source`'s config and tokenizer; returns how many tensors.
+        """Writes the weights as an HF folder, with `source`'s config and tokenizer. Returns how many tensors.
 
         Changes nothing in the learner. The folder appears whole. Raises ValueError when `target` exists and
         is not empty, so a second call needs another target.
@@ -85,14 +88,16 @@ class LearnerGroup(Protocol):
         ...
 
     def load(self, folder: Path, policy_version: int) -> None:
-        """Restores what `save` wrote; `policy_version` is the one that was saved. May be called again.
+        """Restores what `save` wrote. May be called again.
+
+        policy_version: the one that was saved.
 
         Raises ValueError for a checkpoint that is torn, of another model, or of a layout that cannot be read.
         """
         ...
 
     def wait_saved(self) -> None:
-        """Returns when every started save is on disk; at once when none is. Raises what a save raised."""
+        """Returns when every started save is on disk, at once where there is none. Raises what it raised."""
         ...
 
     def empty_cache(self) -> None:
@@ -100,11 +105,11 @@ class LearnerGroup(Protocol):
         ...
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
-        """Peak bytes by process and kind since the start; empty where another part counts them."""
+        """Peak bytes by process and kind since the start. Empty where another part counts them."""
         ...
 
     def close(self) -> None:
-        """Ends the learners and frees what they hold. The last verb; a second call does nothing."""
+        """Ends the learners and frees what they hold. The last verb. A second call does nothing."""
         ...
 
 
@@ -158,7 +163,7 @@ class LocalLearnerGroup:
         return send_weights(self.learner.weights(sync.bucket_bytes), self.transport, deliver)
 
     def _connect(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> Transport:
-        """Opens the transport with every engine; once per run."""
+        """Opens the transport with every engine, once per run."""
         if sync.transport != "shm":
             raise ValueError(
                 f"a run in one process syncs through shared memory: got rollout.weight_sync.transport "

@@ -69,8 +69,9 @@ class Learner(Protocol):
         ...
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
-        """Adds the gradient of one mini-batch's loss (this rank's micro-batches of
-        it); returns mergeable stats.
+        """Adds the gradient of one mini-batch's loss, of which `batches` is this rank's part.
+
+        Returns mergeable stats.
 
         The denominators in `spec` are global: the sum of all ranks' losses is the mini-batch's loss. Of ranks
         that computed the same tokens, one returns the stats and the others an empty dict.
@@ -116,7 +117,7 @@ class Learner(Protocol):
         ...
 
     def wait_saved(self) -> None:
-        """Returns when every started save is on disk; at once when none is. Raises what the save raised."""
+        """Returns when every started save is on disk, at once where there is none. Raises what it raised."""
         ...
 
     def close(self) -> None:

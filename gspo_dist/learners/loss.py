@@ -43,8 +43,7 @@ class LossSpec:
 
 
 def trained_index(batch: PackedBatch) -> torch.Tensor:
-    """Places of the trained tokens in the packed batch, int64 [N]. The hidden state that predicts t sits at t
-    - 1.
+    """Places of the trained tokens in the packed batch, int64 [N]. The hidden state before each predicts it.
 
     Example: sequences of 3 and 2 tokens, of which the last 2 and the last 1 are trained, give [1, 2, 4].
     Raises ValueError when the first token of a sequence is marked: nothing predicts it.

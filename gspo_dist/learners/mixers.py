@@ -1,12 +1,12 @@
-"""Layers with memory over packed sequences: linear attention, Mamba and short
-convolutions, sequence by sequence.
+"""Layers with memory over packed sequences: linear attention, Mamba, short convolutions.
 
-Such a layer carries a state from token to token, so laid end to end a sequence would see the one
-before it. Hooks around it spread the packed tokens [1, T, H] over a padded grid [S, longest, H] and
-collect them again. Padding
-stands behind each sequence and every such layer is causal, so no token sees it: the result is exact, whatever
-kernel the layer runs. Everything else of the model stays packed and is called once per micro-batch, which
-sharded engines rely on.
+Such a layer carries a state from token to token, so laid end to end a sequence would see the one before it.
+Hooks around it spread the packed tokens [1, T, H] over a padded grid [S, longest, H] and collect them again.
+Padding stands behind each sequence and every such layer is causal, so no token sees it: the result is exact,
+whatever kernel the layer runs. Everything else of the model stays packed and is called once per micro-batch,
+which sharded engines rely on. A model without such layers gets no hook.
+
+Example: sequences of 2 and 3 tokens, [a b c d e], become the grid [[a b 0] [c d e]].
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ _PACKED = frozenset({FULL, "moe", "mlp"})
 
 
 class SequenceMixers:
-    """The hooks around the layers with memory of one model, and the borders of the batch
-    that it computes now."""
+    """The hooks around one model's layers with memory, and the borders of the batch that it computes now."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = find_mixers(model)
@@ -37,8 +36,7 @@ class SequenceMixers:
             module.register_forward_hook(self._collect)
 
     def set_layout(self, layout: PackedLayout) -> None:
-        """The borders of the next forward. They stay for its backward, where
-        checkpointed layers run again."""
+        """The borders of the next forward. They stay for its backward, which may run layers again."""
         self._layout = layout
 
     def _borders(self, module: nn.Module, tokens: int) -> PackedLayout:

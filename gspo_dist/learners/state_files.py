@@ -108,7 +108,6 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         # EINVAL is what a zip without its end gives.
-        # EINVAL is what a zip without its end gives.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise ValueError(

@@ -1,12 +1,11 @@
 """Routing Replay for MoE layers that DeepSpeed's AutoEP put in place of HF's (`expert_parallel` above 1).
 
-AutoEP's router returns gate weights, expert ids and the number of tokens per expert, but not
-its logits. So two
-forward hooks per router do the job: one on its gate keeps the logits of the call, and one on the router
-replaces the choice and gathers the gate weights anew. As in `routing.huggingface`, hooks see outputs
-only. ZeRO-3's partitioned weights therefore do not matter, and the recomputed forward of a checkpointed
-layer passes through the hooks too. AutoEP sends tokens to the ranks of their experts by the ids and
-counts that the hook returns.
+AutoEP's router returns gate weights, expert ids and the number of tokens per expert, but not its logits. So
+two forward hooks per router do the job: one on its gate keeps the logits of the call, and one on the router
+replaces the choice and gathers the gate weights anew. As in `routing.huggingface`, hooks see outputs only.
+ZeRO-3's partitioned weights therefore do not matter, and the recomputed forward of a checkpointed layer
+passes through the hooks too. AutoEP sends tokens to the ranks of their experts by the ids and counts that the
+hook returns.
 """
 
 from __future__ import annotations

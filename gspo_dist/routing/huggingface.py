@@ -6,10 +6,10 @@ its own, does not matter, and gradients flow through the engine's own wrappers o
 `forward` would have to repeat the linear layer, and is lost when an engine replaces it too. Checkpointed
 layers call the module again, so the hook also serves the recomputation.
 
-Which routers: those that choose K experts per token and weigh them by a formula of the logits at the
-chosen experts alone. `KINDS` has the formula per router class of transformers. How the choice is
-made does not matter
-here: by a bias, within groups, or by plain scores. `REFUSED` names the classes that work in another way.
+Which routers: those that choose K experts per token and weigh them by a formula of the router's logits and
+the chosen ids. `KINDS` has the formula per router class of transformers. How the choice is made does not
+matter here: by a bias, within groups, or by plain scores. `REFUSED` names the classes that work in another
+way.
 
 torch.compile ignores hooks that are added after compilation (torch 2.13,
 torch._dynamo.config.skip_nnmodule_hook_guards). `RouteFeeder` then raises, because the routes were not used.
@@ -219,8 +219,8 @@ def find_routers(model: nn.Module) -> dict[str, nn.Module]:
     if not routers:
         raise ValueError(
             f"routing replay needs a model with routers of its own: {type(model).__name__} has none, so it "
-            "is dense "
-            "or chooses experts inside its layers; set objective.routing_replay=none and flips.every=0"
+            "is dense or chooses experts inside its layers; set objective.routing_replay=none and "
+            "flips.every=0"
         )
     return routers
 

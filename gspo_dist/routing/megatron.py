@@ -168,8 +168,7 @@ class Routers:
         if len(trace) != item.batch.num_tokens:
             raise ValueError(
                 f"routing trace must have one row per token: got {len(trace)} for {item.batch.num_tokens} "
-                "tokens; "
-                "mark unrecorded rows unknown instead of cutting them"
+                "tokens; mark unrecorded rows unknown instead of cutting them"
             )
         # Row -1, padding, takes the last token's ids: they are marked unknown, so nobody looks at them.
         return RoutingTrace(trace.expert_ids[rows], trace.known[rows] & (rows >= 0), self.num_experts)

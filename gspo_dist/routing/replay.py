@@ -66,15 +66,13 @@ def check_trace(trace: RoutingTrace, shape: RouterShape, *, tokens: int | None =
     if got != need:
         raise ValueError(
             f"routing trace must fit the model: got (moe_layers, top_k, num_experts) = {got} for a model of "
-            f"{need}; "
-            "it was recorded from another model"
+            f"{need}; it was recorded from another model"
         )
     if tokens is not None and len(trace) != tokens:
         raise ValueError(
             f"routing trace must have one row per token: got {len(trace)} rows for {tokens} tokens (first "
-            "router "
-            f"{shape.names[0]}, token {min(len(trace), tokens)}); mark unrecorded rows unknown instead of "
-            "cutting them"
+            f"router {shape.names[0]}, token {min(len(trace), tokens)}); mark unrecorded rows unknown "
+            "instead of cutting them"
         )
     known = trace.expert_ids if trace.known.all() else trace.expert_ids[trace.known]
     if known.size and int(known.max()) >= shape.num_experts:
@@ -159,8 +157,7 @@ class LayerReplay:
             return None
         return (
             f"router {self.name} used {self.forwards} of {need} routes in the forward and {self.recomputes} "
-            "of "
-            f"{recomputes} in the recomputed forward"
+            f"of {recomputes} in the recomputed forward"
         )
 
 
@@ -243,9 +240,8 @@ class RouteFeeder:
             more = f" (and {len(wrong) - 1} more routers)" if len(wrong) > 1 else ""
             raise RoutingReplayError(
                 f"{wrong[0]}{more}: keep the whole forward, and the backward where activations are "
-                "recomputed, "
-                "inside the replay block; a router that a fused or compiled kernel bypasses cannot be "
-                "replayed"
+                "recomputed, inside the replay block; a router that a fused or compiled kernel bypasses "
+                "cannot be replayed"
             )
 
 

@@ -162,8 +162,7 @@ def check(state: dict[str, Any], folder: Path) -> None:
             if tuple(found) != tuple(wanted.global_shape):
                 raise ValueError(
                     f"checkpoint {folder} is of another model: {wanted.key} has shape {list(found)} there "
-                    "and "
-                    f"{list(wanted.global_shape)} here; point model.path at the model it was trained from"
+                    f"and {list(wanted.global_shape)} here; point model.path at the model it was trained from"
                 )
 
 

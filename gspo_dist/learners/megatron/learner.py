@@ -176,7 +176,6 @@ class MegatronLearner:
                 ddp.enable_forward_pre_hook()
 
     # ---- forward passes
-    # -------------------------------------------------------------------------------------------
 
     def _items(self, batches: Sequence[PackedBatch]) -> list[_MicroBatch]:
         rank = mpu.get_context_parallel_rank()
@@ -306,21 +305,18 @@ class MegatronLearner:
         return list(flat.cpu().split(sizes, dim=1))
 
     # ---- training
-    # -------------------------------------------------------------------------------------------------
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         if self.config.megatron.overlap_grad_reduce and self._accumulated:
             raise ValueError(
                 "learner.megatron.overlap_grad_reduce sends gradients during forward_backward: call it once "
-                "per "
-                "optim_step, or turn it off"
+                "per optim_step, or turn it off"
             )
         if self.layout.virtual_stages > 1 and len(batches) < self.layout.pipeline:
             raise ValueError(
                 "learner.megatron.virtual_stages needs at least pipeline_parallel micro-batches per "
-                "mini-batch: got "
-                f"{len(batches)} and {self.layout.pipeline}; lower learner.token_budget or set "
-                "virtual_stages=1"
+                f"mini-batch: got {len(batches)} and {self.layout.pipeline}; lower learner.token_budget or "
+                "set virtual_stages=1"
             )
         self._accumulated += 1
         balance.start(self.chunks, batches, self.config.megatron)
@@ -368,7 +364,6 @@ class MegatronLearner:
                 ddp.start_param_sync(force_sync=True)
 
     # ---- weights and checkpoints
-    # ----------------------------------------------------------------------------------
 
     def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
         self._gather_parameters()

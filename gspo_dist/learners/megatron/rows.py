@@ -2,8 +2,7 @@
 
 Example: two context ranks, one sequence of 6 tokens of which 3 to 5 are trained. It is padded to 8 rows.
 Rank 0 holds rows 0 1 6 7 and rank 1 holds rows 2 3 4 5. Token 3 is predicted from row 2 and token 5 from row
-4, so all three
-trained tokens fall to rank 1: index [3, 4, 5], hidden_rows [0, 1, 2].
+4, so all three trained tokens fall to rank 1: index [3, 4, 5], hidden_rows [0, 1, 2].
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def load_weights(chunks: Sequence[nn.Module], source: TensorSource, model: Model
         if shard.shape != parameter.shape:
             raise ValueError(
                 f"model.path: {entry.name} should be {list(parameter.shape)} on this rank by config.json: "
-                "its "
-                f"weights give {list(shard.shape)}; the folder's config and weights are of different models"
+                f"its weights give {list(shard.shape)}; the folder's config and weights are of different "
+                "models"
             )
         parameter.copy_(shard)
 
