@@ -65,7 +65,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         from gspo_dist.checks import nearest
 
         fail(f"gspo has no command {args[0]!r}; {nearest(args[0], COMMANDS)}", 2)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,13 +15,12 @@ class CorrectionConfig:
     """Importance correction of the mismatch between learner and engine (objectives/mismatch.py)."""
 
     name: str = "none"
-    """none | token_truncate | token_mask | sequence_truncate | sequence_mask | geometric_reject |
-    veto | opsm."""
+    """none | token_truncate | token_mask | sequence_truncate | sequence_mask |
+    geometric_reject | veto | opsm."""
     low: float | None = None
-    """Lower bound (masks, geometric_reject, veto). Null: the published
-    value (objectives/specs.py, CORRECTIONS)."""
+    """Lower bound (masks, geometric_reject, veto). Null: the default of objectives/specs.py, CORRECTIONS."""
     high: float | None = None
-    """Upper bound (truncations, masks, geometric_reject; for opsm its delta). Null: the published value."""
+    """Upper bound (truncations, masks, geometric_reject), and opsm's delta. Null: the default, as above."""
 
     def __post_init__(self) -> None:
         specs.check_correction(self.name, low=self.low, high=self.high)
@@ -32,11 +31,10 @@ class ObjectiveConfig:
     """The loss, the advantages, and where old log-probs come from."""
 
     name: str = "gspo"
-    """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl |
-    reinforce, or package.module:name."""
+    """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce,
+    or an objective of yours: package.module:name."""
     params: dict[str, Any] = field(default_factory=dict)
-    """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. The rest keep
-    the paper's values."""
+    """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. Others keep the paper's values."""
     aggregation: str | None = None
     """Only for a function of your own (package.module:name), which has no aggregation yet. Null elsewhere."""
     allow_wide_clip: bool = False
@@ -57,9 +55,9 @@ class ObjectiveConfig:
     """Importance correction of the mismatch between learner and engine."""
 
     def __post_init__(self) -> None:
-        choose("objective.old_logprobs", self.old_logprobs, ("rollout", "recompute"))
-        choose("objective.routing_replay", self.routing_replay, ("none", "r2", "r3"))
-        choose("objective.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        choose("objective.old_logprobs", self.old_logprobs, specs.OLD_LOGPROBS)
+        choose("objective.routing_replay", self.routing_replay, specs.ROUTING_REPLAY)
+        choose("objective.kl_estimator", self.kl_estimator, specs.KL_ESTIMATORS)
         at_least("objective.kl_coef", self.kl_coef, 0.0)
         legality.check(
             self.name,
