@@ -15,7 +15,7 @@ def nearest(name: object, options: Iterable[str]) -> str:
 
 
 def choose(field: str, name: object, options: Iterable[str]) -> str:
-    """`name` if it is one of `options`; ValueError that names `field` otherwise."""
+    """`name` if it is one of `options`. Otherwise ValueError that names `field`."""
     known = list(options)
     if not isinstance(name, str) or name not in known:
         hint = nearest(name, known)

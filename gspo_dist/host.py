@@ -37,8 +37,8 @@ def usable_cores(root: Path = ROOT) -> int:
 def thread_share(processes: int) -> int:
     """Threads for each of `processes` processes that share this host's cores. At least 1.
 
-    OMP_NUM_THREADS caps it, because who sets it means it: a job's share of a node, or tests that run side by
-    side.
+    OMP_NUM_THREADS caps it, because who sets it means it: for a job's share of a node, or for tests that run
+    side by side.
     """
     share = max(1, usable_cores() // processes)
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -63,8 +63,7 @@ def usable_memory(root: Path = ROOT) -> tuple[int, int]:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's control groups that limit `controller`, from its own up to
-    the mount point."""
+    """The folders of this process's groups for `controller`, from its own up to the mount point."""
     mount = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup", "0::/").splitlines():
         # "0::/a/b" (v2) or "4:cpu,cpuacct:/a/b" (v1, where each set of controllers has a mount of its own)

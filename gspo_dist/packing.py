@@ -13,11 +13,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.partition import longest_first
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import Rollout
+from gspo_dist.types import LogprobOutput, PackedBatch, Rollout
 
 MicroBatches: TypeAlias = Sequence[Sequence[PackedBatch]]
 """`micro_batches[replica][i]`: what each data-parallel replica computes, one forward pass per micro-batch."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.packing import MicroBatches, masked_copy
 from gspo_dist.partition import longest_first
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import PackedBatch
 
 
 def take_sequences(picks: Sequence[tuple[PackedBatch, int]], *, replicas: int) -> MicroBatches:

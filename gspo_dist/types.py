@@ -1,22 +1,17 @@
-"""The records that travel through a step: prompt -> completion -> rollout (-> `batch.PackedBatch`).
+"""The records that travel through a step: prompt -> completion -> rollout -> packed batch.
 
-Everything that a later step needs is recorded when it is made: token ids, loss mask, engine
-log-probs, the policy version of every token, expert choices. Nothing is inferred later from padding
-ids or from global state.
-
-Shapes: P tokens of a prompt, N of a completion.
-
-Their columns are numpy arrays: a reward process reads them and must start without torch, which takes a second
-or more to import.
+Everything a later step needs is recorded here when it is made (token ids, loss mask, engine log-probs, policy
+version of every token, expert choices); nothing is inferred later from padding ids or from global state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from gspo_dist.routing.trace import RoutingTrace
 
@@ -26,45 +21,36 @@ class Prompt:
     """One question: its tokens as the engine receives them, and what a reward needs to judge an answer."""
 
     prompt_id: str
-    """Names it in errors and samples: its file and line, or its task and index."""
     token_ids: tuple[int, ...]
-    """[P], with the chat template's own tokens."""
     text: str
-    """What the tokens say, for people and rewards."""
     answer: Any = None
-    """What the reward compares with, in the type that the data has."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else the record holds. Only rewards read it."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens that an engine sampled for one prompt, with all that the engine knows about them.
+    """The tokens an engine sampled for one prompt, with all that the engine knows about them (N tokens).
 
-    Raises ValueError for columns of different lengths, and for a log-prob that is not finite.
+    token_ids [N] int64; loss_mask [N] bool, True = trained on (a tool's tokens would be False);
+    logprobs [N] float32, natural logarithm, of the sampling distribution (after the temperature);
+    policy_versions [N] int32, completed optimiser steps of the weights that sampled the token;
+    routing: rows of prompt + completion (P + N), None unless the engine was asked to record.
     """
 
     token_ids: np.ndarray
-    """[N] int64."""
     loss_mask: np.ndarray
-    """[N] bool: True = trained on. Tokens that a tool put in would be False."""
     logprobs: np.ndarray
-    """[N] float32: natural logarithms under the sampling distribution, after the temperature."""
     policy_versions: np.ndarray
-    """[N] int32: completed optimiser steps of the weights that sampled the token."""
     finish_reason: str
-    """stop | length (`max_tokens` was reached)."""
     text: str
-    """The tokens without special ones, for people and rewards."""
     routing: RoutingTrace | None = None
-    """Expert ids of prompt and completion, P + N rows. None unless the engine was asked to record."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         for name in ("loss_mask", "logprobs", "policy_versions"):
             got = len(getattr(self, name))
             if got != n:
-                raise ValueError(f"completion.{name} must have one entry per token: got {got} for {n} tokens")
+                raise ValueError(f"completion.{name} must have one entry a token: got {got} for {n} tokens")
         if not np.isfinite(self.logprobs).all():
             at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
             raise ValueError(
@@ -102,17 +88,14 @@ def _completion(
 
 @dataclass(frozen=True)
 class Rollout:
-    """A judged completion."""
+    """A judged completion. `rollout_id` counts the run's rollouts; siblings share `group_id`."""
 
     rollout_id: int
-    """Counts the rollouts of the run."""
     group_id: int
-    """Counts the groups of the run. Siblings, completions of one prompt in one step, share it."""
     prompt: Prompt
     completion: Completion
     reward: float
     reward_parts: Mapping[str, float] = field(default_factory=dict)
-    """Named terms of the reward, logged as reward/NAME."""
 
     @property
     def num_tokens(self) -> int:
@@ -121,18 +104,80 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch of one data-parallel rank: S whole sequences laid end to end in T tokens, no padding.
+
+    Entry t of every [T] field speaks of token t itself: `old_logprobs[t]` is log p(token t | the tokens
+    before it in its sequence), which a model computes from the hidden state at t - 1. With prompt (5, 6) and
+    completion (7, 8): token_ids = [5 6 7 8], position_ids = [0 1 2 3], loss_mask = [F F T T],
+    rollout_logprobs = [0 0 lp(7) lp(8)].
+
+    cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its
+    place in the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T]
+    float32 or None. routing: expert ids by input token, or None; when present, the learner replays it.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    loss_mask: torch.Tensor
+    advantages: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    rollout_index: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    routing: RoutingTrace | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.numel())
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.rollout_index.numel())
+
+    def rows(self, sequence: int) -> slice:
+        """The tokens of one sequence (0..S-1): `token_ids[batch.rows(1)]`."""
+        return slice(int(self.cu_seqlens[sequence]), int(self.cu_seqlens[sequence + 1]))
+
+    def has_trained_tokens(self, sequence: int) -> bool:
+        """Whether the sequence teaches anything: False for the masked copies that fill
+        idle replicas (`packing.pack`).
+        """
+        return bool(self.loss_mask[self.rows(sequence)].any())
+
+    def sequence_ids(self) -> torch.Tensor:
+        """[T] int64: the sequence (0..S-1) of every token."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences), self.cu_seqlens.diff().long())
+
+    def with_(self, **changes: Any) -> PackedBatch:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class LogprobOutput:
+    """What one forward pass says of a packed batch.
+
+    logprobs [T] float32 (0 where loss_mask is False); entropy [T] float32, of the same next-token
+    distributions; routing: the expert ids this pass used, when it was asked to record them.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    routing: RoutingTrace | None = None
+
+
+@dataclass(frozen=True)
 class SamplingSpec:
-    """How to sample."""
+    """How to sample: `n` completions a prompt, at most `max_tokens` each; `seed` makes
+    every completion repeatable.
+    """
 
     n: int
-    """Completions per prompt."""
     max_tokens: int
-    """Longest completion, in tokens."""
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
-    """Makes every completion repeatable, together with the ids of the requests. None: it is not."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a completion; the token itself belongs to it."""
     record_routing: bool = False
-    """Completions carry the experts that the engine used."""

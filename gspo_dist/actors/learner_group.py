@@ -11,13 +11,13 @@ from typing import Any
 import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.packing import MicroBatches, MiniBatch
+from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 

@@ -101,7 +101,8 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
 def run_as_application(program: str, args: Sequence[str], task: Callable[[RunConfig], None]) -> None:
     """Runs `task` as a hydra application: --cfg, --help, --info, multirun and completion are hydra's.
 
-    Bad input ends with a message and status 2 before hydra starts, because hydra prints its own messages.
+    Bad input ends with a message and status 2 before hydra starts, because hydra prints its own messages. So
+    a configuration is composed twice, here and by hydra. The second time takes a tenth of a second.
     """
     overrides, flags = split_arguments(args)
     sweep = "-m" in args or "--multirun" in args

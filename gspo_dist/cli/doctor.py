@@ -101,7 +101,7 @@ def installed(package: str) -> str | None:
 
 
 def read_pins(root: Path, *, gpu: bool) -> dict[str, str]:
-    """Tested version of each package, from the repository's lock; empty where there is no repository."""
+    """Tested version of each package, from the repository's lock. Empty where there is no repository."""
     pins: dict[str, str] = {}
     # The CPU lock leaves torch out; what both locks start from names it.
     for name in ("requirements.in", f"requirements-{'gpu' if gpu else 'cpu'}.lock"):

@@ -117,7 +117,7 @@ def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
 def explain(error: Exception, overrides: Sequence[str], folders: Sequence[Path] = ()) -> str:
     """A failed composition as one message: the file or override, the rule, what was got, the way out.
 
-    `error` is what hydra, omegaconf or yaml raised; `folders` are those that were searched besides conf/.
+    `error` is what hydra, omegaconf or yaml raised. `folders` are those that were searched besides conf/.
     """
     text = str(error)
     if isinstance(error, yaml.YAMLError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gspo_dist.checks import at_least
-from gspo_dist.config.mapping import within
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,7 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest whole checkpoint of run_dir, if there is one."""
     save_last: bool = True
-    """Save after the last step, whatever `every` is. False keeps nothing of it (studies, which
-    need no weights)."""
+    """Save after the last step, whatever `every` is. Studies set this to false: they need no weights."""
     accept: list[str] = field(default_factory=list)
     """Knobs or whole sections (reward, data.train, learner.optimizer.lr) that may differ from the run that is
     resumed. Without it a resume refuses every change that concerns the steps already done."""
@@ -28,7 +26,3 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 1)
-
-    def accepts(self, key: str) -> bool:
-        """Whether a change of this knob is accepted, by its own name or by that of a section around it."""
-        return within(key, self.accept)

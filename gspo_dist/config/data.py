@@ -19,8 +19,7 @@ class DataConfig:
     prompt_key: str = "prompt"
     """Field of a record that holds the question: a text, or a list of chat messages."""
     answer_key: str = "answer"
-    """Field of a record that holds the reference answer. A dot goes into a
-    nested field: reward_model.ground_truth."""
+    """Field of a record that holds the reference answer. A dot goes deeper: reward_model.ground_truth."""
     chat_template: bool = True
     """Apply the tokenizer's chat template to questions given as text, where it has one."""
     template_args: dict[str, Any] = field(default_factory=dict)
@@ -28,8 +27,7 @@ class DataConfig:
     system_prompt: str | None = None
     """System message put before every question. Null: none."""
     too_long: str = "stop"
-    """stop | skip: what a prompt of more than rollout.max_prompt_tokens tokens does. Skipped
-    ones are counted."""
+    """stop | skip (and count): what a run does about a prompt longer than rollout.max_prompt_tokens."""
     shuffle: bool = True
     """Take the training prompts in an order drawn anew for each pass, instead of the file's."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -22,8 +22,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up from 0."""
     schedule: str = "constant"
-    """constant | linear | cosine: the way after the warm-up, down to `min_lr_ratio` of the peak at
-    the last step."""
+    """constant | linear | cosine: the way after the warm-up. The last two end at `min_lr_ratio` x lr."""
     min_lr_ratio: float = 0.0
     """Share of the peak that is left at the last step (linear, cosine)."""
     grad_clip: float = 1.0
@@ -49,8 +48,7 @@ class DeepSpeedConfig:
     zero_stage: int = 2
     """ZeRO stage, 0 to 3: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
     expert_parallel: int = 1
-    """AutoEP degree: each rank keeps num_experts / expert_parallel experts of every MoE layer.
-    1 turns AutoEP off."""
+    """AutoEP degree: each rank keeps 1 / expert_parallel of every MoE layer's experts. 1 turns AutoEP off."""
     grouped_mm: bool = False
     """AutoEP's grouped GEMM (GPU, compute capability 8.0 or later)."""
     offload_optimizer: bool = False
@@ -71,8 +69,7 @@ class DeepSpeedConfig:
 
 @dataclass(frozen=True)
 class MegatronConfig:
-    """Megatron-core's layout and speed knobs. Defaults suit Qwen3-30B-A3B on 80-GB GPUs once the
-    sizes are set."""
+    """Megatron-core's layout and speed knobs."""
 
     tensor_parallel: int = 1
     """Ranks that share each attention layer and the vocabulary."""
@@ -175,10 +172,10 @@ class LearnerConfig:
     token_budget: int = 16384
     """Most tokens that a micro-batch holds. Sequences are never cut, so it must hold the longest one."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass (eager, deepspeed). Megatron has its
-    own knob, `recompute`."""
+    """Recompute activations in the backward pass (eager, deepspeed). Megatron has a knob of its own."""
     threads: int = 0
-    """CPU threads of each rank. 0 shares the cores that this process may use among the ranks."""
+    """CPU threads of each rank. 0 shares the cores that this process may use among the ranks, and the
+    environment's OMP_NUM_THREADS caps the share."""
     timeout_s: float = 1800.0
     """Longest that any collective or call may take before the rank counts as dead."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

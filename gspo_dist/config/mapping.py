@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,14 +83,6 @@ def knobs(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def within(key: str, sections: Iterable[str]) -> bool:
-    """Whether a knob is one of these, or lies in one of these sections.
-
-    Example: "reward.options" lies in "reward", and "rewards" does not.
-    """
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
 def described(kind: Any) -> str:
     """A knob's type as a message says it: "a whole number" for int and for int | None."""
     kind = _without_none(kind)
@@ -106,8 +98,7 @@ def _fields(cls: type) -> list[str]:
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """What YAML gives for `kind`: an int stands for a float, a list for a tuple. The rest is
-    refused by name."""
+    """`value` as a `kind`: an int stands for a float, a list for a tuple. The rest is refused by name."""
     if value is None and _without_none(kind) is not kind:
         return None
     kind = _without_none(kind)
@@ -125,7 +116,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
 
 
 def _without_none(kind: Any) -> Any:
-    """The first type of a union that is not None; any other type as it is."""
+    """The first type of a union that is not None. Any other type as it is."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind
     return next(a for a in typing.get_args(kind) if a is not type(None))

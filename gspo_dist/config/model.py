@@ -14,8 +14,7 @@ class ModelConfig:
     path: str | None = None
     """Folder of an HF model (config.json, safetensors, tokenizer). Null: make `recipe` and keep it."""
     recipe: str = "quickstart"
-    """quickstart | peer: the built-in model that is made where `path` is null (see
-    `gspo make-model --help`)."""
+    """quickstart | peer: the built-in model that is made where `path` is null (`gspo make-model`)."""
     cache_dir: str = "~/.cache/gspo_dist"
     """Where made models are kept, and what self-checks found."""
     self_check: bool = True

@@ -18,8 +18,7 @@ class PlanConfig:
     gpus_per_node: int | None = None
     """GPUs per host. Null takes the GPU's own number (8, for GB200 4)."""
     model: str | None = None
-    """The model to plan instead of the run's own: a known name (Qwen3-30B-A3B), or a folder
-    with a config.json."""
+    """The model to plan instead of the run's own: a known name (Qwen3-30B-A3B), or an HF folder."""
     fallback_model: str | None = None
     """The model to plan where model.path is not on this host and `model` is null (for experiments to set)."""
 

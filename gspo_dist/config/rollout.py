@@ -18,11 +18,10 @@ class WeightSyncConfig:
     check: bool = True
     """Compare version and checksum of what arrived after every transfer."""
     probe_every: int = 10
-    """Every so many syncs also compare log-probs of engine and learner on sequences just sampled.
-    0: only the first."""
+    """Every so many syncs also compare log-probs of engine and learner on fresh rollouts. 0: only once."""
     probe_tolerance: float = 0.02
-    """Largest mean |difference| of log-probs (nats) that the probe accepts. fp32 agrees to 1e-5, bf16
-    to about 5e-3."""
+    """Largest mean |difference| of log-probs (nats) that the probe accepts. fp32 agrees to 1e-5,
+    bf16 to about 5e-3."""
     timeout_s: float = 600.0
     """Longest wait on either side."""
 
@@ -44,8 +43,7 @@ class RolloutConfig:
     """The rollout engines and what they sample."""
 
     engine: str = "vllm"
-    """vllm | reference (the HF model in float32 on the CPU, every prefix recomputed: tests
-    and small models)."""
+    """vllm | reference (the HF model in float32 on the CPU, every prefix recomputed: small models only)."""
     engines: int = 1
     """Engine processes. The pool balances prompts over them."""
     tensor_parallel: int = 1
@@ -63,8 +61,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature. Log-probs of engine and learner are of the distribution at this temperature."""
     top_p: float = 1.0
-    """Below 1, engine log-probs are of the truncated distribution, which the learner
-    cannot reproduce: refused."""
+    """Must be 1. Below it, engine log-probs are of the truncated distribution, which no learner computes."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: float = 1.0
@@ -74,7 +71,8 @@ class RolloutConfig:
     enforce_eager: bool = False
     """No CUDA graphs and no compilation: the engine starts sooner and decodes more slowly."""
     threads: int = 0
-    """CPU threads of each engine. 0 shares the cores that this process may use among the engines."""
+    """CPU threads of each engine. 0 shares the cores that this process may use among the engines, and the
+    environment's OMP_NUM_THREADS caps the share."""
     expert_parallel: bool = False
     """Shard an engine's experts over its tensor-parallel GPUs."""
     timeout_s: float = 3600.0

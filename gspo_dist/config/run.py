@@ -29,8 +29,7 @@ class RunConfig:
     seed: int = 0
     """Every random choice of the run derives from it."""
     steps: int = 100
-    """Steps. Each collects prompts_per_step x group_size rollouts and makes
-    `mini_batches` optimiser steps."""
+    """Each step collects prompts_per_step x group_size rollouts and makes `mini_batches` optimiser steps."""
     mini_batches: int = 4
     """Optimiser steps per rollout batch (the paper: 4)."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,6 @@ from gspo_dist.data.prompts import PromptSource
 from gspo_dist.types import Prompt
 
 log = logging.getLogger(__name__)
-
-_ORDER = {"seed": "seed", "shuffle": "data.shuffle", "prompts": "data.train"}
-"""What decides the order of an epoch (as `state_dict` names it) -> the knob that changes it."""
 
 
 class PromptCursor:
@@ -58,37 +55,35 @@ class PromptCursor:
             "fingerprint": self._fingerprint,
         }
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], *, accepts: Callable[[str], bool] = lambda key: False
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, accept_other_prompts: bool = False) -> None:
         """Goes to a saved place.
 
         Prompts that were edited in place (a repaired record) keep their order, so the run goes on with a
-        warning. Another seed, shuffling or number of prompts makes another order, in which the place
-        means nothing. That raises ValueError, unless `accepts` says of its knob that it may differ: then
-        a new epoch begins.
+        warning. Another number of prompts has another order: that raises ValueError, as another seed or
+        shuffling does, unless `accept_other_prompts` says to begin a new epoch with them.
         """
-        now = self.state_dict()
-        changed = [name for name in _ORDER if state.get(name) != now[name]]
-        barred = [name for name in changed if not accepts(_ORDER[name])]
-        if barred:
-            name = barred[0]
-            raise ValueError(
-                f"data cursor: {name} must be what the checkpoint was made with: got {now[name]!r}, it has "
-                f"{state.get(name)!r}; restore it, start a new run_dir, or begin a new epoch with it: "
-                f"'checkpoint.accept=[{_ORDER[name]}]'"
-            )
-        epoch, position = int(state["epoch"]), int(state["position"])
-        if changed:
+        for name, now in (("seed", self._seed), ("shuffle", self._shuffle)):
+            if state.get(name) != now:
+                raise ValueError(
+                    f"data cursor: {name} must be what the checkpoint was made with: got {now!r}, it has "
+                    f"{state.get(name)!r}; restore it, or start a new run_dir"
+                )
+        epoch, position, count = int(state["epoch"]), int(state["position"]), len(self._source)
+        if state["prompts"] != count:
+            if not accept_other_prompts:
+                raise ValueError(
+                    f"data.train must have the prompts that the checkpoint was made with: got {count}, it "
+                    f"has {state['prompts']}; restore them, start a new run_dir, or begin a new epoch with "
+                    "these: 'checkpoint.accept=[data.train]'"
+                )
             epoch, position = epoch + 1, 0
-            told = ", ".join(f"{name} (was {state.get(name)!r}, now {now[name]!r})" for name in changed)
-            log.warning("training prompts have another order, so a new epoch begins: %s", told)
+            log.warning(
+                "data.train has %d prompts instead of %d: a new epoch begins", count, state["prompts"]
+            )
         elif state["fingerprint"] != self._fingerprint:
             log.warning("prompts of data.train were edited since the checkpoint: their order stays")
-        if epoch < 0 or not 0 <= position <= len(self._source):
-            raise ValueError(
-                f"data cursor: no such place: epoch {epoch}, position {position} of {len(self._source)}"
-            )
+        if epoch < 0 or not 0 <= position <= count:
+            raise ValueError(f"data cursor: no such place: epoch {epoch}, position {position} of {count}")
         self.epoch, self.position = epoch, position
         self._order = self._order_of(epoch)
 

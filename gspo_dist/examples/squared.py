@@ -24,7 +24,7 @@ def squared(
 ) -> Surrogate:
     """-(A log r) + strength / 2 (log s)^2 per token, with s the sequence ratio: the geometric mean of the r.
 
-    Every tensor is [N], one entry per trained token of S sequences; there is no padding and no batch axis.
+    Every tensor is [N], one entry per trained token of S sequences. There is no padding and no batch axis.
     `segments` maps between tokens and sequences. Keyword arguments are parameters that a run can set.
     """
     log_ratio = logprobs - old_logprobs

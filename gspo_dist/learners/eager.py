@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
@@ -21,6 +20,7 @@ from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
+from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.names import hf_named_weights
 from gspo_dist.weights.stream import buckets
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from gspo_dist.batch import LogprobOutput
 from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MicroBatches, MiniBatch
+from gspo_dist.types import LogprobOutput
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 from gspo_dist.weights.stream import NamedTensor

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.learners import attention
 from gspo_dist.learners.head.logprobs import taken_logprobs
 from gspo_dist.learners.hf_folder import check_loaded, check_model_folder
 from gspo_dist.learners.mixers import SequenceMixers, check_layers, check_mixers
 from gspo_dist.models.shape import read_shape
+from gspo_dist.types import PackedBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

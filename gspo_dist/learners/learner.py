@@ -15,9 +15,9 @@ from typing import Protocol
 
 import torch
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.metrics.stat import Stat
+from gspo_dist.types import LogprobOutput, PackedBatch
 
 WeightBucket = list[tuple[str, torch.Tensor]]
 """HF parameter names with full (unsharded) tensors, together about one bucket in size."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import CorrectionConfig
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives import mismatch
 from gspo_dist.objectives.aggregate import Denominators, Segments
 from gspo_dist.objectives.objective import Objective
+from gspo_dist.types import PackedBatch
 
 
 @dataclass(frozen=True)

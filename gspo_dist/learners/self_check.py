@@ -40,7 +40,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import RunConfig
 from gspo_dist.files import write_text
 from gspo_dist.learners.eager import hf_logprobs
@@ -50,6 +49,7 @@ from gspo_dist.models.miniature import VOCABULARY, miniature
 from gspo_dist.models.shape import shape_from_config
 from gspo_dist.probes import from_sequences
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import PackedBatch
 from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.names import FileNames
 

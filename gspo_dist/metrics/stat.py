@@ -1,5 +1,4 @@
-"""Numbers that merge exactly over micro-batches and ranks: a value, its weight and how two of them
-combine."""
+"""Numbers that merge exactly over micro-batches and ranks: a value, its weight, and how two combine."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ REDUCTIONS = ("mean", "sum", "min", "max", "concat")
 
 @dataclass(frozen=True, eq=False)
 class Stat:
-    """A sufficient statistic; value and weight are detached and float64.
+    """A sufficient statistic. Value and weight are detached and float64.
 
     Example: the mean of [1, 3] is value 4 and weight 2. Merged with the mean of [8], value 8 and weight 1, it
     is value 12 and weight 3, whose result is 4: the mean of all three.
@@ -22,8 +21,7 @@ class Stat:
     """
 
     value: Tensor
-    """mean: the sum of w x. sum: the sum. min, max: the extreme, +-inf when empty. concat: the items
-    themselves, [n]."""
+    """mean: the sum of w x. sum: the sum. min, max: the extreme, +-inf when empty. concat: the items, [n]."""
     weight: Tensor
     """mean: the sum of w. Else: how many items there were."""
     reduce: str
@@ -88,7 +86,7 @@ class Stat:
 
 
 def merge_stats(parts: Sequence[dict[str, Stat]]) -> dict[str, Stat]:
-    """The statistics of the union of the parts; a name may be missing from some of them.
+    """The statistics of the union of the parts. A name may be missing from some of them.
 
     Raises ValueError if a name has two reductions.
     """

@@ -1,5 +1,4 @@
-"""The file `config.json` of an HF model, and the published configurations of models that plans
-often ask about."""
+"""The file `config.json` of an HF model, and the published ones of models that plans often ask about."""
 
 from __future__ import annotations
 
@@ -83,7 +82,7 @@ def find_config(name: str) -> tuple[Mapping[str, Any], str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An HF config.json; ValueError names a file that is none."""
+    """An HF config.json. ValueError names a file that is none."""
     way_out = "give plan.model or model.path the folder of an HF model"
     try:
         config = json.loads(path.read_text())

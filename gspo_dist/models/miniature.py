@@ -121,7 +121,7 @@ def _shrunk(key: str, value: Any) -> Any:
 
 
 def _by_layer(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    """Lists with one entry per layer, cut; lists of layer numbers, without those that are gone."""
+    """Lists with one entry per layer are cut. Lists of layer numbers lose those that are gone."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if not isinstance(value, list) or not value:
@@ -136,8 +136,10 @@ def _by_layer(config: Mapping[str, Any], before: int, after: int) -> dict[str, A
 
 
 def _attention(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Heads and widths that fit each other: hidden = heads x head_dim, and the ratio of query to
-    key heads kept."""
+    """Heads and widths that fit each other: hidden = heads x head_dim, and query heads share key heads.
+
+    As many query heads share one as in the whole model, up to all HEADS.
+    """
     ratio = max(1, shape.heads // max(1, shape.kv_heads))
     found: dict[str, Any] = {}
     sizes: dict[str, int] = {

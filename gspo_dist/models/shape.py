@@ -1,12 +1,11 @@
 """The one reader of an HF `config.json`: a decoder's sizes and switches, and its counts per token.
 
-Parameter counts hold for one kind of block: RMSNorm, grouped-query attention, RMSNorm, SwiGLU, dense or a
-mixture of experts. Within it the families differ in biases, in a norm of queries and keys, and in a
-shared expert. Sizes, layers and scales are read for every family; `countable` says whether the counts may
-be used.
+Sizes, layers and scales are read for every family. Parameters are counted for one kind of block: RMSNorm,
+grouped-query attention, RMSNorm, and SwiGLU, dense or as a mixture of experts. Within it the families differ
+in biases, in a norm of queries and keys, and in a shared expert. `countable` refuses any other kind.
 
-Letters: h hidden, q = heads x head_dim, kv = kv_heads x head_dim, I feed-forward, E experts, k top-k,
-V vocabulary.
+In the formulas h is the hidden size, q = heads x head_dim, kv = kv_heads x head_dim, I the inner width of a
+feed-forward layer, E the experts, k the top-k, L the layers and V the vocabulary.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ class ModelShape:
     qk_norm: str = "none"
     """none | head (one weight per channel of a head: Qwen3) | full (one per channel of all heads: OLMoE)."""
     num_experts: int = 0
-    """Routed experts per MoE layer (E); 0 for a dense model."""
+    """Routed experts per MoE layer (E). 0 for a dense model."""
     top_k: int = 0
     """Experts that one token meets per MoE layer (k)."""
     expert_ffn: int = 0
     """Inner width of one routed expert."""
     shared_ffn: int = 0
-    """Inner width of the shared expert with a gate of its own (Qwen2-MoE); 0 where there is none."""
+    """Inner width of the shared expert with a gate of its own (Qwen2-MoE). 0 where there is none."""
     expert_layers: tuple[bool, ...] = ()
     """Whether layer i has routed experts."""
     renormalises_top_k: bool = True
@@ -68,18 +67,17 @@ class ModelShape:
     architecture: str = ""
     """Name of the HF class that the config asks for."""
     context: int | None = None
-    """Longest sequence that the positions allow, in tokens; None where the config sets no bound."""
+    """Longest sequence that the positions allow, in tokens. None where the config sets no bound."""
     layer_kinds: tuple[str, ...] = ()
-    """What layer i attends to: full_attention, sliding_attention, chunked_attention,
-    linear_attention, conv, ..."""
+    """What layer i attends to: full_attention, sliding_attention, linear_attention, ... (`layers`)."""
     window: int | None = None
-    """Tokens that a sliding layer sees; None where no layer slides."""
+    """Tokens that a sliding layer sees. None where no layer slides."""
     chunk: int | None = None
-    """Tokens per chunk of chunked attention; None where no layer uses it."""
+    """Tokens per chunk of chunked attention. None where no layer uses it."""
     logit_scale: float = 1.0
     """Factor of the logits after the LM head: 1 / logits_scaling (Granite), logit_scale (Cohere)."""
     logit_softcap: float | None = None
-    """Cap c of logits as c tanh(x / c) (Gemma 2); None where they are not capped."""
+    """Cap c of logits as c tanh(x / c) (Gemma 2). None where they are not capped."""
     norm_eps: float = 1e-6
     """Epsilon of the RMS norms."""
     rope_theta: float = 10000.0
@@ -116,7 +114,7 @@ class ModelShape:
 
     @property
     def embedding(self) -> int:
-        """V x h, of the input embedding; the head is as large unless tied to it."""
+        """V x h, of the input embedding. The head is as large unless it is tied to it."""
         return self.vocab * self.hidden
 
     @property
@@ -203,7 +201,7 @@ def find_model(name: str) -> ModelShape:
 
 
 def read_shape(folder: str | Path) -> ModelShape:
-    """The shape of the HF model in `folder`; ValueError where it has no config.json that can be read."""
+    """The shape of the HF model in `folder`. ValueError where it has no config.json that can be read."""
     path = Path(folder).expanduser() / "config.json"
     if not path.is_file():
         raise ValueError(f"model.path must be a folder of an HF model: {path} is missing; point it at one")
@@ -211,7 +209,7 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 
 def countable(shape: ModelShape) -> ModelShape:
-    """`shape` itself; ValueError where its parameter counts would be wrong."""
+    """`shape` itself. ValueError where its parameter counts would be wrong."""
     if shape.family not in COUNTED:
         raise ValueError(f"model_type must be one of {', '.join(COUNTED)}: got {shape.family!r}")
     if shape.mlp_bias:
@@ -224,9 +222,8 @@ def countable(shape: ModelShape) -> ModelShape:
 def shape_from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
     """The shape that HF builds from this `config.json`, of any family.
 
-    Both spellings of a config are read: transformers 4 (`rope_theta`) and 5 (`rope_parameters`). A size
-    that is missing is 0 where the family is not in `COUNTED`. ValueError for a size of a counted family
-    that is missing or no whole number above 0.
+    Both spellings of a config are read: transformers 4 (`rope_theta`) and 5 (`rope_parameters`). A missing
+    size is 0. In a family of `COUNTED` it raises ValueError, and so does one that is no whole number above 0.
     """
     outer, config = config, text_config(config)
     family = str(config.get("model_type") or "")
@@ -299,11 +296,10 @@ class _Sizes:
         self.config, self.name, self.strict = config, name, strict
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """The first of `keys` that the config gives, else `default`; 0 where neither is there and
-        reading is lenient.
+        """The first of `keys` that the config gives, else `default`.
 
-        A list (one number per layer) counts as its largest. ValueError names the first key where
-        reading is strict.
+        A list (one number per layer) counts as its largest. Where no whole number above 0 is found, strict
+        reading raises ValueError with the first key, and lenient reading gives 0.
         """
         value = next((self.config[k] for k in keys if self.config.get(k)), default)
         if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
@@ -319,7 +315,7 @@ class _Sizes:
 
 
 def _experts(config: Mapping[str, Any], family: str, layers: int, read: _Sizes) -> dict[str, Any]:
-    """The fields of ModelShape that describe routed experts; none of them for a dense model."""
+    """The fields of ModelShape that describe routed experts. A dense model has none of them."""
     if isinstance(config.get("ffn_config"), Mapping):  # dbrx keeps its experts one level down
         config = {**config, **config["ffn_config"]}
         read = _Sizes(config, read.name, strict=read.strict)

@@ -1,5 +1,4 @@
-"""Pure maths of policy optimisation: objectives, advantages, KL, mismatch, and the offset of engine
-log-probs.
+"""Pure maths of policy optimisation: objectives, advantages, KL, mismatch, the offset of engine log-probs.
 
 Importing this package loads no torch: `specs`, `legality` and `offset` need the standard library only, so
 that a configuration is checked in milliseconds. The names below are loaded at first use (PEP 562). Type

@@ -1,4 +1,4 @@
-"""From the rewards of a batch of groups to one advantage per rollout. R rollouts; float64 inside."""
+"""From the rewards of a batch of groups to one advantage for each of its R rollouts, in float64."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ def group_advantages(
 
     group_std      (r - mean) / (std + eps)         GRPO, GSPO: arXiv 2402.03300, 2507.18071 eq 3
     group_mean     r - mean                         Dr. GRPO, MiniRL: arXiv 2503.20783, 2512.01374
-    leave_one_out  r - mean of the others           RLOO: arXiv 2402.14740; = G/(G-1) (r - mean)
+    leave_one_out  r - mean of the others,          RLOO: arXiv 2402.14740
+                   which is G/(G-1) (r - mean)
     none           r
 
-    rewards are finite, [R]; group_ids are [R], equal ids are siblings, in any order. std divides by G: the
-    papers write std({r_1..r_G}), the deviation of the group itself. The advantages of a group then have mean
-    square 1 whatever G. An implementation that divides by G - 1, as torch.std does, gets advantages smaller
-    by sqrt((G-1)/G), which is 3% at G = 16.
+    rewards: finite numbers [R]. group_ids: [R], in any order. Rollouts with the same id are siblings.
+
+    std divides by G, because the papers write std({r_1..r_G}), the deviation of the group itself. The
+    advantages of a group then have mean square 1, whatever G is. An implementation that divides by G - 1, as
+    torch.std does, gets advantages smaller by sqrt((G-1)/G), which is 3% at G = 16.
+
     A group of one, or of equal rewards, gets exactly 0 from the first three kinds.
-    Example: rewards 1, 0, 0, 0 in one group. group_mean gives 0.75, -0.25, -0.25, -0.25; leave_one_out gives
-    1, -1/3, -1/3, -1/3.
+
+    Example: one group has the rewards 1, 0, 0, 0. group_mean gives 0.75, -0.25, -0.25, -0.25, and
+    leave_one_out gives 1, -1/3, -1/3, -1/3.
+
     Raises ValueError for an unknown kind, a negative eps, another shape, or a reward that is not finite.
     """
     choose("advantage", kind, ADVANTAGES)
@@ -48,7 +53,7 @@ def group_advantages(
 
 
 def degenerate_group_share(rewards: np.ndarray, group_ids: np.ndarray) -> float:
-    """Share of groups whose rewards are all equal, which teach nothing; a group of one is such a group."""
+    """Share of groups whose rewards are all equal, as in a group of one. They teach nothing."""
     return float(_degenerate(*_by_group(rewards, group_ids)).mean())
 
 

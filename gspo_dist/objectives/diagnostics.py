@@ -1,5 +1,4 @@
-"""Numbers that say whether the policy can learn from a batch: advantages, ratios, lengths. Numpy in, floats
-out."""
+"""Numbers that say whether the policy can learn from a batch: of its advantages, ratios and lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ def _vector(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def advantage_statistics(advantages: np.ndarray) -> dict[str, float]:
-    """Mean, population std, extremes, and the shares of positive, negative and zero advantages; [R]."""
+    """Of advantages [R]: mean, population std, extremes, and the shares above, below and at 0."""
     a = _vector("advantages", advantages).astype(np.float64)
     return {
         "advantage/mean": float(a.mean()),
@@ -47,8 +46,8 @@ def ratio_quantiles(
 def length_by_outcome(lengths: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     """Mean completion length in tokens of correct and of wrong rollouts, and the share of correct ones.
 
-    lengths: [R] tokens; correct: bool [R]. A mean over no rollout is nan. Raises ValueError when `correct` is
-    not bool or has another length.
+    lengths: [R], in tokens. correct: bool [R]. A mean over no rollout is nan.
+    Raises ValueError when `correct` is not bool or has another length.
     """
     n, good = _vector("lengths", lengths).astype(np.float64), _vector("correct", correct)
     if good.shape != n.shape or good.dtype != np.bool_:

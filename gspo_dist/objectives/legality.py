@@ -1,12 +1,12 @@
 """The one table of legal combinations: objective x old_logprobs x routing_replay x correction x guard_action.
 
-`check` refuses a combination with the rule, what was got and the way out; `format_table` prints all of them.
+`check` refuses a combination with the rule, what was got and the way out. `format_table` prints all of them.
 Standard library only. The words:
 
     old_logprobs   "rollout": the engine's log-probs are the old policy, and nothing has to run.
                    "recompute": the learner runs a forward pass over the batch before the first mini-batch.
     guard_action   what happens when the mismatch moves the mean log ratio off centre. "recentre" subtracts
-                   it; "recompute" switches old_logprobs for the steps concerned.
+                   the mean. "recompute" switches old_logprobs for the steps concerned.
 """
 
 from __future__ import annotations

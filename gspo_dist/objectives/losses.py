@@ -1,8 +1,8 @@
 """The policy objectives, each as a loss per trained token.
 
-Arguments of all: logprobs [N] (with gradient), old_logprobs [N], advantages [N], segments (N tokens of S
-sequences); log-probs in nats. In the formulas r_t is the token ratio exp(logprobs - old_logprobs), A_t the
-advantage, |y| the number of trained tokens of the sequence, and sg the stopped gradient. A sequence-level
+All of them take logprobs [N] (with gradient), old_logprobs [N], advantages [N] and segments (N tokens of S
+sequences). Log-probs are in nats. In the formulas r_t is the token ratio exp(logprobs - old_logprobs), A_t
+the advantage, |y| the number of trained tokens of the sequence, and sg the stopped gradient. A sequence-level
 objective gives every token of a sequence the same value: `sequence_mean` then returns exactly the value of
 the paper, and context-parallel ranks can add up their parts.
 """

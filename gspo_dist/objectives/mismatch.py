@@ -42,7 +42,7 @@ def correction(
     high: float | None = None,
     logprobs: Tensor | None = None,
 ) -> Correction | None:
-    """The correction `name`; None for "none". All tensors are [N]; a bound of None takes its default.
+    """The correction `name`, or None for "none". All tensors are [N]. A bound of None takes its default.
 
     token_truncate     w = min(rho_t, high)                                     TIS
     token_mask         w = rho_t, kept where low <= rho_t <= high               IcePop, MIS
@@ -52,7 +52,7 @@ def correction(
     veto               w = 1, sequence dropped if any rho_t < low
     opsm               w = 1, sequence dropped if A < 0 and mean(rollout_logprobs - logprobs) > high
 
-    opsm (arXiv 2512.02556) reads the current policy, `logprobs`; old_logprobs stand in where it is None.
+    opsm (arXiv 2512.02556) reads the current policy, `logprobs`. Where that is None, old_logprobs stand in.
     Raises ValueError for an unknown name, a bound that it does not have, or a tensor of another shape.
     """
     bounds = check_correction(name, low=low, high=high)
@@ -126,7 +126,7 @@ def mismatch_stats(old_logprobs: Tensor, rollout_logprobs: Tensor, segments: Seg
 
 
 def mismatch_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
-    """The numbers to log, from merged `mismatch_stats`; log-probs and ratios in nats.
+    """The numbers to log, from merged `mismatch_stats`. Log-probs and log ratios are in nats.
 
     kl                       mean of -D over tokens
     k3_kl                    mean of rho - 1 - D over tokens, never negative
@@ -139,7 +139,7 @@ def mismatch_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
     token_mult_prob_error    mean of exp |D| over tokens
     abs_prob_difference_*    mean and maximum over tokens of the difference of the probabilities
     ess                      (mean rho)^2 / mean rho^2: the effective share of the tokens, 1 = no loss
-    probability_correlation  Pearson, of the probabilities; nan when either side is constant
+    probability_correlation  Pearson, of the probabilities (nan when either side is constant)
     """
     m = {name: stat.result() for name, stat in stats.items()}
     metrics = {k: v for k, v in m.items() if k.startswith("mismatch/") and k != "mismatch/log_ratio_square"}
@@ -149,8 +149,7 @@ def mismatch_metrics(stats: Mapping[str, Stat]) -> dict[str, float]:
     metrics["mismatch/ess"] = m["moment/rho"] ** 2 / m["moment/rho_square"]
     var_p, var_q = m["moment/pp"] - m["moment/p"] ** 2, m["moment/qq"] - m["moment/q"] ** 2
     covariance = m["moment/pq"] - m["moment/p"] * m["moment/q"]
-    # 1e-15: a few roundings of probabilities of size 1. Below it the variance is noise and so is the
-    # quotient.
+    # 1e-15: a few roundings of probabilities of size 1. A variance below it is noise, and so is the quotient.
     defined = var_p > 1e-15 and var_q > 1e-15
     metrics["mismatch/probability_correlation"] = (
         covariance / math.sqrt(var_p * var_q) if defined else math.nan

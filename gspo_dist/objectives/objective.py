@@ -1,5 +1,4 @@
-"""The loss that a learner calls: a surrogate, the aggregation it owns and the KL term; and the objectives by
-name."""
+"""The loss that a learner calls (a surrogate, its aggregation, the KL term), and the objectives by name."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ class ObjectiveResult:
     loss: Tensor
     """This call's share of the mini-batch loss: a scalar to call backward on."""
     stats: dict[str, Stat]
-    """What the loss saw, by metric name; merge them over micro-batches and ranks."""
+    """What the loss saw, by metric name, to be merged over micro-batches and ranks."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,11 @@ class Objective:
     spec: ObjectiveSpec
     """Name, aggregation, advantage estimator, default parameters and kind of clip."""
     surrogate: Callable[..., Surrogate]
-    """A function with the signature of those in `losses`; its keyword-only arguments are the parameters."""
+    """A function with the signature of those in `losses`. Its keyword-only arguments are the parameters."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters that differ from the defaults; normally given through `get_objective`."""
+    """Parameters that differ from the defaults, normally given through `get_objective`."""
     kl_coef: float = 0.0
-    """Weight of the KL to the reference policy; 0 leaves the term out."""
+    """Weight of the KL to the reference policy. 0 leaves the term out."""
     kl_estimator: str = "k3"
     """k1 | k2 | k3 (`kl`)."""
 
@@ -73,7 +72,7 @@ class Objective:
 
     @property
     def clip(self) -> Clip | None:
-        """The clip in force; None when the objective has no hard clip."""
+        """The clip in force, or None when the objective has no hard clip."""
         low, high = self.resolved.get("clip_low"), self.resolved.get("clip_high")
         if self.spec.clip is None or low is None or high is None:
             return None
@@ -93,10 +92,10 @@ class Objective:
     ) -> ObjectiveResult:
         """This call's share of aggregate(weights * keep * surrogate) + kl_coef * aggregate(KL).
 
-        All tensors are [N], in nats where they are log-probs; only logprobs gets a gradient. The correction
-        gives weights and keep; a token that is not kept has no policy loss, but still counts in the
-        denominators. The offset, in nats, is subtracted from every log ratio. The KL term against
-        ref_logprobs is neither weighted nor masked.
+        All tensors are [N], and log-probs are in nats. Only logprobs gets a gradient. The correction gives
+        weights and keep. A token that is not kept has no policy loss, but still counts in the denominators.
+        The offset, in nats, is subtracted from every log ratio. The KL term against ref_logprobs is neither
+        weighted nor masked.
         Raises ValueError naming the argument that has a wrong shape or type, or a number that is not finite.
         """
         old, advantages = old_logprobs.detach(), advantages.detach()
@@ -105,8 +104,7 @@ class Objective:
             raise ValueError(
                 f"objective {self.spec.name}: ref_logprobs are needed with kl_coef={self.kl_coef}: got None"
             )
-        # To subtract from the log ratio is to add to the old log-probs; 0 leaves them as they are, without a
-        # copy.
+        # To subtract from the log ratio is to add to the old log-probs. 0 makes no copy of them.
         centred = old + offset if offset else old
         surrogate = self.surrogate(logprobs, centred, advantages, segments, **self.resolved)
         per_token = surrogate.loss
@@ -155,8 +153,8 @@ def _check_inputs(
             raise ValueError(f"keep must be bool, True = counts: got {correction.keep.dtype}")
     if not math.isfinite(offset):
         raise ValueError(f"offset must be a finite number: got {offset}")
-    # A sum is finite only if all its terms are, and costs a fortieth of testing each. The exact test follows
-    # it.
+    # A sum is finite only if all its terms are, and costs a fortieth of testing each. Where one is not, the
+    # exact test below finds the token.
     sums = torch.stack([x.detach().sum().double() for x in numbers.values()]).isfinite().tolist()
     for name, finite in zip(numbers, sums, strict=True):
         broken = [] if finite else (~torch.isfinite(numbers[name])).nonzero().flatten().tolist()
@@ -179,9 +177,8 @@ def _stats(
 ) -> dict[str, Stat]:
     """What the loss saw. log_ratio [N] is raw: the offset is not taken out.
 
-    ratio_* are of the ratio that was clipped.
-    sequence_* are means over sequences of the mean over their tokens. A rank that holds a part of a sequence
-    counts that part, so the sums are exact under any layout.
+    ratio_* are of the ratio that was clipped. sequence_* are means over sequences of the mean over their
+    tokens. A rank that holds a part of a sequence counts that part, so the sums are exact under any layout.
     """
     clipped = surrogate.clipped_low | surrogate.clipped_high
     positive, negative = advantages > 0, advantages < 0
@@ -236,11 +233,12 @@ def get_objective(
     """The objective `name`, bound to `params` and checked before anything heavy starts.
 
     name: one of OBJECTIVES, or the import path "package.module:NAME" of a user's own. That is an Objective,
-    or a function with the signature of those in `losses`, whose keyword-only arguments are the parameters and
-    which needs `aggregation` too. aggregation, advantage: None keeps the objective's own.
-    Raises ValueError for an unknown name or parameter, a clip that is negative or the wrong way round, an
-    aggregation that changes the objective's meaning, and a token-sized clip on a sequence ratio (unless
-    allow_wide_clip).
+    or a function with the signature of those in `losses`. A function needs `aggregation` too, and its
+    keyword-only arguments are the parameters.
+    aggregation, advantage: None keeps the objective's own.
+    Raises ValueError for an unknown name or parameter, a clip that is negative or the wrong way round, and an
+    aggregation that changes the objective's meaning. A token-sized clip on a sequence ratio is refused too,
+    unless allow_wide_clip is set.
     """
     if ":" in str(name):
         base = _import_objective(name, aggregation)

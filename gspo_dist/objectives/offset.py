@@ -1,5 +1,6 @@
-"""How far engine log-probs move the sequence ratio off centre, and the guard that acts on it. Standard
-library only.
+"""How far engine log-probs move the sequence ratio off centre, and the guard that acts on it.
+
+Standard library only.
 
 With old_logprobs from the engine, E[log pi - log mu] = -KL(mu || pi) per token. Before any learning the mean
 log ratio of a sequence therefore stands at -KL and not at 0. At KL 1.5e-3 that is five of GSPO's clip widths
@@ -31,14 +32,14 @@ class Clip:
     """The clip of an objective: two distances from ratio 1. Raises ValueError when one leaves no room."""
 
     low: float
-    """Lower distance. The bound is 1 - low, so 1 turns it off; in log space it is exp(-low)."""
+    """Lower distance. The bound is 1 - low, or exp(-low) in log space. A ratio clip is off at 1."""
     high: float
-    """Upper distance. The bound is 1 + high; in log space it is exp(high)."""
+    """Upper distance. The bound is 1 + high, or exp(high) in log space."""
     log_space: bool = False
     """Whether the distances are taken on the log ratio (gmpo)."""
 
     def __post_init__(self) -> None:
-        # A ratio is never negative, so a distance of 1 is the largest; a log ratio has no such end.
+        # A ratio is never negative, so its lower distance is 1 at most. A log ratio has no such end.
         room = 0 < self.low < math.inf if self.log_space else 0 < self.low <= 1
         if not room or not 0 < self.high < math.inf:
             raise ValueError(
@@ -48,7 +49,7 @@ class Clip:
 
     @property
     def log_low(self) -> float:
-        """Logarithm of the lower bound; -inf when it is off."""
+        """Logarithm of the lower bound, -inf when that is off."""
         if self.log_space:
             return -self.low
         return math.log1p(-self.low) if self.low < 1 else -math.inf
@@ -71,11 +72,12 @@ class Clip:
     def expected_shares(self, mean: float, std: float) -> tuple[float, float]:
         """Shares of the sequences that are clipped before any learning, if log s ~ N(mean, std^2).
 
-        First P(log s < log lower bound), the share of those with a negative advantage; then P(log s > log
-        upper bound), the share of those with a positive one. Example: tokens with independent log ratios
-        N(-k, 2k), the only Gaussian under which the ratio has mean 1, give log s ~ N(-k, 2k / length). At k =
-        1.5e-3, 2,048 tokens and low 3e-4 the first share is 84%; with the offset taken out it is 40%, because
-        the spread of 1.2e-3 stays.
+        The first is P(log s < log lower bound), of the sequences with a negative advantage. The second is
+        P(log s > log upper bound), of those with a positive one.
+
+        Example: let the log ratios of tokens be independent and N(-k, 2k), the only Gaussian under which the
+        ratio has mean 1. Then log s ~ N(-k, 2k / length). At k = 1.5e-3, 2,048 tokens and low 3e-4 the first
+        share is 84%. With the offset taken out it is still 40%, because the spread of 1.2e-3 stays.
         """
         if not std > 0:
             raise ValueError(f"std must be > 0: got {std}")
@@ -96,9 +98,9 @@ class OffsetEstimate:
     offset: float
     """Mean over sequences of the mean log ratio, in nats."""
     standard_error: float
-    """Standard error of the offset, in nats; inf when it is unknown (one sequence)."""
+    """Standard error of the offset, in nats. One sequence leaves it unknown, which is inf."""
     spread: float
-    """Standard deviation between sequences, in nats, with n - 1; nan for one sequence."""
+    """Standard deviation between sequences, in nats, with n - 1. For one sequence it is nan."""
     sequences: int
     """How many sequences were measured."""
 
@@ -106,11 +108,14 @@ class OffsetEstimate:
 def batch_offset(sequence_log_ratios: Iterable[float], *, population: int | None = None) -> OffsetEstimate:
     """The offset from the mean log ratio of each sequence, at a time when the policy is still the old one.
 
-    Bias: none for the expected offset, with sequences weighing equally as in GSPO. Applied to the S sequences
-    that it was measured on, it leaves their mean exactly 0 and their variance too small by the factor
-    (S-1)/S, so their clip share is too low by O(1/S). In a later mini-batch the mean also contains what was
-    learnt: do not measure there. population: the number of sequences that these are a random subset of; it
-    shrinks the standard error by sqrt(1 - S/population), to 0 when all of them were measured.
+    population: how many sequences these are a random subset of. It shrinks the standard error by
+    sqrt(1 - S/population), to 0 when all of them were measured.
+
+    Bias: none for the expected offset. Sequences weigh equally, as in GSPO. Taken out of the S sequences that
+    it was measured on, the offset leaves their mean exactly 0 and their variance too small by the factor
+    (S-1)/S. So their clip share is too low by O(1/S). Do not measure in a later mini-batch, whose mean also
+    contains what was learnt.
+
     Raises ValueError when there is no value, one is not finite, or the population is smaller than the sample.
     """
     values = [float(v) for v in sequence_log_ratios]
@@ -156,9 +161,9 @@ def choose_subset(sequences: int, fraction: float, seed: int) -> list[int]:
 class EmaOffset:
     """Running mean of the offset over steps, corrected for its start from nothing.
 
-    m_n = sum_k w_k x_{n-k}, w_k = (1 - d) d^k / (1 - d^n). Bias: none for a constant offset, from the first
-    step. An offset that moves by v per step is followed with the lag v (d / (1 - d) - n d^n / (1 - d^n)), 9 v
-    at d = 0.9. Standard error: sqrt(sum_k w_k^2 se_{n-k}^2), with steps taken as independent.
+    m_n = sum_k w_k x_{n-k}, w_k = (1 - d) d^k / (1 - d^n). A constant offset has no bias, from the first step
+    on. One that moves by v per step is followed with the lag v (d / (1 - d) - n d^n / (1 - d^n)), which tends
+    to 9 v at d = 0.9. The standard error is sqrt(sum_k w_k^2 se_{n-k}^2), with steps taken as independent.
     """
 
     def __init__(self, decay: float) -> None:
@@ -192,8 +197,7 @@ class EmaOffset:
 # --- the guard ---
 
 RELEASE = 0.5
-"""Share of the threshold below which an active guard rests again: without this gap it would flicker around
-it."""
+"""An active guard rests again below this share of the threshold. At 1 it would flicker around it."""
 SIGNIFICANCE = 2.0
 """Standard errors by which an offset must differ from 0 before the guard acts: it must not act on noise."""
 
@@ -205,12 +209,14 @@ class GuardConfig:
     action: str = "warn"
     """off | warn | recentre (take the offset out) | recompute (old_logprobs), past the threshold."""
     threshold: float = 1.0
-    """Size of the offset at the first mini-batch, in clip widths on either side, from which the guard acts.
-    It rests again below half of it."""
+    """The guard acts from this size of the first mini-batch's offset on, in clip widths on either side. Below
+    half of it the guard rests again."""
     estimator: str = "batch"
-    """batch (each micro-batch of the first mini-batch takes its own mean, where micro-batches hold at least
-    16 sequences, else the last step's) | ema (running mean over steps) | subset (exact, on a random subset
-    that is recomputed)."""
+    """batch | ema | subset.
+
+    batch: each micro-batch of the first mini-batch takes its own mean. Where one of them holds fewer than 16
+    sequences, all take the last step's. ema: the running mean over steps. subset: exact, on a random subset
+    that is recomputed."""
     ema_decay: float = 0.9
     """Share of the running mean that a step keeps (estimator ema)."""
     subset_fraction: float = 0.0625
@@ -238,7 +244,7 @@ class GuardDecision:
     action: str
     """none | warn | recentre | recompute."""
     offset: float
-    """To subtract from the log ratios, in nats; 0 unless the action is recentre."""
+    """What to subtract from the log ratios, in nats. It is 0 unless the action is recentre."""
     changed: bool
     """Whether the guard began to act, or to rest, with this measurement."""
     reason: str
@@ -248,8 +254,8 @@ class GuardDecision:
 class MismatchGuard:
     """Watches the offset, one measurement per step, and decides.
 
-    Example: clip 3e-4 and 4e-4, action recentre, offset -1.5e-3: that is five widths, so the decision is to
-    subtract -1.5e-3.
+    Example: with the clip 3e-4 and 4e-4, an offset of -1.5e-3 is five widths below 0. The action recentre
+    then subtracts -1.5e-3.
     """
 
     def __init__(self, config: GuardConfig, clip: Clip) -> None:
@@ -257,7 +263,7 @@ class MismatchGuard:
         self.ema = EmaOffset(config.ema_decay)
 
     def observe(self, measured: OffsetEstimate) -> GuardDecision:
-        """The decision on one step's measured offset; with the estimator ema, on the running mean.
+        """The decision on one step's measured offset, or on the running mean with the estimator ema.
 
         Call it once per step: every call counts as a step.
         """
@@ -306,7 +312,7 @@ class MismatchGuard:
 
 
 def make_guard(config: GuardConfig, clip: Clip | None) -> MismatchGuard | None:
-    """The guard of an objective with this clip; None when it is off or has nothing to measure an offset in.
+    """The guard of an objective with this clip. None when it is off, or has no clip to measure offsets in.
 
     Raises ValueError when the guard is to act (recentre, recompute) and the objective has no clip.
     """

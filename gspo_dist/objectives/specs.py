@@ -216,10 +216,10 @@ def check_params(owner: str, params: Mapping[str, Any], *, clip: str | None) -> 
 def check_correction(
     name: object, *, low: float | None = None, high: float | None = None
 ) -> dict[str, float]:
-    """The bounds in force of a correction; a bound of None takes its default.
+    """The bounds in force of a correction. A bound of None takes its default.
 
-    Raises ValueError for an unknown name, a bound that the correction does not have, or a range without the
-    ratio 1.
+    Raises ValueError for an unknown name, for a bound that the correction does not have, and for a range that
+    excludes the ratio 1.
     """
     kind = choose("correction", name, CORRECTIONS)
     owner = f"correction {kind}"

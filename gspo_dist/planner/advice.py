@@ -1,5 +1,4 @@
-"""What to change where a run does not fit: one knob after the other, the cheapest change that
-is enough first."""
+"""What to change where a run does not fit: the cheapest change that is enough comes first."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ Step = tuple[str, T]
 def nearest_change(
     start: T, steps: Callable[[T], Iterable[Step[T]]], room: Callable[[T], int], legal: Callable[[T], bool]
 ) -> str:
-    """The first single change that fits, else the shortest pile of changes; "" where none helps.
+    """The first single change that fits, else a pile of changes, each the one that frees most.
 
-    Each change of a pile is the one that frees most.
+    "" where no change helps.
     steps: named changes of a layout, the cheapest first.
-    room: what is left over; a layout with a negative rest does not fit.
+    room: what is left over. A layout with a negative rest does not fit.
     legal: whether the run would accept a layout.
     """
     options = [(name, layout) for name, layout in steps(start) if legal(layout)]
@@ -42,8 +41,7 @@ def nearest_change(
 
 
 def learner_steps(layout: LearnerLayout, work: Workload, gpus_per_node: int) -> Iterator[Step[LearnerLayout]]:
-    """Changes of the learner's knobs that its configuration accepts, in the order of what they
-    cost in speed."""
+    """Changes of the learner's knobs that its configuration accepts, the least costly in speed first."""
     for section, knobs in _learner_knobs(layout, work, gpus_per_node):
         changed = layout.changed(section, **knobs)
         if changed is not None:
@@ -103,7 +101,7 @@ def _deepspeed_knobs(layout: LearnerLayout) -> Iterator[Knobs]:
 
 
 def engine_steps(layout: EngineLayout, gpus_per_node: int) -> Iterator[Step[EngineLayout]]:
-    """Changes of the engines' knobs that leave more room for the KV cache; none for colocated engines."""
+    """Changes of the engines' knobs that leave more room for the KV cache. Colocated engines have none."""
     if layout.colocated:
         return
     knobs: list[tuple[str, Any]] = []

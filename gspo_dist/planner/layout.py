@@ -1,7 +1,7 @@
 """What a plan reads of a run's configuration: the learner's ranks, the engines, and the work of one step.
 
 Each record is a view of one `RunConfig`: it stores the configuration itself and gives its knobs names that
-hold for every backend. A plan therefore has no defaults and no checks of its own; a layout that breaks a
+hold for every backend. A plan therefore has no defaults and no checks of its own. A layout that breaks a
 rule of `config` cannot be built.
 """
 
@@ -24,7 +24,7 @@ class LearnerLayout:
     """The learner's ranks and what each keeps, under the same names for every backend."""
 
     config: LearnerConfig
-    """The knobs; `gspo_dist.config.learner` explains them."""
+    """The knobs, which `gspo_dist.config.learner` explains."""
     keep_reference: bool = False
     """Every rank also keeps a frozen copy of the starting weights (objective.kl_coef above 0)."""
 
@@ -115,7 +115,7 @@ class LearnerLayout:
 
     @property
     def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage; 0 for the other backends."""
+        """DeepSpeed's ZeRO stage. 0 for the other backends."""
         return self._knob(deepspeed="zero_stage", otherwise=0)
 
     @property
@@ -125,8 +125,8 @@ class LearnerLayout:
 
     @property
     def shards(self) -> int:
-        """Ranks that share the optimiser states of a non-expert weight (context ranks hold
-        the same weights)."""
+        """Ranks that share the optimiser states of a non-expert weight."""
+        # Context ranks hold the same weights.
         return self.data * self.context
 
     @property
@@ -147,7 +147,7 @@ class LearnerLayout:
             return None
 
     def _knob(self, *, otherwise: Any, megatron: str | None = None, deepspeed: str | None = None) -> Any:
-        """The value of the backend's own knob; `otherwise` for a backend that has none."""
+        """The value of the backend's own knob, or `otherwise` for a backend that has none."""
         name = {"megatron": megatron, "deepspeed": deepspeed}.get(self.backend)
         return otherwise if name is None else getattr(getattr(self.config, self.backend), name)
 
@@ -157,13 +157,13 @@ class EngineLayout:
     """The rollout engines."""
 
     config: RolloutConfig
-    """The knobs; `gspo_dist.config.rollout` explains them."""
+    """The knobs, which `gspo_dist.config.rollout` explains."""
     colocated: bool = False
     """They share the learner's GPUs and sleep during the update."""
 
     @property
     def engines(self) -> int:
-        """Engine processes with a device of their own; the reference engine has none."""
+        """Engine processes with a device of their own. The reference engine has none."""
         return self.config.engines if self.config.engine == "vllm" else 0
 
     @property

@@ -5,10 +5,13 @@ optimiser states, which differs between experts and other weights:
 
     eager       2 + 4 grads + 4 master + 8 moments                                              = 18
     megatron    2 + 4 grads + 12/d         (distributed optimiser; 12 without)                  = 6 + 12/d
-    deepspeed   ZeRO 0: 2 + 2 + 12, and 4 while the optimiser steps;  1: 2 + 4 + 12/d;  2: 2 + 16/d;
-                3: 18/d + two gathered layers (gradients accumulate in float32 from stage 1 on)
+    deepspeed   ZeRO 0: 2 + 2 + 12, and 4 while the optimiser steps
+                ZeRO 1: 2 + 4 + 12/d
+                ZeRO 2: 2 + 16/d
+                ZeRO 3: 18/d + two gathered layers
 
-Sources: the Megatron-core guide's table of its distributed optimiser; ZeRO (arXiv 1910.02054, section 3).
+DeepSpeed's gradients accumulate in float32 from stage 1 on.
+Sources: the Megatron-core guide's table of its distributed optimiser, and ZeRO (arXiv 1910.02054, section 3).
 Activations count the tensors that the backward pass keeps, with flash attention (no score matrix) and the
 LM head in blocks (no logits). What is assumed rather than counted is named as a constant.
 """
@@ -202,8 +205,7 @@ def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recom
 
 
 def activations(model: ModelShape, layout: LearnerLayout) -> Item:
-    """What the fullest pipeline rank keeps between forward and backward for a
-    micro-batch of `token_budget`."""
+    """What the fullest pipeline rank keeps from a forward to its backward pass, at `token_budget` tokens."""
     tokens = math.ceil(layout.token_budget / layout.context)
     moe = model.moe_layers > 0
 
@@ -227,8 +229,10 @@ def activations(model: ModelShape, layout: LearnerLayout) -> Item:
 def learner_memory(
     model: ModelShape, layout: LearnerLayout, capacity: int, *, gpu: bool = True
 ) -> tuple[MemoryTable, list[Item]]:
-    """The fullest rank at its worst moment (backward pass, or optimiser step), and its items
-    in host memory."""
+    """The fullest rank at its worst moment, and its items in host memory.
+
+    The worst moment is in the backward pass, or in the optimiser step.
+    """
     device, host = learner_states(model, layout)
     tokens = math.ceil(layout.token_budget / layout.context)
     block, most_kept = (HEAD_LOGITS, HEAD_KEPT) if gpu else (HEAD_LOGITS_CPU, HEAD_KEPT_CPU)
@@ -266,9 +270,9 @@ def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
 def sleeping_engines(model: ModelShape, engine: EngineLayout) -> tuple[Item, ...]:
     """Weights that colocated engines move to host memory while the learner works (vLLM's sleep, level 1).
 
-    They share one host. The memory is pinned. torch keeps it when they wake, so it is there during
-    a sync as well. Not counted: torch 2.13 rounds each pinned block up to a power of two, a third
-    more for Qwen3-30B-A3B.
+    They share one host. The memory is pinned, and torch keeps it when they wake, so it is there during a sync
+    as well. Not counted: torch 2.13 rounds each pinned block up to a power of two (for Qwen3-30B-A3B
+    a third more).
     """
     if not engine.colocated:
         return ()
@@ -337,11 +341,10 @@ def host_memory(
     residents: tuple[Item, ...] = (),
     asleep: tuple[Item, ...] = (),
 ) -> MemoryTable:
-    """The fullest host: two weight-sync buckets, the step's routing traces, the offloaded states
-    of its ranks.
+    """The fullest host: two weight-sync buckets, the step's routing traces, its ranks' offloaded states.
 
     width: bytes per weight that travels.
-    offloaded: items of one rank in host memory; the host holds those of `ranks` ranks.
+    offloaded: items of one rank in host memory. The host holds those of `ranks` ranks.
     residents: processes that live in host memory whole (a CPU host).
     asleep: what engines that sleep keep here (`sleeping_engines`).
     """

@@ -6,14 +6,14 @@ from gspo_dist.planner.layout import EngineLayout, LearnerLayout
 
 
 def engine_nodes(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[int]:
-    """The node of each engine that finds room beside the learner's ranks; nodes count from 1."""
+    """The node of each engine that finds room beside the learner's ranks. Nodes count from 1."""
     rooms = [gpus_per_node * (n + 1) - max(learner.world_size, gpus_per_node * n) for n in range(nodes)]
     homes = [n + 1 for n, room in enumerate(rooms) for _ in range(max(0, room) // engine.tensor_parallel)]
     return homes[: engine.engines]
 
 
 def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[str]:
-    """One line for each kind of process, and one for the GPUs that stay free; nodes count from 1.
+    """One line for each kind of process, and one for the GPUs that stay free. Nodes count from 1.
 
     Example: 16 ranks and 4 engines of 4 GPUs on 4 x 8 GPUs take nodes 1-2 and nodes 3-4. An engine
     never spans nodes (its GPUs are asked for as one bundle, actors/placement.py), so it may skip a

@@ -38,21 +38,21 @@ class Plan:
     model: ModelShape
     """The model that was planned."""
     gpu: Gpu | None
-    """The kind of GPU; None for a CPU host."""
+    """The kind of GPU. None for a CPU host."""
     nodes: int
     """Hosts."""
     gpus_per_node: int
     """GPUs per host."""
     learner: MemoryTable
-    """The fullest rank of the learner; without items where the layout was refused."""
+    """The fullest rank of the learner. It has no items where the layout was refused."""
     engine: EngineMemory | None
-    """One GPU of an engine; None without engines and where the layout was refused."""
+    """One GPU of an engine. None without engines and where the layout was refused."""
     host: MemoryTable
     """The fullest host."""
     step: StepTime | None = None
-    """A rough time; None where nothing can be said (a CPU host, no engine, no room for a sequence)."""
+    """A rough time. None where nothing can be said (a CPU host, no engine, no room for a sequence)."""
     problems: tuple[str, ...] = ()
-    """Why it does not fit, one line per reason; none when it fits."""
+    """Why it does not fit, one line per reason. None when it fits."""
     advice: tuple[str, ...] = ()
     """The nearest change for each problem that memory causes."""
     notes: tuple[str, ...] = ()
@@ -242,7 +242,7 @@ def _check_learner(p: _Planned, table: MemoryTable, found: _Findings) -> None:
     colocated = p.engine.colocated
 
     def room(layout: LearnerLayout) -> int:
-        """Bytes left at the tightest moment; negative when it does not fit."""
+        """Bytes left at the tightest moment, negative when it does not fit."""
         free = learner_memory(p.model, layout, p.capacity)[0].free - (ENGINE_ASLEEP if colocated else 0)
         if colocated:  # while engines sample, the learner's states stay
             resident = sum(i.bytes for i in learner_states(p.model, layout)[0])

@@ -47,8 +47,7 @@ class Assumptions:
     sync_bandwidth: float = 0.2
     """Share of a network card that a weight sync reaches, gathering and loading included."""
     tail_share: float = 0.05
-    """Share of sequences that still decode when most have reached the mean length. They set the end
-    of a batch."""
+    """Share of sequences that still decode when most have reached the mean length."""
 
 
 ASSUMPTIONS = Assumptions()
@@ -81,8 +80,7 @@ class StepTime:
 
 
 def experts_touched(model: ModelShape, tokens: float) -> float:
-    """Expected share of a layer's experts that a batch of `tokens` tokens meets, routed evenly: 1 -
-    (1 - k/E)^c."""
+    """Expected share of a layer's experts that `tokens` evenly routed tokens meet: 1 - (1 - k/E)^tokens."""
     if not model.num_experts:
         return 0.0
     return 1.0 - (1.0 - model.top_k / model.num_experts) ** tokens
@@ -107,8 +105,7 @@ def decode_step_s(
 def collect_s(
     model: ModelShape, engine: EngineLayout, work: Workload, gpu: Gpu, concurrency: int, assume: Assumptions
 ) -> float:
-    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the
-    longest ones alone."""
+    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the longest alone."""
     each = math.ceil(work.rollouts / engine.engines)
     batch = max(1, min(each, concurrency))
     completion = work.mean_fill * work.run.rollout.max_completion_tokens

@@ -13,11 +13,15 @@ deadline lies with the parent (pool.py), which kills this process and all that i
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any, NamedTuple
 
 PARENT_CHECK_S = 1.0
@@ -34,12 +38,26 @@ class Answer(NamedTuple):
     """Of `failed`: where in the reward."""
 
 
+class Later(ModuleType):
+    """A module that is imported when somebody first asks it for something."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 def main(descriptor: int, parent: int) -> None:
     """Serves the connection behind `descriptor` until the process `parent` closes it or ends."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # What a reward prints goes to the log of the process that started it, never into another
     # protocol on stdout.
     os.dup2(2, 1)
+    # The records that travel are defined beside tensors, and importing torch takes 1.5 s. Few
+    # rewards need it.
+    if "torch" not in sys.modules and (spec := importlib.util.find_spec("torch")) is not None:
+        sys.modules["torch"] = Later("torch")
+        sys.modules["torch"].__spec__ = spec
     serve(Connection(descriptor))
 
 

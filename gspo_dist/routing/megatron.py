@@ -28,9 +28,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.routing.replay import LayerReplay, RouteFeeder, RouteRecorder, RouterShape, feeding
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
+from gspo_dist.types import PackedBatch
 
 TopK: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 """(scores [N, E], k, num_groups, group_topk) -> the k best scores and their ids, [N, K] each."""

@@ -58,12 +58,16 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Continues from `checkpoint`: every part takes up what `save` kept of it."""
     state = checkpoint.state
     run.learner.load(checkpoint.learner, state["policy_version"])
-    run.cursor.load_state_dict(state["cursor"], accepts=run.config.checkpoint.accepts)
+    accepted = run.config.checkpoint.accept
+    run.cursor.load_state_dict(
+        state["cursor"], accept_other_prompts="data" in accepted or "data.train" in accepted
+    )
     run.guard.load_state_dict(state["guard"])
     run.tokens_seen = state["tokens_seen"]
     run.seconds_before = state["seconds"]
-    # The first publication of a resumed run repeats the last one.
-    run.publisher.published = state["published"] - 1
+    run.publisher.published = (
+        state["published"] - 1
+    )  # the first publication of a resumed run repeats the last one
     run.first_evaluation = dict(state["first_evaluation"])
     run.last_evaluation = dict(state["last_evaluation"])
     with going_on_without("the flips measured before (flips_*.npz)"):

@@ -21,6 +21,7 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
 
     Raises ValueError without held-out prompts.
     """
+
     if config.data.heldout is None:
         raise ValueError("evaluate needs held-out prompts: set data.heldout to a file or a task")
     config = replace(

@@ -12,7 +12,6 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import FlipsConfig
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.metrics.heatmap import draw_heatmap
@@ -21,7 +20,7 @@ from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.probes import take_sequences
 from gspo_dist.routing.flips import FlipHistory, FlipStats, flip_stats, sample_sequences
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import Rollout
+from gspo_dist.types import LogprobOutput, PackedBatch, Rollout
 
 Outputs = list[list[LogprobOutput]]
 

@@ -127,26 +127,14 @@ class OffsetGuard:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the guard's running estimate, its last decision, and under which knobs."""
-        return {
-            "knobs": self._knobs(),
-            "guard": self.guard.state_dict() if self.guard else None,
-            "decision": asdict(self.decision),
-        }
+        """What a checkpoint keeps: the guard's running estimate and its last decision."""
+        return {"guard": self.guard.state_dict() if self.guard else None, "decision": asdict(self.decision)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state_dict` gave. A guard with other knobs (accepted by name) begins anew."""
-        if state["knobs"] != self._knobs():
-            log.warning("the guard has other knobs than in the checkpoint: it begins without a measurement")
-            return
-        if self.guard is not None:
+        """Continues from what `state_dict` gave."""
+        if self.guard is not None and state["guard"] is not None:
             self.guard.load_state_dict(state["guard"])
         self.decision = GuardDecision(**state["decision"])
-
-    def _knobs(self) -> dict[str, Any]:
-        """What a measurement and a decision mean something under."""
-        clip = self.objective.clip
-        return {"objective.guard": asdict(self.config.guard), "clip": asdict(clip) if clip else None}
 
     def _decide(self, measured: OffsetEstimate) -> None:
         if self.guard is None:

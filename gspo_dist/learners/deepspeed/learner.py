@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.deepspeed.config import check, engine_config, import_deepspeed
 from gspo_dist.learners.deepspeed.export import full_weights
@@ -29,6 +28,7 @@ from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.models.shape import read_shape
 from gspo_dist.routing import deepspeed as autoep_routers
 from gspo_dist.routing import huggingface as hf_routers
+from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.stream import buckets
 
 TAG = "deepspeed"

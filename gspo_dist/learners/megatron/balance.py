@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import MegatronConfig
 from gspo_dist.learners.megatron.model import routers
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.models.shape import ModelShape
+from gspo_dist.types import PackedBatch
 
 
 def start(chunks: list[Any], batches: Sequence[PackedBatch], config: MegatronConfig) -> None:

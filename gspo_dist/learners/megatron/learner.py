@@ -28,7 +28,6 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
@@ -44,6 +43,7 @@ from gspo_dist.learners.megatron.shards import export_weights, load_weights
 from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing.megatron import Routers
+from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.stream import buckets
 
 

@@ -15,10 +15,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.learners.loss import trained_index
 from gspo_dist.learners.megatron.layout import Layout
 from gspo_dist.learners.megatron.modules import local_rows
+from gspo_dist.types import PackedBatch
 
 
 @dataclass(frozen=True)

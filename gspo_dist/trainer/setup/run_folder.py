@@ -10,7 +10,7 @@ from typing import Any
 
 from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.config import RunConfig
-from gspo_dist.config.mapping import read_mapping, to_mapping, within
+from gspo_dist.config.mapping import read_mapping, to_mapping
 from gspo_dist.files import write_text
 from gspo_dist.learners.state_files import check_resume as check_state
 from gspo_dist.metrics.jsonl import write_json
@@ -46,7 +46,7 @@ OPERATIONS = (
     "reward.workers",
     "reward.timeout_s",
 )
-"""Inside those sections, what only decides how the work is done or measured. A change is said."""
+"""Inside those sections, what only decides how the work is done."""
 
 FORMATS = ("learner.backend",)
 """What decides how a checkpoint is written. No acceptance makes another backend read it."""
@@ -92,16 +92,19 @@ def check_resume(run_dir: Path, config: RunConfig, checkpoint: Checkpoint) -> No
             f"run_dir {run_dir} has checkpoints of another learner: {_told(foreign)}; restore it, or "
             "choose a new run_dir (gspo export makes a model folder of this one to start from)"
         )
-    differing = changed_settings(old, new, MATHEMATICS)
-    changed = {key: values for key, values in differing.items() if not within(key, OPERATIONS)}
-    barred = {key: values for key, values in changed.items() if not config.checkpoint.accepts(key)}
+    changed = {
+        key: values
+        for key, values in changed_settings(old, new, MATHEMATICS).items()
+        if not _within(key, OPERATIONS)
+    }
+    barred = {key: values for key, values in changed.items() if not _within(key, config.checkpoint.accept)}
     if barred:
         raise ValueError(
             f"run_dir {run_dir} was made with other settings: {_told(barred)}; restore them, choose a "
             f"new run_dir, or let the steps to come differ: 'checkpoint.accept=[{','.join(barred)}]'"
         )
-    if differing:
-        log.warning("resuming with other settings: %s", _told(differing))
+    if changed:
+        log.warning("resuming with other settings, as accepted: %s", _told(changed))
 
 
 def changed_settings(
@@ -117,7 +120,7 @@ def changed_settings(
     return {
         key: (before.get(key, defaults.get(key)), after.get(key))
         for key in sorted({*before, *after})
-        if within(key, sections) and before.get(key, defaults.get(key)) != after.get(key)
+        if _within(key, sections) and before.get(key, defaults.get(key)) != after.get(key)
     }
 
 
@@ -128,6 +131,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _within(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _told(changed: Mapping[str, tuple[Any, Any]]) -> str:
