@@ -18,12 +18,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
-from gspo_dist.types import Completion, Prompt, Rollout
+from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Rollout
 
 VOCAB = 89
 SIZES = {

@@ -20,11 +20,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import LearnerConfig, MegatronConfig, OptimizerConfig
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.objectives.objective import get_objective
+from gspo_dist.types import PackedBatch
 
 VOCAB = 96
 STEPS = 3

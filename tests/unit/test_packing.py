@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_dist.batch import LogprobOutput
-from gspo_dist.packing import MiniBatch, balanced_bins, pack, split_mini_batches, unpack
+from gspo_dist.packing import balanced_bins, pack, split_mini_batches, unpack
 from gspo_dist.probes import from_sequences, take_sequences
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import Completion, Prompt, Rollout
+from gspo_dist.types import Completion, LogprobOutput, Prompt, Rollout
 
 
 def rollout(
@@ -223,23 +222,17 @@ def test_sequence_ids_follow_the_boundaries():
     assert torch.equal(batch.sequence_ids(), torch.tensor([0, 0, 1, 1, 1, 1, 1]))
 
 
-def on_two_replicas(rollouts: list[Rollout]) -> MiniBatch:
-    """One mini-batch whose micro-batches hold one sequence of eight tokens each."""
+def test_sequences_are_those_that_teach():
+    """Three sequences on two replicas of one micro-batch each, so the fourth place is a filler."""
     (mini,) = pack(
-        rollouts,
-        [1.0] * len(rollouts),
+        [rollout(i, 2, 6) for i in range(3)],
+        [1.0] * 3,
         replicas=2,
         token_budget=8,
         mini_batches=1,
         max_completion_length=6,
         seed=(0,),
     )
-    return mini
-
-
-def test_sequences_are_those_that_teach():
-    """Three sequences on two replicas of one micro-batch each, so the fourth place is a filler."""
-    mini = on_two_replicas([rollout(i, 2, 6) for i in range(3)])
     found = [int(batch.rollout_index[s]) for batch, s in mini.sequences()]
     assert sorted(found) == [0, 1, 2]
     assert sum(batch.num_sequences for batch in mini.batches()) == 4
@@ -247,7 +240,15 @@ def test_sequences_are_those_that_teach():
 
 
 def test_outputs_are_attached_batch_by_batch_and_none_is_lost():
-    mini = on_two_replicas([rollout(i, 2, 6) for i in range(4)])
+    (mini,) = pack(
+        [rollout(i, 2, 6) for i in range(4)],
+        [1.0] * 4,
+        replicas=2,
+        token_budget=8,
+        mini_batches=1,
+        max_completion_length=6,
+        seed=(0,),
+    )
     outputs = [
         [LogprobOutput(torch.full((8,), float(i)), torch.zeros(8), "trace") for i in (r, r + 2)]
         for r in (0, 1)
@@ -273,7 +274,15 @@ def test_every_rollout_has_its_advantage():
 
 def test_a_filler_is_the_shortest_sequence_so_that_it_costs_least():
     sizes = [8, 8, 4]  # tokens; two replicas need four micro-batches of at most eight
-    mini = on_two_replicas([rollout(i, 2, size - 2) for i, size in enumerate(sizes)])
+    (mini,) = pack(
+        [rollout(i, 2, size - 2) for i, size in enumerate(sizes)],
+        [1.0] * 3,
+        replicas=2,
+        token_budget=8,
+        mini_batches=1,
+        max_completion_length=6,
+        seed=(0,),
+    )
     fillers = [b for b in mini.batches() if not b.loss_mask.any()]
     assert [b.num_tokens for b in fillers] == [4] * len(fillers)
     assert len(fillers) == 1

@@ -15,12 +15,12 @@ import torch
 from gspo_dist.actors import learner_group
 from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
 from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, WeightSyncConfig
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.packing import MiniBatch
+from gspo_dist.types import LogprobOutput, PackedBatch
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

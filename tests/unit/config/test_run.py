@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspo_dist.config import CheckpointConfig, RunConfig
+from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import from_mapping
 
 
@@ -97,19 +97,3 @@ def test_the_advantage_is_the_objectives_own_unless_named():
     mine = {"objective": {"name": "a.b:C", "old_logprobs": "recompute", "guard": {"action": "off"}}}
     assert from_mapping(RunConfig, mine).objective.advantage_name is None  # a user's objective brings its own
     assert from_mapping(RunConfig, mine | {"rollout": {"group_size": 1}}).rollout.group_size == 1
-
-
-def test_a_section_accepts_what_is_in_it_and_nothing_beside():
-    checkpoint = CheckpointConfig(accept=["reward", "learner.optimizer.lr"])
-    assert [
-        checkpoint.accepts(key)
-        for key in (
-            "reward",
-            "reward.options.x",
-            "rewards",
-            "learner.optimizer.lr",
-            "learner.optimizer",
-            "seed",
-        )
-    ] == [True, True, False, True, False, False]
-    assert not CheckpointConfig().accepts("seed")

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import LearnerConfig, OptimizerConfig
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.loss import LossSpec
@@ -18,6 +17,7 @@ from gspo_dist.metrics.stat import results
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.types import PackedBatch
 
 VOCAB = 53
 LENGTHS = (9, 6, 13, 7, 10, 8)

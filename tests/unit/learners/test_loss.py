@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import CorrectionConfig
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.objectives import Denominators, get_objective
+from gspo_dist.types import PackedBatch
 
 # Two sequences, 3 and 4 tokens long, of which the last 2 and the last 3 are trained.
 MASK = [False, True, True, False, True, True, True]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gspo_dist.planner import (
-    find_gpu,
-    format_plan,
-)
+from gspo_dist.planner import find_gpu, format_plan
 from tests.unit.planner.views import (
     ENGINE,
     H100,
     LEARNER,
     QWEN,
+    TINY,
     WORK,
     change,
     engine_of,
@@ -110,24 +108,11 @@ def test_a_host_without_memory_for_offloaded_states_does_not_fit() -> None:
 
 
 def test_a_cpu_host_adds_up_its_processes() -> None:
-    tiny = replace(
-        QWEN,
-        vocab=512,
-        hidden=128,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        num_experts=8,
-        top_k=2,
-        expert_ffn=64,
-        expert_layers=(True,) * 2,
-    )
     result = plan_of(
         learner_of("deepspeed", world_size=2, token_budget=2048),
         engine_of(engines=1),
         work_of(prompt=64, completion=128),
-        tiny,
+        TINY,
         None,
         host_gib=16,
     )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gspo_dist.planner import (
-    format_plan,
-)
+from gspo_dist.planner import format_plan
 from tests.unit.planner.views import (
     ENGINE,
     H100,
     LEARNER,
     QWEN,
+    TINY,
     WORK,
     change,
     engine_of,
@@ -35,30 +32,17 @@ def test_the_text_names_sizes_verdict_and_advice() -> None:
 
 
 def test_small_models_are_written_in_small_units() -> None:
-    tiny = replace(
-        QWEN,
-        vocab=512,
-        hidden=128,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        num_experts=8,
-        top_k=2,
-        expert_ffn=64,
-        expert_layers=(True,) * 2,
-    )
     text = format_plan(
         plan_of(
             learner_of("eager", token_budget=2048),
             engine_of(),
             work_of(8, 8, prompt=64, completion=128, mini_batches=4),
-            tiny,
+            TINY,
             None,
         )
     )
     # 2 tables of 65,536; 2 layers of 49,152 attention, 320 norms, 1,024 router, 8 experts of 24,576; 128
-    assert tiny.total == 131_072 + 2 * (49_152 + 320 + 1_024 + 196_608) + 128
-    assert tiny.active == tiny.total - 2 * 6 * 24_576
+    assert TINY.total == 131_072 + 2 * (49_152 + 320 + 1_024 + 196_608) + 128
+    assert TINY.active == TINY.total - 2 * 6 * 24_576
     assert "0.625 M parameters, 0.330 M active" in text
     assert any(line.split() == ["weights", "1.2", "MiB"] for line in text.splitlines())  # 2 bytes a parameter

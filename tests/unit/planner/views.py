@@ -110,6 +110,20 @@ def change(view: LearnerLayout | EngineLayout, **knobs) -> Any:
 QWEN = find_model("Qwen3-30B-A3B")
 H100 = find_gpu("H100")
 WORK = work_of(prompts=256, group=16, prompt=2048, completion=8192)
+# Two layers, 0.6 M parameters: small enough for a CPU host, and for sums by hand.
+TINY = replace(
+    QWEN,
+    vocab=512,
+    hidden=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    num_experts=8,
+    top_k=2,
+    expert_ffn=64,
+    expert_layers=(True,) * 2,
+)
 LEARNER = learner_of(
     world_size=16, token_budget=20480, tensor_parallel=2, expert_parallel=8, recompute="full"
 )

@@ -1,4 +1,4 @@
-"""Laws of a reward process: it dies with its parent, and imports torch only for rewards that do."""
+"""Laws of a reward process: it dies with its parent, and imports torch only for rewards that use it."""
 
 from __future__ import annotations
 
@@ -50,22 +50,17 @@ def test_a_reward_that_hangs_does_not_outlive_a_parent_that_was_killed(reward_fi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("body", "reward"),
+    ("body", "loaded"),
     [
-        ("import sys\ndef f(p, c): return float('torch' in sys.modules)", 0.0),
-        (
-            "import sys\nfrom gspo_dist.types import Completion, Prompt\n"
-            "def f(p: Prompt, c: Completion): return float('torch' in sys.modules)",
-            0.0,
-        ),
+        ("import sys\ndef f(p, c): return float('torch._C' in sys.modules)", 0.0),
         ("import torch\ndef f(p, c): return torch.ones(3).sum()", 3.0),
         ("import torch.nn.functional as F, torch\ndef f(p, c): return F.relu(torch.tensor(2.0))", 2.0),
         ("from torch import nn\ndef f(p, c): return float(issubclass(nn.Linear, nn.Module))", 1.0),
     ],
 )
-def test_torch_is_imported_for_rewards_that_import_it(items_of, reward_file, body, reward):
+def test_torch_is_imported_for_rewards_that_use_it(items_of, reward_file, body, loaded):
     pool = LocalRewardPool(RewardConfig(function=f"{reward_file(body)}:f"))
     try:
-        assert pool.judge(items_of("x"))[0].reward == reward
+        assert pool.judge(items_of("x"))[0].reward == loaded
     finally:
         pool.close()

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gspo_dist.batch import LogprobOutput, PackedBatch
 from gspo_dist.cli.compose import run_config
 from gspo_dist.config import RunConfig
 from gspo_dist.learners.learner import OptimStep
@@ -19,7 +18,7 @@ from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.build import build
-from gspo_dist.types import Completion, Prompt, Rollout
+from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Rollout
 
 
 def rollout(

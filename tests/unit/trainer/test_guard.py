@@ -219,21 +219,3 @@ def test_a_resumed_guard_decides_as_if_it_had_not_stopped():
         g.observe(measured(-0.9e-3), 0)
     assert b.metrics() == a.metrics()
     assert b.state_dict() == a.state_dict()
-
-
-@pytest.mark.parametrize(
-    "other", [{"action": "warn"}, {"ema_decay": 0.5}, {"objective": "gmpo"}, {"action": "off"}]
-)
-def test_a_guard_with_other_knobs_begins_anew_and_says_so(other, caplog):
-    """A decision to recentre would else act once more under `warn`; a running mean has the decay
-    that made it.
-    """
-    a = guard(action="recentre", estimator="ema")
-    a.observe(measured(-1.5e-3), 0)
-    b = guard(**({"action": "recentre", "estimator": "ema"} | other))
-    b.load_state_dict(json.loads(json.dumps(a.state_dict())))
-    assert spec_of(b, 1).offset == 0.0
-    assert b.decision.action == "none"
-    assert "begins without a measurement" in caplog.text
-    if b.guard is not None:
-        assert not b.guard.active

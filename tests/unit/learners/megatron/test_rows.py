@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.learners.megatron.layout import Layout
 from gspo_dist.learners.megatron.rows import lay_out
+from gspo_dist.types import PackedBatch
 
 
 def make_batch(lengths: list[int], trained: torch.Tensor | None = None) -> PackedBatch:

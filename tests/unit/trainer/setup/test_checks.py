@@ -12,22 +12,6 @@ from gspo_dist.trainer.setup.checks import check_backend, check_model, resolve_d
 from tests.unit.trainer.small import config
 
 
-@pytest.fixture
-def dense(model, tmp_path):
-    """The folder of a model without experts, as far as its configuration tells."""
-    folder = tmp_path / "dense"
-    folder.mkdir()
-    hf = json.loads((model / "config.json").read_text())
-    hf |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 16}
-    for key in [k for k in hf if "expert" in k or k.startswith(("moe", "router"))]:
-        del hf[key]
-    (folder / "config.json").write_text(json.dumps(hf))
-    for path in model.iterdir():
-        if path.name != "config.json":
-            (folder / path.name).symlink_to(path)
-    return folder
-
-
 def changed(c: RunConfig, **sections) -> RunConfig:
     return replace(c, **{name: replace(getattr(c, name), **values) for name, values in sections.items()})
 
@@ -76,7 +60,17 @@ def test_experts_must_divide_over_the_ranks(model, reward_file, tmp_path):
         check_backend(c, "cpu", str(model))
 
 
-def test_replay_needs_experts(model, dense, reward_file, tmp_path):
+def test_replay_needs_experts(model, reward_file, tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    hf = json.loads((model / "config.json").read_text())
+    hf |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 16}
+    for key in [k for k in hf if "expert" in k or k.startswith(("moe", "router"))]:
+        del hf[key]
+    (dense / "config.json").write_text(json.dumps(hf))
+    for path in model.iterdir():
+        if path.name != "config.json":
+            (dense / path.name).symlink_to(path)
     c = config(model, reward_file, tmp_path / "run", "objective=grpo_r3")
     with pytest.raises(
         ValueError, match=r"routing_replay=r3 needs a mixture-of-experts model: Qwen3ForCausalLM"
@@ -163,6 +157,16 @@ def test_layers_that_packing_would_mix_are_refused_before_anything_starts(
         check_backend(c, "cpu", str(windowed))
 
 
-def test_a_dense_model_without_replay_passes_and_has_no_moe_layers(model, dense, reward_file, tmp_path):
+def test_a_dense_model_without_replay_passes_and_has_no_moe_layers(model, reward_file, tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    hf = json.loads((model / "config.json").read_text())
+    hf |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 16}
+    for key in [k for k in hf if "expert" in k or k.startswith(("moe", "router"))]:
+        del hf[key]
+    (dense / "config.json").write_text(json.dumps(hf))
+    for path in model.iterdir():
+        if path.name != "config.json":
+            (dense / path.name).symlink_to(path)
     c = config(model, reward_file, tmp_path / "run", "model.self_check=false")
     assert check_model(c, str(dense)) == 0

@@ -71,15 +71,8 @@ def test_checkpoints_are_not_overwritten_by_a_run_that_will_not_resume(folder):
         "rollout.engines=3",
     ],
 )
-def test_what_only_decides_how_the_work_is_done_may_change(folder, change, caplog):
+def test_what_only_decides_how_the_work_is_done_may_change(folder, change):
     resume(folder, change)
-    measured = change.split("=")[0] in (
-        "reward.timeout_s",
-        "reward.workers",
-        "data.heldout",
-        "model.cache_dir",
-    )
-    assert ("resuming with other settings" in caplog.text) == measured
     assert json.loads((folder / "config.json").read_text()) == to_mapping(config(change))
 
 
@@ -104,7 +97,7 @@ def test_what_decides_what_a_step_computes_is_refused_by_key_and_values_unless_a
     assert json.loads((folder / "config.json").read_text()) == to_mapping(config())  # as it was
     with caplog.at_level(logging.WARNING):
         resume(folder, change, f"checkpoint.accept=[{key}]")
-    assert "resuming with other settings: " in caplog.text
+    assert "resuming with other settings, as accepted" in caplog.text
 
 
 def test_a_section_is_accepted_whole_and_covers_nothing_beside_it(folder):
