@@ -48,7 +48,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gspo_dist.batch import PackedBatch
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.loss import LossSpec
 from gspo_dist.objectives.aggregate import Denominators
@@ -57,7 +56,7 @@ from gspo_dist.packing import pack_sequences
 from gspo_dist.routing.replay import RouteFeeder, RouteRecorder, RouterShape, check_trace
 from gspo_dist.routing.trace import RoutingTrace, replay_bytes, trace_bytes
 from gspo_dist.trainer.setup.factories import make_learner
-from gspo_dist.types import Completion, Prompt, Rollout
+from gspo_dist.types import Completion, PackedBatch, Prompt, Rollout
 
 QWEN = {"moe_layers": 48, "top_k": 8, "num_experts": 128}  # Qwen3-30B-A3B's config.json
 ROLLOUTS = 1024
