@@ -10,7 +10,7 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.pool import START_TIMEOUT_S, LocalRewardPool
+from gspo_dist.rewards.pool import START_TIMEOUT_S, LocalRewardPool, bare
 from gspo_dist.rewards.reward import Item, Judged, located
 
 GRACE_S = 30.0
@@ -63,9 +63,8 @@ class RayRewardPool:
         """The verdicts in order. Example: 5 items over 2 workers are chunks of 3 and 2."""
         handles = self.actors.handles
         size = max(1, -(-len(items) // len(handles)))
-        # Expert choices are most of a rollout's bytes, and no reward reads them.
-        bare = [(i, prompt, replace(completion, routing=None)) for i, prompt, completion in items]
-        chunks = [bare[i : i + size] for i in range(0, len(items), size)]
+        light = [bare(item) for item in items]
+        chunks = [light[i : i + size] for i in range(0, len(items), size)]
         # Fewer items than workers leave some of them without a chunk.
         refs = {name: handles[name].judge.remote(chunk) for name, chunk in zip(handles, chunks, strict=False)}
         # Each rollout may also cost the start of a new process.

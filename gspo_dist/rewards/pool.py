@@ -182,9 +182,9 @@ class LocalRewardPool:
                 # Half of an even share at a time: fast rewards need few messages, slow ones are still spread.
                 count = max(1, min(CHUNK, len(waiting) // (2 * len(self.workers))))
                 places = [waiting.popleft() for _ in range(count)]
-                if not worker.give(places, [_bare(items[place]) for place in places], self.config.timeout_s):
+                if not worker.give(places, [bare(items[place]) for place in places], self.config.timeout_s):
                     waiting.extendleft(reversed(places))
-                    self._replace(worker)  # it died while it had nothing to do
+                    self._replace_idle(worker)
 
     def _hear(
         self,
@@ -197,6 +197,9 @@ class LocalRewardPool:
         """Takes a worker's answer, or the news that it has none: it is late, or dead."""
         if not worker.ready:
             self._hear_start(worker, answer, late)
+            return
+        if not worker.places:  # it died after its last verdict, before anybody gave it more
+            self._replace_idle(worker)
             return
         rollout_id, prompt, _ = items[worker.places[0]]
         if answer is None:
@@ -226,25 +229,34 @@ class LocalRewardPool:
         """The stated reward of a rollout whose reward gave none. Raises RewardError where none is stated."""
         ended = worker.end(0.0 if late else EXIT_S)
         if late:
-            what, way_out = (
-                f"took more than reward.timeout_s = {self.config.timeout_s:g} s",
-                "raise the deadline",
-            )
+            what = f"took more than reward.timeout_s = {self.config.timeout_s:g} s"
+            way_out = "bound its work, raise the deadline"
         else:
+            what = f"ended its process ({ended})"
+            way_out = "bound its work, raise an exception instead of ending the process"
             self.deaths += 1
-            what, way_out = f"ended its process ({ended})", "raise an exception instead of ending the process"
-        if self.config.timeout_reward is None or self.deaths >= DEATHS_IN_A_ROW:
-            often = f", the {self.deaths}th in a row" if self.deaths >= DEATHS_IN_A_ROW else ""
-            raise RewardError(f"{who} {what}{often}; bound its work, {way_out}, or set reward.timeout_reward")
+            if self.deaths >= DEATHS_IN_A_ROW:
+                raise RewardError(f"{who} {what}, the {self.deaths}th in a row; {way_out}")
+        if self.config.timeout_reward is None:
+            raise RewardError(f"{who} {what}; {way_out}, or set reward.timeout_reward")
         log.warning("%s %s: it counts as %g", who, what, self.config.timeout_reward)
         return Judged(self.config.timeout_reward, {"timeout" if late else "crash": 1.0})
+
+    def _replace_idle(self, worker: Worker) -> None:
+        """A process that died while it had nothing to judge costs no rollout, but somebody should know."""
+        log.warning(
+            "a process of reward.function %r ended (%s) while it had nothing to judge: another one starts",
+            self.config.function,
+            worker.end(EXIT_S),
+        )
+        self._replace(worker)
 
     def _replace(self, worker: Worker) -> None:
         worker.end()
         self.workers[self.workers.index(worker)] = Worker(self.config)
 
 
-def _bare(item: Item) -> Item:
+def bare(item: Item) -> Item:
     """Without the expert choices: they are most of a rollout's bytes, and no reward reads them."""
     rollout_id, prompt, completion = item
     return rollout_id, prompt, replace(completion, routing=None) if completion.routing else completion

@@ -73,7 +73,7 @@ class RolloutPool(Protocol):
         ...
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
-        """Process -> {"host": bytes, and on GPUs "device": bytes}: the most that it has held so far."""
+        """Process -> {"host": bytes, and on GPUs "gpu": bytes}: the most that it has held so far."""
         ...
 
     def close(self) -> None:

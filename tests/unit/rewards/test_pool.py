@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.pool import CHUNK, DEATHS_IN_A_ROW, LocalRewardPool
+from gspo_dist.rewards.pool import CHUNK, DEATHS_IN_A_ROW, LocalRewardPool, Worker
 from gspo_dist.rewards.reward import Judged, RewardError
 from gspo_dist.routing.trace import RoutingTrace
 
@@ -95,7 +95,7 @@ def test_no_items_are_no_verdicts(pool_of):
     assert pool_of().judge([]) == []
 
 
-def test_a_reward_that_hangs_and_takes_alarms_away_is_cut_at_the_deadline(pool_of, items_of):
+def test_a_reward_that_hangs_and_takes_alarms_away_is_cut_at_the_deadline(pool_of, items_of, caplog):
     pool = pool_of(timeout_s=0.5, timeout_reward=-1.0)
     pool.start()
     began = time.monotonic()
@@ -103,6 +103,8 @@ def test_a_reward_that_hangs_and_takes_alarms_away_is_cut_at_the_deadline(pool_o
     assert 0.5 <= time.monotonic() - began < 10
     assert rewards(verdicts) == [1.0, -1.0, 2.0, 3.0]
     assert parts(verdicts) == [{}, {"timeout": 1.0}, {}, {}]
+    said = "reward of rollout 11 (prompt p1) took more than reward.timeout_s = 0.5 s: it counts as -1"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 @pytest.mark.slow
@@ -159,7 +161,8 @@ def test_a_process_that_ends_costs_its_rollout_only(pool_of, items_of, caplog, t
     verdicts = pool_of(timeout_reward=-0.5).judge(items_of("1", text, "2"))
     assert rewards(verdicts) == [1.0, -0.5, 2.0]
     assert parts(verdicts) == [{}, {"crash": 1.0}, {}]
-    assert f"reward of rollout 11 (prompt p1) ended its process ({how}): it counts as -0.5" in caplog.text
+    said = f"reward of rollout 11 (prompt p1) ended its process ({how}): it counts as -0.5"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_what_a_dead_worker_had_not_begun_is_judged_all_the_same(pool_of, items_of):
@@ -183,7 +186,8 @@ def test_deaths_in_a_row_stop_the_run(pool_of, items_of):
     pool = pool_of()
     some = ["die"] * (DEATHS_IN_A_ROW - 1)
     assert rewards(pool.judge(items_of(*some, "1", *some))) == [0.0] * 4 + [1.0] + [0.0] * 4
-    with pytest.raises(RewardError, match="the 5th in a row"):
+    # The reward for such rollouts is stated already, so that is not the way out.
+    with pytest.raises(RewardError, match=r"the 5th in a row; bound its work, raise an exception.* process$"):
         pool.judge(items_of("die"))
 
 
@@ -203,12 +207,34 @@ def test_an_answer_to_a_call_that_failed_is_no_answer_to_the_next(pool_of, items
     assert rewards(pool.judge(items_of("7", "8", "9"))) == [7.0, 8.0, 9.0]
 
 
-def test_a_worker_that_dies_while_it_waits_is_replaced(pool_of, items_of):
+def test_a_worker_that_dies_while_it_waits_is_replaced_and_told(pool_of, items_of, caplog):
     pool = pool_of()
     (verdict,) = pool.judge(items_of("1"))
     os.kill(int(verdict.parts["pid"]), 9)
     assert pool.workers[0].connection.poll(10)  # its end of the connection is closed
     assert pool.judge(items_of("2"))[0].reward == 2.0
+    assert "ended (signal SIGKILL) while it had nothing to judge: another one starts" in caplog.text
+
+
+def test_a_worker_that_dies_right_after_its_last_verdict_costs_no_rollout(
+    pool_of, items_of, monkeypatch, caplog
+):
+    """Its end is heard together with the verdict, when it owes no answer."""
+    heard = Worker.answers
+
+    def answers(worker):
+        for answer in heard(worker):
+            yield answer
+            if answer is not None and answer.kind == "judged" and not worker.places:
+                worker.process.kill()
+                os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(Worker, "answers", answers)
+    pool = pool_of()
+    verdicts = pool.judge(items_of("1", "2")) + pool.judge(items_of("3"))
+    assert rewards(verdicts) == [1.0, 2.0, 3.0]
+    assert parts(verdicts) == [{}, {}, {}]
+    assert "while it had nothing to judge" in caplog.text
 
 
 def test_what_a_reward_prints_is_a_log_line_and_no_output(pool_of, items_of, capfd):
