@@ -19,8 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(path.relative_to(BENCHMARKS) for path in BENCHMARKS.rglob("*.py"))
 
-pytestmark = pytest.mark.slow
-
 
 def run(script: str, *arguments: object) -> str:
     """What a script prints."""

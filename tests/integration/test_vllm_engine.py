@@ -8,8 +8,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run_vllm_case import run_case
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def generation(tmp_path_factory):

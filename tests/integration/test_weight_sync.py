@@ -8,8 +8,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run_vllm_case import run_case
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("case", ["sync", "tied", "dense_layer"])
 def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_path):

@@ -16,7 +16,7 @@ from gspo_dist.metrics.stat import merge_stats, results
 from tests.parity import deepspeed_case as case
 from tests.parity.ranks import run_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test pays for every launch
+pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 MODELS = {
     "moe": {},

@@ -17,7 +17,7 @@ from gspo_dist.routing.trace import RoutingTrace
 from tests.parity import deepspeed_case as case
 from tests.parity.ranks import run_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test pays for every launch
+pytestmark = pytest.mark.timeout(1200)  # the first test pays for every launch
 WORKER = Path(__file__).parent / "deepspeed_worker.py"
 ROUTED = {
     "routes_zero3": {"deepspeed": {"zero_stage": 3}},

@@ -16,8 +16,6 @@ from gspo_dist.metrics.stat import merge_stats, results
 from tests.parity import megatron_case as case
 from tests.parity.ranks import Crew
 
-pytestmark = pytest.mark.slow
-
 LAYOUTS = {
     "dp2": (2, {}),
     "dp2_plain_optimizer": (2, {"distributed_optimizer": False}),

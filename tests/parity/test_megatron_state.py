@@ -18,7 +18,6 @@ from tests.parity import megatron_case as case
 from tests.parity.ranks import Crew
 from tests.parity.test_megatron import Reference, assert_weights, by_batch, eager_reference, launch
 
-pytestmark = pytest.mark.slow
 EP2 = {"expert_parallel": 2}
 
 

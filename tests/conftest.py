@@ -1,0 +1,21 @@
+"""What starts real engines or several processes is slow, whether or not its file says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SLOW = ("integration", "parity")
+"""Folders whose tests take seconds to minutes each. One unmarked file more than doubles the quick run."""
+QUICK = ("test_launchers.py",)
+"""Files in them that start shell scripts only."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        if folder in SLOW and item.path.name not in QUICK:
+            item.add_marker(pytest.mark.slow)
