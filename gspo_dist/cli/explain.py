@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,6 +35,8 @@ def check_overrides(overrides: Sequence[str], *, sweep: bool = False) -> None:
     sweep: several values for one key are meant (`--multirun`).
     """
     parser = OverridesParser.create()
+    # Once for all: a quickstart's worth of overrides would read the file as often.
+    known, groups = knobs(RunConfig), config_groups()
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals and not key.startswith("~"):
@@ -49,7 +52,7 @@ def check_overrides(overrides: Sequence[str], *, sweep: bool = False) -> None:
                 f"the override {text!r} names several values: write {quoted(key, value)} if it is one text, "
                 f"{key}=[{value}] if it is a list, or add --multirun for a run of each"
             )
-        _check_key(parsed, text)
+        _check_key(parsed, text, known, groups)
 
 
 def _unreadable(text: str, key: str, value: str) -> str:
@@ -73,11 +76,10 @@ def quoted(key: str, value: str) -> str:
     return shlex.quote(f'{key}="{text}"')
 
 
-def _check_key(override: Override, text: str) -> None:
+def _check_key(override: Override, text: str, known: Mapping[str, Any], groups: Sequence[str]) -> None:
     key = override.key_or_group
     if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/") or override.package is not None:
         return
-    known, groups = knobs(RunConfig), config_groups()
     if key in known or key in groups:
         return
     section = next((k for k in known if key.startswith(f"{k}.") and described(known[k]) == "a mapping"), None)
