@@ -27,7 +27,7 @@ from tests.unit.learners.megatron.qwen3 import QWEN3_30B
             r"tensor_parallel must divide num_attention_heads: got 3",
         ),
         ({}, {"optimizer_cpu_offload": True}, r"optimizer_cpu_offload needs a GPU"),
-        ({}, {}, r"model\.path must hold \*\.safetensors: none in"),
+        ({}, {}, r"model folder .* has no \*\.safetensors files; copy the folder again"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(
