@@ -10,8 +10,8 @@ the rooms whose wiring must be held are taken: trainer, actors, weights, packing
 
 Which tests belong to a module
     `room/module.py` has `tests/unit/room/test_module.py`, and what `EXTRA_TESTS` below adds for it. A module
-    with neither has every test of `tests/unit/room`. Tests marked slow run too. The module's own file comes
-    first and the first failure ends the run, so that the cheap tests decide most changes. A module whose
+    with neither has every test of `tests/unit/room`. Tests marked slow run too. The first failure ends the
+    run. So what starts no process comes first (`CHEAP_TESTS`), then the module's own file. A module whose
     tests fail without any change is an error, because nothing could be said about it.
 
 What is changed, one place at a time
@@ -64,6 +64,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("trainer", "actors", "weights", "packing", "checkpoint", "rewards")
+CHEAP_TESTS = {"actors": ["tests/unit/actors/test_wires.py"]}
+"""Room -> files that decide most of its changes in a second, where its other tests start processes."""
+
 EXTRA_TESTS = {
     "actors/learner_group.py": ["tests/unit/actors/test_rendezvous.py"],
     "rewards/worker.py": ["tests/unit/rewards/test_pool.py"],
@@ -210,10 +213,11 @@ def _short(text: str) -> str:
 
 
 def tests_of(root: Path, module: str) -> list[str]:
-    """The tests that belong to a module, its own file first. Raises ValueError when there are none."""
+    """The tests that belong to a module, the cheapest first. Raises ValueError when there are none."""
     room, _, name = module.rpartition("/")
     own = f"tests/unit/{room}/test_{name}".replace("//", "/")
-    known = [own, *EXTRA_TESTS.get(module, []), *EXTRA_TESTS.get(module.split("/")[0], [])]
+    top = module.split("/")[0]
+    known = [*CHEAP_TESTS.get(top, []), own, *EXTRA_TESTS.get(module, []), *EXTRA_TESTS.get(top, [])]
     found = [path for path in dict.fromkeys(known) if (root / path).exists()]
     if not found and (root / "tests/unit" / room).is_dir() and room:
         found = [f"tests/unit/{room}"]
