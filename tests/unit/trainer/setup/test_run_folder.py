@@ -4,6 +4,7 @@ finished is lost.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from dataclasses import replace
@@ -18,6 +19,7 @@ from gspo_dist.learners.state_files import write_layout
 from gspo_dist.trainer.setup.run_folder import changed_settings, prepare_folder
 
 
+@functools.cache
 def config(*overrides: str):
     return run_config(["learner=eager", "steps=8", "model=local", "model.path=/m", *overrides])
 
