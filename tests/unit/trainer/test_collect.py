@@ -65,6 +65,12 @@ def test_ids_count_over_the_run_so_that_a_step_repeats_wherever_it_starts():
     assert [r.prompt.prompt_id for r in rollouts] == ["p0", "p0", "p1", "p1", "p2", "p2"]
 
 
+def test_a_step_may_have_one_prompt():
+    completions = [rollout(i).completion for i in range(2)]
+    rollouts = judged(Judge(), [rollout(0).prompt], [completions], 3)
+    assert [(r.group_id, r.rollout_id, r.reward) for r in rollouts] == [(3, 6, 6.0), (3, 7, 7.0)]
+
+
 def test_sampling_and_judging_are_timed_apart():
     run = run_of()
     collect(run, 1)

@@ -50,6 +50,15 @@ def test_what_recentring_takes_out_of_later_mini_batches_is_what_the_first_one_m
     assert not spec_of(g, 1).own_mean
 
 
+def test_a_guard_that_has_measured_nothing_does_nothing():
+    assert guard(action="recentre").state_dict()["decision"] == {
+        "action": "none",
+        "offset": 0.0,
+        "changed": False,
+        "reason": "no measurement yet",
+    }
+
+
 @pytest.mark.parametrize(("sequences", "own"), [(OWN_MEAN_FROM - 1, False), (OWN_MEAN_FROM, True)])
 def test_the_first_mini_batch_takes_its_own_mean_where_it_has_sequences_enough(sequences, own):
     g = guard(action="recentre", estimator="batch")

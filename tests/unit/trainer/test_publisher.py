@@ -225,3 +225,11 @@ def test_a_completion_without_a_prompt_is_compared_from_its_second_token():
     bare = (np.array([5, 6]), 0)
     assert make(pool).publish([bare])["sync/probe_max_abs"] == 0.0
     assert [len(s) for s in pool.asked[0]] == [2]
+
+
+def test_engines_with_gpus_of_their_own_are_not_woken():
+    """As they are, unless a run says that they are colocated."""
+    pool = Engines()
+    sync = WeightSyncConfig(transport="shm", probe_tolerance=0.01)
+    WeightPublisher(sync, Sender(pool), pool, 1, 4096).publish(probe())
+    assert pool.verbs == ["start", "send", "finish", "logprobs_of"]

@@ -63,6 +63,15 @@ def test_lengths_that_are_no_whole_words(checksum, n):
     assert checksum(view) == checksum(view.clone())
 
 
+@BOTH
+def test_a_view_that_cannot_be_read_as_words_is_copied(checksum):
+    """15 bytes into memory that starts off a word, so at a word's address: torch has no view as int32."""
+    memory = bytearray(range(64))
+    view = torch.frombuffer(memory, dtype=torch.uint8, offset=1)[15:35]
+    assert view.storage_offset() == 15
+    assert checksum(view) == checksum(view.clone())
+
+
 def test_host_checksum_is_xxh3_of_the_bytes_seeded_by_dtype_and_shape():
     a = tensor(10)
     seed = xxhash.xxh3_64_intdigest(b"torch.float32[10]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,13 @@ def test_the_files_decide_whether_the_head_is_tied(tmp_path):
     folder = ModelFolder(tmp_path / "own")
     assert (folder.tied, folder.has_untold_head, folder.twin) == (False, True, None)
     assert "lm_head.weight" in folder.streamed
+
+
+def test_a_config_without_a_word_on_tying_ties_nothing(tmp_path):
+    make(tmp_path, "qwen3", tie_word_embeddings=True)
+    folder = ModelFolder(tmp_path)
+    folder.config = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert (folder.tied, folder.has_untold_head) == (False, False)
 
 
 def test_tensors_that_transformers_does_not_load_need_not_be_streamed(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
 from gspo_dist.weights import names as module
 from gspo_dist.weights.names import FileNames, hf_named_weights, stored_tensors
@@ -148,6 +148,15 @@ def test_parameters_that_the_folder_joins_are_joined():
     stream = dict(hf_named_weights(hf))
     assert set(stream) == {"qk.weight", "norm"}
     assert torch.equal(stream["qk.weight"], torch.cat([hf.q.weight, hf.k.weight]))
+
+
+def test_a_parameter_that_keeps_its_name_and_changes_its_layout_is_converted():
+    hf = torch.nn.Module()
+    hf.w, hf.config = torch.nn.Parameter(torch.arange(6.0).view(2, 3)), SimpleNamespace()
+    hf._weight_conversions = [WeightConverter("w", ["w"], [Transpose(0, 1)])]
+    ((name, turned),) = hf_named_weights(hf)
+    assert name == "w"
+    assert torch.equal(turned, hf.w.detach().T)
 
 
 def test_one_of_several_that_the_folder_joins_cannot_go_alone():

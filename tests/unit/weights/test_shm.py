@@ -113,6 +113,14 @@ def test_closing_leaves_the_buckets_of_other_senders(tmp_path):
     assert [str(p) for p in tmp_path.iterdir()] == [kept.update_info["path"]]
 
 
+def test_what_another_has_removed_meanwhile_is_no_error(transport, monkeypatch):
+    """Two senders that start together sweep the same files."""
+    gone = Path(f"gspo-{shm._pid_namespace()}-999999999-aa-0")
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / gone])
+    transport.close()
+    ShmTransport(folder=transport.folder)
+
+
 def test_without_checks_nothing_is_summed(tmp_path):
     transport = ShmTransport(check=False, folder=tmp_path)
     assert transport.stage([("w", torch.zeros(1))]).checksums == {}

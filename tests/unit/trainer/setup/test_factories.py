@@ -177,6 +177,25 @@ def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_p
     }
 
 
+def test_a_reference_engine_is_told_as_much(model, reward_file, tmp_path, monkeypatch):
+    seen = []
+    room = "gspo_dist.rollout.reference"
+    monkeypatch.setattr(f"{room}.ReferenceEngine", lambda *args, **told: seen.append((args, told)))
+    monkeypatch.setattr(f"{room}.HFPolicy", lambda folder: f"policy of {folder}")
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "cluster", replace(c.cluster, colocated=True))
+    engine_factory(c, "folder", "cpu", 2)(name="engine-5")
+    ((args, told),) = seen
+    assert args == (c.rollout, "policy of folder")
+    assert told == {
+        "name": "engine-5",
+        "device": "cpu",
+        "record_routing": True,
+        "sleep_mode": True,
+        "transport": "shm",
+    }
+
+
 def test_wandb_is_a_sink_where_a_mode_was_found(model, reward_file, tmp_path, monkeypatch):
     monkeypatch.setattr("gspo_dist.trainer.setup.factories.open_wandb", lambda *told: told)
     (tmp_path / "run_id").write_text("abc")
