@@ -24,6 +24,9 @@ MicroBatches: TypeAlias = Sequence[Sequence[PackedBatch]]
 ORDER_STREAM = 0x9ACC
 """Keeps the draws that shuffle groups apart from every other use of the run's seed and step."""
 
+NO_VERSION = -1
+"""The policy version of a token that no engine sampled: a prompt's, or a tool's."""
+
 
 @dataclass(frozen=True)
 class MiniBatch:
@@ -161,6 +164,8 @@ def pack_sequences(
         token_ids     [5 6 7 8 9 3]      cu_seqlens     [0 4 6]
         position_ids  [0 1 2 3 0 1]      rollout_index  [4 2]
         loss_mask     [F F T T F T]      advantages     [1 1 1 1 -1 -1]
+
+    Where version 8 sampled token 7 and version 12 tokens 8 and 3, policy_versions is [-1 -1 8 12 -1 12].
     """
     chosen = [rollouts[i] for i in index]
     lengths = np.array([r.num_tokens for r in chosen])
@@ -169,6 +174,7 @@ def pack_sequences(
     tokens = np.zeros(total, np.int64)
     mask = np.zeros(total, np.bool_)
     engine = np.zeros(total, np.float32)
+    versions = np.full(total, NO_VERSION, np.int32)
     advantage = np.repeat(np.asarray([advantages[i] for i in index], np.float32), lengths)
     for rollout, start, stop in zip(chosen, cu[:-1], cu[1:], strict=True):
         completion = rollout.completion
@@ -177,6 +183,7 @@ def pack_sequences(
         tokens[answer:stop] = completion.token_ids
         mask[answer:stop] = completion.loss_mask
         engine[answer:stop] = np.where(completion.loss_mask, completion.logprobs, 0.0)
+        versions[answer:stop] = np.where(completion.loss_mask, completion.policy_versions, NO_VERSION)
     return PackedBatch(
         token_ids=torch.from_numpy(tokens),
         position_ids=torch.from_numpy(np.arange(total) - np.repeat(cu[:-1], lengths)),
@@ -185,6 +192,7 @@ def pack_sequences(
         advantages=torch.from_numpy(advantage),
         rollout_logprobs=torch.from_numpy(engine),
         rollout_index=torch.tensor(list(index), dtype=torch.int64),
+        policy_versions=torch.from_numpy(versions),
     )
 
 

@@ -58,7 +58,7 @@ def from_sequences(sequences: Sequence[tuple[np.ndarray, int]], *, replicas: int
 
 
 _PER_TOKEN = ("token_ids", "position_ids", "loss_mask", "advantages", "rollout_logprobs")
-_OPTIONAL = ("old_logprobs", "ref_logprobs")
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "policy_versions")
 _APART = ("cu_seqlens", "rollout_index", "routing")  # a test holds that these are all of PackedBatch
 
 

@@ -114,7 +114,9 @@ class PackedBatch:
 
     cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its
     place in the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T]
-    float32 or None. routing: expert ids by input token, or None; when present, the learner replays it.
+    float32 or None. policy_versions [T] int32: completed optimiser steps of the weights that sampled the
+    token, -1 where no engine sampled it (a prompt's tokens, a tool's), or None where nobody recorded them.
+    routing: expert ids by input token, or None; when present, the learner replays it.
     """
 
     token_ids: torch.Tensor
@@ -126,6 +128,7 @@ class PackedBatch:
     rollout_index: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    policy_versions: torch.Tensor | None = None
     routing: RoutingTrace | None = None
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 from gspo_dist.config import CorrectionConfig
 from gspo_dist.metrics.stat import Stat
-from gspo_dist.objectives import mismatch
+from gspo_dist.objectives import mismatch, staleness
 from gspo_dist.objectives.aggregate import Denominators, Segments
 from gspo_dist.objectives.objective import Objective
 from gspo_dist.types import PackedBatch
@@ -33,6 +33,9 @@ class LossSpec:
     measure_mismatch: bool = False
     """Also return statistics of learner against engine, from old_logprobs where they were recomputed, else
     from this pass."""
+    policy_version: int | None = None
+    """The learner's at the start of the step: tokens of this version are fresh, and only they measure the
+    mismatch. The others measure staleness. None: every token counts as fresh."""
 
     def __post_init__(self) -> None:
         if self.own_mean and self.offset:
@@ -57,6 +60,34 @@ def trained_index(batch: PackedBatch) -> torch.Tensor:
             f"{which} of the micro-batch starts with a trained token; give it a prompt"
         )
     return index
+
+
+def lags_of(batch: PackedBatch, policy_version: int | None) -> torch.Tensor | None:
+    """[T] int64: optimiser steps from the weights that sampled a token to `policy_version`, 0 for tokens that
+    are not trained. None where every trained token is fresh.
+
+    Example: versions [-1, 8, 12] with the last two trained give [0, 4, 0] at version 12.
+    """
+    if policy_version is None or batch.policy_versions is None:
+        return None
+    lags = torch.where(batch.loss_mask, policy_version - batch.policy_versions.long(), 0)
+    return lags if bool(lags.any()) else None
+
+
+def fresh_part(
+    batch: PackedBatch, lags: torch.Tensor | None, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(which of the tokens at `index` are fresh, bool [N]; their sequences renumbered without gaps; how many
+    sequences those are).
+
+    Every context-parallel rank counts the sequences of the whole batch, so that their numbers agree.
+    Example: of sequences 0, 1, 2 only 0 and 2 have fresh tokens: they become 0 and 1, of 2.
+    """
+    fresh = batch.loss_mask if lags is None else batch.loss_mask & (lags == 0)
+    ids = batch.sequence_ids()
+    present = torch.unique(ids[fresh])
+    keep = fresh[index]
+    return keep, torch.searchsorted(present, ids[index][keep]), len(present)
 
 
 def micro_batch_loss(
@@ -119,8 +150,38 @@ def micro_batch_loss(
     stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)}
     if spec.measure_mismatch:
         learner = logprobs.detach() if batch.old_logprobs is None else old
-        stats |= mismatch.mismatch_stats(learner, rollout_logprobs, segments)
+        stats |= _against_engine(learner, rollout_logprobs, segments, batch, index, spec)
     return result.loss, stats
+
+
+def _against_engine(
+    learner: torch.Tensor,
+    engine: torch.Tensor,
+    segments: Segments,
+    batch: PackedBatch,
+    index: torch.Tensor,
+    spec: LossSpec,
+) -> dict[str, Stat]:
+    """Learner at the start of the step against engine, both [N]: mismatch of the fresh tokens, staleness of
+    the batch where others are among them.
+    """
+    lags = lags_of(batch, spec.policy_version)
+    if lags is None:
+        return mismatch.mismatch_stats(learner, engine, segments)
+    stats = staleness.staleness_stats(
+        learner - engine,
+        lags[index].to(learner.device),
+        segments,
+        torch.unique(lags[batch.loss_mask]).tolist(),
+        clip=spec.objective.clip,
+        sequence_level=spec.objective.spec.sequence_level,
+    )
+    keep, ids, count = fresh_part(batch, lags, index)
+    if count:
+        fresh = Segments(ids.to(learner.device), count, segments.all_reduce)
+        keep = keep.to(learner.device)
+        stats |= mismatch.mismatch_stats(learner[keep], engine[keep], fresh)
+    return stats
 
 
 def _refuse_non_finite(logprobs: torch.Tensor, ids: torch.Tensor, batch: PackedBatch) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 PLACEHOLDERS = {
     "index": (r"\d+", "number of the mini-batch within its step, from 0"),
     "layer": (r"\d+", "number of the MoE layer, from 0"),
+    "lag": (r"\d+", "optimiser steps from the policy that sampled a token to the step's start"),
     "k": (r"\d+", "number of completions"),
     "percent": (r"\d+", "percent of the sequences at or below the value"),
     "suite": (r"[^/]+", "name of the evaluation"),
@@ -51,6 +52,7 @@ GUARDED = "objectives with a clip, unless `objective.guard.action=off`"
 PROBED = "steps whose weight sync is probed (`rollout.weight_sync.probe_every`)"
 EVALUATED = "steps with an evaluation (`evaluation.every`, the first and the last)"
 REFERENCE = "runs with a KL term (`objective.kl_coef`)"
+STALE = "steps with tokens of an older policy (`rollout.steps_ahead` above 0)"
 CORRECTED = "runs with a mismatch correction (`objective.correction`)"
 
 # One entry is one or two lines here; the formatter would make four of it.
@@ -69,6 +71,13 @@ SECTIONS = (
                "Groups whose rewards are all equal. Such a group has zero advantages and teaches nothing."),
         Metric("rollout/staleness", "optimiser steps",
                "Policy version of the learner before the update, minus the oldest version in the batch."),
+        Metric("rollout/staleness_mean", "optimiser steps", "The same, mean over trained tokens."),
+        Metric("rollout/staleness_publications", "publications",
+               "Weight syncs between the oldest token and the update: at most `rollout.steps_ahead`."),
+        Metric("rollout/versions_per_completion", "versions",
+               "Policies that sampled a completion, mean over completions. Above 1, some went on over a "
+               "weight sync."),
+        Metric("rollout/versions_per_completion_max", "versions", "The same, of the completion with most."),
         Metric("reward/{part}", "as the reward function says",
                "Mean of a named part of the reward; a rollout without it counts as 0.",
                "rewards that give parts"),
@@ -156,18 +165,37 @@ SECTIONS = (
     Section("Guard over the engine's log-probs", "trainer/guard.py", (
         Metric("guard/offset", "nats per token",
                "Mean over sequences of the mean log ratio in the first mini-batch, before the policy moves: "
-               "what the mismatch puts on every sequence."),
+               "what the mismatch puts on every sequence. Tokens of older policies are left out."),
         Metric("guard/offset_standard_error", "nats per token", "Standard error of `guard/offset`."),
         Metric("guard/offset_clip_widths", "clip widths",
                "`guard/offset` in widths of the clip on its side. Beyond 1 in size, the mean sequence is "
                "clipped before the policy has moved.", GUARDED),
+        Metric("guard/from_probe", "0 or 1",
+               "1 when no token was fresh, so that `guard/offset` is of the newest publication's probe."),
         Metric("guard/active", "0 or 1", "1 while the guard acts, or warns.", GUARDED),
         Metric("guard/applied_offset", "nats per token",
                "What the guard has decided to take out of the log ratios; 0 unless it recentres.", GUARDED),
     )),
+    Section("Staleness: older policies against the learner's", "objectives/staleness.py", (
+        Metric("staleness/token_fraction", "share",
+               "Trained tokens that an older policy sampled than the one the step starts from.", STALE),
+        Metric("staleness/log_ratio_mean", "nats per token",
+               "Mean over sequences with such tokens of their mean log ratio: the learner at the start of "
+               "the step against the engine. The mismatch is in it too.", STALE),
+        Metric("staleness/log_ratio_std", "nats per token",
+               "Standard deviation over sequences of the same.", STALE),
+        Metric("staleness/log_ratio_mean/lag_{lag}", "nats per token",
+               "The same over the tokens of one lag: what so many optimiser steps have moved the policy.",
+               STALE),
+        Metric("staleness/outside_clip_fraction", "share",
+               "Sequences (tokens, for an objective on token ratios) whose ratio to the engine's log-probs "
+               "lies outside of the clip before the update.",
+               STALE + ", objectives with a clip"),
+    )),
     Section("Mismatch between engine and learner", "objectives/mismatch.py", (
         Metric("mismatch/kl", "nats per token",
-               "Mean of `rollout_logprobs - logprobs` at the same weights: KL(engine to learner) by k1."),
+               "Mean of `rollout_logprobs - logprobs` at the same weights: KL(engine to learner) by k1. "
+               "A step without a fresh token has none of these keys."),
         Metric("mismatch/k3_kl", "nats per token", "The same KL by k3, which is never negative."),
         Metric("mismatch/chi2_token", "1", "Mean of the squared token ratio, minus 1."),
         Metric("mismatch/chi2_sequence", "1", "Mean over sequences of the squared product ratio, minus 1."),

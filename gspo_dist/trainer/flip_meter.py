@@ -1,8 +1,9 @@
 """Live routing flips of a step, on a small sample of its rollouts, whether or not replay is on.
 
-engine: the experts that the engine used while sampling against the learner's before the update. update: the
-learner's experts before the step against those after each mini-batch. The paper's "about 10%" (GSPO, section
-5.3) is that comparison after one update.
+engine: the experts that the engine used while sampling against the learner's before the update, on
+completions that the same weights sampled from their first token to their last. Older ones differ because the
+policy has moved, which is no fault of the engine. update: the learner's experts before the step against those
+after each mini-batch. The paper's "about 10%" (GSPO, section 5.3) is that comparison after one update.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from gspo_dist.config import FlipsConfig
 from gspo_dist.learners.group import LearnerGroup
+from gspo_dist.learners.loss import lags_of
 from gspo_dist.metrics.heatmap import draw_heatmap
 from gspo_dist.metrics.stat import results
 from gspo_dist.packing import MicroBatches, MiniBatch
@@ -131,16 +133,21 @@ class FlipMeter:
         return paths
 
     def _against_engine(self, rollouts: Sequence[Rollout]) -> FlipStats | None:
-        """The engine's routes against the learner's; None where the engine recorded none."""
+        """The engine's routes against the learner's; None where the engine recorded none, or where no
+        completion of the sample is of the learner's own version.
+        """
         parts = []
         for batch, output in self._paired(self.before):
-            traces = [rollouts[i].completion.routing for i in batch.rollout_index.tolist()]
-            recorded = [trace for trace in traces if trace is not None]
-            if len(recorded) < len(traces):
-                return None
-            if batch.loss_mask.any():
-                parts.append(flip_stats(RoutingTrace.concat(recorded), _trace(output)))
-        return _total(parts)
+            lags = lags_of(batch, self.learner.policy_version)
+            for sequence, place in enumerate(batch.rollout_index.tolist()):
+                recorded = rollouts[place].completion.routing
+                if recorded is None:
+                    return None
+                rows = batch.rows(sequence)
+                fresh = lags is None or not lags[rows].any()
+                if fresh and batch.has_trained_tokens(sequence):  # not the copies that fill idle replicas
+                    parts.append(flip_stats(recorded, _trace(output)[rows]))
+        return _total(parts) if parts else None
 
     def _paired(self, outputs: Outputs) -> Iterator[tuple[PackedBatch, LogprobOutput]]:
         """Each micro-batch of the sample with its output."""

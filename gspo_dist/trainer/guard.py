@@ -4,6 +4,10 @@ does about it.
 With old log-probs from the engine, the mean log ratio of the first mini-batch is what the mismatch engine /
 learner puts on every sequence ratio: the policy has not moved yet (objectives/offset.py has the theory). The
 guard warns, recentres later mini-batches, or asks for recomputation, as `objective.guard` says.
+
+Only fresh tokens say that: those which the weights that the learner starts the step from have sampled. In a
+batch without any, the guard takes the newest probe of a publication (publisher.py), where both sides have one
+version too. What older tokens say is staleness (objectives/staleness.py), and never reaches the guard.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 
 from gspo_dist.config import ObjectiveConfig
 from gspo_dist.learners.group import LearnerGroup
-from gspo_dist.learners.loss import LossSpec, trained_index
+from gspo_dist.learners.loss import LossSpec, fresh_part, lags_of, trained_index
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.aggregate import Segments
 from gspo_dist.objectives.objective import Objective
@@ -31,7 +35,7 @@ from gspo_dist.objectives.offset import (
 )
 from gspo_dist.packing import MicroBatches, MiniBatch, with_traces
 from gspo_dist.probes import take_sequences
-from gspo_dist.types import Rollout
+from gspo_dist.types import PackedBatch, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,11 @@ class OffsetGuard:
         self.guard = make_guard(config.guard, objective.clip)
         self.decision = GuardDecision("none", 0.0, False, "no measurement yet")
         self.measured: OffsetEstimate | None = None
-        """The offset of this step's first mini-batch."""
+        """The offset of this step's first mini-batch, or of the newest probe."""
+        self.from_probe = False
+        """Whether it is the probe's."""
+        self.policy_version: int | None = None
+        """The learner's at the start of the step."""
         self.decided = False
         """Whether this step's measurement reached the guard."""
 
@@ -74,9 +82,12 @@ class OffsetGuard:
         """Forgets the last step's measurement. The estimator `subset` measures now, by one
         small forward pass.
         """
-        self.measured, self.decided = None, False
+        self.measured, self.decided, self.from_probe = None, False, False
+        self.policy_version = self.learner.policy_version
         if self.config.old_logprobs != "recompute" and self._measures_subset():
-            self._decide(self._subset_offset(mini_batches, rollouts, step))
+            subset = self._subset_offset(mini_batches, rollouts, step)
+            if subset is not None:
+                self._decide(subset)
 
     def loss_spec(self, mini: MiniBatch, index: int, *, recomputed: bool) -> LossSpec:
         """The loss of mini-batch `index` of this step; recentred while the guard acts by recentring.
@@ -85,10 +96,16 @@ class OffsetGuard:
         """
         recentring = not recomputed and self.decision.action == "recentre"
         smallest = min(batch.num_sequences for batch in mini.batches())
+        fresh = all(lags_of(batch, self.policy_version) is None for batch in mini.batches())
         # The estimator `batch` does not know this step's offset before its first forward pass, so the first
-        # mini-batch is recentred by its own mean, where it has sequences enough.
+        # mini-batch is recentred by its own mean, where it has sequences enough. Older tokens would put the
+        # policy's own movement into that mean.
         own_mean = (
-            recentring and index == 0 and self.config.guard.estimator == "batch" and smallest >= OWN_MEAN_FROM
+            recentring
+            and index == 0
+            and fresh
+            and self.config.guard.estimator == "batch"
+            and smallest >= OWN_MEAN_FROM
         )
         return LossSpec(
             self.objective,
@@ -97,20 +114,25 @@ class OffsetGuard:
             offset=self.decision.offset if recentring and not own_mean else 0.0,
             own_mean=own_mean,
             measure_mismatch=recomputed or index == 0,
+            policy_version=self.policy_version,
         )
 
-    def observe(self, stats: Mapping[str, Stat], index: int) -> None:
+    def observe(self, stats: Mapping[str, Stat], index: int, probe: OffsetEstimate | None = None) -> None:
         """Takes in a mini-batch's statistics. Only the first one's offset is mismatch: after it the
         policy has moved.
+
+        probe: of the publication that this step started from; None where that was not probed. It stands in
+        for a mini-batch without a fresh token.
         """
-        if index != 0 or "mismatch/log_ratio_mean" not in stats:
+        if index != 0:
             return
-        self.measured = offset_from_moments(
-            stats["mismatch/log_ratio_mean"].result(),
-            stats["mismatch/log_ratio_square"].result(),
-            round(float(stats["objective/sequences"].result())),
-        )
-        if not self._measures_subset():
+        mean = stats.get("mismatch/log_ratio_mean")
+        if mean is not None:
+            square, sequences = stats["mismatch/log_ratio_square"], round(float(mean.weight))
+            self.measured = offset_from_moments(mean.result(), square.result(), sequences)
+        elif probe is not None:
+            self.measured, self.from_probe = probe, True
+        if self.measured is not None and not (self._measures_subset() and self.decided):
             self._decide(self.measured)
 
     def metrics(self) -> dict[str, float]:
@@ -119,6 +141,7 @@ class OffsetGuard:
         if self.measured is not None:
             out["guard/offset"] = self.measured.offset
             out["guard/offset_standard_error"] = self.measured.standard_error
+            out["guard/from_probe"] = float(self.from_probe)
             if self.guard is not None:
                 out["guard/offset_clip_widths"] = self.guard.clip.widths(self.measured.offset)
         if self.decided and self.guard is not None:
@@ -154,9 +177,14 @@ class OffsetGuard:
 
     def _subset_offset(
         self, mini_batches: Sequence[MiniBatch], rollouts: Sequence[Rollout], step: int
-    ) -> OffsetEstimate:
-        """The exact offset on a random subset of the batch's sequences: one small forward pass."""
-        population = [pick for mini in mini_batches for pick in mini.sequences()]
+    ) -> OffsetEstimate | None:
+        """The exact offset on a random subset of the sequences with fresh tokens: one small forward pass.
+
+        None where there is no such sequence.
+        """
+        population = [pick for mini in mini_batches for pick in mini.sequences() if self._has_fresh(*pick)]
+        if not population:
+            return None
         seed = self.seed * SUBSET_SEED_STRIDE + step - 1
         chosen = choose_subset(len(population), self.config.guard.subset_fraction, seed)
         sample = take_sequences([population[i] for i in chosen], replicas=mini_batches[0].replicas)
@@ -166,16 +194,20 @@ class OffsetGuard:
         return batch_offset(segments.mean(learner - engine).tolist(), population=len(population))
 
     def _paired_logprobs(self, sample: MicroBatches) -> tuple[torch.Tensor, torch.Tensor, Segments]:
-        """(learner's log-probs [N], engine's [N], their sequences) over all trained tokens of the sample."""
+        """(learner's log-probs [N], engine's [N], their sequences) over all fresh tokens of the sample."""
         learner, engine, sequences, count = [], [], [], 0
         for batches, outputs in zip(sample, self.learner.logprobs(sample), strict=True):
             for batch, output in zip(batches, outputs, strict=True):
                 index = trained_index(batch)
-                # Sequences are renumbered without gaps: fillers have no trained token, and Segments
-                # wants none empty.
-                present, dense = torch.unique(batch.sequence_ids()[index], return_inverse=True)
-                learner.append(output.logprobs[index].double())
-                engine.append(batch.rollout_logprobs[index].double())
+                # Renumbered without gaps: fillers have no trained token, and Segments wants none empty.
+                keep, dense, present = fresh_part(batch, lags_of(batch, self.policy_version), index)
+                learner.append(output.logprobs[index][keep].double())
+                engine.append(batch.rollout_logprobs[index][keep].double())
                 sequences.append(dense + count)
-                count += len(present)
+                count += present
         return torch.cat(learner), torch.cat(engine), Segments(torch.cat(sequences), count)
+
+    def _has_fresh(self, batch: PackedBatch, sequence: int) -> bool:
+        """Whether the policy that the step starts from sampled a trained token of the sequence."""
+        rows, lags = batch.rows(sequence), lags_of(batch, self.policy_version)
+        return lags is None or bool((batch.loss_mask[rows] & (lags[rows] == 0)).any())

@@ -95,7 +95,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
                 stats.append(run.learner.forward_backward(routed, spec))
                 optim.append(run.learner.optim_step())
             del routed  # its copy of the traces; the rollouts hold the batch's
-            run.guard.observe(stats[-1], index)
+            run.guard.observe(stats[-1], index, run.publisher.probed_offset)
             with run.clock("flips"):
                 run.flips.after_mini_batch(index)
         run.flips.finish_step()
@@ -103,7 +103,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
     mode = run.config.objective.routing_replay
     replay = step_metrics.replay_metrics(mode, mini_batches, rollouts, recomputed=run.old_logprobs.recomputed)
     return StepMetrics(
-        rollouts=step_metrics.rollout_metrics(rollouts, advantages, policy_version),
+        rollouts=step_metrics.rollout_metrics(rollouts, advantages, policy_version, run.config.mini_batches),
         packing=step_metrics.packing_metrics(mini_batches, run.config.learner.token_budget),
         update=step_metrics.update_metrics(stats, optim),
         old_logprobs=run.old_logprobs.metrics() | run.guard.metrics(),

@@ -13,6 +13,7 @@ import numpy as np
 
 from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.group import LearnerGroup
+from gspo_dist.objectives.offset import OffsetEstimate, batch_offset
 from gspo_dist.packing import unpack
 from gspo_dist.probes import from_sequences
 from gspo_dist.rollout.pool import RolloutPool
@@ -78,6 +79,11 @@ class WeightPublisher:
         """Publications of the whole run, over its interruptions."""
         self.probed = False
         """Whether this process has probed: the first publication always is, whatever the schedule says."""
+        self.probed_offset: OffsetEstimate | None = None
+        """Mean log ratio, learner minus engine, of the newest publication's probe. None where it had none.
+
+        Its sequences are older than the weights. So it says how far apart the two compute, and is not the -KL
+        that fresh samples have on average."""
 
     def publish(self, probe: Sequence[ProbeSequence]) -> dict[str, float]:
         """Sends the current weights to all engines, checks what arrived, and probes when it is due.
@@ -91,6 +97,7 @@ class WeightPublisher:
         due = not self.probed or bool(every and self.published % every == 0)
         kept = self._cut(probe) if due else []
         ours = learner_logprobs(self.learner, kept, self.replicas) if kept else []
+        self.probed_offset = None
         if self.colocated:
             # Nothing of the learner runs before the next rollouts, so its GPU memory becomes the KV cache's.
             self.learner.empty_cache()
@@ -137,7 +144,7 @@ class WeightPublisher:
     def _compare(self, kept: Sequence[ProbeSequence], ours: Sequence[np.ndarray]) -> dict[str, float]:
         """The engines' log-probs of the same completions: proves what they compute, not only what arrived."""
         answers = self.pool.logprobs_of([tokens for tokens, _ in kept], self.config.timeout_s)
-        means, largest = [], []
+        means, largest, offsets = [], [], []
         for engine, logprobs in answers.items():
             # Entry i of an engine's answer speaks of token i + 1, because nothing predicts the first token.
             theirs = [row[max(1, start) - 1 :] for row, (_, start) in zip(logprobs, kept, strict=True)]
@@ -150,4 +157,6 @@ class WeightPublisher:
             )
             means.append(mean)
             largest.append(most)
+            offsets += [float(np.mean(o - t)) for o, t in zip(ours, theirs, strict=True)]
+        self.probed_offset = batch_offset(offsets)
         return {"sync/probe_mean_abs": max(means), "sync/probe_max_abs": max(largest)}

@@ -41,7 +41,7 @@ class StepMetrics:
     packing: Metrics
     """packing/*: how the batch fills its micro-batches."""
     update: Metrics
-    """objective/*, mismatch/*, learner/*: the mini-batches of learning."""
+    """objective/*, mismatch/*, staleness/*, learner/*: the mini-batches of learning."""
     old_logprobs: Metrics
     """old_logprobs/* and guard/*: where the old log-probs came from, and their offset."""
     routing: Metrics
@@ -69,18 +69,14 @@ class StepMetrics:
 
 
 def rollout_metrics(
-    rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version: int
+    rollouts: Sequence[Rollout], advantages: np.ndarray, policy_version: int, mini_batches: int = 1
 ) -> dict[str, float]:
     """rollout/*, reward/* and advantage/* of a batch. policy_version: the learner's, before it learns
-    from the batch.
-
-    rollout/staleness is that version less the oldest version that sampled a token of the batch,
-    in optimiser steps.
+    from the batch. mini_batches: optimiser steps from one publication to the next.
     """
     rewards = np.array([r.reward for r in rollouts])
     lengths = np.array([len(r.completion) for r in rollouts])
     truncated = np.array([r.completion.finish_reason == "length" for r in rollouts])
-    oldest = min(int(r.completion.policy_versions.min()) for r in rollouts)
     out = {
         "rollout/reward_mean": float(rewards.mean()),
         "rollout/reward_std": float(rewards.std()),
@@ -90,8 +86,8 @@ def rollout_metrics(
         "rollout/degenerate_group_fraction": degenerate_group_share(
             rewards, np.array([r.group_id for r in rollouts])
         ),
-        "rollout/staleness": float(policy_version - oldest),
     }
+    out |= age_metrics(rollouts, policy_version, mini_batches)
     out |= advantage_statistics(advantages)
     out |= length_by_outcome(lengths, rewards >= CORRECT_AT)
     for key in sorted({key for r in rollouts for key in r.reward_parts}):
@@ -99,6 +95,25 @@ def rollout_metrics(
         name = f"reward/{key}_fraction" if key in ("timeout", "crash") else f"reward/{key}"
         out[name] = float(np.mean([r.reward_parts.get(key, 0.0) for r in rollouts]))
     return out
+
+
+def age_metrics(rollouts: Sequence[Rollout], policy_version: int, mini_batches: int) -> dict[str, float]:
+    """How old the batch's trained tokens are when the learner, at `policy_version`, begins to learn.
+
+    A tool's tokens have no age. Example: versions [4, 4, 8] of a completion at version 12 with 4 mini-batches
+    are 8, 8 and 4 optimiser steps old: two publications at most, two versions in the completion.
+    """
+    versions = [r.completion.policy_versions[r.completion.loss_mask] for r in rollouts]
+    ages = policy_version - np.concatenate(versions)
+    each = [len(np.unique(v)) for v in versions]
+    return {
+        "rollout/staleness": float(ages.max()),
+        "rollout/staleness_mean": float(ages.mean()),
+        # Rounded up: a run that was resumed with other mini-batches has publications of either size.
+        "rollout/staleness_publications": float(-(-int(ages.max()) // mini_batches)),
+        "rollout/versions_per_completion": float(np.mean(each)),
+        "rollout/versions_per_completion_max": float(max(each)),
+    }
 
 
 def packing_metrics(mini_batches: Sequence[MiniBatch], token_budget: int) -> dict[str, float]:
@@ -114,7 +129,7 @@ def packing_metrics(mini_batches: Sequence[MiniBatch], token_budget: int) -> dic
 def update_metrics(
     by_mini_batch: Sequence[Mapping[str, Stat]], optim: Sequence[OptimStep]
 ) -> dict[str, float]:
-    """objective/*, mismatch/* and learner/* over the mini-batches of a step: their statistics
+    """objective/*, mismatch/*, staleness/* and learner/* over the mini-batches of a step: their statistics
     and optimiser steps.
 
     Clip fractions are also reported by mini-batch, because off-policyness grows with its index.
@@ -136,6 +151,9 @@ def update_metrics(
     )
     out["objective/log_ratio_mean"] = mean
     out["objective/log_ratio_std"] = math.sqrt(max(square - mean * mean, 0.0))
+    if "staleness/log_ratio_mean" in out:
+        mean, square = out["staleness/log_ratio_mean"], out.pop("staleness/log_ratio_square")
+        out["staleness/log_ratio_std"] = math.sqrt(max(square - mean * mean, 0.0))
     if any(name.startswith("mismatch/") for name in stats):
         out |= mismatch_metrics({n: s for n, s in stats.items() if n.startswith(("mismatch/", "moment/"))})
     for index, own in enumerate(by_mini_batch):

@@ -4,13 +4,15 @@ denominators are global.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_dist.packing import balanced_bins, pack, split_mini_batches, unpack
+from gspo_dist.packing import balanced_bins, pack, pack_sequences, split_mini_batches, unpack
 from gspo_dist.probes import from_sequences, take_sequences
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, LogprobOutput, Prompt, Rollout
@@ -60,6 +62,21 @@ def test_worked_example_of_the_alignment():
         mini.denominators.tokens,
         mini.denominators.max_completion_length,
     ) == (2, 4, 8)
+
+
+def test_every_trained_token_keeps_the_version_that_sampled_it():
+    """A prompt's tokens have none, and a tool's have none, whatever the engine wrote there."""
+    first, second = rollout(0, 2, 2), rollout(1, 1, 3, mask=[True, False, True])
+    dated = [
+        replace(r, completion=replace(r.completion, policy_versions=np.array(v, np.int32)))
+        for r, v in ((first, [8, 12]), (second, [4, 9, 12]))
+    ]
+    batch = pack_sequences(dated, [1.0, 1.0], [1, 0])
+    assert batch.policy_versions.tolist() == [-1, 4, -1, 12, -1, -1, 8, 12]
+    assert batch.policy_versions.dtype == torch.int32
+    assert dated[0].num_tokens == 4  # and the versions take part in what samples of a batch cut and join
+    (joined,), *_ = take_sequences([(batch, 1), (batch, 0)], replicas=1)
+    assert joined.policy_versions.tolist() in ([-1, -1, 8, 12, -1, 4, -1, 12], batch.policy_versions.tolist())
 
 
 @settings(deadline=None, max_examples=60)

@@ -29,7 +29,7 @@ def rollout(
     prompt: Sequence[int] = (1, 2),
     tokens: Sequence[int] = (5, 6, 7),
     logprob: float = -1.0,
-    version: int = 0,
+    version: int = 3,
     finish: str = "stop",
     parts: dict[str, float] | None = None,
     routing: RoutingTrace | None = None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from gspo_dist.config import FlipsConfig
@@ -50,6 +53,22 @@ def test_flips_against_the_engine_before_the_update():
     out = measured(meter(learner), learner, rollouts)
     assert out["routing/engine/flip_fraction"] == 0.25
     assert out["routing/engine/token_flip_fraction"] == 0.5
+
+
+def test_completions_of_older_policies_say_nothing_of_the_engine():
+    """The learner, at version 3, says expert 3. What versions 2 and 1 used differs: the policy has moved."""
+    learner = Moving()
+    mixed = rollout(2, routing=trace(5, 7))
+    versions = np.array([2, 3, 3], np.int32)  # it went on over a publication: only its end is fresh
+    mixed = replace(mixed, completion=replace(mixed.completion, policy_versions=versions))
+    rollouts = [rollout(0, routing=trace(5, 3)), rollout(1, routing=trace(5, 7), version=1), mixed]
+    out = measured(meter(learner), learner, rollouts)
+    assert out["routing/engine/flip_fraction"] == 0.0
+    fresh = measured(meter(learner := Moving()), learner, [rollout(0, routing=trace(5, 4))])
+    assert fresh["routing/engine/flip_fraction"] == 0.5
+    out = measured(meter(learner := Moving()), learner, rollouts[1:])
+    assert not any(name.startswith("routing/engine") for name in out)
+    assert out["routing/update/flip_fraction/mini_batch_0"] == 0.5  # the update's are measured all the same
 
 
 def test_one_rollout_without_a_trace_leaves_the_engine_out():

@@ -11,6 +11,7 @@ import torch
 from gspo_dist.config import GuardConfig, ObjectiveConfig
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.objective import get_objective
+from gspo_dist.objectives.offset import batch_offset
 from gspo_dist.trainer.guard import OWN_MEAN_FROM, SUBSET_SEED_STRIDE, OffsetGuard
 from tests.unit.trainer.small import BookLearner, packed, rollout, trace
 
@@ -134,7 +135,7 @@ def test_it_asks_for_recomputation_until_the_offset_is_small_again(caplog):
 def test_an_objective_without_a_clip_reports_the_offset_and_decides_nothing():
     g = guard(objective="reinforce", action="warn")
     g.observe(measured(-1.5e-3), 0)
-    assert set(g.metrics()) == {"guard/offset", "guard/offset_standard_error"}
+    assert set(g.metrics()) == {"guard/offset", "guard/offset_standard_error", "guard/from_probe"}
 
 
 def test_the_subset_is_measured_exactly_before_the_update():
@@ -228,3 +229,79 @@ def test_a_resumed_guard_decides_as_if_it_had_not_stopped():
         g.observe(measured(-0.9e-3), 0)
     assert b.metrics() == a.metrics()
     assert b.state_dict() == a.state_dict()
+
+
+def stale(*versions: int):
+    """Rollouts of three tokens, each of one version: learner -1.002 against the engine's -1."""
+    return [rollout(i, version=version) for i, version in enumerate(versions)]
+
+
+def test_a_batch_without_a_fresh_token_is_judged_by_the_probe():
+    """The statistics of older tokens say that the policy moved; the probe says 4e-4 nats, 1.3 clip widths."""
+    g = guard(action="warn")
+    probe = batch_offset([-3.9e-4, -4.1e-4])
+    g.observe({"staleness/log_ratio_mean": measured(-0.03)["mismatch/log_ratio_mean"]}, 0, probe)
+    out = g.metrics()
+    assert out["guard/offset"] == pytest.approx(-4e-4, rel=1e-9)
+    assert out["guard/offset_clip_widths"] == pytest.approx(-4e-4 / 3.00045e-4, rel=1e-5)
+    assert (out["guard/from_probe"], out["guard/active"]) == (1.0, 1.0)
+
+
+def test_fresh_tokens_come_before_the_probe():
+    g = guard(action="warn")
+    g.observe(measured(-1.5e-3), 0, batch_offset([0.1, 0.1]))
+    assert g.metrics()["guard/offset"] == pytest.approx(-1.5e-3, rel=1e-12)
+    assert g.metrics()["guard/from_probe"] == 0.0
+
+
+def test_with_neither_the_guard_keeps_its_decision_and_reports_nothing():
+    g = guard(action="recentre")
+    g.observe(measured(-1.5e-3), 0)
+    g.begin_step([], [], 2)
+    g.observe({}, 0)
+    assert g.metrics() == {}
+    assert spec_of(g, 1).offset == pytest.approx(-1.5e-3, rel=1e-12)
+
+
+def test_the_error_of_a_measurement_counts_the_sequences_that_were_measured():
+    """Two fresh sequences in a mini-batch of four: a spread of 2e-4 is an error of 2e-4 / sqrt 2."""
+    g = guard(action="warn")
+    stats = measured(-1.5e-3, 1.5e-3**2 + 2e-8, 2)
+    stats["objective/sequences"] = measured(0.0)["objective/sequences"]
+    g.observe(stats, 0)
+    assert g.metrics()["guard/offset_standard_error"] == pytest.approx(2e-4 / 2**0.5, rel=1e-5)
+
+
+def test_the_own_mean_is_taken_only_of_fresh_mini_batches():
+    """Older tokens would put the policy's own movement into it."""
+    g = guard(action="recentre", estimator="batch")
+    g.observe(measured(-1.5e-3), 0)
+    g.policy_version = 3
+    many = [rollout(i, group=i, tokens=(5,), prompt=(1,)) for i in range(OWN_MEAN_FROM)]
+    old = [*many[1:], rollout(0, group=0, tokens=(5,), prompt=(1,), version=1)]
+    for rollouts, own in ((many, True), (old, False)):
+        (mini,) = packed(rollouts)
+        spec = g.loss_spec(mini, 0, recomputed=False)
+        assert (spec.own_mean, spec.policy_version) == (own, 3)
+        assert spec.offset == pytest.approx(0.0 if own else -1.5e-3, rel=1e-12)
+
+
+def test_the_subset_is_drawn_from_fresh_sequences():
+    """The learner, at version 3, says -1.002 of what version 3 sampled and -1.5 of what is older."""
+
+    def logprob(batch):
+        return torch.where(batch.policy_versions == 3, -1.002, -1.5)
+
+    g = guard(BookLearner(logprob), action="recentre", estimator="subset", subset_fraction=1.0)
+    rollouts = stale(3, 1, 3, 0)
+    g.begin_step(packed(rollouts), rollouts, 1)
+    assert g.decision.offset == pytest.approx(-0.002, rel=1e-4)
+
+
+def test_a_subset_of_nothing_leaves_the_decision_to_the_probe():
+    g = guard(BookLearner(-1.5), action="recentre", estimator="subset", subset_fraction=1.0)
+    rollouts = stale(1, 0)
+    g.begin_step(packed(rollouts), rollouts, 1)
+    assert not g.decided
+    g.observe({}, 0, batch_offset([-1e-3, -1e-3]))
+    assert g.decision.offset == pytest.approx(-1e-3, rel=1e-12)

@@ -93,6 +93,22 @@ def test_a_good_publication_in_order():
     assert publisher.published == 1
 
 
+def test_the_probe_measures_the_offset_of_learner_and_engines_at_the_same_weights():
+    """Learner -1.002; engine 0 says -1, engine 1 says -1.004: +-.002 on four sequences of each, mean 0."""
+    pool = Engines()
+    pool.logprob |= {"engine-1": -1.004}
+    publisher = make(pool, logprob=-1.002, probe_every=2)
+    publisher.publish(probe())
+    assert publisher.probed_offset.offset == pytest.approx(0.0, abs=1e-6)
+    assert publisher.probed_offset.spread == pytest.approx(0.002 * (8 / 7) ** 0.5, rel=1e-3)
+    assert publisher.probed_offset.sequences == 8
+    pool.logprob = dict.fromkeys(pool.logprob, -1.0)
+    publisher.publish(probe())  # not due: the old probe says nothing of these weights
+    assert publisher.probed_offset is None
+    publisher.publish(probe())
+    assert publisher.probed_offset.offset == pytest.approx(-0.002, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("receipt", "message"),
     [

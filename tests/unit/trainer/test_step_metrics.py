@@ -55,6 +55,36 @@ def test_a_batch_described_by_hand():
     assert "reward/timeout" not in out
 
 
+def dated(index, versions, mask=None):
+    """A rollout whose tokens are of these versions."""
+    r = rollout(index, tokens=[5] * len(versions))
+    changes = {"policy_versions": np.array(versions, np.int32)}
+    if mask is not None:
+        changes["loss_mask"] = np.array(mask)
+    return replace(r, completion=replace(r.completion, **changes))
+
+
+def test_the_age_of_a_batch_is_counted_over_its_trained_tokens():
+    """Version 12 with 4 mini-batches: ages 8 8 4 | 0 0. A tool's token, of version 0, has none."""
+    rollouts = [dated(0, [4, 4, 0, 8], [True, True, False, True]), dated(1, [12, 12])]
+    out = rollout_metrics(rollouts, np.zeros(2), 12, mini_batches=4)
+    assert out["rollout/staleness"] == 8.0
+    assert out["rollout/staleness_mean"] == (8 + 8 + 4) / 5
+    assert out["rollout/staleness_publications"] == 2.0
+    assert out["rollout/versions_per_completion"] == 1.5
+    assert out["rollout/versions_per_completion_max"] == 2.0
+    assert rollout_metrics(rollouts, np.zeros(2), 12, mini_batches=3)["rollout/staleness_publications"] == 3.0
+
+
+def test_the_spread_of_staleness_is_logged_and_not_its_square():
+    minis = first_and_second()
+    minis[0] |= {"staleness/log_ratio_mean": mean(-0.3, 4), "staleness/log_ratio_square": mean(0.25, 4)}
+    out = update_metrics(minis, [OptimStep(1.0, 0.1, 1), OptimStep(1.0, 0.1, 2)])
+    assert out["staleness/log_ratio_mean"] == pytest.approx(-0.3, rel=1e-12)
+    assert out["staleness/log_ratio_std"] == pytest.approx(0.4, rel=1e-12)
+    assert "staleness/log_ratio_square" not in out
+
+
 def test_only_a_reward_of_one_counts_as_right():
     rollouts = [rollout(0, reward=0.99, tokens=[5] * 2), rollout(1, reward=1.0, tokens=[5] * 6)]
     out = rollout_metrics(rollouts, np.zeros(2), 0)
