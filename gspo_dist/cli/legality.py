@@ -11,6 +11,7 @@ def main(args: Sequence[str]) -> None:
     """Prints the table and its rules."""
     if args:
         fail(f"gspo legality takes no arguments: got {args[0]!r}", 2)
+    from gspo_dist.objectives.age_rules import format_rules
     from gspo_dist.objectives.legality import format_table
 
-    print(format_table())
+    print(f"{format_table()}\n\n{format_rules()}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gspo_dist.checks import at_least, choose
-from gspo_dist.objectives import legality, specs
+from gspo_dist.checks import above, at_least, choose
+from gspo_dist.objectives import age_rules, legality, specs
 from gspo_dist.objectives.offset import GuardConfig
 
 
@@ -16,7 +16,7 @@ class CorrectionConfig:
 
     name: str = "none"
     """none | token_truncate | token_mask | sequence_truncate | sequence_mask |
-    geometric_reject | veto | opsm."""
+    geometric_reject | geometric_truncate | veto | opsm."""
     low: float | None = None
     """Lower bound (masks, geometric_reject, veto). Null: the default of objectives/specs.py, CORRECTIONS."""
     high: float | None = None
@@ -24,6 +24,23 @@ class CorrectionConfig:
 
     def __post_init__(self) -> None:
         specs.check_correction(self.name, low=self.low, high=self.high)
+
+
+@dataclass(frozen=True)
+class StalenessConfig:
+    """What a loss on the engine's log-probs does about tokens of older policies (objectives/staleness.py)."""
+
+    recentre: bool = False
+    """Take out of each token's log ratio the mean over the batch's tokens of the same age, always."""
+    clip_spreads: float = 0.0
+    """Widen the clip to this many sizes (root mean square over sequences) of the log ratio before learning.
+    0 leaves the clip as it is."""
+    clip_max: float = 0.01
+    """The widest clip_high that this may make; clip_low grows by the same factor."""
+
+    def __post_init__(self) -> None:
+        at_least("objective.staleness.clip_spreads", self.clip_spreads, 0.0)
+        above("objective.staleness.clip_max", self.clip_max, 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,8 @@ class ObjectiveConfig:
     """What to do when engine log-probs move the sequence ratio off centre."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Importance correction of the mismatch between learner and engine."""
+    staleness: StalenessConfig = field(default_factory=StalenessConfig)
+    """What the loss does about tokens of older policies, beside old_logprobs and correction."""
 
     def __post_init__(self) -> None:
         choose("objective.old_logprobs", self.old_logprobs, specs.OLD_LOGPROBS)
@@ -68,6 +87,16 @@ class ObjectiveConfig:
             guard_action=self.guard.action,
             aggregation=self.aggregation,
             advantage=self.advantage,
+            allow_wide_clip=self.allow_wide_clip,
+        )
+        age_rules.check(
+            self.name,
+            self.params,
+            old_logprobs=self.old_logprobs,
+            guard_action=self.guard.action,
+            recentre=self.staleness.recentre,
+            clip_spreads=self.staleness.clip_spreads,
+            clip_max=self.staleness.clip_max,
             allow_wide_clip=self.allow_wide_clip,
         )
 

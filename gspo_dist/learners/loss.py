@@ -12,6 +12,7 @@ from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives import mismatch, staleness
 from gspo_dist.objectives.aggregate import Denominators, Segments
 from gspo_dist.objectives.objective import Objective
+from gspo_dist.objectives.staleness import LagOffsets
 from gspo_dist.types import PackedBatch
 
 
@@ -27,6 +28,8 @@ class LossSpec:
     """Importance correction of the mismatch learner against engine."""
     offset: float = 0.0
     """Taken out of every log ratio before clipping, in nats."""
+    lag_offsets: LagOffsets | None = None
+    """Taken out of the log ratios of each lag, beside `offset`."""
     own_mean: bool = False
     """Take out the mean log ratio over the micro-batch's own sequences instead. Only for the first mini-batch
     of a step, where the policy has not moved yet: later that mean also contains what was learnt."""
@@ -130,9 +133,11 @@ def micro_batch_loss(
         high=spec.correction.high,
         logprobs=logprobs.detach(),
     )
-    offset = spec.offset
+    offset: float | torch.Tensor = spec.offset
     if spec.own_mean:
         offset = float(segments.mean(logprobs.detach() - old).mean())
+    if spec.lag_offsets is not None:
+        offset = offset + _offset_by_lag(logprobs.detach() - old, segments, batch, index, spec)
     result = spec.objective.loss(
         logprobs,
         old,
@@ -152,6 +157,20 @@ def micro_batch_loss(
         learner = logprobs.detach() if batch.old_logprobs is None else old
         stats |= _against_engine(learner, rollout_logprobs, segments, batch, index, spec)
     return result.loss, stats
+
+
+def _offset_by_lag(
+    log_ratio: torch.Tensor, segments: Segments, batch: PackedBatch, index: torch.Tensor, spec: LossSpec
+) -> torch.Tensor:
+    """What recentring by age takes out of each log ratio, [N]."""
+    assert spec.lag_offsets is not None
+    lags = lags_of(batch, spec.policy_version)
+    if lags is None:
+        lags = torch.zeros_like(batch.token_ids)
+    known = torch.unique(lags[batch.loss_mask]).tolist()
+    return staleness.offsets_by_lag(
+        log_ratio, lags[index].to(log_ratio.device), segments, known, spec.lag_offsets
+    )
 
 
 def _against_engine(

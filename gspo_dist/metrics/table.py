@@ -191,6 +191,12 @@ SECTIONS = (
                "Sequences (tokens, for an objective on token ratios) whose ratio to the engine's log-probs "
                "lies outside of the clip before the update.",
                STALE + ", objectives with a clip"),
+        Metric("staleness/ignored", "0 or 1",
+               "1 when the ratio ignores the age: recomputed old log-probs, and no correction weighs them "
+               "against the engine's.", STALE),
+        Metric("staleness/clip_scale", "ratio",
+               "How much wider the clip is than its own size, to follow the spread.",
+               "runs with `objective.staleness.clip_spreads`"),
     )),
     Section("Mismatch between engine and learner", "objectives/mismatch.py", (
         Metric("mismatch/kl", "nats per token",
@@ -243,6 +249,10 @@ SECTIONS = (
         Metric("routing/replay_bytes_per_token", "bytes per token", "The same, per token.", REPLAYED),
         Metric("routing/native_row_fraction", "share",
                "Tokens without a recorded route, which the learner routes itself.", REPLAYED),
+        Metric("routing/replay_mixed_fraction", "share",
+               "Completions whose tokens several policies sampled, each with its own routes: their replay is "
+               "exact for each token's moment and not for the prefix that later tokens saw.",
+               "runs with `objective.routing_replay=r3`"),
         Metric("routing/replay_recorded_bytes", "bytes", "Written where the experts are chosen.", REPLAYED),
         Metric("routing/replay_host_held_bytes", "bytes",
                "In host memory from recording to the last mini-batch.", REPLAYED),

@@ -69,7 +69,7 @@ def _one_value_per_sequence(objective: str) -> bool:
     return spec is not None and spec.aggregations == ("sequence_mean",)
 
 
-def _without_clip(objective: str) -> bool:
+def without_clip(objective: str) -> bool:
     """Whether a known objective has no hard clip: sapo, reinforce. A user's own: False."""
     spec = OBJECTIVE_SPECS.get(objective)
     return spec is not None and spec.clip is None
@@ -106,14 +106,14 @@ RULES: tuple[Rule, ...] = (
         "guard needs a clip",
         "the guard measures the offset in clip widths, and this objective has no clip",
         "set guard_action=off or warn",
-        lambda c: c.guard_action in ("recentre", "recompute") and _without_clip(c.objective),
+        lambda c: c.guard_action in ("recentre", "recompute") and without_clip(c.objective),
         ("guard_action", "objective"),
     ),
     Rule(
         "no product weight on a sequence objective",
         "the weight exp(sum) of a sequence shrinks like exp(-KL * length) while the objective's ratio is a "
         "geometric mean: at KL 1.5e-3 and 8,192 tokens it is about 5e-6, and the loss is gone",
-        "set correction=geometric_reject, token_truncate or token_mask",
+        "set correction=geometric_truncate, geometric_reject, token_truncate or token_mask",
         lambda c: (
             c.correction in ("sequence_truncate", "sequence_mask") and _one_value_per_sequence(c.objective)
         ),

@@ -2,6 +2,11 @@
 
 D_t = old_logprobs - rollout_logprobs (learner minus engine, same weights) and rho_t = exp(D_t). Tokens are
 samples of the engine. Exponents are held in [-20, 20].
+
+A correction takes D_t whatever it comes from. Where the engine sampled with older weights it also holds how
+far the policy has walked since (`staleness`), and a weight then makes the decoupled objective: the clip
+stands around the policy at the start of the update, and the weight says how likely that policy was to sample
+this.
 """
 
 from __future__ import annotations
@@ -49,6 +54,7 @@ def correction(
     sequence_truncate  w = min(prod rho, high)
     sequence_mask      w = prod rho, kept where low <= prod rho <= high
     geometric_reject   w = 1, sequence kept where low <= exp(mean D) <= high
+    geometric_truncate w = min(exp(mean D), high): the decoupled objective (arXiv 2505.24298) by sequence
     veto               w = 1, sequence dropped if any rho_t < low
     opsm               w = 1, sequence dropped if A < 0 and mean(rollout_logprobs - logprobs) > high
 
@@ -74,7 +80,7 @@ def correction(
         return Correction(ones, ~((advantages < 0) & (drift > bounds["high"])))
     if name.startswith("token_"):
         ratio = bounded_exp(delta)
-    elif name == "geometric_reject":
+    elif name.startswith("geometric_"):
         ratio = segments.expand(bounded_exp(segments.mean(delta)))
     else:
         ratio = segments.expand(bounded_exp(segments.sum(delta)))

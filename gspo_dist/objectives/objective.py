@@ -88,14 +88,14 @@ class Objective:
         *,
         ref_logprobs: Tensor | None = None,
         correction: Correction | None = None,
-        offset: float = 0.0,
+        offset: float | Tensor = 0.0,
     ) -> ObjectiveResult:
         """This call's share of aggregate(weights * keep * surrogate) + kl_coef * aggregate(KL).
 
         All tensors are [N], and log-probs are in nats. Only logprobs gets a gradient. The correction gives
         weights and keep. A token that is not kept has no policy loss, but still counts in the denominators.
-        The offset, in nats, is subtracted from every log ratio. The KL term against ref_logprobs is neither
-        weighted nor masked.
+        The offset, in nats, is subtracted from every log ratio: one number, or [N], one for each token. The
+        KL term against ref_logprobs is neither weighted nor masked.
         Raises ValueError naming the argument that has a wrong shape or type, or a number that is not finite.
         """
         old, advantages = old_logprobs.detach(), advantages.detach()
@@ -105,7 +105,7 @@ class Objective:
                 f"objective {self.spec.name}: ref_logprobs are needed with kl_coef={self.kl_coef}: got None"
             )
         # To subtract from the log ratio is to add to the old log-probs. 0 makes no copy of them.
-        centred = old + offset if offset else old
+        centred = old + offset if isinstance(offset, Tensor) or offset else old
         surrogate = self.surrogate(logprobs, centred, advantages, segments, **self.resolved)
         per_token = surrogate.loss
         if correction is not None:
@@ -133,7 +133,7 @@ def _check_inputs(
     advantages: Tensor,
     ref: Tensor | None,
     correction: Correction | None,
-    offset: float,
+    offset: float | Tensor,
 ) -> None:
     """Shapes, types and finiteness, with one synchronisation of the device."""
     numbers = {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages}
@@ -151,7 +151,10 @@ def _check_inputs(
         segments.check(correction.keep, "keep")
         if correction.keep.dtype != torch.bool:
             raise ValueError(f"keep must be bool, True = counts: got {correction.keep.dtype}")
-    if not math.isfinite(offset):
+    if isinstance(offset, Tensor):
+        segments.check(offset, "offset")
+        numbers["offset"] = offset
+    elif not math.isfinite(offset):
         raise ValueError(f"offset must be a finite number: got {offset}")
     # A sum is finite only if all its terms are, and costs a fortieth of testing each. Where one is not, the
     # exact test below finds the token.
@@ -173,7 +176,7 @@ def _stats(
     advantages: Tensor,
     segments: Segments,
     correction: Correction | None,
-    offset: float,
+    offset: float | Tensor,
 ) -> dict[str, Stat]:
     """What the loss saw. log_ratio [N] is raw: the offset is not taken out.
 
@@ -205,7 +208,7 @@ def _stats(
         "objective/advantage_mean": Stat.mean(advantages),
         "objective/tokens": Stat.sum(torch.ones_like(log_ratio)),
         "objective/sequences": Stat.sum(share),
-        "objective/offset": Stat.mean(torch.full_like(log_ratio, offset)),
+        "objective/offset": Stat.mean(torch.zeros_like(log_ratio) + offset),
         "values/sequence_log_ratio": Stat.concat(segments.mean(log_ratio)),
     }
     if correction is not None:

@@ -29,6 +29,7 @@ CORRECTIONS: dict[str, dict[str, float]] = {
     "sequence_truncate": {"high": 2.0},
     "sequence_mask": {"low": 0.0, "high": 2.0},
     "geometric_reject": {"low": 0.999, "high": 1.001},
+    "geometric_truncate": {"high": 2.0},
     "veto": {"low": 1e-4},
     "opsm": {"high": 1e-3},
 }

@@ -12,6 +12,9 @@ either after a few optimiser steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,22 @@ from gspo_dist.objectives.offset import Clip
 
 LAG = "staleness/log_ratio_mean/lag_"
 """Statistic of one lag: this with the lag's number after it."""
+
+OWN_MEAN_FROM = 16
+"""Sequences from which a micro-batch may be recentred by its own mean: the mean of S sequences also takes 1/S
+of their spread out, which is noise worth removing only when S is not small.
+"""
+
+
+@dataclass(frozen=True)
+class LagOffsets:
+    """What recentring by age takes out of the log ratios: one offset for the tokens of each lag."""
+
+    known: Mapping[int, float] = field(default_factory=dict)
+    """Lag -> offset in nats, measured before. A lag that is not here has none taken out."""
+    own: bool = False
+    """Prefer the micro-batch's own mean of a lag that OWN_MEAN_FROM of its sequences hold. Only for the first
+    mini-batch of a step: later that mean also contains what was learnt."""
 
 
 @torch.no_grad()
@@ -39,6 +58,28 @@ def by_lag(
         count = segments.sum(chosen)
         found[lag] = (segments.sum(values * chosen) / count.clamp(min=1.0), count)
     return found
+
+
+@torch.no_grad()
+def offsets_by_lag(
+    log_ratio: Tensor, lags: Tensor, segments: Segments, known: list[int], offsets: LagOffsets
+) -> Tensor:
+    """[N]: the offset of each token's lag. Sequences weigh equally, as in GSPO.
+
+    known: all lags of the micro-batch, as `by_lag` takes them. With one lag and `own` this is the mean over
+    sequences of their mean log ratio, on every token.
+    """
+    out = torch.zeros_like(log_ratio)
+    found = by_lag(log_ratio, lags, segments, known) if offsets.own else {}
+    for lag in known:
+        offset = offsets.known.get(lag, 0.0)
+        if lag in found:
+            means, counts = found[lag]
+            holds = counts > 0
+            if int(holds.sum()) >= OWN_MEAN_FROM:
+                offset = float(means[holds].mean())
+        out = out.masked_fill(lags == lag, offset)
+    return out
 
 
 @torch.no_grad()

@@ -33,16 +33,13 @@ from gspo_dist.objectives.offset import (
     make_guard,
     offset_from_moments,
 )
+from gspo_dist.objectives.staleness import OWN_MEAN_FROM
 from gspo_dist.packing import MicroBatches, MiniBatch, with_traces
 from gspo_dist.probes import take_sequences
+from gspo_dist.trainer.remedies import StalenessRemedies
 from gspo_dist.types import PackedBatch, Rollout
 
 log = logging.getLogger(__name__)
-
-OWN_MEAN_FROM = 16
-"""Sequences from which a micro-batch may be recentred by its own mean: the mean of S sequences also takes 1/S
-of their spread out, which is noise worth removing only when S is not small.
-"""
 
 SUBSET_SEED_STRIDE = 1_000_003
 """A prime larger than any number of steps: seed * stride + index gives each step of each seed a subset
@@ -63,6 +60,10 @@ class OffsetGuard:
         self.learner = learner
         self.seed = seed
         self.guard = make_guard(config.guard, objective.clip)
+        self.remedies = StalenessRemedies(config, objective)
+        """What the step does about tokens of older policies."""
+        self.recomputed = False
+        """Whether the step's old log-probs are the learner's own."""
         self.decision = GuardDecision("none", 0.0, False, "no measurement yet")
         self.measured: OffsetEstimate | None = None
         """The offset of this step's first mini-batch, or of the newest probe."""
@@ -84,6 +85,7 @@ class OffsetGuard:
         """
         self.measured, self.decided, self.from_probe = None, False, False
         self.policy_version = self.learner.policy_version
+        self.remedies.begin_step(mini_batches, self.policy_version)
         if self.config.old_logprobs != "recompute" and self._measures_subset():
             subset = self._subset_offset(mini_batches, rollouts, step)
             if subset is not None:
@@ -107,11 +109,13 @@ class OffsetGuard:
             and self.config.guard.estimator == "batch"
             and smallest >= OWN_MEAN_FROM
         )
+        self.recomputed = recomputed
         return LossSpec(
-            self.objective,
+            self.remedies.widened(recomputed=recomputed),
             mini.denominators,
             self.config.correction,
             offset=self.decision.offset if recentring and not own_mean else 0.0,
+            lag_offsets=self.remedies.lag_offsets(index, recomputed=recomputed),
             own_mean=own_mean,
             measure_mismatch=recomputed or index == 0,
             policy_version=self.policy_version,
@@ -132,6 +136,9 @@ class OffsetGuard:
             self.measured = offset_from_moments(mean.result(), square.result(), sequences)
         elif probe is not None:
             self.measured, self.from_probe = probe, True
+        if not self.recomputed:
+            fresh = self.measured.offset if mean is not None and self.measured is not None else None
+            self.remedies.observe(stats, fresh)
         if self.measured is not None and not (self._measures_subset() and self.decided):
             self._decide(self.measured)
 
@@ -147,17 +154,23 @@ class OffsetGuard:
         if self.decided and self.guard is not None:
             out["guard/active"] = float(self.guard.active)
             out["guard/applied_offset"] = self.decision.offset
-        return out
+        return out | self.remedies.metrics(recomputed=self.recomputed)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the guard's running estimate and its last decision."""
-        return {"guard": self.guard.state_dict() if self.guard else None, "decision": asdict(self.decision)}
+        return {
+            "guard": self.guard.state_dict() if self.guard else None,
+            "decision": asdict(self.decision),
+            "remedies": self.remedies.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave."""
         if self.guard is not None and state["guard"] is not None:
             self.guard.load_state_dict(state["guard"])
         self.decision = GuardDecision(**state["decision"])
+        if "remedies" in state:  # checkpoints from before them have none
+            self.remedies.load_state_dict(state["remedies"])
 
     def _decide(self, measured: OffsetEstimate) -> None:
         if self.guard is None:

@@ -185,7 +185,13 @@ def replay_metrics(
     traces: list[RoutingTrace] = [trace for trace in held if trace is not None]
     total, tokens = sum(t.nbytes for t in traces), sum(len(t) for t in traces)
     cost = replay_bytes(mode, total, recompute_old_logprobs=recomputed)
-    return {
+    versions = [r.completion.policy_versions[r.completion.loss_mask] for r in rollouts]
+    mixed = (
+        {}
+        if mode == "r2"
+        else {"routing/replay_mixed_fraction": float(np.mean([len(np.unique(v)) > 1 for v in versions]))}
+    )
+    return mixed | {
         "routing/replay_bytes": float(total),
         "routing/replay_bytes_per_token": total / tokens,
         "routing/native_row_fraction": sum(t.unknown_rows for t in traces) / tokens,

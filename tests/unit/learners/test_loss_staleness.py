@@ -13,6 +13,7 @@ import torch
 from gspo_dist.learners.loss import LossSpec, fresh_part, lags_of, micro_batch_loss, trained_index
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.objectives import OBJECTIVES, Denominators, get_objective
+from gspo_dist.objectives.staleness import LagOffsets
 from gspo_dist.types import PackedBatch
 
 VERSION = 12
@@ -138,6 +139,55 @@ def test_value_and_gradient_depend_on_versions_not_at_all(name):
     plain = run(batch(None), spec(name))
     for versions in (VERSIONS, [v if v < 0 else 0 for v in VERSIONS], [v if v < 0 else 12 for v in VERSIONS]):
         assert run(batch(versions), spec(name))[:2] == plain[:2]
+
+
+def many(versions, sequences=20):
+    """Sequences of one prompt token and two trained ones, log ratios spread around -.01 and .02."""
+    delta = torch.linspace(-0.05, 0.06, 2 * sequences)
+    mask = torch.tensor([False, True, True] * sequences)
+    engine = torch.where(mask, -1.0, 0.0)
+    packed = PackedBatch(
+        token_ids=torch.zeros(3 * sequences, dtype=torch.int64),
+        position_ids=torch.arange(3).repeat(sequences),
+        cu_seqlens=torch.arange(0, 3 * sequences + 1, 3, dtype=torch.int32),
+        loss_mask=mask,
+        advantages=torch.linspace(-1, 1, sequences).repeat_interleave(3),
+        rollout_logprobs=engine,
+        rollout_index=torch.arange(sequences),
+        policy_versions=torch.where(mask, torch.tensor(versions).repeat(sequences), -1).int(),
+    )
+    return packed, -1.0 + delta
+
+
+def value(packed, logprobs, **changes):
+    leaf = logprobs.clone().requires_grad_()
+    loss_spec = LossSpec(get_objective("gspo"), Denominators(20, 40, 8), policy_version=12, **changes)
+    loss, stats = micro_batch_loss(leaf, torch.zeros_like(leaf), packed, loss_spec)
+    loss.backward()
+    return loss.item(), leaf.grad.tolist(), results(stats)["objective/offset"]
+
+
+@pytest.mark.parametrize("version", [12, 8])
+def test_recentring_by_age_with_one_version_is_recentring(version):
+    """Law 19, bit for bit: in the first mini-batch by its own mean, later by a number that was measured."""
+    packed, logprobs = many([-1, version, version])
+    own = value(packed, logprobs, lag_offsets=LagOffsets(own=True))
+    assert own == value(packed, logprobs, own_mean=True)
+    later = value(packed, logprobs, lag_offsets=LagOffsets({12 - version: 0.0125}))
+    assert later == value(packed, logprobs, offset=0.0125)
+    assert own != value(packed, logprobs)
+
+
+def test_recentring_by_age_takes_out_of_each_lag_its_own():
+    """First tokens are 8 steps old and second ones fresh, with a mean of each."""
+    packed, logprobs = many([-1, 4, 12])
+    delta = (logprobs + 1.0).double().reshape(20, 2)
+    _, _, offset = value(packed, logprobs, lag_offsets=LagOffsets(own=True))
+    assert offset == pytest.approx(float(delta.mean()), rel=1e-5)
+    got = value(packed, logprobs, lag_offsets=LagOffsets(own=True))
+    by_hand = (delta - delta.mean(0)).reshape(-1).float() - 1.0
+    assert got[0] == pytest.approx(value(packed, by_hand)[0], rel=1e-4)
+    assert got[1] == pytest.approx(value(packed, by_hand)[1], rel=1e-4)
 
 
 class Ranks:

@@ -114,8 +114,8 @@ CONFIGURATIONS = {
     "correction": ["objective=grpo", "objective.correction.name=token_truncate"],
 }
 NOT_BY_THESE_RUNS = {"learners/megatron/balance.py", "objectives/staleness.py"}
-"""Sources of keys that only a Megatron learner logs (tests/parity compares its metrics), or only a run on older
-policies' tokens (tests/unit/trainer/test_staleness.py)."""
+"""Sources of keys that only a Megatron learner logs (tests/parity compares its metrics), or only a run on
+older tokens (tests/unit/trainer/test_staleness.py)."""
 
 
 @pytest.fixture(scope="module")
