@@ -261,6 +261,15 @@ def test_an_engine_process_builds_its_engine_under_its_name() -> None:
     assert (asked, engine_process.engine) == (["engine-3"], engine)
 
 
+def test_an_engine_wakes_whole_unless_its_weights_alone_are_asked_for() -> None:
+    woken = []
+    engine_process = object.__new__(EngineProcess)
+    engine_process.name, engine_process._engine = "engine-3", SimpleNamespace(wake_up=woken.append)
+    engine_process.wake_up()
+    engine_process.wake_up(True)
+    assert woken == [False, True]
+
+
 def test_the_log_takes_both_outputs_at_its_end(monkeypatch, tmp_path) -> None:
     """Errors too: a traceback of C++ or of a child goes to descriptor 2."""
     moved = []

@@ -276,6 +276,20 @@ def test_a_relative_path_is_found_from_where_the_pool_was_made(reward_file, item
         pool.close()
 
 
+def test_a_reward_has_no_keyboard(pool_of, items_of, reward_file):
+    """What the trainer's own input holds is not for it."""
+    reader = reward_file("import sys\ndef f(p, c):\n    return len(sys.stdin.read(1))\n", "reader.py")
+    ours, (theirs, end) = os.dup(0), os.pipe()
+    try:
+        os.write(end, b"yes")
+        os.dup2(theirs, 0)
+        assert [v.reward for v in pool_of(function=f"{reader}:f").judge(items_of("a"))] == [0.0]
+    finally:
+        os.dup2(ours, 0)
+        for descriptor in (ours, theirs, end):
+            os.close(descriptor)
+
+
 def test_no_reward_sees_expert_choices(pool_of, items_of, reward_file):
     ask = reward_file("def f(p, c):\n    return float(c.routing is None)\n", "ask.py")
     ((rollout_id, prompt, answer),) = items_of("abc")

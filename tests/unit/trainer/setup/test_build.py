@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from gspo_dist.checkpoint import hold
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.trainer.checkpointing import save
 from gspo_dist.trainer.setup import build as module
 from gspo_dist.trainer.setup.build import build
@@ -89,6 +91,31 @@ def test_the_parts_are_those_of_the_configuration(model, reward_file, tmp_path, 
         assert run.completed_steps == 0
     finally:
         run.release()
+
+
+def test_prompts_come_in_the_order_of_their_file_where_that_is_asked(model, reward_file, tmp_path, started):
+    data = records(tmp_path, *"123456")
+    files = [f"data.train={data}", "data.heldout=null", "data.shuffle=false"]
+    run = build(config(model, reward_file, tmp_path / "run", *files))
+    run.release()
+    assert [prompt.text for prompt in run.cursor.next(6)] == [f"{i} + 1 =" for i in range(6)]
+
+
+def test_a_folder_without_a_checkpoint_starts_its_record_over(model, reward_file, tmp_path, started):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    build(config(model, reward_file, folder)).release()
+    assert read_jsonl(folder / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_the_publisher_knows_whether_its_engines_sleep(model, reward_file, tmp_path, started, colocated):
+    c = config(model, reward_file, tmp_path / "run")
+    object.__setattr__(c, "cluster", replace(c.cluster, colocated=colocated))
+    run = build(c)
+    run.release()
+    assert run.publisher.colocated is colocated
 
 
 def test_the_folder_is_held_until_the_run_is_released(model, reward_file, tmp_path, started):

@@ -156,6 +156,16 @@ def test_a_rank_is_told_who_it_is_and_where_to_meet(model, reward_file, tmp_path
     }
 
 
+def test_a_rank_that_is_told_nothing_is_alone(model, reward_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("gspo_dist.learners.deepspeed.learner.DeepSpeedLearner", lambda *args, **told: told)
+    monkeypatch.setattr("gspo_dist.trainer.setup.factories.cap_threads", lambda *asked: None)
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "learner", replace(c.learner, backend="deepspeed"))
+    told = learner_factory(c, "folder", "cpu")()
+    assert (told["rank"], told["world_size"]) == (0, 1)
+    assert (told["master_addr"], told["master_port"]) == ("127.0.0.1", 0)
+
+
 def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -145,6 +145,14 @@ def test_an_evaluation_reserves_no_learner_and_an_export_no_engine(model, reward
     assert (len(export.learners), len(export.engines)) == (2, 0)
 
 
+def test_whoever_has_the_gpus_alone_shares_none_with_an_absent_part(model, reward_file, tmp_path, cluster):
+    c = distributed(model, reward_file, tmp_path, colocated=True)
+    object.__setattr__(c, "rollout", replace(c.rollout, engines=2))
+    for whole, absent in ((True, {}), (False, {"learners": False}), (False, {"engines": False})):
+        with module.Processes(c, str(model), "cuda", tmp_path, 2, **absent):
+            assert cluster["places"][-1].layout.colocated is whole
+
+
 def test_what_is_kept_is_ended_by_whoever_it_was_handed_to(model, reward_file, tmp_path, cluster):
     with module.Processes(distributed(model, reward_file, tmp_path), str(model), "cpu", tmp_path, 2) as p:
         learner, end = p.learner(), p.keep()
