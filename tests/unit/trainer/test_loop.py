@@ -5,17 +5,45 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.heldout import EVALUATION_IDS
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.setup.build import build
+from gspo_dist.types import SamplingSpec
 from gspo_dist.weights.verify import WeightSyncError
-from tests.unit.trainer.small import config, go, values
+from tests.unit.trainer.small import config, go, rollout, values
+
+
+def test_a_start_samples_one_completion_per_probe_prompt_without_routes_and_publishes():
+    """Routes of a 30B completion are megabytes that no probe looks at. A resumed run is not evaluated."""
+    first, second = rollout(0), rollout(1)
+    asked, published = [], []
+
+    def generate(prompts, spec, ids):
+        asked.append((prompts, spec, list(ids)))
+        return [[first.completion], [second.completion]]
+
+    start(
+        SimpleNamespace(
+            sampling=SamplingSpec(n=4, max_tokens=8, seed=7, record_routing=True),
+            probe_prompts=[first.prompt, second.prompt],
+            pool=SimpleNamespace(generate=generate),
+            publisher=SimpleNamespace(publish=published.append),
+            clock=StepClock(),
+            completed_steps=2,
+            heldout=[first.prompt],
+        )
+    )
+    assert asked == [([first.prompt, second.prompt], SamplingSpec(n=1, max_tokens=8, seed=7), [0, 1])]
+    ((one, two),) = published
+    assert [tokens.tolist() for tokens, _ in (one, two)] == [[1, 2, 5, 6, 7]] * 2
 
 
 @pytest.mark.slow
