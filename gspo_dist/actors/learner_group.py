@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
+from gspo_dist.actors.weight_link import LINK_SHARE, WeightLink
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
@@ -19,7 +20,7 @@ from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.export import write_hf_folder
-from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
+from gspo_dist.weights.send import SentReport
 
 START_TIMEOUT_S = 600.0
 """A rank reads the model and meets all others before it answers for the first time."""
@@ -34,7 +35,7 @@ class LearnerRank(ActorProcess):
     def __init__(self, name: str, log_dir: str) -> None:
         super().__init__(name, log_dir)
         self._learner: Learner | None = None
-        self._transport: Transport | None = None
+        self._link: WeightLink | None = None
 
     @property
     def learner(self) -> Learner:
@@ -66,59 +67,30 @@ class LearnerRank(ActorProcess):
 
         The exporter returns what it sent, every other rank None.
         """
+        deadline = time.monotonic() + LINK_SHARE * sync.timeout_s
         stream = self.learner.weights(sync.bucket_bytes)
-        if not self.learner.is_exporter:
-            for _ in stream:  # gathering a bucket is collective: every rank draws all of them
+        try:
+            if not self.learner.is_exporter:
+                return None
+            if self._link is None or not self._link.reaches(engines):
+                self.close_link()
+                address, _ = self.host()
+                self._link = WeightLink(sync, Actors(engines, Path(log_dir)), address, deadline)
+            return self._link.send(stream, deadline)
+        except BaseException:
+            self.close_link()  # the next publication meets the engines that live then
+            raise
+        finally:
+            # Gathering a bucket is collective: every rank draws all of them, also where the engines failed.
+            # A rank that stopped would leave the others waiting in the middle of a gather.
+            for _ in stream:
                 pass
-            return None
-        actors = Actors(engines, Path(log_dir))
-        if self._transport is None:
-            self._transport = self._connect(sync, actors)
 
-        def deliver(info: dict[str, Any]) -> None:
-            actors.call_all("update_weights", info, timeout=sync.timeout_s)
-
-        return send_weights(stream, self._transport, deliver)
-
-    def _connect(self, sync: WeightSyncConfig, engines: Actors) -> Transport:
-        """Opens the transport with every engine; once per run.
-
-        Raises what either side of the meeting raised.
-        """
-        where: dict[str, Any] = {}
-        if sync.transport == "nccl":
-            address, port = self.host()
-            where = {
-                "master_address": address,
-                "master_port": port,
-                "engines": len(engines.handles),
-                "engine_workers": self._engine_workers(sync, engines),
-            }
-        transport = make_transport(sync.transport, check=sync.check, **where)
-        refs = {
-            name: handle.init_weight_sync.remote(transport.init_info(i))
-            for i, (name, handle) in enumerate(engines.handles.items())
-        }
-        # In threads: each side of the rendezvous waits for the other, and whoever cannot come must be heard
-        # at once, not after the other's timeout. A thread also keeps to itself the CUDA stream that vLLM 0.30
-        # makes current to connect.
-        meeting = ThreadPoolExecutor(2, thread_name_prefix="weight-rendezvous")
-        sides: list[Future[Any]] = [
-            meeting.submit(transport.connect),
-            meeting.submit(engines.gather, refs, sync.timeout_s),
-        ]
-        meeting.shutdown(wait=False)
-        ended = wait(sides, return_when=FIRST_EXCEPTION).done
-        for side in sides:
-            if side in ended:
-                side.result()
-        return transport
-
-    @staticmethod
-    def _engine_workers(sync: WeightSyncConfig, engines: Actors) -> int:
-        """GPUs of one engine: the engines are alike, so the first is asked."""
-        name, handle = next(iter(engines.handles.items()))
-        return engines.gather({name: handle.info.remote()}, sync.timeout_s)[name].workers
+    def close_link(self) -> None:
+        """Leaves the engines; the next `send_weights` meets them again. A second call does nothing."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
 
     def export(self, source: str, target: str) -> int | None:
         """Writes the weights as an HF folder and returns their number; None from the other ranks."""

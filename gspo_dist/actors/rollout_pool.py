@@ -51,6 +51,13 @@ class EngineProcess(ActorProcess):
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self.engine.logprobs_of(sequences)
 
+    def sees(self, path: str, content: str) -> bool:
+        """Whether the file at `path` holds `content` here: then this process shares the asker's memory."""
+        try:
+            return Path(path).read_text() == content
+        except OSError:
+            return False
+
     def init_weight_sync(self, info: Mapping[str, Any]) -> None:
         self.engine.init_weight_sync(info)
 

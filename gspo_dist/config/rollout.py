@@ -12,7 +12,7 @@ class WeightSyncConfig:
     """How new weights reach the engines, and how each transfer is checked."""
 
     transport: str = "auto"
-    """auto (nccl where learner and engines are on GPUs, else shm) | nccl | shm."""
+    """auto (nccl between GPUs; otherwise shm where all share a host, else gloo) | nccl | gloo | shm."""
     bucket_mib: int = 256
     """Tensors travel in buckets of about this size. At most two buckets are in host memory at once."""
     check: bool = True
@@ -23,10 +23,11 @@ class WeightSyncConfig:
     """Largest mean |difference| of log-probs (nats) that the probe accepts. fp32 agrees to 1e-5,
     bf16 to about 5e-3."""
     timeout_s: float = 600.0
-    """Longest wait on either side."""
+    """Longest that sending one publication may take. The exporter gives up on the engines after 0.9 of it,
+    and an engine on a bucket sooner, so that an error names the side that failed."""
 
     def __post_init__(self) -> None:
-        choose("rollout.weight_sync.transport", self.transport, ("auto", "nccl", "shm"))
+        choose("rollout.weight_sync.transport", self.transport, ("auto", "nccl", "gloo", "shm"))
         at_least("rollout.weight_sync.bucket_mib", self.bucket_mib, 1)
         at_least("rollout.weight_sync.probe_every", self.probe_every, 0)
         above("rollout.weight_sync.probe_tolerance", self.probe_tolerance, 0)

@@ -23,11 +23,12 @@ from gspo_dist.routing.huggingface import KINDS, record
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 from gspo_dist.weights.bucket import BucketLayout
-from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.names import FileNames, stored_tensors
-from gspo_dist.weights.shm import map_bucket
+from gspo_dist.weights.shm import ShmSource
+from gspo_dist.weights.source import make_source
 from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.transport import Source
 from gspo_dist.weights.verify import WeightSyncError
 
 
@@ -190,17 +191,17 @@ class ReferenceEngine:
         device: str = "cpu",
         record_routing: bool = False,
         sleep_mode: bool = False,
-        transport: str = "shm",
     ) -> None:
-        if device != "cpu" or transport != "shm" or sleep_mode:
+        if device != "cpu" or sleep_mode:
             raise ValueError(
-                "the reference engine runs on a CPU with the shm transport and never sleeps: "
-                f"got device {device}, transport {transport}, sleep_mode {sleep_mode}"
+                f"the reference engine runs on a CPU and never sleeps: got device {device}, "
+                f"sleep_mode {sleep_mode}"
             )
         self.config, self.name, self.record_routing = config, name, record_routing
         self.policy = policy
         self.policy_version = 0
         self.check = True
+        self.source: Source = ShmSource()
         self.arrived: dict[str, int] | None = None
         """Name -> checksum (0 when checks are off) of the publication that is open; None when none is."""
         self.bytes = 0
@@ -300,7 +301,9 @@ class ReferenceEngine:
             )
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
-        self.check = bool(init_info.get("check", True))
+        self.source.close()
+        self.check = bool(init_info["check"])
+        self.source = make_source(init_info)
 
     def start_weight_update(self) -> None:
         self._require_idle()
@@ -311,12 +314,12 @@ class ReferenceEngine:
             raise WeightSyncError(
                 f"{self.name} got a weight bucket outside an update: call start_weight_update first"
             )
-        tensors = map_bucket(update_info)
+        tensors = self.source.take(update_info)
         self.policy.check_bucket(BucketLayout.from_dict(update_info["layout"]), self.name)
         for name, tensor in tensors:
             if name in self.arrived:
                 raise WeightSyncError(f"{self.name} got {name} twice in one update")
-            self.arrived[name] = host_checksum(tensor) if self.check else 0
+            self.arrived[name] = self.source.checksum(tensor) if self.check else 0
             self.bytes += tensor.nbytes
         self.policy.load(tensors)
 
@@ -335,4 +338,5 @@ class ReferenceEngine:
         raise ValueError(f"{self.name} cannot wake up: it never sleeps")
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Leaves the learner."""
+        self.source.close()

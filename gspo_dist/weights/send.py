@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from gspo_dist.weights.nccl import NcclTransport
+from gspo_dist.weights.collective import BACKENDS, CollectiveTransport
 from gspo_dist.weights.shm import ShmTransport
 from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.transport import Staged, Transport
@@ -79,7 +79,7 @@ def send_weights(
 
 
 def make_transport(name: str, *, check: bool = True, **where: Any) -> Transport:
-    """The transport by its name: shm (no further arguments) or nccl (the arguments of `NcclTransport`).
+    """The transport by its name: shm (no further arguments), nccl or gloo (those of `CollectiveTransport`).
 
     ValueError: another name, or arguments that the transport does not take.
     """
@@ -87,6 +87,6 @@ def make_transport(name: str, *, check: bool = True, **where: Any) -> Transport:
         if where:
             raise ValueError(f"the shm transport takes no {sorted(where)}")
         return ShmTransport(check=check)
-    if name == "nccl":
-        return NcclTransport(check=check, **where)
-    raise ValueError(f"rollout.weight_sync.transport must be shm or nccl once resolved: got {name!r}")
+    if name in BACKENDS:
+        return CollectiveTransport(name, check=check, **where)
+    raise ValueError(f"rollout.weight_sync.transport must be shm, gloo or nccl once resolved: got {name!r}")

@@ -79,7 +79,7 @@ class ShmTransport:
 
     def init_info(self, engine_index: int) -> dict[str, Any]:
         """The same for every engine: files need no rank."""
-        return {"check": self.check}
+        return {"transport": self.name, "check": self.check}
 
     def connect(self) -> None:
         """Nothing to meet, because files need no rendezvous."""
@@ -122,6 +122,19 @@ class ShmTransport:
             path.unlink(missing_ok=True)
 
 
+class ShmSource:
+    """The engine worker's side. It needs no meeting."""
+
+    checksum = staticmethod(host_checksum)
+
+    def take(self, update_info: Mapping[str, Any]) -> list[NamedTensor]:
+        """The tensors of a bucket, mapped from its file. Raises what `map_bucket` raises."""
+        return map_bucket(update_info)
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
 def map_bucket(update_info: Mapping[str, Any]) -> list[NamedTensor]:
     """The receiver's side: the tensors of a bucket, mapped from its file.
 
@@ -135,7 +148,7 @@ def map_bucket(update_info: Mapping[str, Any]) -> list[NamedTensor]:
         raise ValueError(
             f"weight bucket {path} does not exist on {socket.gethostname()}: it was written on "
             f"{update_info['host']}; the shm transport needs engines on the learner's host "
-            "(rollout.weight_sync.transport=nccl across hosts)"
+            "(rollout.weight_sync.transport=auto or gloo across hosts)"
         ) from None
     if size < layout.nbytes:
         raise ValueError(

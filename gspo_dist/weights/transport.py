@@ -1,4 +1,4 @@
-"""The sender's side of a weight sync as a protocol: how the bytes of a bucket travel to the engines."""
+"""How the bytes of a bucket travel, as protocols: `Transport` is the sender's side, `Source` an engine's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gspo_dist.weights.checksum import Checksum
 from gspo_dist.weights.stream import NamedTensor
 
 
@@ -22,7 +23,7 @@ class Staged:
     seconds_checking: float
     """Seconds that the checksums took."""
     handle: Any = None
-    """What `release` gives back: the file's path (shm), or the buffer on the GPU (nccl)."""
+    """What `release` gives back: the file's path (shm), or the buffer and its broadcast (nccl, gloo)."""
 
 
 class Transport(Protocol):
@@ -32,7 +33,7 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str:
-        """shm or nccl."""
+        """shm, gloo or nccl."""
         ...
 
     def init_info(self, engine_index: int) -> Mapping[str, Any]:
@@ -46,8 +47,7 @@ class Transport(Protocol):
         """Meets the engines. It is called once, while they run `init_weight_sync`, and returns when
         all have come.
 
-        ValueError: this host cannot use the transport. WeightSyncError: the library that it needs
-        is not there.
+        WeightSyncError: the library that it needs is not there, or an engine did not come, with its name.
         """
         ...
 
@@ -74,4 +74,24 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Leaves the engines and removes what an interrupted transfer left. A second call does nothing."""
+        ...
+
+
+class Source(Protocol):
+    """Where an engine worker takes buckets from; made by `make_source` of what `Transport.init_info` said."""
+
+    @property
+    def checksum(self) -> Checksum:
+        """The one that the sender uses."""
+        ...
+
+    def take(self, update_info: Mapping[str, Any]) -> list[NamedTensor]:
+        """The tensors of the bucket that `Staged.update_info` describes. Each bucket once, in order.
+
+        ValueError or WeightSyncError: it is not there, or did not arrive in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leaves the sender. A second call does nothing."""
         ...

@@ -13,7 +13,7 @@ import torch
 from gspo_dist.config import RolloutConfig
 from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
 from gspo_dist.rollout.seeds import request_key
-from gspo_dist.rollout.vllm.plugin import BACKENDS, register
+from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 from gspo_dist.weights.bucket import BucketLayout
@@ -90,8 +90,8 @@ class VllmEngine:
     """Implements `RolloutEngine` with one `vllm.LLM` in this process.
 
     With tensor_parallel > 1 (GPU hosts) its workers are processes of their own. record_routing: vLLM returns
-    routed experts. sleep_mode (GPU hosts): prepares `sleep`. transport: shm or nccl. ValueError: the settings
-    do not fit the host or the model, or a weight file of the folder is torn.
+    routed experts. sleep_mode (GPU hosts): prepares `sleep`. ValueError: the settings do not fit the host or
+    the model, or a weight file of the folder is torn.
     """
 
     def __init__(
@@ -105,7 +105,6 @@ class VllmEngine:
         record_routing: bool = False,
         threads: int = 0,
         sleep_mode: bool = False,
-        transport: str = "shm",
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
@@ -116,10 +115,8 @@ class VllmEngine:
             )
         if device == "cpu" and sleep_mode:
             raise ValueError("engines cannot sleep on a CPU host: set cluster.colocated=false")
-        if transport not in BACKENDS:
-            raise ValueError(f"engine transport must be one of {sorted(BACKENDS)}: got {transport!r}")
         self.config, self.name, self.device = config, name, device
-        self.record_routing, self.sleep_mode, self.transport = record_routing, sleep_mode, transport
+        self.record_routing, self.sleep_mode = record_routing, sleep_mode
         # Prompts of a group share their prefix, in whole blocks and without the last token. Where no prompt
         # is longer than a block there is nothing to share, and vLLM would keep its books of it for every
         # token. Routes survive sharing: vLLM keeps them by physical KV slot, so a cached block brings its
@@ -171,7 +168,7 @@ class VllmEngine:
             "enforce_eager": config.enforce_eager,
             "enable_prefix_caching": self.prefix_caching,
             "enable_return_routed_experts": self.record_routing,
-            "weight_transfer_config": WeightTransferConfig(backend=BACKENDS[self.transport][0]),
+            "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
             "worker_extension_cls": "gspo_dist.rollout.vllm.worker.WorkerExtension",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,

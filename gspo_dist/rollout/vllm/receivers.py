@@ -1,7 +1,7 @@
 """The engine's side of a weight sync, inside vLLM's workers: receive a bucket, sum it, load
 it, repair, prove.
 
-Written for vllm 0.30.0. Each receiver is a vLLM weight-transfer engine. Loading goes through vLLM's layerwise
+Written for vllm 0.30.0. The receiver is a vLLM weight-transfer engine. Loading goes through vLLM's layerwise
 reload: weights wait until a layer is whole, are processed as at first load, and are then copied into the
 tensors in use.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from gspo_dist.weights.bucket import BucketLayout
-from gspo_dist.weights.checksum import Checksum, device_checksum, host_checksum
-from gspo_dist.weights.nccl import require_nccl
-from gspo_dist.weights.shm import map_bucket
+from gspo_dist.weights.checksum import device_checksum
+from gspo_dist.weights.shm import ShmSource
+from gspo_dist.weights.source import make_source
 from gspo_dist.weights.stream import NamedTensor
+from gspo_dist.weights.transport import Source
 from gspo_dist.weights.verify import WeightSyncError
 
 
@@ -49,11 +48,39 @@ class Arrivals:
     """Seconds that checksums and proofs took."""
 
 
-class CheckedReceiver(WeightTransferEngine):
-    """What the transports share. A subclass says how the tensors of a bucket come in (`incoming`)."""
+@dataclass
+class SyncInitInfo(WeightTransferInitInfo):
+    """What `Transport.init_info` sends."""
 
-    checksum: Checksum
-    """The transport's, the same on both sides."""
+    transport: str
+    """shm, gloo or nccl."""
+    check: bool = True
+    """Whether to compute checksums."""
+    meeting: dict[str, Any] | None = None
+    """Where a collective transport meets."""
+    first_rank: int = 1
+    """The rank of the engine's first worker there."""
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """What `Transport.stage` says of a bucket."""
+
+    layout: dict[str, Any]
+    """`BucketLayout.to_dict`."""
+    path: str = ""
+    """The file of a bucket in shared memory."""
+    host: str = ""
+    """The host on which the file lies, for messages."""
+    seconds: float = 0.0
+    """Longest wait for a bucket that a broadcast brings. 0: the transport's own."""
+
+
+class Receiver(WeightTransferEngine):
+    """Takes buckets from a `Source`, whichever transport the learner chose."""
+
+    init_info_cls = SyncInitInfo
+    update_info_cls = BucketInfo
     check = True
     """Whether to compute checksums."""
     repack_experts = True
@@ -62,17 +89,22 @@ class CheckedReceiver(WeightTransferEngine):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arrivals = Arrivals()
+        self.source: Source = ShmSource()
 
-    def incoming(self, update_info: Any) -> Iterable[NamedTensor]:
-        """The tensors of one bucket as they arrived."""
-        raise NotImplementedError
+    def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
+        """Meets the learner; a second call leaves the first meeting and meets anew."""
+        self.source.close()
+        self.check = init_info.check
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.source = make_source(asdict(init_info), worker)
 
     def start_weight_update(self) -> None:
         self.arrivals = Arrivals()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        self.model.load_weights(list(self.noted(self.incoming(update_info))))
+        self.model.load_weights(list(self.noted(self.source.take(asdict(update_info)))))
 
     def noted(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """Passes tensors on and writes down what arrived, before the model touches it."""
@@ -82,7 +114,7 @@ class CheckedReceiver(WeightTransferEngine):
                 raise WeightSyncError(f"{name} arrived twice in one update")
             if self.check:
                 start = time.perf_counter()
-                got.checksums[name] = type(self).checksum(tensor)
+                got.checksums[name] = self.source.checksum(tensor)
                 got.seconds_checking += time.perf_counter() - start
             got.dtypes[name], got.shapes[name] = tensor.dtype, tuple(tensor.shape)
             got.bytes += tensor.nbytes
@@ -94,7 +126,8 @@ class CheckedReceiver(WeightTransferEngine):
             if self.repack_experts:
                 repack_cpu_experts(self.model)
             repack_cpu_tied_head(self.model)
-        if self.check:
+        # The checksum of shm and gloo is of host memory, where a GPU's parameters do not lie.
+        if self.check and (self.device.type == "cpu" or self.source.checksum is device_checksum):
             start = time.perf_counter()
             self.prove_loaded()
             self.arrivals.seconds_checking += time.perf_counter() - start
@@ -113,7 +146,7 @@ class CheckedReceiver(WeightTransferEngine):
                 continue
             if tuple(parameter.shape[1:]) != shape[1:] or parameter.shape[0] < shape[0]:
                 continue
-            if type(self).checksum(parameter.data[: shape[0]]) != got.checksums[name]:
+            if self.source.checksum(parameter.data[: shape[0]]) != got.checksums[name]:
                 raise WeightSyncError(
                     f"{name} arrived whole, but the engine's parameter differs after loading"
                 )
@@ -131,7 +164,7 @@ class CheckedReceiver(WeightTransferEngine):
         }
 
     def shutdown(self) -> None:
-        """Nothing to free."""
+        self.source.close()
 
 
 def repack_cpu_experts(model: torch.nn.Module) -> None:
@@ -167,80 +200,3 @@ def repack_cpu_tied_head(model: torch.nn.Module) -> None:
 def is_head(module: torch.nn.Module) -> bool:
     """True for the LM head, which vLLM makes a kind of vocabulary embedding."""
     return isinstance(module, ParallelLMHead)
-
-
-@dataclass
-class ShmInitInfo(WeightTransferInitInfo):
-    """What `ShmTransport.init_info` sends."""
-
-    check: bool = True
-    """Whether to compute checksums."""
-
-
-@dataclass
-class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """What `ShmTransport.stage` says of a bucket."""
-
-    path: str
-    """Its file."""
-    host: str
-    """The host on which the file lies, for messages."""
-    layout: dict[str, Any]
-    """`BucketLayout.to_dict`."""
-
-
-class ShmReceiver(CheckedReceiver):
-    """Maps the buckets that `ShmTransport` writes."""
-
-    init_info_cls = ShmInitInfo
-    update_info_cls = ShmUpdateInfo
-    checksum = staticmethod(host_checksum)
-
-    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        self.check = init_info.check
-
-    def incoming(self, update_info: ShmUpdateInfo) -> Iterable[NamedTensor]:
-        return map_bucket({"path": update_info.path, "host": update_info.host, "layout": update_info.layout})
-
-    def prove_loaded(self) -> None:
-        # The checksum of this transport is of host memory, where a GPU's parameters do not lie.
-        if self.device.type == "cpu":
-            super().prove_loaded()
-
-
-@dataclass(kw_only=True)
-class NcclInitInfo(NCCLWeightTransferInitInfo):
-    """What `NcclTransport.init_info` sends: the fields of vLLM's own rendezvous, and one more."""
-
-    check: bool = True
-    """Whether to compute checksums."""
-
-
-@dataclass
-class NcclUpdateInfo(WeightTransferUpdateInfo):
-    """What `NcclTransport.stage` says of the bucket that the next broadcast carries."""
-
-    layout: dict[str, Any]
-    """`BucketLayout.to_dict`."""
-
-
-class NcclReceiver(CheckedReceiver):
-    """Takes part in the broadcasts of `NcclTransport`."""
-
-    init_info_cls = NcclInitInfo
-    update_info_cls = NcclUpdateInfo
-    checksum = staticmethod(device_checksum)
-
-    def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
-        self.check = init_info.check
-        self.group = worker_init_process_group(init_info, self.parallel_config)
-        require_nccl(self.group)
-
-    def incoming(self, update_info: NcclUpdateInfo) -> Iterable[NamedTensor]:
-        layout = BucketLayout.from_dict(update_info.layout)
-        flat = torch.empty(max(layout.nbytes, 1), dtype=torch.uint8, device=self.device)
-        self.group.broadcast(flat, src=0, stream=torch.cuda.current_stream())
-        return list(layout.views(flat))
-
-    def shutdown(self) -> None:
-        self.group = None

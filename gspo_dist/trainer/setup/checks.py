@@ -37,21 +37,31 @@ def resolve_device(cluster: ClusterConfig) -> str:
 
 
 def resolve_transport(config: RunConfig, device: str) -> str:
-    """How weights travel: nccl between GPUs; shared memory where learner and engines share a host, a GPU
-    or a process.
+    """How weights travel: nccl between GPUs, shared memory in one process, and otherwise still auto.
 
-    NCCL takes no two ranks of one communicator on one GPU, so colocated engines read shared memory too; the
-    reference engine has no NCCL side. Raises ValueError when nccl is asked for where it cannot work.
+    auto then means shared memory where every engine shares the exporter's host, else gloo, which is known
+    once the processes are placed. NCCL takes no two ranks of one communicator on one GPU, so colocated
+    engines do without it, and the reference engine holds its weights in host memory. Raises ValueError for a
+    transport that cannot work here.
     """
     asked, cluster = config.rollout.weight_sync.transport, config.cluster
-    shares = cluster.colocated or cluster.in_process or config.rollout.engine == "reference"
-    if asked == "nccl" and (shares or device != "cuda"):
+    on_host = cluster.colocated or cluster.in_process or config.rollout.engine == "reference"
+    if asked == "nccl" and (on_host or device != "cuda"):
         raise ValueError(
             "rollout.weight_sync.transport=nccl needs learner and engines on different GPUs: got device "
             f"{device}, engine {config.rollout.engine}, colocated {cluster.colocated}, in_process "
-            f"{cluster.in_process}; use auto or shm"
+            f"{cluster.in_process}; use auto, gloo or shm"
         )
-    return ("shm" if shares or device != "cuda" else "nccl") if asked == "auto" else asked
+    if asked == "gloo" and cluster.in_process:
+        raise ValueError(
+            "rollout.weight_sync.transport=gloo needs learner and engines in processes of their own: got "
+            "cluster.in_process=true; use auto or shm"
+        )
+    if asked != "auto":
+        return asked
+    if cluster.in_process:
+        return "shm"
+    return "auto" if on_host or device != "cuda" else "nccl"
 
 
 def check_backend(config: RunConfig, device: str, model: str) -> None:

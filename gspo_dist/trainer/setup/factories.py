@@ -86,11 +86,8 @@ def make_engine(
     record_routing: bool,
     threads: int,
     sleep_mode: bool,
-    transport: str,
 ) -> RolloutEngine:
-    """One engine. transport: how weights reach it; sleep_mode: it can give its GPU memory up while
-    the learner works.
-    """
+    """One engine. sleep_mode: it can give its GPU memory up while the learner works."""
     if config.engine == "reference":
         from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
 
@@ -101,7 +98,6 @@ def make_engine(
             device=device,
             record_routing=record_routing,
             sleep_mode=sleep_mode,
-            transport=transport,
         )
     from gspo_dist.rollout.vllm.engine import VllmEngine
 
@@ -114,7 +110,6 @@ def make_engine(
         record_routing=record_routing,
         threads=threads,
         sleep_mode=sleep_mode,
-        transport=transport,
     )
 
 
@@ -165,7 +160,6 @@ def engine_factory(
         record_routing=records_routing(config, moe_layers),
         threads=config.rollout.threads or thread_share(config.rollout.engines),
         sleep_mode=config.cluster.colocated,
-        transport=resolve_transport(config, device),
     )
 
 
@@ -193,7 +187,7 @@ def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> Sampli
 
 
 def resolved_weight_sync(config: RunConfig, device: str) -> WeightSyncConfig:
-    """The weight sync's knobs with `transport: auto` replaced by what it means here."""
+    """The weight sync's knobs with `transport: auto` replaced by what it means here, where that is known."""
     return replace(config.rollout.weight_sync, transport=resolve_transport(config, device))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import ray
 import torch
 
-from gspo_dist.actors import learner_group, process
+from gspo_dist.actors import learner_group, process, weight_link
 from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.actors.reward_pool import GRACE_S, RayRewardPool, RewardWorker
@@ -33,6 +34,7 @@ LEARNER_S, ENGINE_S, SYNC_S = 7000.0, 8000.0, 9000.0
 SENT = SentReport({}, 2, 28, 0.0)
 INFO = EngineInfo("engine", "cpu", 64, 100, 0, 0, 0, False, 2)
 ANSWERS: dict[str, Callable[[], Any]] = {
+    "sees": lambda: True,
     "host": lambda: ("10.0.0.1", 29600),
     "start": lambda: INFO,
     "optim_step": lambda: OptimStep(0.0, 0.5, 1),
@@ -198,15 +200,21 @@ class Learner:
 
 def rank_of(learner) -> LearnerRank:
     rank = object.__new__(LearnerRank)
-    rank.name, rank._learner, rank._transport = "learner-0", learner, None
+    rank.name, rank._learner, rank._link = "learner-0", learner, None
     return rank
 
 
 @pytest.mark.parametrize("check", [True, False])
 def test_a_publication_uses_the_buckets_the_check_and_the_time_of_its_settings(
-    ray_calls, tmp_path, check
+    ray_calls, monkeypatch, tmp_path, check
 ) -> None:
     calls, waits = ray_calls
+    told = []
+
+    def hear_all(engines, refs, deadline):
+        told.append((list(refs.values()), deadline - time.monotonic()))
+
+    monkeypatch.setattr(weight_link, "hear_all", hear_all)
     handles = {f"engine-{i}": Handle(calls, {}, f"engine-{i}") for i in range(2)}
     sync = WeightSyncConfig(transport="shm", bucket_mib=3, check=check, timeout_s=SYNC_S)
     learner = Learner(exporter=True)
@@ -217,8 +225,14 @@ def test_a_publication_uses_the_buckets_the_check_and_the_time_of_its_settings(
         2,
         {"a", "b"} if check else set(),
     )
-    assert waits == [("init_weight_sync", SYNC_S), ("update_weights", SYNC_S), ("update_weights", SYNC_S)]
-    assert [args for _, method, args, _ in calls if method == "init_weight_sync"] == [({"check": check},)] * 2
+    # The exporter gives up before the trainer gives up on it, and an engine before the exporter.
+    assert waits == [(method, pytest.approx(0.9 * SYNC_S, abs=5)) for method in ("sees", "init_weight_sync")]
+    assert told == [(["update_weights"] * 2, pytest.approx(0.9 * SYNC_S, abs=5))] * 2
+    asked = [args[0] for _, method, args, _ in calls if method == "update_weights"]
+    assert [info["seconds"] for info in asked] == [pytest.approx(0.81 * SYNC_S, abs=5)] * 4
+    assert [args for _, method, args, _ in calls if method == "init_weight_sync"] == [
+        ({"transport": "shm", "check": check},)
+    ] * 2
 
 
 def test_the_other_ranks_draw_every_bucket_and_send_none(ray_calls, tmp_path) -> None:

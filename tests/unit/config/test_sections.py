@@ -86,7 +86,7 @@ CHOICES = {
     "learner.megatron.token_dispatcher": ["alltoall", "allgather", "flex"],
     "learner.megatron.recompute": ["none", "selective", "full"],
     "learner.megatron.router_dtype": ["fp32", "fp64", "model"],
-    "rollout.weight_sync.transport": ["auto", "nccl", "shm"],
+    "rollout.weight_sync.transport": ["auto", "nccl", "gloo", "shm"],
     "rollout.engine": ["vllm", "reference"],
     "rollout.precision": ["fp32", "bf16"],
     "objective.old_logprobs": ["rollout", "recompute"],

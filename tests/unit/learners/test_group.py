@@ -128,7 +128,7 @@ def test_every_engine_gets_every_tensor_and_is_opened_once(group: LocalLearnerGr
 def test_checksums_are_sent_only_when_they_are_asked_for(group: LocalLearnerGroup) -> None:
     engine = Engine()
     assert group.send_weights(sync(check=False), {"engine-0": engine}).checksums == {}
-    assert engine.opened == [{"check": False}]
+    assert engine.opened == [{"transport": "shm", "check": False}]
 
 
 def test_another_transport_than_shared_memory_is_refused(group: LocalLearnerGroup) -> None:

@@ -96,7 +96,7 @@ def test_what_the_engines_are_told_of_a_bucket(transport, tmp_path):
     assert first.nbytes == 3 * 4 + 2 * 2
     assert first.checksums == {n: host_checksum(t) for n, t in bucket}
     assert first.seconds_checking > 0
-    assert transport.init_info(0) == transport.init_info(7) == {"check": True}
+    assert transport.init_info(0) == transport.init_info(7) == {"transport": "shm", "check": True}
     transport.release(first)
     transport.release(first)
     assert [p.name for p in tmp_path.iterdir()] == [Path(second.update_info["path"]).name]
@@ -124,7 +124,7 @@ def test_what_another_has_removed_meanwhile_is_no_error(transport, monkeypatch):
 def test_without_checks_nothing_is_summed(tmp_path):
     transport = ShmTransport(check=False, folder=tmp_path)
     assert transport.stage([("w", torch.zeros(1))]).checksums == {}
-    assert transport.init_info(0) == {"check": False}
+    assert transport.init_info(0) == {"transport": "shm", "check": False}
 
 
 def test_a_bucket_that_cannot_be_written_leaves_no_file(transport, tmp_path, monkeypatch):

@@ -58,7 +58,6 @@ def test_latent_attention_is_refused_where_log_probs_were_seen_to_differ(tmp_pat
             r"tensor_parallel must be 1 on a CPU host: got 2; raise rollout",
         ),
         ({"sleep_mode": True}, r"cannot sleep on a CPU host: set cluster\.colocated=false"),
-        ({"transport": "tcp"}, r"one of \['nccl', 'shm'\]: got 'tcp'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(options, message, tmp_path) -> None:

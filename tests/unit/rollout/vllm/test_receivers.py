@@ -10,16 +10,14 @@ import torch
 from gspo_dist.rollout.vllm import receivers
 from gspo_dist.rollout.vllm.receivers import (
     Arrivals,
-    NcclReceiver,
-    ShmInitInfo,
-    ShmReceiver,
-    ShmUpdateInfo,
+    BucketInfo,
+    Receiver,
+    SyncInitInfo,
     repack_cpu_experts,
     repack_cpu_tied_head,
 )
-from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import device_checksum, host_checksum
-from gspo_dist.weights.shm import ShmTransport
+from gspo_dist.weights.shm import ShmSource, ShmTransport
 from gspo_dist.weights.verify import WeightSyncError
 
 
@@ -42,11 +40,12 @@ class Model(torch.nn.Module):
                 place[: len(tensor)] = tensor
 
 
-def receiver(model: torch.nn.Module | None = None, kind: type = ShmReceiver):
+def receiver(model: torch.nn.Module | None = None):
     """A receiver without vLLM's engine around it."""
-    made = object.__new__(kind)
-    made.model, made.arrivals = model or Model(), Arrivals()
+    made = object.__new__(Receiver)
+    made.model, made.arrivals, made.source = model or Model(), Arrivals(), ShmSource()
     made.device, made.model_config = torch.device("cpu"), None
+    made.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=2, rank=1)
     return made
 
 
@@ -61,7 +60,7 @@ WEIGHTS = {
 def deliver(made, tmp_path, weights=WEIGHTS) -> None:
     transport = ShmTransport(folder=tmp_path)
     staged = transport.stage(list(weights.items()))
-    made.receive_weights(ShmUpdateInfo(**staged.update_info))
+    made.receive_weights(BucketInfo(**staged.update_info))
     transport.close()
 
 
@@ -110,34 +109,27 @@ def test_padding_may_hold_anything(tmp_path) -> None:
     made.prove_loaded()
 
 
-def test_a_gpus_parameters_are_not_compared_with_bytes_of_the_host(tmp_path) -> None:
-    made = receiver()
-    deliver(made, tmp_path)
-    made.device = torch.device("cuda")
-    with torch.no_grad():
-        made.model.norm[0] = 9
-    made.prove_loaded()
-    assert made.report()["proven"] == 0
-
-
 def test_without_checks_nothing_is_summed(tmp_path) -> None:
     made = receiver()
-    made.init_transfer_engine(ShmInitInfo(check=False))
+    made.init_transfer_engine(SyncInitInfo("shm", check=False))
     deliver(made, tmp_path)
     report = made.report()
     assert (report["checksums"], report["tensors"], report["seconds_checking"]) == ({}, 4, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("device", "check", "calls"),
+    ("device", "checksum", "check", "calls"),
     [
-        ("cpu", True, ["finalize", "experts", "head", "prove"]),
-        ("cpu", False, ["finalize", "experts", "head"]),
-        ("cuda", True, ["finalize", "prove"]),
+        ("cpu", host_checksum, True, ["finalize", "experts", "head", "prove"]),
+        ("cpu", host_checksum, False, ["finalize", "experts", "head"]),
+        ("cuda", device_checksum, True, ["finalize", "prove"]),
+        ("cuda", device_checksum, False, ["finalize"]),
+        ("cuda", host_checksum, True, ["finalize"]),  # a GPU's parameters and bytes of the host
     ],
 )
-def test_an_update_is_finished_repaired_and_then_proven(device, check, calls, monkeypatch) -> None:
+def test_an_update_is_finished_repaired_and_then_proven(device, checksum, check, calls, monkeypatch) -> None:
     made, seen = receiver(), []
+    made.source = SimpleNamespace(checksum=checksum)
     made.device, made.check = SimpleNamespace(type=device), check
     monkeypatch.setattr(receivers, "finalize_layerwise_reload", lambda *a: seen.append("finalize"))
     monkeypatch.setattr(receivers, "repack_cpu_experts", lambda model: seen.append("experts"))
@@ -191,20 +183,21 @@ def test_a_head_is_packed_again_only_where_it_is_tied(tied, monkeypatch) -> None
     assert packed == ([model[1]] if tied else [])
 
 
-def test_the_nccl_receiver_cuts_the_broadcast_into_its_tensors(monkeypatch) -> None:
-    bucket = [("a", torch.arange(3.0)), ("b", torch.ones(2, dtype=torch.bfloat16))]
-    layout = BucketLayout.of(bucket)
+def test_every_worker_of_an_engine_meets_under_its_own_number_and_leaves_the_last_meeting(
+    monkeypatch,
+) -> None:
+    made, asked, closed = receiver(), [], []
 
-    def broadcast(flat, src, stream) -> None:
-        assert (len(flat), src, stream) == (128, 0, "stream")
-        layout.fill(flat, bucket)
+    def make_source(info, worker):
+        asked.append((info, worker))
+        number = len(asked)
+        return SimpleNamespace(close=lambda: closed.append(number))
 
-    made = receiver(kind=NcclReceiver)
-    made.group = SimpleNamespace(broadcast=broadcast)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
-    got = dict(made.incoming(SimpleNamespace(layout=layout.to_dict())))
-    assert all(torch.equal(got[n], t) for n, t in bucket)
-    assert NcclReceiver.checksum is device_checksum
-    assert ShmReceiver.checksum is host_checksum
+    monkeypatch.setattr(receivers, "make_source", make_source)
+    told = {"transport": "gloo", "check": True, "meeting": {"port": 7}, "first_rank": 3}
+    for _ in range(2):
+        made.init_transfer_engine(SyncInitInfo(**told))
+    assert asked == [(told, 1)] * 2
+    assert closed == [1]
     made.shutdown()
-    assert made.group is None
+    assert closed == [1, 2]

@@ -20,10 +20,10 @@ def changed(c: RunConfig, **sections) -> RunConfig:
     ("device", "engine", "cluster", "expected"),
     [
         ("cuda", "vllm", {}, "nccl"),
-        ("cpu", "vllm", {}, "shm"),
-        ("cuda", "reference", {}, "shm"),
+        ("cpu", "vllm", {}, "auto"),
+        ("cuda", "reference", {}, "auto"),
         ("cuda", "vllm", {"in_process": True}, "shm"),
-        ("cuda", "vllm", {"colocated": True}, "shm"),
+        ("cuda", "vllm", {"colocated": True}, "auto"),
     ],
 )
 def test_auto_transport(model, reward_file, tmp_path, device, engine, cluster, expected):
@@ -36,8 +36,18 @@ def test_auto_transport(model, reward_file, tmp_path, device, engine, cluster, e
 
 def test_nccl_is_refused_where_it_cannot_work(model, reward_file, tmp_path):
     c = config(model, reward_file, tmp_path, "rollout.weight_sync.transport=nccl")
-    with pytest.raises(ValueError, match=r"transport=nccl needs .* got device cpu, .*; use auto or shm"):
+    with pytest.raises(ValueError, match=r"transport=nccl needs .* got device cpu, .*; use auto, gloo or"):
         resolve_transport(c, "cpu")
+
+
+def test_gloo_needs_processes_and_no_gpu(model, reward_file, tmp_path):
+    c = config(model, reward_file, tmp_path, "rollout.weight_sync.transport=gloo")
+    with pytest.raises(
+        ValueError, match=r"processes of their own: got cluster\.in_process=true; use auto or"
+    ):
+        resolve_transport(c, "cpu")
+    object.__setattr__(c, "cluster", replace(c.cluster, in_process=False))
+    assert [resolve_transport(c, device) for device in ("cpu", "cuda")] == ["gloo", "gloo"]
 
 
 def test_the_models_context_holds_prompt_and_completion(model, reward_file, tmp_path):

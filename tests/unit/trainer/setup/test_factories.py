@@ -183,7 +183,6 @@ def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_p
         "record_routing": True,
         "threads": 3,
         "sleep_mode": False,
-        "transport": "shm",
     }
 
 
