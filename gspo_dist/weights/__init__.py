@@ -25,8 +25,9 @@ Which file has which verb:
 - `folder`: what a model folder holds, read from the heads of its safetensors files.
 - `stream`: tensors -> buckets.
 - `bucket`: named tensors laid end to end in one flat buffer. `checksum`: one number per tensor.
-- `transport`: the protocol of the sender's side. `shm` and `nccl` implement it.
+- `transport`: the protocols of both sides. `shm` implements them on one host, `collective` across hosts and
+  between GPUs, over a process group (`group`: gloo or nccl). `source` makes the engine's side.
 - `send`: the loop over buckets. `verify`: the verdicts. `export`: the same stream as an HF folder, read back.
 - The engine's side is in `rollout.vllm.receivers` and `rollout.reference`. How the engines are reached is in
-  `learners.group` (one process) and `actors.learner_group` (Ray).
+  `learners.group` (one process) and `actors.weight_link` (Ray), which also picks the transport.
 """
