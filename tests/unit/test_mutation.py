@@ -59,6 +59,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_it_lists_the_survivors_of_a_weak_test(project):
     printed = tool(project, "--jobs", "2", "--report", str(project / "report.md"))
     assert sorted(line for line in printed if line.startswith("survived")) == [
@@ -105,6 +106,7 @@ def test_every_explanation_is_of_a_change_that_exists():
     assert wanted - changes == set()
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_tests_that_run(project):
     """The test hangs once `half` is changed. Ctrl-C comes while it does."""
     pid_file = project / "pid"

@@ -204,6 +204,7 @@ def test_a_run_without_its_paths_stops_before_anything_starts():
             read_file(path, config.data.prompt_key, config.data.answer_key)
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_every_arm_without_a_gpu_and_without_torch(tmp_path):
     program = (
         "import sys; from gspo_dist.cli.main import main\n"

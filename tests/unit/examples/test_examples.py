@@ -113,6 +113,7 @@ def test_the_reward_and_its_parts_by_hand(text, reward, parts):
     assert tuple(named[name] for name in ("answered", "right", "last_digit_right")) == parts
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_parts_of_the_reward(model, reward_file, tmp_path):  # noqa: F811
     _, rows = go(
         config(

@@ -95,6 +95,7 @@ def test_no_items_are_no_verdicts(pool_of):
     assert pool_of().judge([]) == []
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_and_takes_alarms_away_is_cut_at_the_deadline(pool_of, items_of, caplog):
     pool = pool_of(timeout_s=0.5, timeout_reward=-1.0)
     pool.start()
@@ -114,6 +115,7 @@ def test_the_deadline_is_for_each_rollout_and_not_for_a_message(pool_of, items_o
     assert rewards(pool.judge(items_of(*"abcdefgh"))) == [1.0] * 8  # 2.4 s in all
 
 
+@pytest.mark.slow
 def test_what_a_late_reward_has_started_ends_with_it(pool_of, items_of, tmp_path):
     pool = pool_of(timeout_s=0.5, options={"folder": str(tmp_path)})
     pool.judge(items_of("hang"))
@@ -171,6 +173,7 @@ def test_what_a_dead_worker_had_not_begun_is_judged_all_the_same(pool_of, items_
     assert rewards(verdicts) == [1.0, 0.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 
 
+@pytest.mark.slow
 def test_without_a_stated_reward_the_run_stops(pool_of, items_of):
     pool = pool_of(timeout_s=0.5, timeout_reward=None)
     with pytest.raises(
@@ -258,6 +261,7 @@ def test_a_reward_that_cannot_be_imported_is_told_at_the_start(pool_of, reward_f
         pool.start()
 
 
+@pytest.mark.slow
 def test_an_import_that_hangs_is_told_at_the_start(pool_of, reward_file, monkeypatch):
     monkeypatch.setattr("gspo_dist.rewards.pool.START_TIMEOUT_S", 1.0)
     pool = pool_of(function=f"{reward_file('import time; time.sleep(60)', 'bad.py')}:judge")

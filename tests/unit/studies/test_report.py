@@ -26,6 +26,7 @@ def tables(text: str) -> dict[str, list[dict[str, str]]]:
 
 def test_the_report_has_the_numbers_of_the_runs(written_study, tmp_path):
     (path,) = write_report(written_study, tmp_path / "report", "gspo compare study=s")
+    assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["report.md"]  # no report.html
     text = path.read_text()
     assert text.startswith("# A <study>\n")
     assert "Made by `gspo compare study=s`." in text
@@ -51,9 +52,7 @@ def test_the_report_has_the_numbers_of_the_runs(written_study, tmp_path):
     assert "![Clipped tokens (logarithmic)](figures/clipping.png)" in text
 
 
-def test_html_is_made_on_demand_only(written_study, tmp_path):
-    write_report(written_study, tmp_path / "report", "x")
-    assert not (tmp_path / "report" / "report.html").exists()
+def test_html_is_made_on_demand(written_study, tmp_path):
     pages = write_report(written_study, tmp_path / "report", "x", html=True)
     assert [path.name for path in pages] == ["report.md", "report.html"]
     page = pages[1].read_text()
