@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from gspo_dist.rewards import answers
-from gspo_dist.rewards.answers import alternatives, number_in
+from gspo_dist.rewards.answers import alternatives, is_number, number_in
+from gspo_dist.rewards.equal import equal, math_verify, readable
+from gspo_dist.rewards.final_answer import final_answer
 from gspo_dist.types import Completion, Prompt
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_LINE = re.compile(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*:?|:|=)\s*\W*?(?=\S)")
+_GSM8K = re.compile(r"(?m)^####[ \t]*(\S.*)$")
 
 
 def math(
-    prompt: Prompt, completion: Completion, *, boxed_only: bool = False
+    prompt: Prompt, completion: Completion, *, boxed_only: bool = False, deadline_s: float = 5.0
 ) -> tuple[float, dict[str, float]]:
-    r"""Takes the answer from the last \boxed{...} or, unless `boxed_only`, from the last line, and compares.
+    r"""Takes the final answer where models mark it (final_answer.py), and compares it with the prompt's.
 
-    Equal means equal as mathematics: 033 and 33, 1/2 and 0.5, x+1 and 1+x. Of a list, any answer is right.
-    Parts: `answered`, whether there was an answer to read.
+    `boxed_only` takes it from \boxed{...} alone. Equal means equal as mathematics: 033 and 33, 1/2 and 0.5,
+    x+1 and 1+x, \{1,2\} and \{2,1\}. Of a list, any answer is right.
+
+    Parts: `answered`, whether there was an answer to read. `undecided`, 1 where `deadline_s` passed before
+    it was compared; that scores 0. An alarm keeps this deadline, and cannot interrupt C code; the one that
+    holds whatever happens is reward.timeout_s.
 
     Raises ValueError when the prompt's own answer cannot be read: the data is wrong, not the model.
     """
@@ -28,25 +38,41 @@ def math(
     found = final_answer(completion.text, boxed_only=boxed_only)
     if found is None:
         return 0.0, {"answered": 0.0}
-    expression = _parse(_as_latex(found))
-    return float(any(_verify(gold, expression) for gold in golds)), {"answered": 1.0}
+    try:
+        with _alarm(deadline_s):
+            return float(any(equal(gold, found) for gold in golds)), {"answered": 1.0}
+    except _Late:
+        return 0.0, {"answered": 1.0, "undecided": 1.0}
 
 
-def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
-    r"""The content of the last whole \boxed{...}; without one, the last line with text, less "Answer:".
+class _Late(BaseException):
+    """The alarm went off. No Exception: sympy catches those, and would go on."""
 
-    Example: r"so \boxed{\frac{1}{2}}." gives r"\frac{1}{2}"; "...\nAnswer: 42" gives "42".
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raises _Late inside the block after `seconds`.
+
+    Does nothing outside the main thread, where no alarm can be set. Somebody else's alarm is put back with
+    the time that it has left, and stays alone where it is due earlier.
     """
-    for match in reversed(list(_BOXED.finditer(text))):
-        content = _balanced(text, match.end())
-        if content is not None:
-            return content.strip() or None
-    if boxed_only:
-        return None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return None
-    return _ANSWER_LINE.sub("", lines[-1]).strip() or None
+    theirs = signal.getitimer(signal.ITIMER_REAL)[0]
+    if threading.current_thread() is not threading.main_thread() or 0 < theirs <= seconds:
+        yield
+        return
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise _Late
+
+    before, begun = signal.signal(signal.SIGALRM, late), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if theirs:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, theirs - (time.monotonic() - begun)))
 
 
 def check_answer(answer: Any) -> None:
@@ -57,54 +83,20 @@ def check_answer(answer: Any) -> None:
             _gold(one)
 
 
-def check_options(boxed_only: bool = False) -> None:
+def check_options(boxed_only: bool = False, deadline_s: float = 5.0) -> None:
     """Raises ValueError when the verifier is not installed or an option has no meaning."""
     if not isinstance(boxed_only, bool):
         raise ValueError(f"reward.options.boxed_only must be true or false: got {boxed_only!r}")
-    _math_verify()
+    if not is_number(deadline_s) or not 0 < deadline_s < 1e9:
+        raise ValueError(f"reward.options.deadline_s must be seconds above 0: got {deadline_s!r}")
+    math_verify()
 
 
-def _gold(answer: Any) -> list[Any]:
-    gold = _parse(_as_latex(str(answer)))
-    if not gold:
+def _gold(answer: Any) -> str:
+    """The right answer as written; of a solution in GSM8K's form, what follows its last ####."""
+    text = str(answer)
+    if solution := _GSM8K.findall(text):
+        text = solution[-1]
+    if not readable(text):
         raise ValueError(f"the prompt's answer must be a mathematical expression: got {answer!r}")
-    return gold
-
-
-def _balanced(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes one opened just before; None when it is never closed."""
-    depth, at = 1, start
-    while at < len(text):
-        if text[at] == "\\":
-            at += 2
-            continue
-        depth += (text[at] == "{") - (text[at] == "}")
-        if depth == 0:
-            return text[start:at]
-        at += 1
-    return None
-
-
-def _as_latex(answer: str) -> str:
-    """In the form in which math-verify reads any expression; bare text it only searches for numbers."""
-    marked = "$" in answer or "\\(" in answer or "\\[" in answer or _BOXED.search(answer)
-    return answer if marked else f"\\boxed{{{answer}}}"
-
-
-@functools.cache
-def _math_verify() -> Any:
-    try:
-        import math_verify
-    except ImportError as error:
-        raise ValueError("reward.function math needs math-verify: pip install 'gspo-dist[math]'") from error
-    return math_verify
-
-
-# math-verify 0.9.0 keeps its deadlines with SIGALRM, which only a main thread may use: elsewhere it raises.
-# Both are turned off, because evaluations may judge in threads; in a run the deadline is reward.timeout_s.
-def _parse(text: str) -> list[Any]:
-    return _math_verify().parse(text, parsing_timeout=None)
-
-
-def _verify(gold: list[Any], found: list[Any]) -> bool:
-    return bool(found) and bool(_math_verify().verify(gold, found, timeout_seconds=None))
+    return text

@@ -8,7 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from gspo_dist.rewards.math import _math_verify, check_answer, check_options, final_answer, math
+from gspo_dist.rewards.equal import math_verify
+from gspo_dist.rewards.final_answer import final_answer
+from gspo_dist.rewards.math import check_answer, check_options, math
 from gspo_dist.types import Completion, Prompt
 
 
@@ -65,7 +67,7 @@ def test_it_works_outside_the_main_thread():
         ("working\n\nAnswer: 42\n\n", "42"),
         ("The final answer is: 42", "42"),
         ("42", "42"),
-        ("**Answer: 42**", "42**"),
+        ("**Answer: 42**", "42"),
         ("answers vary", "answers vary"),
         ("", None),
         (" \n ", None),
@@ -118,7 +120,7 @@ def test_boxed_only_is_true_or_false(value):
 
 def test_without_the_verifier_the_options_are_refused_with_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    _math_verify.cache_clear()
+    math_verify.cache_clear()
     with pytest.raises(ValueError, match=r"needs math-verify: pip install 'gspo-dist\[math\]'"):
         check_options()
     monkeypatch.undo()
