@@ -16,7 +16,7 @@ from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
-from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
@@ -78,11 +78,8 @@ class EagerLearner:
         self.gradients: list[torch.Tensor | None] = [None] * len(self.parameters)
         for i, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(self._gradient_collector(i))
-        opt = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_factor(opt, total_steps))
+        self.lr_factor = lr_factor(config.optimizer, total_steps)
+        self.optimizer = torch.optim.AdamW(self.masters)  # its settings: before every step
 
     def _gradient_collector(self, i: int) -> Callable[[torch.Tensor], None]:
         """Sums gradients in fp32 whatever the weights' precision, micro-batch after micro-batch."""
@@ -134,9 +131,9 @@ class EagerLearner:
         scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad.mul_(scale)
-        lr = float(self.schedule.get_last_lr()[0])
+        lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
+        set_groups(self.optimizer.param_groups, self.config.optimizer, lr)
         self.optimizer.step()
-        self.schedule.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)
             master.grad = None
@@ -153,7 +150,6 @@ class EagerLearner:
         state = {
             "masters": self.masters,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "policy_version": self.policy_version,
             "rng": torch.get_rng_state(),
         }
@@ -171,7 +167,6 @@ class EagerLearner:
                 master.copy_(saved)
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.policy_version = state["policy_version"]
         torch.set_rng_state(state["rng"].cpu())
 

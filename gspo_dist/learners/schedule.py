@@ -1,9 +1,10 @@
-"""Learning-rate schedule, the same arithmetic on every backend."""
+"""AdamW's settings and the learning-rate schedule, the same arithmetic on every backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from gspo_dist.config import OptimizerConfig
 
@@ -32,3 +33,14 @@ def lr_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], floa
         return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * shape
 
     return factor
+
+
+def set_groups(groups: Iterable[dict[str, Any]], config: OptimizerConfig, lr: float) -> None:
+    """Gives an optimiser's groups of parameters `lr` and the configuration's betas, eps and weight decay.
+
+    Every learner calls it before every step. A loaded optimiser has the settings that it was saved with, and
+    no backend asks the configuration again, so a resume with other settings would keep the old ones in
+    silence. For a backend that wraps optimisers, `groups` are those that its step reads.
+    """
+    for group in groups:
+        group.update(lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)

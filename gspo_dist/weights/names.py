@@ -88,6 +88,11 @@ class FileNames:
         """Names in memory; those that make one tensor of the folder together. Most groups are one name."""
         self._joined = {name for group in self.groups if len(group) > 1 for name in group}
 
+    @property
+    def unchanged(self) -> frozenset[str]:
+        """Names in memory of tensors that the folder holds as they are, under the same name."""
+        return frozenset(self._same)
+
     def join(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[NamedTensor]:
         """The folder's tensors that a group of tensors in memory makes."""
         yield from revert_weight_conversion(self._rules, dict(tensors)).items()

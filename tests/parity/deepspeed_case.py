@@ -39,7 +39,7 @@ SIZES = {
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
 }
-HYBRIDS: dict[str, dict[str, Any]] = {
+OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "head_dim": 8,
         "num_hidden_layers": 2,
@@ -55,8 +55,21 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 0,
         "layer_types": ["conv", "full_attention"],
     },
+    "qwen3_5_moe_text": {
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "mixtral": {"num_local_experts": 8, "sliding_window": None},
+    "nanochat": {"num_hidden_layers": 2, "final_logit_softcapping": 2.0},
 }
-"""Models with layers that carry a state from token to token."""
+"""Models of other families: layers that carry a state from token to token (the first three), a folder that
+names experts in its own way and in another order, and a head whose logits are capped."""
 BUDGETS = (64, 128, 34)
 """Token budgets of the first three mini-batches: each rank runs 2, 1 and 3 or more micro-batches."""
 FILLED = 25
@@ -65,13 +78,26 @@ FILLED = 25
 It has one sequence more than there are ranks, so it needs fillers.
 """
 
+OTHER_OPTIMIZER = OptimizerConfig(
+    lr=5e-3,
+    betas=(0.6, 0.8),
+    eps=1e-4,
+    weight_decay=0.4,
+    grad_clip=0.02,
+    warmup_steps=1,
+    schedule="cosine",
+)
+"""What a resume changes: every setting of `make_config`'s optimiser."""
+
 
 def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
     """A random model saved as HF saves it; norms and biases off their neutral values."""
     torch.manual_seed(11)
     model: PreTrainedModel
-    if kind in HYBRIDS:
-        config = AutoConfig.for_model(kind, **SIZES | HYBRIDS[kind] | {"pad_token_id": None} | changes)
+    if kind in OTHERS:
+        dense = "num_experts" not in AutoConfig.for_model(kind).to_dict()
+        sizes = {k: v for k, v in SIZES.items() if not (dense and "expert" in k)}
+        config = AutoConfig.for_model(kind, **sizes | OTHERS[kind] | {"pad_token_id": None} | changes)
         model = AutoModelForCausalLM.from_config(config)
     elif kind == "qwen3_moe":
         model = Qwen3MoeForCausalLM(
@@ -90,6 +116,9 @@ def make_model(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):  # what the router of LFM2-MoE chooses by
+                buffer.normal_(std=0.2)
     model.float().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder

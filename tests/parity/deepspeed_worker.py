@@ -97,6 +97,25 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def accepted(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
+    """Two steps, save; a learner with other settings of the optimiser loads and makes two more."""
+    folder = Path(spec["folder"])
+    first = ranks.learner(spec)
+    case.train(first, spec["data"][:2], [ranks.rank])
+    first.save(folder)
+    first.engine.destroy()
+    second = ranks.learner(spec | {"config": spec["config"] | {"optimizer": case.OTHER_OPTIMIZER}})
+    second.load(folder)
+    steps = case.train(second, spec["data"][2:], [ranks.rank])
+    groups = [
+        {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        for group in second.engine.optimizer.param_groups
+    ]
+    out = {"steps": steps, "groups": groups, "weights": case.exported(second)}
+    second.engine.destroy()
+    return out
+
+
 def _refused(verb: Callable[[], object]) -> str:
     try:
         verb()

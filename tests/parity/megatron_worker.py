@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ def train(learner: MegatronLearner, batches: list, steps: int, spec: case.LossSp
 def main(job: dict, rank: int) -> dict:
     torch.set_num_threads(1)
     config = case.make_config(job["world_size"], job.get("precision", "fp32"), **job["layout"])
+    if "optimizer" in job:
+        config = replace(config, optimizer=replace(config.optimizer, **job["optimizer"]))
     learner = MegatronLearner(
         config,
         job["model"],
@@ -93,6 +96,9 @@ def main(job: dict, rank: int) -> dict:
         elif name == "load":
             learner.load(Path(argument))
             out["version"] = learner.policy_version
+        elif name == "groups":
+            keys = ("lr", "betas", "eps", "weight_decay")
+            out["groups"] = [{key: group[key] for key in keys} for group in learner.optimizer.param_groups]
         elif name == "load_error":
             try:
                 learner.load(Path(argument))

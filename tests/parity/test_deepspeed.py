@@ -24,6 +24,9 @@ MODELS = {
     "shared": {"kind": "qwen2_moe"},
     "delta": {"kind": "qwen3_next"},
     "conv": {"kind": "lfm2_moe"},
+    "gated_delta": {"kind": "qwen3_5_moe_text"},
+    "mixtral": {"kind": "mixtral"},
+    "capped": {"kind": "nanochat"},
 }
 TWO_RANKS = {
     "zero0": ("moe", {"deepspeed": {"zero_stage": 0}}),
@@ -44,6 +47,10 @@ TWO_RANKS = {
     "delta_zero2": ("delta", {"deepspeed": {"zero_stage": 2}}),
     "delta_checkpointed_zero3": ("delta", {"deepspeed": {"zero_stage": 3}, "activation_checkpointing": True}),
     "conv_zero2": ("conv", {"deepspeed": {"zero_stage": 2}}),
+    "conv_zero3": ("conv", {"deepspeed": {"zero_stage": 3}}),
+    "gated_delta_zero3": ("gated_delta", {"deepspeed": {"zero_stage": 3}}),
+    "mixtral_zero3": ("mixtral", {"deepspeed": {"zero_stage": 3}}),
+    "capped_zero3": ("capped", {"deepspeed": {"zero_stage": 3}}),
     "shared_experts2": ("shared", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
 }
 REFERENCED = {
@@ -155,7 +162,7 @@ def test_gradient_norm_and_learning_rate_equal_eager(runs: dict, name: str, meas
             # The delta rule magnifies what rounding moved the weights in the steps before. Measured: moving
             # the weights by 1e-7 of their size moves the fourth norm by up to 2.8e-6 of it, and by at most
             # 4e-7 without such layers. Against eager it is off by 1e-7 at first, 1.9e-5 at the fourth step.
-            late = name.startswith("delta") and step["version"] == 4
+            late = "delta" in name and step["version"] == 4
             assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=5e-5 if late else 1e-5)
             assert got["lr"] == step["lr"]
             assert got["version"] == step["version"]

@@ -36,6 +36,12 @@ RESUMED = {
     "resume_bf16_zero1": {"deepspeed": {"zero_stage": 1}, "precision": "bf16"},
     "resume_bf16_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}, "precision": "bf16"},
 }
+ACCEPTED = {
+    "accepted_zero0": {"deepspeed": {"zero_stage": 0}},
+    "accepted_zero2": {"deepspeed": {"zero_stage": 2}},
+    "accepted_zero3": {"deepspeed": {"zero_stage": 3}},
+    "accepted_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
+}
 BROKEN = {
     f"broken_{name}": dict(deepspeed=ds, **more)
     for name, ds, more in (
@@ -69,8 +75,8 @@ def wrong_folder(model: Path, folder: Path, name: str) -> Path:
     return folder
 
 
-def make_eager(model: Path, precision: str = "fp32") -> EagerLearner:
-    config = case.make_config(backend="eager", precision=precision)
+def make_eager(model: Path, precision: str = "fp32", **changes: Any) -> EagerLearner:
+    config = case.make_config(backend="eager", precision=precision, **changes)
     return EagerLearner(config, model, total_steps=6, temperature=0.8)
 
 
@@ -119,6 +125,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     fixed.forward_backward(given, case.make_spec(data[0]))
     fixed_run = {"outputs": fixed_outputs, "grad_norm": fixed.optim_step().grad_norm}
 
+    going_on = make_eager(model)
+    case.train(going_on, data[:2], [0, 1])
+    folder = tmp_path_factory.mktemp("going_on")
+    going_on.save(folder)
+    changed = make_eager(model, optimizer=case.OTHER_OPTIMIZER)
+    changed.load(folder)
+    accepted_run = {"steps": case.train(changed, data[2:], [0, 1]), "weights": case.exported(changed)}
+
     wrong = {n: wrong_folder(model, tmp_path_factory.mktemp(n), n) for n in ("lacks", "extra")}
     cases = {
         name: wrong
@@ -133,6 +147,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for do, group in (
             ("routes", ROUTED),
             ("resume", RESUMED),
+            ("accepted", ACCEPTED),
             ("broken", BROKEN),
             ("train", BF16),
             ("routes", BF16_EXPERTS),
@@ -142,7 +157,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for name, config in group.items()
     }
     got = run_ranks(WORKER, {"cases": cases}, 2)
-    return {"got": got, "traces": traces, "routed": routed, "bf16": bf16_run, "fixed": fixed_run}
+    return {
+        "got": got,
+        "traces": traces,
+        "routed": routed,
+        "bf16": bf16_run,
+        "fixed": fixed_run,
+        "accepted": accepted_run,
+    }
 
 
 def both(lab: dict, name: str, field: str) -> list:
@@ -199,6 +221,25 @@ def test_resuming_equals_not_stopping_bit_for_bit(lab: dict, name: str) -> None:
         assert seen["weights_on"].keys() == seen["weights_back"].keys()
         for key, weight in seen["weights_on"].items():
             assert torch.equal(weight, seen["weights_back"][key]), key
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_resume_with_other_settings_steps_with_them_as_eager_does(lab: dict, name: str) -> None:
+    """tests/unit/learners/test_eager.py holds eager's step to the formula."""
+    other, want = case.OTHER_OPTIMIZER, lab["accepted"]
+    for r, rank in enumerate(lab["got"]):
+        seen = rank[name]
+        for group in seen["groups"]:
+            assert (tuple(group["betas"]), group["eps"]) == (other.betas, other.eps)
+            assert (group["weight_decay"], group["lr"]) == (other.weight_decay, want["steps"][-1]["lr"])
+        for got, step in zip(seen["steps"], want["steps"], strict=True):
+            assert got["lr"] == step["lr"]
+            assert got["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-5)
+            assert step["grad_norm"] > other.grad_clip, "clipping must bite"
+        if r == 0:
+            assert seen["weights"].keys() == want["weights"].keys()
+            for key, weight in want["weights"].items():
+                assert (seen["weights"][key] - weight).norm() <= 1e-5 * weight.norm(), key
 
 
 @pytest.mark.parametrize("name", RESUMED)

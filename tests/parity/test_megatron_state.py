@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,6 +65,47 @@ def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path,
         [["load", saved], ["train", 1], "weights"],
     )
     assert_weights(other[0]["weights"][0], reference.end, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"expert_parallel": 2}, {"distributed_optimizer": False}], ids=["distributed", "plain"]
+)
+def test_a_resume_with_other_settings_steps_with_them_as_eager_does(
+    reference: Reference, tmp_path: Path, crew: Crew, layout: dict
+) -> None:
+    """tests/unit/learners/test_eager.py holds eager's step to the formula."""
+    changed = {
+        "lr": 7e-4,
+        "betas": (0.6, 0.8),
+        "eps": 1e-4,
+        "weight_decay": 0.4,
+        "grad_clip": 0.02,
+        "warmup_steps": 0,
+        "schedule": "cosine",
+    }
+    first = EagerLearner(case.make_config(backend="eager"), reference.model, total_steps=10)
+    spec = case.make_spec(reference.data)
+    for _ in range(2):
+        first.forward_backward(reference.data, spec)
+        first.optim_step()
+    first.save(tmp_path / "eager")
+    settings = replace(first.config, optimizer=replace(first.config.optimizer, **changed))
+    eager = EagerLearner(settings, reference.model, total_steps=10)
+    eager.load(tmp_path / "eager")
+    eager.forward_backward(reference.data, spec)
+    step = eager.optim_step()
+    assert step.grad_norm > 0.02, "clipping must bite"
+
+    saved = str(tmp_path / "checkpoint")
+    run(crew, tmp_path / "a", reference, 2, layout, [["train", 2], ["save", saved], "wait"])
+    actions = [["load", saved], ["train", 1], "groups", "weights"]
+    ranks = run(crew, tmp_path / "b", reference, 2, layout, actions, optimizer=changed)
+    for rank in ranks:
+        assert rank["steps"][0]["lr"] == step.lr == pytest.approx(7e-4 * (0.5 + 0.5 * np.cos(np.pi * 0.2)))
+        for group in rank["groups"]:
+            assert (tuple(group["betas"]), group["eps"], group["weight_decay"]) == ((0.6, 0.8), 1e-4, 0.4)
+    end = {n: t for bucket in eager.weights(1 << 20) for n, t in bucket}
+    assert_weights(ranks[0]["weights"][0], end, 1e-5)
 
 
 def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_path: Path, crew: Crew) -> None:

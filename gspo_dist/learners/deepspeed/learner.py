@@ -22,7 +22,7 @@ from gspo_dist.learners.hf_folder import check_model_folder
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
-from gspo_dist.learners.schedule import lr_factor
+from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state, writing
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.models.shape import read_shape
@@ -171,8 +171,7 @@ class DeepSpeedLearner:
 
     def optim_step(self) -> OptimStep:
         lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_groups(self.engine.optimizer.param_groups, self.config.optimizer, lr)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
         # The norm is of all ranks' gradients, so all ranks raise together. DeepSpeed marks a bad one by
@@ -245,6 +244,9 @@ class DeepSpeedLearner:
             raise ValueError(f"no DeepSpeed checkpoint in {folder}: expected its folder {TAG!r}")
         random = read_state(folder / f"random_{self.rank}.pt")
         _, state = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
+        if hasattr(self.engine.optimizer, "clip_grad"):
+            # ZeRO 1 and 2 take the saved one (0.19.8), though the engine was made with the configuration's.
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
         self.policy_version = state["policy_version"]
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda":

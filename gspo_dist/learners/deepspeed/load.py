@@ -7,37 +7,59 @@ have that memory for a model that ZeRO-3 is worth using for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from gspo_dist.learners.attention import NAME
 from gspo_dist.learners.hf_folder import check_loaded
 from gspo_dist.weights.folder import ModelFolder
+from gspo_dist.weights.names import FileNames, stored_tensors
 
 
-def expert_parts(name: str, shape: torch.Size) -> list[tuple[str, tuple[int, slice]]]:
-    """The names in a file of a fused expert parameter's parts, and where each goes; nothing for others.
+@dataclass(frozen=True)
+class Part:
+    """A piece of a parameter that the folder holds as a tensor of its own."""
 
-    Example: `mlp.experts.gate_up_proj` [E, 2 I, H] holds `mlp.experts.3.up_proj.weight` at [3, I:].
+    file: str
+    """Its name in the folder."""
+    row: int | None
+    """The row of the parameter that it belongs to: an expert. None: the whole."""
+    index: torch.Tensor
+    """[n] int64: the place in that row, flattened, of each of its elements."""
+
+
+def parts(name: str, shape: torch.Size, names: FileNames) -> Iterator[Part]:
+    """What of a folder a parameter is made of, where the folder holds it under another name or form.
+
+    transformers says only how a parameter is taken apart to be saved. So the numbers of its elements are
+    taken apart, for one expert where the folder holds experts one by one, and say where each piece belongs.
+
+    Example: `mlp.experts.gate_up_proj` [E, 2 I, H] has `mlp.experts.3.up_proj.weight` in row 3, at the
+    elements I H to 2 I H - 1. Raises ValueError where the folder joins it with other parameters.
     """
-    stem, _, leaf = name.rpartition(".")
-    if len(shape) != 3 or leaf not in ("gate_up_proj", "down_proj"):
-        return []
-    if leaf == "down_proj":
-        return [(f"{stem}.{e}.down_proj.weight", (e, slice(None))) for e in range(shape[0])]
-    half = shape[1] // 2
-    rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}
-    return [(f"{stem}.{e}.{part}.weight", (e, at)) for e in range(shape[0]) for part, at in rows.items()]
+    one = torch.arange(shape[1:].numel()).view(1, *shape[1:])
+    try:
+        first = list(names.split(name, one))
+    except ValueError:  # not expert by expert, so whole
+        whole = torch.arange(shape.numel()).view(shape)
+        yield from (Part(file, None, index.flatten()) for file, index in names.split(name, whole))
+        return
+    for expert in range(shape[0]):
+        # Their places are those of expert 0, so a blank is enough to ask for the names.
+        files = names.split(name, torch.empty_like(one, device="meta"), expert)
+        for (file, _), (_, index) in zip(files, first, strict=True):
+            yield Part(file, expert, index.flatten())
 
 
-def copy_into(target: torch.Tensor, name: str, weights: ModelFolder) -> list[str]:
+def copy_into(target: torch.Tensor, name: str, weights: ModelFolder, names: FileNames) -> list[str]:
     """Fills the full parameter `name` and returns the tensors that it was made of.
 
     Raises ValueError, naming what is missing, when the folder does not hold it.
@@ -45,26 +67,45 @@ def copy_into(target: torch.Tensor, name: str, weights: ModelFolder) -> list[str
     if name in weights.tensors:
         target.copy_(weights.read(name))
         return [name]
-    parts = expert_parts(name, target.shape)
-    missing = [part for part, _ in parts if part not in weights.tensors] if parts else [name]
-    check_loaded(weights.path, missing, [])
-    for part, at in parts:
-        target[at].copy_(weights.read(part))
-    return [part for part, _ in parts]
+    if name in names.unchanged:
+        check_loaded(weights.path, [name], [])
+    found = list(parts(name, target.shape, names))
+    check_loaded(weights.path, [part.file for part in found if part.file not in weights.tensors], [])
+    for part in found:
+        row = (target if part.row is None else target[part.row]).view(-1)
+        row[part.index.to(target.device)] = weights.read(part.file).to(target).flatten()
+    return [part.file for part in found]
 
 
-def _renew_rotary(hf: nn.Module) -> None:
-    """Builds the rotary tables again: zero.Init had rounded them to the weights' precision."""
+def _renew_buffers(hf: PreTrainedModel, weights: ModelFolder | None) -> set[str]:
+    """Gives the buffers their values; returns the names of those that a folder holds.
+
+    Rotary tables are built again, because zero.Init had rounded them to the weights' precision. What the
+    folder holds (the bias that routers choose by) is read by rank 0, which has `weights`, for all ranks.
+
+    Collective. Raises ValueError on every rank for a buffer of another kind.
+    """
+    stored = {name for name, _ in stored_tensors(hf)} - {name for name, _ in hf.named_parameters()}
     device = next(buffer for buffer in hf.buffers()).device
+    precise = tuple(getattr(hf, "_keep_in_fp32_modules_strict", None) or ())
     for name, module in list(hf.named_modules()):
-        if not list(module.buffers(recurse=False)):
+        own = dict(module.named_buffers(recurse=False))
+        kept = {leaf for leaf in own if f"{name}.{leaf}" in stored}
+        for leaf in sorted(kept):
+            buffer = own[leaf].float() if leaf.endswith(precise) and precise else own[leaf]
+            if weights is not None and f"{name}.{leaf}" in weights.tensors:
+                buffer.copy_(weights.read(f"{name}.{leaf}"))
+            dist.broadcast(buffer, 0)
+            setattr(module, leaf, buffer)
+        if len(kept) == len(own):
             continue
         if list(module.parameters()) or "Rotary" not in type(module).__name__:
             raise ValueError(
-                f"ZeRO 3 needs a model whose only buffers are rotary tables: {name} is a "
-                f"{type(module).__name__}; set learner.deepspeed.zero_stage=2"
+                "ZeRO 3 needs a model whose only buffers are rotary tables and what its folder holds: "
+                f"{name} is a {type(module).__name__}; set learner.deepspeed.zero_stage=2"
             )
         hf.set_submodule(name, type(module)(config=hf.config).to(device))
+    return stored
 
 
 def load_partitioned(
@@ -87,15 +128,20 @@ def load_partitioned(
     source = ModelFolder(folder)
     if source.tied:
         hf.tie_weights()  # zero.Init had made the tied head a parameter of its own
-    _renew_rotary(hf)
     weights = source if dist.get_rank() == 0 else None
-    read: set[str] = set()
+    read = _renew_buffers(hf, weights)
+    names = FileNames(hf)
     error: ValueError | None = None
+    if weights is not None:
+        try:
+            check_loaded(folder, read - set(weights.tensors), [])
+        except ValueError as raised:
+            error = raised
     for name, parameter in hf.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if weights is not None and error is None:
                 try:
-                    read.update(copy_into(parameter.data, name, weights))
+                    read.update(copy_into(parameter.data, name, weights, names))
                 except ValueError as raised:
                     error = raised  # told to all ranks below: a rank that left now would hang the others
     if weights is not None and error is None:

@@ -346,7 +346,7 @@ class MegatronLearner:
     def optim_step(self) -> OptimStep:
         finalize_model_grads(self.ddp)
         lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
-        norm = optim.clipped_step(self.optimizer, lr, self.policy_version)
+        norm = optim.clipped_step(self.optimizer, self.config.optimizer, lr, self.policy_version)
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

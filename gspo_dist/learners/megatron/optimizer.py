@@ -11,7 +11,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from gspo_dist.config import LearnerConfig
+from gspo_dist.config import LearnerConfig, OptimizerConfig
+from gspo_dist.learners.schedule import set_groups
 
 
 def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[DistributedDataParallel]:
@@ -94,13 +95,12 @@ def _allocate(inner: Any) -> None:
 
 
 @torch.no_grad()
-def clipped_step(optimizer: Any, lr: float, policy_version: int) -> float:
-    """Clips by the global norm, steps at `lr` and returns the norm. Collective.
+def clipped_step(optimizer: Any, knobs: OptimizerConfig, lr: float, policy_version: int) -> float:
+    """Clips by the global norm, steps at `lr` with these knobs and returns the norm. Collective.
 
     Raises FloatingPointError for a norm that is not finite, before anything is changed.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_groups(optimizer.param_groups, knobs, lr)
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):

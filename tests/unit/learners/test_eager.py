@@ -203,6 +203,45 @@ def test_resuming_equals_not_stopping_bit_for_bit(model: Path, tmp_path: Path, p
             assert torch.equal(a, b)
 
 
+def test_a_resume_with_other_settings_steps_with_them_from_the_saved_moments(
+    model: Path, tmp_path: Path
+) -> None:
+    """AdamW by hand: m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2, then the step at the new
+    lr, eps and weight decay. Step 2 is the first after a warm-up of 2, so its factor is 1."""
+    first = make(model)
+    data = [near(first, batch((0, 1, 2)))]
+    for _ in range(2):
+        first.forward_backward(data, spec())
+        first.optim_step()
+    first.save(tmp_path)
+    moments = [(s["exp_avg"], s["exp_avg_sq"]) for s in first.optimizer.state.values()]
+    changed = {"lr": 4e-3, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.2}
+    second = make(model, **changed, warmup_steps=2, schedule="linear")
+    second.load(tmp_path)
+    before = [m.clone() for m in second.masters]
+    second.forward_backward(data, spec())
+    grads = [torch.zeros_like(m) if g is None else g for m, g in zip(before, second.gradients, strict=True)]
+    assert second.optim_step().lr == 4e-3
+    for parameter, w, g, (m, v) in zip(second.parameters, before, grads, moments, strict=True):
+        mean, square = (0.5 * m + 0.5 * g) / (1 - 0.5**3), (0.75 * v + 0.25 * g * g) / (1 - 0.75**3)
+        want = w * (1 - 4e-3 * 0.2) - 4e-3 * mean / (square.sqrt() + 1e-3)
+        torch.testing.assert_close(parameter.detach(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_longer_run_follows_its_own_schedule_from_the_first_step(model: Path, tmp_path: Path) -> None:
+    """A linear schedule to 6 steps is at 4/6 after two steps. Stretched to 12 it is at 10/12."""
+    first = make(model, schedule="linear")
+    data = [near(first, batch((0, 1, 2)))]
+    for _ in range(2):
+        first.forward_backward(data, spec())
+        first.optim_step()
+    first.save(tmp_path)
+    longer = EagerLearner(first.config, model, total_steps=12)
+    longer.load(tmp_path)
+    longer.forward_backward(data, spec())
+    assert longer.optim_step().lr == pytest.approx(1e-3 * 10 / 12, rel=1e-9)
+
+
 def test_a_state_of_another_precision_or_a_torn_one_is_refused(model: Path, tmp_path: Path) -> None:
     make(model, "bf16").save(tmp_path)
     learner = make(model, "fp32")

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from gspo_dist.learners.deepspeed.load import copy_into, expert_parts
+from gspo_dist.learners.deepspeed.load import copy_into, parts
 from gspo_dist.weights.folder import ModelFolder
+from gspo_dist.weights.names import FileNames
+from tests.unit.weights.tiny_models import FAMILIES, make
 
 
 def tiny() -> Qwen3MoeForCausalLM:
@@ -45,12 +47,13 @@ def test_parameters_filled_one_by_one_equal_the_saved_model(tmp_path: Path, shar
     checkpoint = ModelFolder(tmp_path)
     for name, parameter in model.named_parameters():
         target = torch.full_like(parameter, float("nan"))
-        copy_into(target, name, checkpoint)
+        copy_into(target, name, checkpoint, FileNames(model))
         assert torch.equal(target, parameter), name
 
 
 def test_a_weight_that_the_folder_lacks_is_named(tmp_path: Path) -> None:
     model = tiny()
+    names = FileNames(model)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     for gone in ("model.norm.weight", "model.layers.1.mlp.experts.2.up_proj.weight"):
@@ -59,7 +62,7 @@ def test_a_weight_that_the_folder_lacks_is_named(tmp_path: Path) -> None:
         bad = {}
         for name, parameter in model.named_parameters():
             try:
-                copy_into(torch.empty_like(parameter), name, checkpoint)
+                copy_into(torch.empty_like(parameter), name, checkpoint, names)
             except ValueError as error:
                 bad[name] = str(error)
         (owner,) = bad
@@ -68,14 +71,26 @@ def test_a_weight_that_the_folder_lacks_is_named(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_fused_expert_parameter_by_hand() -> None:
-    fused = expert_parts("mlp.experts.gate_up_proj", torch.Size([2, 6, 5]))
-    assert fused == [
-        ("mlp.experts.0.gate_proj.weight", (0, slice(0, 3))),
-        ("mlp.experts.0.up_proj.weight", (0, slice(3, None))),
-        ("mlp.experts.1.gate_proj.weight", (1, slice(0, 3))),
-        ("mlp.experts.1.up_proj.weight", (1, slice(3, None))),
-    ]
-    down = expert_parts("mlp.experts.down_proj", torch.Size([2, 5, 3]))
-    assert [name for name, _ in down] == ["mlp.experts.0.down_proj.weight", "mlp.experts.1.down_proj.weight"]
-    assert expert_parts("mlp.down_proj.weight", torch.Size([5, 3])) == []
-    assert expert_parts("conv.weight", torch.Size([5, 1, 3])) == []
+    """gate_up [4, 16, 16] of Qwen3-MoE: the gate's 8 rows of 16, then the up projection's."""
+    names = FileNames(tiny())
+    stem = "model.layers.0.mlp.experts"
+    found = {(p.file, p.row): p.index for p in parts(f"{stem}.gate_up_proj", torch.Size([4, 16, 16]), names)}
+    assert found.keys() == {
+        (f"{stem}.{e}.{half}_proj.weight", e) for e in range(4) for half in ("gate", "up")
+    }
+    assert torch.equal(found[f"{stem}.3.gate_proj.weight", 3], torch.arange(0, 128))
+    assert torch.equal(found[f"{stem}.2.up_proj.weight", 2], torch.arange(128, 256))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_filled_from_the_names_of_its_own_folder(family: str, tmp_path: Path) -> None:
+    """Mixtral calls its projections w1 to w3, Granite keeps experts fused under other names."""
+    model = make(tmp_path, family)
+    checkpoint, names = ModelFolder(tmp_path), FileNames(model)
+    read = set()
+    for name, parameter in model.named_parameters():
+        target = torch.full_like(parameter, float("nan"))
+        read.update(copy_into(target, name, checkpoint, names))
+        assert torch.equal(target, parameter), name
+    buffers = {n for n in checkpoint.tensors if n.endswith("e_score_correction_bias")}
+    assert read == set(checkpoint.tensors) - buffers
