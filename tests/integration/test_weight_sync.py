@@ -25,9 +25,10 @@ def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_pa
     assert result["files"] == []
 
 
-@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe", "glm4_moe", "deepseek_v3"])
 def test_families_with_names_of_their_own_are_synced_too(family, tmp_path):
-    """Their folders name or hold experts otherwise than Qwen's. GLM-4's router has a buffer."""
+    """Their folders name or hold experts otherwise than Qwen's. GLM-4's router has a buffer,
+    and DeepSeek's attention hands its rotary embedding slices of heads."""
     result = run_case(family, tmp_path)
     # Log-probs move by more than 2 nats; the largest difference seen is 9e-6 (Granite).
     assert result["start"] < 2e-5

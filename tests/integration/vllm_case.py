@@ -314,6 +314,21 @@ FAMILIES = {
         "topk_group": 1,
         "use_qk_norm": True,
     },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 48,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    },
     "qwen3": {"head_dim": 32},
 }
 
@@ -382,6 +397,10 @@ def granitemoe(folder):
 
 def glm4_moe(folder):
     return other_family(folder, "glm4_moe")
+
+
+def deepseek_v3(folder):
+    return other_family(folder, "deepseek_v3")
 
 
 def untold_head(folder):

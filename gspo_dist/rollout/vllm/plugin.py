@@ -1,6 +1,11 @@
-"""The vLLM plug-in (entry point `vllm.general_plugins`): tells vLLM of the receiver of a weight sync."""
+"""The vLLM plug-in (entry point `vllm.general_plugins`): tells vLLM of the receiver of a weight sync, and
+mends its rotary embedding on CPUs.
+"""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 BACKEND = "gspo"
 """vLLM's name of the receiver. It serves every transport, because which one is known only later, when the
@@ -9,6 +14,7 @@ actors are placed."""
 
 def register() -> None:
     """Adds the receiver to vLLM's factory by name, so that nothing is imported until an engine asks for it.
+    On a CPU, mends the rotary embedding.
 
     vLLM calls it in each of its processes, possibly more than once; a second call does nothing.
     """
@@ -16,3 +22,29 @@ def register() -> None:
 
     if BACKEND not in Factory._registry:
         Factory.register_engine(BACKEND, "gspo_dist.rollout.vllm.receivers", "Receiver")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        mend_cpu_rotary()
+
+
+def mend_cpu_rotary() -> None:
+    """Lets torch rotate heads that are given as [T, heads, d], as DeepSeek's attention gives slices of them.
+
+    The CPU kernel of vllm 0.30.0 takes [T, heads x d] only. It reads any other shape as one head and rotates
+    the wrong rows, in silence: log-probs of a DeepSeek-V3 without YaRN are off by tenths of a nat. With YaRN
+    vLLM has another class, which has no CPU kernel and is right.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    kernel = RotaryEmbedding.forward_cpu
+    if hasattr(kernel, "__wrapped__"):
+        return
+
+    @functools.wraps(kernel)
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        if query.dim() > 2:
+            return self.forward_native(positions, query, key)
+        return kernel(self, positions, query, key)
+
+    RotaryEmbedding.forward_cpu = forward_cpu

@@ -30,23 +30,13 @@ def test_a_torn_weight_file_is_named_before_vllm_starts(tmp_path) -> None:
 
 def test_an_architecture_that_vllm_does_not_have_is_named(tmp_path) -> None:
     make(tmp_path, "qwen3")
-    check_architecture(ModelFolder(tmp_path), "cpu")
+    check_architecture(ModelFolder(tmp_path))
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     for architectures, said in ((["Dots1ForCausalLM"], "Dots1ForCausalLM"), (None, "a config without")):
         path.write_text(json.dumps({**config, "architectures": architectures}))
         with pytest.raises(ValueError, match=f"no model of its own for {said}.*rollout=reference"):
-            check_architecture(ModelFolder(tmp_path), "cpu")
-
-
-def test_latent_attention_is_refused_where_log_probs_were_seen_to_differ(tmp_path) -> None:
-    make(tmp_path, "deepseek_v3")
-    with pytest.raises(
-        ValueError,
-        match=r"^DeepseekV3ForCausalLM .* latent attention: .* 0\.8 to 2\.9 nats .*cause was not found; use",
-    ):
-        check_architecture(ModelFolder(tmp_path), "cpu")
-    check_architecture(ModelFolder(tmp_path), "cuda")
+            check_architecture(ModelFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
