@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from gspo_dist.data.records import Message, Record
+
+log = logging.getLogger(__name__)
 
 Tokenizer = Any
 """An HF tokenizer."""
@@ -26,7 +30,8 @@ def render(
     and the tokenizer has a template. Messages reach the template as they are, the record's `tools` and
     `template_args` beside them. The text ends with the cue for the assistant's turn. A last message of the
     assistant is a prefill: the text ends with it, open, and the completion goes on from there. Any other
-    text is tokenized as it stands, with the special tokens that the tokenizer adds to a text.
+    text is tokenized as it stands, with the special tokens that the tokenizer adds to a text, but for the end
+    of the sequence: the completion goes on from the text.
 
     Raises ValueError, naming the record: a template is needed and there is none, it refuses the messages,
     or the tokenizer does not know a character.
@@ -43,10 +48,57 @@ def render(
         raise ValueError(
             f"{record.where}: the tokenizer cannot read the question {text[:80]!r}: {error}"
         ) from error
+    if special:
+        token_ids = _without_appended_eos(tokenizer, text, token_ids)
     if not token_ids:
         raise ValueError(f"{record.where}: the question gives no tokens: {text!r}")
     _check_known(record, tokenizer, text, token_ids)
     return text, token_ids
+
+
+def _without_appended_eos(tokenizer: Tokenizer, text: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """`token_ids` without the end of the sequence that the tokenizer itself appends (add_eos_token, or a
+    post-processor), which is meant for texts that are whole. One that the text spells stays.
+
+    Example: "1+1=" gives [bos 1 + 1 = eos] and becomes [bos 1 + 1 =].
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None or token_ids[-1:] != (eos,):
+        return token_ids
+    own = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    spelled = len(own) - len(_stripped(own, eos))
+    kept = _stripped(token_ids, eos) + (eos,) * spelled
+    if len(kept) < len(token_ids):
+        _tell_appended_eos(str(getattr(tokenizer, "name_or_path", "")), str(tokenizer.eos_token))
+    return kept
+
+
+def _stripped(token_ids: tuple[int, ...], eos: int) -> tuple[int, ...]:
+    """`token_ids` without the eos at their end."""
+    end = len(token_ids)
+    while end and token_ids[end - 1] == eos:
+        end -= 1
+    return token_ids[:end]
+
+
+@functools.lru_cache(maxsize=16)
+def _tell_unused(tokenizer: str, names: tuple[str, ...]) -> None:
+    """Says it once: a template passes over an argument that it does not know."""
+    log.warning(
+        "data.template_args: the chat template of %s has no %s, so it changes nothing; is it spelled so?",
+        tokenizer,
+        ", ".join(names),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _tell_appended_eos(tokenizer: str, token: str) -> None:
+    """Says it once per tokenizer, and not for every record."""
+    log.warning(
+        "the tokenizer %s appends %s to a text: prompts go without it, since completions continue them",
+        tokenizer,
+        token,
+    )
 
 
 def _check_known(record: Record, tokenizer: Tokenizer, text: str, token_ids: tuple[int, ...]) -> None:
@@ -67,6 +119,9 @@ def _from_template(
     record: Record, tokenizer: Tokenizer, messages: list[Message], template_args: Mapping[str, Any]
 ) -> str:
     """The text that the tokenizer's template makes of the messages."""
+    unused = [name for name in template_args if name not in str(tokenizer.chat_template)]
+    if unused and "chat_template" not in template_args:
+        _tell_unused(str(getattr(tokenizer, "name_or_path", "")), tuple(unused))
     prefill = messages[-1]["role"] == "assistant"
     try:
         return str(

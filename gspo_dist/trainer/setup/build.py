@@ -12,6 +12,7 @@ from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import load_splits
 from gspo_dist.metrics.wandb_sink import choose_mode
+from gspo_dist.models.shape import read_shape
 from gspo_dist.rewards.reward import check_answers, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.flip_meter import FlipMeter
@@ -19,7 +20,13 @@ from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.old_logprobs import OldLogprobs
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, WeightPublisher
 from gspo_dist.trainer.run import Run
-from gspo_dist.trainer.setup.checks import check_backend, check_model, load_tokenizer, resolve_device
+from gspo_dist.trainer.setup.checks import (
+    check_backend,
+    check_model,
+    check_vocabulary,
+    load_tokenizer,
+    resolve_device,
+)
 from gspo_dist.trainer.setup.factories import make_objective, make_sinks, resolved_weight_sync, sampling_spec
 from gspo_dist.trainer.setup.processes import start_parts
 from gspo_dist.trainer.setup.run_folder import prepare_folder
@@ -45,7 +52,9 @@ def build(config: RunConfig) -> Run:
     train, heldout = load_splits(
         config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )
-    check_answers(config.reward, [*train, *(heldout or ())])
+    prompts = [*train, *(heldout or ())]
+    check_vocabulary(prompts, read_shape(model).vocab, model)
+    check_answers(config.reward, prompts)
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from gspo_dist.config import ClusterConfig, RunConfig
 from gspo_dist.models.shape import read_shape
+from gspo_dist.types import Prompt
 
 
 def load_tokenizer(model: str) -> Any:
-    """The HF tokenizer of a model folder."""
+    """The HF tokenizer of a model folder. Raises ValueError, naming the folder, where it cannot be read."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever a torn or a foreign file makes transformers raise
+        cause = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(
+            f"model.path {model} must hold a tokenizer that transformers reads: {type(error).__name__}: "
+            f"{cause}; copy tokenizer.json and tokenizer_config.json again"
+        ) from error
+
+
+def check_vocabulary(prompts: Iterable[Prompt], vocabulary: int, model: str) -> None:
+    """Raises ValueError, naming the record, for a prompt with a token that the model has no embedding for."""
+    for prompt in prompts:
+        largest = max(prompt.token_ids)
+        if largest >= vocabulary:
+            raise ValueError(
+                f"{prompt.prompt_id}: the prompt has token {largest}, and the model knows tokens 0 to "
+                f"{vocabulary - 1}: the tokenizer in {model} is of another model than its weights; copy both "
+                "from one place, or resize the embedding"
+            )
 
 
 def resolve_device(cluster: ClusterConfig) -> str:

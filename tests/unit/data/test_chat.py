@@ -7,10 +7,11 @@ import logging
 import re
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gspo_dist.config import DataConfig
+from gspo_dist.data import chat
 from gspo_dist.data.chat import render
 from gspo_dist.data.prompts import load_prompts
 from gspo_dist.data.records import Record
@@ -136,3 +137,51 @@ def test_prompts_that_are_too_long_stop_the_run_or_are_counted_and_named(tmp_pat
 def test_a_file_of_prompts_that_are_all_too_long_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="must hold at least one prompt: got none"):
         load(tmp_path, [ROWS[1]], too_long="skip")
+
+
+def appending(*tokens: str, **special) -> PreTrainedTokenizerFast:
+    """A tokenizer without a template that puts <bos> before a text and `tokens` behind it."""
+    fast = tokenizer(None, bos_token="<bos>", **special)
+    fast.add_special_tokens({"bos_token": "<bos>"})
+    names = ["<bos>", *tokens]
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(["<bos>", "$A", *tokens]),
+        special_tokens=[(name, fast.convert_tokens_to_ids(name)) for name in dict.fromkeys(names)],
+    )
+    return fast
+
+
+def ids_of(text: str, fast: PreTrainedTokenizerFast) -> list[str]:
+    record = Record("f.jsonl:7", text, "1", {})
+    ids = render(record, fast, chat_template=True, system_prompt=None)[1]
+    return fast.convert_ids_to_tokens(list(ids))
+
+
+def test_an_end_of_sequence_that_the_tokenizer_appends_does_not_end_the_prompt(caplog) -> None:
+    """It is said once. An end that the text spells stays, and so does what stands before the text."""
+    chat._tell_appended_eos.cache_clear()
+    fast, eos = appending("<|endoftext|>"), "<|endoftext|>"
+    assert fast("1+1=")["input_ids"][-1] == fast.eos_token_id
+    with caplog.at_level(logging.WARNING):
+        assert ids_of("1+1=", fast) == ["<bos>", *"1+1="]
+        assert ids_of("2+2=", fast) == ["<bos>", *"2+2="]
+        assert ids_of(f"ab{eos}", fast) == ["<bos>", *"ab", eos]
+    assert caplog.text.count("appends <|endoftext|> to a text: prompts go without it") == 1
+
+
+def test_a_tokenizer_that_appends_nothing_loses_nothing(caplog) -> None:
+    chat._tell_appended_eos.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert ids_of("ab<|endoftext|>", appending()) == ["<bos>", *"ab", "<|endoftext|>"]
+        assert ids_of("ab", appending("<bos>")) == ["<bos>", *"ab", "<bos>"], "no end of a sequence"
+    assert caplog.text == ""
+
+
+def test_a_template_argument_that_the_template_does_not_have_is_said_once(caplog) -> None:
+    chat._tell_unused.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        rendered("hi", DUMP, template_args={"enable_thinking": False})
+        assert caplog.text == ""
+        for _ in range(2):
+            rendered("hi", DUMP, template_args={"enable_thinkng": False})
+    assert caplog.text.count("has no enable_thinkng, so it changes nothing") == 1

@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist.config import ClusterConfig, RunConfig
-from gspo_dist.trainer.setup.checks import check_backend, check_model, resolve_device, resolve_transport
+from gspo_dist.trainer.setup.checks import (
+    check_backend,
+    check_model,
+    check_vocabulary,
+    load_tokenizer,
+    resolve_device,
+    resolve_transport,
+)
+from gspo_dist.types import Prompt
 from tests.unit.trainer.small import config
 
 
@@ -180,3 +188,22 @@ def test_a_dense_model_without_replay_passes_and_has_no_moe_layers(model, reward
             (dense / path.name).symlink_to(path)
     c = config(model, reward_file, tmp_path / "run", "model.self_check=false")
     assert check_model(c, str(dense)) == 0
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_with_its_record():
+    """A tokenizer of another model, or with tokens added: the embedding would be read past its end."""
+    prompts = [Prompt("data.jsonl:1", (3, 98), ""), Prompt("data.jsonl:2", (99, 1), "")]
+    check_vocabulary(prompts, 100, "models/mine")
+    with pytest.raises(
+        ValueError, match=r"^data\.jsonl:2: .* token 99, and the model knows tokens 0 to 98: .*models/mine"
+    ):
+        check_vocabulary(prompts, 99, "models/mine")
+
+
+def test_a_torn_tokenizer_is_told_with_its_folder(model, tmp_path):
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(ValueError, match=rf"^model\.path {tmp_path} must hold a tokenizer.*copy tokenizer"):
+        load_tokenizer(str(tmp_path))
