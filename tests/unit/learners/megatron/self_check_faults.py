@@ -1,0 +1,89 @@
+"""Runs the megatron learner's self-check with one fault after the other in the learner. Reads a config.
+
+python self_check_faults.py < config.json      (one JSON object, fault -> findings, on the last line)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from gspo_dist.learners.megatron import learner, self_check
+from gspo_dist.routing.replay import LayerReplay
+
+
+@contextmanager
+def patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """`owner.name` replaced by what `make` makes of it."""
+    before = getattr(owner, name)
+    setattr(owner, name, make(before))
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def other_rotary_base(build: Any) -> Any:
+    return lambda shape, *args, **kwargs: build(replace(shape, rope_theta=500.0), *args, **kwargs)
+
+
+def without_borders(lay_out: Any) -> Any:
+    """The whole batch as one sequence for the attention; positions stay."""
+
+    def laid_out(*args: Any, **kwargs: Any) -> Any:
+        rows = lay_out(*args, **kwargs)
+        cu = rows.packed.cu_seqlens_q
+        whole = torch.stack([cu[0], cu[-1]])
+        for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
+            if getattr(rows.packed, name, None) is not None:
+                setattr(rows.packed, name, whole)
+        return rows
+
+    return laid_out
+
+
+def swapped_halves(export: Any) -> Any:
+    """The experts' gate and up projections leave under each other's name."""
+
+    def exported(*args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in export(*args, **kwargs):
+            swapped = name.replace("gate_proj", "@").replace("up_proj", "gate_proj").replace("@", "up_proj")
+            yield swapped, tensor
+
+    return exported
+
+
+def without_replay(choose: Any) -> Any:
+    def native(self: LayerReplay, native_ids: Any) -> Any:
+        choose(self, native_ids)
+        return native_ids
+
+    return native
+
+
+FAULTS = {
+    "rotary base": (learner.builder, "build_chunks", other_rotary_base),
+    "no borders": (learner, "lay_out", without_borders),
+    "swapped halves": (learner, "export_weights", swapped_halves),
+    "no replay": (LayerReplay, "choose", without_replay),
+}
+
+
+def main() -> None:
+    config = json.load(sys.stdin)
+    seen = {"none": self_check.check(config)}
+    for name, fault in FAULTS.items():
+        with patched(*fault):
+            seen[name] = self_check.check(config)
+    seen["unknown family"] = self_check.check(config | {"architectures": ["NoneSuchForCausalLM"]})
+    print(json.dumps({name: [asdict(f) for f in found] for name, found in seen.items()}))
+
+
+if __name__ == "__main__":
+    main()
