@@ -88,6 +88,7 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     ids = [random.integers(2, vocabulary, n) for n in LENGTHS]
     last = engine.logprobs_of(ids)
     found = {"start": largest(last, [reference(model, i) for i in ids]), "synced": 0.0, "moved": 1e9}
+    found["without_a_place"] = float(len(engine.without_a_place))
     transport = make_transport("shm")
     engine.init_weight_sync(transport.init_info(0))
     for version in (1, 2):
@@ -111,8 +112,8 @@ def main() -> None:
         try:
             result: dict[str, object] = dict(measure(family, Path(folder)))
         except Exception as error:  # vLLM's own code; the reason goes into the table
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
-            result = {"error": f"{type(error).__name__}: {first[:300]}"}
+            said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            result = {"error": f"{type(error).__name__}: {said[:300]}"}
     print(json.dumps(result), flush=True)
     os._exit(0)  # vLLM's threads may outlive its engine
 

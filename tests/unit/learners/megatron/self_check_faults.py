@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from gspo_dist.learners.megatron import learner, self_check
+from gspo_dist.learners.megatron.modules import PackedAttention
 from gspo_dist.routing.replay import LayerReplay
 
 
@@ -33,19 +36,15 @@ def other_rotary_base(build: Any) -> Any:
     return lambda shape, *args, **kwargs: build(replace(shape, rope_theta=500.0), *args, **kwargs)
 
 
-def without_borders(lay_out: Any) -> Any:
-    """The whole batch as one sequence for the attention; positions stay."""
+def without_borders(attend: Any) -> Any:
+    """The whole batch as one sequence for the attention alone."""
 
-    def laid_out(*args: Any, **kwargs: Any) -> Any:
-        rows = lay_out(*args, **kwargs)
-        cu = rows.packed.cu_seqlens_q
-        whole = torch.stack([cu[0], cu[-1]])
-        for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
-            if getattr(rows.packed, name, None) is not None:
-                setattr(rows.packed, name, whole)
-        return rows
+    def attending(self: Any, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
+        borders = packed_seq_params.cu_seqlens_q_padded
+        whole = SimpleNamespace(cu_seqlens_q_padded=torch.stack([borders[0], borders[-1]]))
+        return attend(self, *args, packed_seq_params=whole, **kwargs)
 
-    return laid_out
+    return attending
 
 
 def swapped_halves(export: Any) -> Any:
@@ -69,7 +68,7 @@ def without_replay(choose: Any) -> Any:
 
 FAULTS = {
     "rotary base": (learner.builder, "build_chunks", other_rotary_base),
-    "no borders": (learner, "lay_out", without_borders),
+    "no borders": (PackedAttention, "forward", without_borders),
     "swapped halves": (learner, "export_weights", swapped_halves),
     "no replay": (LayerReplay, "choose", without_replay),
 }
@@ -81,7 +80,8 @@ def main() -> None:
     for name, fault in FAULTS.items():
         with patched(*fault):
             seen[name] = self_check.check(config)
-    seen["unknown family"] = self_check.check(config | {"architectures": ["NoneSuchForCausalLM"]})
+    other = AutoConfig.for_model("olmoe").to_json_string()
+    seen["unknown family"] = self_check.check(json.loads(other))
     print(json.dumps({name: [asdict(f) for f in found] for name, found in seen.items()}))
 
 
