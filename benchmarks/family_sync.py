@@ -1,10 +1,10 @@
-"""Whether vLLM's CPU build computes what one model family computes, before and after two weight syncs.
+"""Whether vLLM's CPU build computes what model families compute, before and after two weight syncs.
 
-    python benchmarks/family_sync.py qwen3_moe      # one JSON object on the last line
+    python benchmarks/family_sync.py qwen3_moe mixtral      # one JSON object per family and line
 
 A miniature of the family is started in a real engine, its weights are changed and published twice, and the
-engine's log-probs are compared with those of transformers' own forward each time. vLLM changes global state
-of its process, so each family gets a process of its own (`model_families.py --sync` starts them).
+engine's log-probs are compared with those of transformers' own forward each time. A family at which vLLM ends
+the process ends those after it too, so `model_families.py --measured` starts a process for each.
 """
 
 from __future__ import annotations
@@ -84,6 +84,14 @@ def measure(family: str, folder: Path) -> dict[str, float]:
         kv_cache_gib=0.1,
     )
     engine = VllmEngine(config, folder, threads=1)
+    try:
+        return synced(engine, model, vocabulary)
+    finally:
+        engine.close()
+
+
+def synced(engine: VllmEngine, model: PreTrainedModel, vocabulary: int) -> dict[str, float]:
+    """What `measure` returns, of a started engine."""
     random = np.random.default_rng(0)
     ids = [random.integers(2, vocabulary, n) for n in LENGTHS]
     last = engine.logprobs_of(ids)
@@ -106,16 +114,16 @@ def measure(family: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("family", help="model_type of transformers")
-    family = parser.parse_args().family
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            result: dict[str, object] = dict(measure(family, Path(folder)))
-        except Exception as error:  # vLLM's own code; the reason goes into the table
-            said = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            result = {"error": f"{type(error).__name__}: {said[:300]}"}
-    print(json.dumps(result), flush=True)
-    os._exit(0)  # vLLM's threads may outlive its engine
+    parser.add_argument("families", nargs="+", help="model_type of transformers")
+    for family in parser.parse_args().families:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                result: dict[str, object] = dict(measure(family, Path(folder)))
+            except Exception as error:  # vLLM's own code; the reason goes into the table
+                said = " ".join(line.strip() for line in str(error).splitlines()[:2])
+                result = {"error": f"{type(error).__name__}: {said[:300]}"}
+        print(json.dumps({"family": family, **result}), flush=True)
+    os._exit(0)  # vLLM's threads may outlive its engines
 
 
 if __name__ == "__main__":
