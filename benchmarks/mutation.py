@@ -32,7 +32,7 @@ How it runs
 
 What is said of a change
     killed: its tests fail. timed out: they take five times as long as without it, and at least 30 s, or
-    longer than `--timeout`. survived: they pass.
+    longer than `--timeout`. survived: they pass. Ctrl-C ends the run; what was judged until then is reported.
 
 `mutation_explained.toml` beside this file holds the reason for each survivor that cannot or need not be
 killed. It has a table per module, whose keys read `function: change`, as printed in the report. The table
@@ -383,9 +383,16 @@ def reason_for(mutant: Mutant, explained: dict[str, dict[str, str]]) -> str | No
     return own or next((why for pattern, why in patterns if fnmatch.fnmatchcase(mutant.key, pattern)), None)
 
 
-def report(verdicts: Sequence[tuple[Mutant, str]], explained: dict[str, dict[str, str]], command: str) -> str:
+def report(
+    verdicts: Sequence[tuple[Mutant, str]],
+    explained: dict[str, dict[str, str]],
+    command: str,
+    *,
+    interrupted: bool = False,
+) -> str:
     """The verdicts as Markdown: a table by module, then every survivor with its explanation."""
-    lines = ["# Changes that no test notices", "", f"Made by `{command}`.", ""]
+    until = " It was interrupted: the changes are those judged until then." if interrupted else ""
+    lines = ["# Changes that no test notices", "", f"Made by `{command}`.{until}", ""]
     lines += ["| module | changes | killed | timed out | survived | of them explained | unexplained |"]
     lines += ["|---|---|---|---|---|---|---|"]
     rows, survivors = {}, []
@@ -407,6 +414,22 @@ def report(verdicts: Sequence[tuple[Mutant, str]], explained: dict[str, dict[str
     return "\n".join(lines) + "\n"
 
 
+def judged(root: Path, trees: Sequence[Path], args: argparse.Namespace) -> Iterator[tuple[Mutant, str]]:
+    """The sampled changes of every module with their verdicts; with `--list` they are only printed."""
+    for module in modules_of(root, args.modules):
+        mutants = mutants_of(root, module)
+        if args.sample is not None and args.sample < len(mutants):
+            chosen = random.Random(f"{args.seed}:{module}").sample(range(len(mutants)), args.sample)
+            mutants = [mutants[i] for i in sorted(chosen)]
+        if args.list:
+            print("\n".join(f"{m.module}:{m.line} {m.key}" for m in mutants))
+        elif mutants:
+            began = time.monotonic()
+            yield from run(root, mutants, trees, args.timeout)
+            seconds = time.monotonic() - began
+            print(f"{module}: {len(mutants)} in {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--modules", nargs="+", default=list(ROOMS), help="files and rooms below gspo_dist")
@@ -423,36 +446,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     reasons = args.root / "benchmarks" / "mutation_explained.toml"
     explained = tomllib.loads(reasons.read_text()) if reasons.is_file() else {}
     verdicts: list[tuple[Mutant, str]] = []
+    interrupted = False
     with tempfile.TemporaryDirectory(prefix="mutation-") as place:
         # The originals are copied too: a run takes long, and somebody may edit the modules meanwhile.
         root = make_copy(args.root, Path(place) / "original")
         trees = [] if args.list else [make_copy(root, Path(place) / f"job{i}") for i in range(args.jobs)]
-        for module in modules_of(root, args.modules):
-            mutants = mutants_of(root, module)
-            if args.sample is not None and args.sample < len(mutants):
-                chosen = random.Random(f"{args.seed}:{module}").sample(range(len(mutants)), args.sample)
-                mutants = [mutants[i] for i in sorted(chosen)]
-            if args.list:
-                print("\n".join(f"{m.module}:{m.line} {m.key}" for m in mutants))
-            elif mutants:
-                began = time.monotonic()
-                for mutant, verdict in run(root, mutants, trees, args.timeout):
-                    verdicts.append((mutant, verdict))
-                    if verdict == "survived" and reason_for(mutant, explained) is None:
-                        print(f"survived {module}:{mutant.line} {mutant.key}", flush=True)
-                print(
-                    f"{module}: {len(mutants)} in {time.monotonic() - began:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        try:
+            for mutant, verdict in judged(root, trees, args):
+                verdicts.append((mutant, verdict))
+                if verdict == "survived" and reason_for(mutant, explained) is None:
+                    print(f"survived {mutant.module}:{mutant.line} {mutant.key}", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
     if args.list:
         return 0
     arguments = " ".join(argv if argv is not None else sys.argv[1:])
-    text = report(verdicts, explained, f"python benchmarks/mutation.py {arguments}".strip())
+    command = f"python benchmarks/mutation.py {arguments}".strip()
+    text = report(verdicts, explained, command, interrupted=interrupted)
     if args.report is not None:
         args.report.write_text(text, encoding="utf-8")
     print(text.split("\n- ")[0])
-    return 0
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

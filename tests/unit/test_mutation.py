@@ -107,8 +107,9 @@ def test_every_explanation_is_of_a_change_that_exists():
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_tests_that_run(project):
+def test_an_interrupt_ends_the_tests_that_run_and_reports_what_was_judged(project):
     """The test hangs once `half` is changed. Ctrl-C comes while it does."""
+    page = project / "report.md"
     pid_file = project / "pid"
     (project / "tests/unit/test_weak.py").write_text(
         "import os, pathlib, time\n"
@@ -118,13 +119,15 @@ def test_an_interrupt_ends_the_tests_that_run(project):
         f"        pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
         "        time.sleep(100)\n"
     )
-    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak"]
+    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak", "--report", str(page)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
         deadline = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
-        assert running.wait(30) != 0
+        assert running.wait(30) == 130
+    assert "It was interrupted" in page.read_text()
+    assert "| weak.py | 7 | 0 | 0 | 7 |" in page.read_text()  # those of `clamp`, which this test never calls
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
