@@ -299,7 +299,7 @@ def logits_of(model, tokens):
         return model(tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_familys_routes_are_recorded_and_replayed(family, dtype):
     """Records what its routers return; its own routes change no bit, other routes do and leave a gradient."""

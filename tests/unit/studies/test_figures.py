@@ -35,6 +35,7 @@ def complete_run(make_run):
     return make
 
 
+@pytest.mark.slow
 def test_figures_that_have_data_are_written(written_study, tmp_path):
     written = draw_all(written_study, load_runs(written_study), tmp_path / "figures")
     assert [path.name for path in written.values()] == [
@@ -56,6 +57,7 @@ def test_every_metric_of_a_figure_is_one_that_runs_log(complete_run):
     assert [key for key in asked if metric_of(key) is None] == []
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_is_said_and_costs_no_other(written_study, tmp_path, monkeypatch, caplog):
     def broken(figure, arms):
         raise RuntimeError("no font")

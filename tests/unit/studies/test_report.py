@@ -52,6 +52,7 @@ def test_the_report_has_the_numbers_of_the_runs(written_study, tmp_path):
     assert "![Clipped tokens (logarithmic)](figures/clipping.png)" in text
 
 
+@pytest.mark.slow
 def test_html_is_made_on_demand(written_study, tmp_path):
     pages = write_report(written_study, tmp_path / "report", "x", html=True)
     assert [path.name for path in pages] == ["report.md", "report.html"]
@@ -84,6 +85,7 @@ def test_a_study_without_runs_has_no_report(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_report_of_one_seed_says_why_nothing_is_decided(tmp_path):
     study = Study("s", (), {"gspo": (), "grpo": ()}, (0,), "grpo", str(tmp_path / "runs"))
     for arm, seed in study.runs:

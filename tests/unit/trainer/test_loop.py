@@ -69,6 +69,7 @@ def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
     assert (folder / "checkpoints" / "step-000012" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_file, tmp_path):
     """In fp32 the engine's log-probs are the learner's: the first mini-batch's ratio is 1 to rounding."""
     _, rows = go(config(model, reward_file, tmp_path / "run", "steps=5"))
