@@ -201,7 +201,6 @@ def test_a_reference_engine_is_told_as_much(model, reward_file, tmp_path, monkey
         "device": "cpu",
         "record_routing": True,
         "sleep_mode": True,
-        "transport": "shm",
     }
 
 
