@@ -1,7 +1,8 @@
 """Small batches that run beside the training batch: samples of it, and bare sequences to
 compare log-probs on.
 
-They have micro-batches like a mini-batch, and no denominators: nothing is trained on them.
+They have micro-batches like a mini-batch, within the same token budget, and no denominators: nothing is
+trained on them.
 """
 
 from __future__ import annotations
@@ -12,28 +13,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from gspo_dist.packing import MicroBatches, masked_copy
-from gspo_dist.partition import longest_first
+from gspo_dist.packing import MicroBatches, balanced_bins, masked_copy
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import PackedBatch
 
 
-def take_sequences(picks: Sequence[tuple[PackedBatch, int]], *, replicas: int) -> MicroBatches:
-    """Single sequences (batch, index in it) cut out of packed batches, one micro-batch per replica,
-    dealt by length.
+def take_sequences(
+    picks: Sequence[tuple[PackedBatch, int]], *, replicas: int, token_budget: int
+) -> MicroBatches:
+    """Single sequences (batch, index in it) cut out of packed batches, dealt by length to micro-batches of at
+    most `token_budget` tokens.
 
-    Fewer sequences than replicas: the others run masked copies of the first, because every replica must run.
-    Example: sequences of 5, 3 and 4 tokens on 2 replicas give micro-batches of 5 and 7 tokens.
+    Every replica gets as many micro-batches. Where sequences are fewer than micro-batches, masked copies fill
+    up, because every replica must run.
+    Example: sequences of 5, 3 and 4 tokens on 2 replicas give micro-batches of 5 and 7 tokens. With a budget
+    of 6 every replica runs two, of 5 and 3 and of 4 and 3 tokens, and the last of them is a masked copy.
+    Raises ValueError for a sequence that is longer than the budget.
     """
     singles = [_cut(batch, sequence) for batch, sequence in picks]
-    while len(singles) < replicas:
-        singles.append(masked_copy(singles[0]))
-    bins = longest_first([single.num_tokens for single in singles], replicas)
-    assert bins is not None  # no capacity was asked for
-    return tuple((_join([singles[i] for i in members]),) for members in bins)
+    shortest = masked_copy(min(singles, key=lambda single: single.num_tokens))
+    singles += [shortest] * (replicas - len(singles))
+    lengths = [single.num_tokens for single in singles]
+    return tuple(
+        tuple(
+            # The longest first, as they were dealt.
+            _join([singles[i] for i in sorted(places, key=lambda i: -lengths[i])]) if places else shortest
+            for places in micro_batches
+        )
+        for micro_batches in balanced_bins(lengths, replicas, token_budget)
+    )
 
 
-def from_sequences(sequences: Sequence[tuple[np.ndarray, int]], *, replicas: int) -> MicroBatches:
+def from_sequences(
+    sequences: Sequence[tuple[np.ndarray, int]], *, replicas: int, token_budget: int
+) -> MicroBatches:
     """Bare sequences (token ids, start) with the tokens from `start` on marked: those whose log-probs
     are asked for.
 
@@ -54,7 +67,7 @@ def from_sequences(sequences: Sequence[tuple[np.ndarray, int]], *, replicas: int
             rollout_index=torch.tensor([i]),
         )
         picks.append((batch, 0))
-    return take_sequences(picks, replicas=replicas)
+    return take_sequences(picks, replicas=replicas, token_budget=token_budget)
 
 
 _PER_TOKEN = ("token_ids", "position_ids", "loss_mask", "advantages", "rollout_logprobs")

@@ -115,7 +115,9 @@ class Pair:
 
     def batch(self, which: list[int], routing: RoutingTrace | None = None) -> PackedBatch:
         """These sequences in one packed batch, every token but the first marked."""
-        [[batch]] = from_sequences([(self.sequences[i], 1) for i in which], replicas=1)
+        sequences = [(self.sequences[i], 1) for i in which]
+        # All of them in one pass: whether neighbours in a pass matter is what is checked.
+        [[batch]] = from_sequences(sequences, replicas=1, token_budget=sum(LENGTHS))
         return batch.with_(routing=routing)
 
     def packed(self, which: list[int]) -> list[torch.Tensor]:

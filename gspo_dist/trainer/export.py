@@ -76,9 +76,15 @@ def check_export(learner: LearnerGroup, config: RunConfig, folder: Path) -> floa
     to a name that ends in .refused, where nobody takes it for a model.
     """
     vocabulary = read_shape(folder).vocab
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (PROBE_SEQUENCES, PROBE_TOKENS))
+    length = min(PROBE_TOKENS, config.learner.token_budget)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (PROBE_SEQUENCES, length))
     sequences = [(row, 0) for row in tokens]
-    ours = learner_logprobs(learner, sequences, config.learner.data_parallel)
+    ours = learner_logprobs(
+        learner,
+        sequences,
+        replicas=config.learner.data_parallel,
+        token_budget=config.learner.token_budget,
+    )
     try:
         mean, _ = probe_folder(
             folder,

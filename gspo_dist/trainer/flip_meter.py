@@ -40,12 +40,20 @@ class FlipMeter:
     """
 
     def __init__(
-        self, config: FlipsConfig, learner: LearnerGroup, seed: int, moe_layers: int, replicas: int
+        self,
+        config: FlipsConfig,
+        learner: LearnerGroup,
+        seed: int,
+        moe_layers: int,
+        replicas: int,
+        token_budget: int,
     ) -> None:
+        """token_budget: most tokens of one forward pass (learner.token_budget)."""
         self.config = config
         self.learner = learner
         self.seed = seed
         self.replicas = replicas
+        self.token_budget = token_budget
         self.enabled = config.every > 0 and moe_layers > 0
         self.history = {kind: FlipHistory(moe_layers) for kind in TITLES} if self.enabled else {}
         self.step = 0
@@ -75,7 +83,7 @@ class FlipMeter:
             for batch, sequence in mini.sequences()
             if int(batch.rollout_index[sequence]) in wanted
         ]
-        self.sample = take_sequences(picks, replicas=self.replicas)
+        self.sample = take_sequences(picks, replicas=self.replicas, token_budget=self.token_budget)
         self.before = self.learner.logprobs(self.sample, record_routing=True)
         engine = self._against_engine(rollouts)
         if engine is not None and engine.rows:

@@ -53,12 +53,19 @@ class OffsetGuard:
     """
 
     def __init__(
-        self, config: ObjectiveConfig, objective: Objective, learner: LearnerGroup, seed: int
+        self,
+        config: ObjectiveConfig,
+        objective: Objective,
+        learner: LearnerGroup,
+        seed: int,
+        token_budget: int,
     ) -> None:
+        """token_budget: most tokens of one forward pass (learner.token_budget)."""
         self.config = config
         self.objective = objective
         self.learner = learner
         self.seed = seed
+        self.token_budget = token_budget
         self.guard = make_guard(config.guard, objective.clip)
         self.remedies = StalenessRemedies(config, objective)
         """What the step does about tokens of older policies."""
@@ -80,8 +87,8 @@ class OffsetGuard:
         return self.decision.action == "recompute"
 
     def begin_step(self, mini_batches: Sequence[MiniBatch], rollouts: Sequence[Rollout], step: int) -> None:
-        """Forgets the last step's measurement. The estimator `subset` measures now, by one
-        small forward pass.
+        """Forgets the last step's measurement. The estimator `subset` measures now, by forward
+        passes over a few sequences.
         """
         self.measured, self.decided, self.from_probe = None, False, False
         self.policy_version = self.learner.policy_version
@@ -191,7 +198,8 @@ class OffsetGuard:
     def _subset_offset(
         self, mini_batches: Sequence[MiniBatch], rollouts: Sequence[Rollout], step: int
     ) -> OffsetEstimate | None:
-        """The exact offset on a random subset of the sequences with fresh tokens: one small forward pass.
+        """The exact offset on a random subset of the sequences with fresh tokens, in passes within the
+        budget.
 
         None where there is no such sequence.
         """
@@ -200,7 +208,11 @@ class OffsetGuard:
             return None
         seed = self.seed * SUBSET_SEED_STRIDE + step - 1
         chosen = choose_subset(len(population), self.config.guard.subset_fraction, seed)
-        sample = take_sequences([population[i] for i in chosen], replicas=mini_batches[0].replicas)
+        sample = take_sequences(
+            [population[i] for i in chosen],
+            replicas=mini_batches[0].replicas,
+            token_budget=self.token_budget,
+        )
         if self.config.routing_replay == "r3":
             sample = with_traces(sample, rollouts)
         learner, engine, segments = self._paired_logprobs(sample)

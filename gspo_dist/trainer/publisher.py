@@ -42,10 +42,10 @@ def probe_sequences(sampled: Sequence[tuple[Prompt, Completion]]) -> list[ProbeS
 
 
 def learner_logprobs(
-    learner: LearnerGroup, sequences: Sequence[ProbeSequence], replicas: int
+    learner: LearnerGroup, sequences: Sequence[ProbeSequence], *, replicas: int, token_budget: int
 ) -> list[np.ndarray]:
     """The learner's log-probs of the tokens that are compared, one array per sequence."""
-    micro_batches = from_sequences(sequences, replicas=replicas)
+    micro_batches = from_sequences(sequences, replicas=replicas, token_budget=token_budget)
     found: dict[int, np.ndarray] = {}
     for batches, outputs in zip(micro_batches, learner.logprobs(micro_batches), strict=True):
         for batch, output in zip(batches, outputs, strict=True):
@@ -61,18 +61,21 @@ class WeightPublisher:
         config: WeightSyncConfig,
         learner: LearnerGroup,
         pool: RolloutPool,
-        replicas: int,
-        max_model_len: int,
         *,
+        replicas: int,
+        token_budget: int,
+        max_model_len: int,
         colocated: bool = False,
     ) -> None:
-        """config: its transport is resolved (shm or nccl). colocated: the engines come to a publication with
-        their weights awake and their KV cache asleep.
+        """config: its transport is resolved (shm or nccl).
+        replicas, token_budget: of the learner, whose log-probs a probe takes.
+        colocated: the engines come to a publication with their weights awake and their KV cache asleep.
         """
         self.config = config
         self.learner = learner
         self.pool = pool
         self.replicas = replicas
+        self.token_budget = token_budget
         self.max_model_len = max_model_len
         self.colocated = colocated
         self.published = 0
@@ -96,7 +99,7 @@ class WeightPublisher:
         every = self.config.probe_every
         due = not self.probed or bool(every and self.published % every == 0)
         kept = self._cut(probe) if due else []
-        ours = learner_logprobs(self.learner, kept, self.replicas) if kept else []
+        ours = self._ours(kept) if kept else []
         self.probed_offset = None
         if self.colocated:
             # Nothing of the learner runs before the next rollouts, so its GPU memory becomes the KV cache's.
@@ -132,6 +135,10 @@ class WeightPublisher:
             "time/sync/send_s": delivered - started,
             "time/sync/finish_s": finished - delivered,
         }
+
+    def _ours(self, kept: Sequence[ProbeSequence]) -> list[np.ndarray]:
+        """The learner's log-probs of the probe."""
+        return learner_logprobs(self.learner, kept, replicas=self.replicas, token_budget=self.token_budget)
 
     def _cut(self, sequences: Sequence[ProbeSequence]) -> list[ProbeSequence]:
         """The probe, cut to what it compares; sequences without a completion token are left out."""

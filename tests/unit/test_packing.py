@@ -153,7 +153,7 @@ def test_taken_sequences_keep_their_tokens_and_traces():
     )
     assert mini.micro_batches[0][0].routing is None  # held once, by the rollouts, until they are asked for
     ((batch,),) = mini.with_traces(rollouts).micro_batches
-    taken = take_sequences([(batch, 2), (batch, 0)], replicas=1)
+    taken = take_sequences([(batch, 2), (batch, 0)], replicas=1, token_budget=16)
     ((small,),) = taken
     found = unpack(small, small.token_ids.float())
     np.testing.assert_array_equal(found[2], rollouts[2].completion.token_ids)
@@ -163,8 +163,29 @@ def test_taken_sequences_keep_their_tokens_and_traces():
         np.testing.assert_array_equal(small.routing[rows].expert_ids, traces[index].expert_ids)
 
 
+@pytest.mark.parametrize(("replicas", "loads"), [(1, [[9, 8, 4]]), (2, [[9, 4], [8, 4]]), (7, [[9], [8]])])
+def test_a_sample_of_sequences_stays_within_the_token_budget(replicas, loads):
+    """Sequences of 9, 8 and 4 tokens, at most 9 in a pass: every one is there once, and fillers train nothing."""
+    sequences = [(np.arange(n) + 10 * n, 1) for n in (4, 9, 8)]
+    passes = from_sequences(sequences, replicas=replicas, token_budget=9)
+    assert len({len(replica) for replica in passes}) == 1  # collectives pair up
+    assert [[b.num_tokens for b in replica] for replica in passes][: len(loads)] == loads
+    assert all(b.num_tokens <= 9 for replica in passes for b in replica)
+    found: dict[int, np.ndarray] = {}
+    for replica in passes:
+        for batch in replica:
+            told = unpack(batch, batch.token_ids.float())
+            assert not set(told) & set(found)
+            found |= told
+    assert {i: v.tolist() for i, v in found.items()} == {
+        i: tokens[1:].tolist() for i, (tokens, _) in enumerate(sequences)
+    }
+    with pytest.raises(ValueError, match=r"token_budget must hold every sequence: got 8 for one of 9"):
+        from_sequences(sequences, replicas=replicas, token_budget=8)
+
+
 def test_bare_sequences_are_scored_from_their_start_and_never_at_their_first_token():
-    mini = from_sequences([(np.array([4, 5, 6, 7]), 2), (np.array([8, 9]), 0)], replicas=2)
+    mini = from_sequences([(np.array([4, 5, 6, 7]), 2), (np.array([8, 9]), 0)], replicas=2, token_budget=4)
     values: dict[int, list[float]] = {}
     for replica in mini:
         for batch in replica:

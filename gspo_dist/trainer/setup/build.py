@@ -64,8 +64,8 @@ def build(config: RunConfig) -> Run:
         parts = start_parts(config, model, device, run_dir, moe_layers)
         stack.callback(parts.release)
         sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0, wandb_mode)
-        learner, replicas = parts.learner, config.learner.data_parallel
-        guard = OffsetGuard(config.objective, objective, learner, config.seed)
+        learner, replicas, budget = parts.learner, config.learner.data_parallel, config.learner.token_budget
+        guard = OffsetGuard(config.objective, objective, learner, config.seed, budget)
         run = Run(
             config=config,
             run_dir=run_dir,
@@ -79,14 +79,15 @@ def build(config: RunConfig) -> Run:
             guard=guard,
             old_logprobs=OldLogprobs(config.objective, learner, guard),
             flips=FlipMeter(
-                config.flips, learner, config.seed, parts.info.moe_layers or moe_layers, replicas
+                config.flips, learner, config.seed, parts.info.moe_layers or moe_layers, replicas, budget
             ),
             publisher=WeightPublisher(
                 resolved_weight_sync(config, device),
                 learner,
                 parts.pool,
-                replicas,
-                config.rollout.max_model_len,
+                replicas=replicas,
+                token_budget=budget,
+                max_model_len=config.rollout.max_model_len,
                 colocated=config.cluster.colocated,
             ),
             sinks=sinks,

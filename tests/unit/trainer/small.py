@@ -85,12 +85,15 @@ class BookLearner:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.routed: list[list[RoutingTrace | None]] = []
         """Per call of `logprobs`: the traces that its batches carried."""
+        self.tokens: list[list[int]] = []
+        """Per call of `logprobs`: the tokens of each forward pass."""
 
     def logprobs(
         self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
         self.calls.append(("logprobs", {"record_routing": record_routing, "reference": reference}))
         self.routed.append([b.routing for batches in micro_batches for b in batches])
+        self.tokens.append([b.num_tokens for batches in micro_batches for b in batches])
         return [[self._output(b, record_routing) for b in batches] for batches in micro_batches]
 
     def _output(self, batch: PackedBatch, record: bool) -> LogprobOutput:

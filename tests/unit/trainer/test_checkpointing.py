@@ -42,8 +42,8 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
         store=CheckpointStore(folder, config.checkpoint.keep),
         learner=learner,
         cursor=Cursor(),
-        guard=OffsetGuard(objective, get_objective("gspo"), learner, 0),
-        flips=FlipMeter(FlipsConfig(every=0), learner, 0, 2, 1),
+        guard=OffsetGuard(objective, get_objective("gspo"), learner, 0, 64),
+        flips=FlipMeter(FlipsConfig(every=0), learner, 0, 2, 1, 64),
         publisher=SimpleNamespace(published=1),
         tokens_seen=0,
         seconds=0.0,
@@ -81,11 +81,11 @@ def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
 
 def test_a_save_keeps_the_flip_rates_measured_so_far(tmp_path):
     run = run_of(tmp_path)
-    run.flips = FlipMeter(FlipsConfig(every=1), run.learner, 0, 2, 1)
+    run.flips = FlipMeter(FlipsConfig(every=1), run.learner, 0, 2, 1, 64)
     run.flips.history["update"].append(1, [0.25, 0.5])
     save(run, 1)
     again = run_of(tmp_path)
-    again.flips = FlipMeter(FlipsConfig(every=1), again.learner, 0, 2, 1)
+    again.flips = FlipMeter(FlipsConfig(every=1), again.learner, 0, 2, 1, 64)
     restore(again, again.store.newest())
     assert again.flips.history["update"].rates.tolist() == [[0.25, 0.5]]
 

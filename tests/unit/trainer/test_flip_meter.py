@@ -13,8 +13,16 @@ from gspo_dist.trainer.flip_meter import FlipMeter
 from tests.unit.trainer.small import BookLearner, packed, rollout, trace
 
 
-def meter(learner: BookLearner, *, every: int = 1, sequences: int = 8, layers: int = 2, replicas: int = 1):
-    return FlipMeter(FlipsConfig(every=every, sequences=sequences), learner, 0, layers, replicas)
+def meter(
+    learner: BookLearner,
+    *,
+    every: int = 1,
+    sequences: int = 8,
+    layers: int = 2,
+    replicas: int = 1,
+    budget: int = 64,
+):
+    return FlipMeter(FlipsConfig(every=every, sequences=sequences), learner, 0, layers, replicas, budget)
 
 
 class Moving(BookLearner):
@@ -83,6 +91,19 @@ def test_masked_copies_of_idle_replicas_do_not_count():
     out = measured(meter(learner, sequences=1, replicas=2), learner, rollouts, replicas=2)
     assert out["routing/engine/flip_fraction"] in (0.0, 0.5)  # of the one that was sampled, whole
     assert learner.calls[0] == ("logprobs", {"record_routing": True, "reference": False})
+
+
+def test_the_sample_runs_in_passes_within_the_budget_and_counts_the_same():
+    """Four rollouts of 5 tokens, 10 in a pass: two passes, and the rates of one."""
+    rates = []
+    for budget, passes in ((64, 1), (10, 2)):
+        learner = Moving()
+        rollouts = [rollout(i, routing=trace(5, 3 + i % 2)) for i in range(4)]
+        out = measured(meter(learner, budget=budget), learner, rollouts)
+        assert [len(routed) for routed in learner.routed] == [passes] * 3
+        rates.append(out)
+    assert rates[0] == rates[1]
+    assert rates[0]["routing/engine/flip_fraction"] == 0.25
 
 
 def test_the_first_step_and_every_nth_after_it_are_measured():

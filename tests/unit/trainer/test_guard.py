@@ -20,7 +20,7 @@ CLIP_LOW = 3e-4  # GSPO's: an offset of -1.5e-3 is -1.5e-3 / -log(1 - 3e-4) = -4
 
 def guard(learner=None, objective: str = "gspo", old: str = "rollout", **knobs) -> OffsetGuard:
     config = ObjectiveConfig(name=objective, old_logprobs=old, guard=GuardConfig(**knobs))
-    return OffsetGuard(config, get_objective(objective), learner or BookLearner(), seed=5)
+    return OffsetGuard(config, get_objective(objective), learner or BookLearner(), seed=5, token_budget=64)
 
 
 def measured(mean: float, square: float | None = None, sequences: int = 4) -> dict[str, Stat]:
@@ -156,6 +156,17 @@ def test_the_subset_is_measured_exactly_before_the_update():
     assert spec_of(g, 1).offset == pytest.approx(-0.003, abs=1e-6)
 
 
+def test_the_subset_is_measured_within_the_token_budget():
+    """Six sequences of 5 tokens, at most 64 in a pass of the update but 10 in one of this learner's."""
+    learner = BookLearner(-1.002)
+    g = guard(learner, action="recentre", estimator="subset", subset_fraction=1.0)
+    g.token_budget = 10
+    rollouts = [rollout(i) for i in range(6)]
+    g.begin_step(packed(rollouts), rollouts, 1)
+    assert learner.tokens == [[10, 10, 10]]
+    assert spec_of(g, 0).offset == pytest.approx(-0.002, abs=1e-6)
+
+
 def test_fillers_of_idle_replicas_are_not_in_the_subset():
     g = guard(BookLearner(-1.002), action="recentre", estimator="subset", subset_fraction=1.0)
     rollouts = [rollout(i, group=i) for i in range(2)]
@@ -170,7 +181,7 @@ def test_the_subset_replays_the_engines_routes_under_r3():
         routing_replay="r3",
         guard=GuardConfig(action="recentre", estimator="subset", subset_fraction=1.0),
     )
-    g = OffsetGuard(config, get_objective("gspo"), learner, seed=5)
+    g = OffsetGuard(config, get_objective("gspo"), learner, seed=5, token_budget=64)
     rollouts = [rollout(0, routing=trace(5, 1)), rollout(1, routing=trace(5, 3))]
     g.begin_step(packed(rollouts), rollouts, 1)
     (routed,) = learner.routed

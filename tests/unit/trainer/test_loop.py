@@ -454,3 +454,39 @@ def trace_bytes_alive() -> int:
                     array = array.base
                 arrays[id(array)] = array.nbytes
     return sum(arrays.values())
+
+
+def test_no_forward_pass_of_a_run_holds_more_tokens_than_the_budget(model, reward_file, tmp_path):
+    """Update, old log-probs, reference, the guard's subset, the flip sample, the probe: 24 tokens at most."""
+    passes: dict[str, list[int]] = {"logprobs": [], "forward_backward": []}
+
+    def watch(run):
+        for verb, tokens in passes.items():
+            call = getattr(run.learner.learner, verb)
+
+            def counted(batches, *args, call=call, tokens=tokens, **options):
+                tokens.extend(batch.num_tokens for batch in batches)
+                return call(batches, *args, **options)
+
+            setattr(run.learner.learner, verb, counted)
+
+    knobs = [
+        "steps=1",
+        "learner.token_budget=24",
+        "objective.kl_coef=0.1",
+        "objective.guard.action=recompute",
+        "objective.guard.estimator=subset",
+        "objective.guard.subset_fraction=1.0",
+        "objective.guard.threshold=1e-9",
+        "flips.every=1",
+        "flips.sequences=16",
+        "evaluation.prompts=1",
+    ]
+    _, rows = go(config(model, reward_file, tmp_path / "run", *knobs), watch)
+    assert rows[-1]["old_logprobs/recomputed"] == 1.0
+    assert "routing/update/flip_fraction" in rows[-1]
+    longest = max(passes["forward_backward"])
+    assert 12 < longest <= 24
+    assert max(passes["logprobs"]) <= 24
+    # reference, guard's subset, recomputation, flips before and after two updates, two probes
+    assert sum(passes["logprobs"]) > 6 * sum(passes["forward_backward"])

@@ -15,7 +15,9 @@ from tests.unit.trainer.small import BookLearner, packed, rollout, trace
 
 def make(learner: BookLearner, **changes) -> OldLogprobs:
     config = ObjectiveConfig(**({"name": "gspo"} | changes))
-    return OldLogprobs(config, learner, OffsetGuard(config, get_objective(config.name), learner, seed=0))
+    return OldLogprobs(
+        config, learner, OffsetGuard(config, get_objective(config.name), learner, seed=0, token_budget=64)
+    )
 
 
 def two(routed: bool = False):

@@ -72,7 +72,15 @@ class Sender(BookLearner):
 
 def make(pool: Engines, *, colocated: bool = False, max_model_len: int = 4096, logprob=-1.0, **knobs):
     sync = WeightSyncConfig(**({"transport": "shm", "probe_tolerance": 0.01} | knobs))
-    return WeightPublisher(sync, Sender(pool, logprob), pool, 1, max_model_len, colocated=colocated)
+    return WeightPublisher(
+        sync,
+        Sender(pool, logprob),
+        pool,
+        replicas=1,
+        token_budget=4096,
+        max_model_len=max_model_len,
+        colocated=colocated,
+    )
 
 
 def probe(count: int = 4, tokens: int = 3):
