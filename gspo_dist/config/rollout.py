@@ -67,8 +67,9 @@ class RolloutConfig:
     """Share of a GPU's memory that an engine may take."""
     kv_cache_gib: float = 1.0
     """KV cache of each engine on a CPU host."""
-    max_num_seqs: int = 256
-    """Sequences that an engine decodes at once."""
+    max_num_seqs: int | None = None
+    """Sequences that an engine decodes at once. Null takes what its KV cache on GPUs holds at a quarter of
+    the longest length, at most its share of a step and at least 256; on a CPU host 256."""
     enforce_eager: bool = False
     """No CUDA graphs and no compilation: the engine starts sooner and decodes more slowly."""
     threads: int = 0

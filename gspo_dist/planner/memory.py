@@ -294,6 +294,57 @@ class EngineMemory:
     """Sequences of the assumed mean length decoded at once."""
 
 
+LEAST_SEQUENCES = 256
+"""Sequences that an engine may always decode at once: vLLM makes those wait that its KV cache cannot hold."""
+
+
+def sequences_at_once(
+    model: ModelShape, engine: EngineLayout, mean_length: float, capacity: int, *, gpu: bool = True
+) -> int:
+    """What rollout.max_num_seqs stands for where it is null.
+
+    As many sequences as the KV cache holds when each has half of its mean length, which is the average over
+    the time that it decodes. vLLM puts the youngest back when the cache is full, and their prefill is cheap
+    beside the decode steps that a larger batch saves. Never more than an engine's share of a step, never
+    fewer than `LEAST_SEQUENCES`. Each sequence also takes a row of logits in the workspace.
+    """
+    chosen = engine.config.max_num_seqs
+    if chosen is not None:
+        return chosen
+    if not gpu:
+        return LEAST_SEQUENCES
+    free = int(capacity * engine.config.gpu_memory_utilization)
+    free -= sum(item.bytes for item in _engine_items(model, engine, 0))
+    each = mean_length / 2 * _kv_bytes(model, engine) + _logit_bytes(model, engine)
+    share = math.ceil(engine.config.rollouts_per_step / engine.config.engines)
+    return max(LEAST_SEQUENCES, min(share, int(max(0, free) // each)))
+
+
+def _kv_bytes(model: ModelShape, engine: EngineLayout) -> int:
+    """KV cache of one token on one GPU of an engine."""
+    heads = max(1, model.kv_heads / engine.tensor_parallel)
+    return round(model.kv_bytes_per_token(engine.width) * heads / model.kv_heads)
+
+
+def _logit_bytes(model: ModelShape, engine: EngineLayout) -> int:
+    """Workspace of one sequence's row: logits, log-probs and their running sum in float32."""
+    return 3 * 4 * model.vocab // engine.tensor_parallel
+
+
+def _engine_items(model: ModelShape, engine: EngineLayout, sequences: int) -> list[Item]:
+    """What one GPU of an engine holds beside its KV cache."""
+    tokens = engine.max_batched_tokens
+    inner = model.top_k * (3 * model.expert_ffn + model.hidden) if model.moe_layers else 3 * model.ffn
+    scratch = 2 * tokens * (6 * model.hidden + 2 * model.q + inner // engine.tensor_parallel)
+    scratch += sequences * _logit_bytes(model, engine)
+    items = [
+        Item("weights", engine_weights(model, engine)),
+        Item("workspace", scratch, f"prefill of {tokens:,} tokens, logits of {sequences:,} sequences"),
+        Item("runtime", ENGINE_RUNTIME),
+    ]
+    return items if engine.config.enforce_eager else [*items, Item("cuda_graphs", CUDA_GRAPHS)]
+
+
 def engine_memory(
     model: ModelShape, engine: EngineLayout, work: Workload, capacity: int, *, gpu: bool = True
 ) -> EngineMemory:
@@ -301,24 +352,13 @@ def engine_memory(
 
     The numbers of sequences that follow from it are capped by max_num_seqs.
     """
-    weights = Item("weights", engine_weights(model, engine))
-    heads = max(1, model.kv_heads / engine.tensor_parallel)
-    per_token = round(model.kv_bytes_per_token(engine.width) * heads / model.kv_heads)
+    per_token = _kv_bytes(model, engine)
+    at_once = sequences_at_once(model, engine, work.mean_length, capacity, gpu=gpu)
     if gpu:
-        tokens = engine.max_batched_tokens
-        logits = 3 * 4 * engine.config.max_num_seqs * model.vocab // engine.tensor_parallel
-        inner = model.top_k * (3 * model.expert_ffn + model.hidden) if model.moe_layers else 3 * model.ffn
-        scratch = 2 * tokens * (6 * model.hidden + 2 * model.q + inner // engine.tensor_parallel) + logits
-        items = [
-            weights,
-            Item("workspace", scratch, f"prefill of {tokens:,} tokens, logits of a batch"),
-            Item("runtime", ENGINE_RUNTIME),
-        ]
-        if not engine.config.enforce_eager:
-            items.append(Item("cuda_graphs", CUDA_GRAPHS))
+        items = _engine_items(model, engine, at_once)
         budget = int(capacity * engine.config.gpu_memory_utilization)
     else:
-        items = [weights, Item("runtime", 2 * RUNTIME_HOST)]
+        items = [Item("weights", engine_weights(model, engine)), Item("runtime", 2 * RUNTIME_HOST)]
         budget = sum(i.bytes for i in items) + int(engine.config.kv_cache_gib * GIB)
     free = budget - sum(i.bytes for i in items)
     kv_tokens = max(0, free // per_token)
@@ -326,8 +366,8 @@ def engine_memory(
     return EngineMemory(
         MemoryTable("engine GPU" if gpu else "engine", tuple(items), budget),
         kv_tokens,
-        min(engine.config.max_num_seqs, kv_tokens // work.max_length),
-        min(engine.config.max_num_seqs, int(kv_tokens // max(work.mean_length, 1))),
+        min(at_once, kv_tokens // work.max_length),
+        min(at_once, int(kv_tokens // max(work.mean_length, 1))),
     )
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from gspo_dist.config import RolloutConfig
+from gspo_dist.models.shape import read_shape
 from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
 from gspo_dist.rollout.seeds import request_key
+from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, SamplingSpec
@@ -84,8 +86,9 @@ class VllmEngine:
     """Implements `RolloutEngine` with one `vllm.LLM` in this process.
 
     With tensor_parallel > 1 (GPU hosts) its workers are processes of their own. record_routing: vLLM returns
-    routed experts. sleep_mode (GPU hosts): prepares `sleep`. ValueError: the settings do not fit the host or
-    the model, or a weight file of the folder is torn.
+    routed experts. sleep_mode (GPU hosts): prepares `sleep`. fp32_head: logits in
+    float32, as the learner's head computes them. ValueError: the settings do not fit the host or the model,
+    or a weight file of the folder is torn.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class VllmEngine:
         record_routing: bool = False,
         threads: int = 0,
         sleep_mode: bool = False,
+        fp32_head: bool = True,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
@@ -111,6 +115,7 @@ class VllmEngine:
             raise ValueError("engines cannot sleep on a CPU host: set cluster.colocated=false")
         self.config, self.name, self.device = config, name, device
         self.record_routing, self.sleep_mode = record_routing, sleep_mode
+        self.fp32_head = fp32_head
         # Prompts of a group share their prefix, in whole blocks and without the last token. Where no prompt
         # is longer than a block there is nothing to share, and vLLM would keep its books of it for every
         # token. Routes survive sharing: vLLM keeps them by physical KV slot, so a cached block brings its
@@ -152,11 +157,18 @@ class VllmEngine:
             )
         check_architecture(self.folder)
         register()
+        gpu_bytes = None
+        if self.device != "cpu":
+            gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+        overrides = head_override(config.precision, fp32_head=self.fp32_head)
+        if self.folder.has_untold_head:
+            # vLLM believes the config, which says tied, and would compute with the embedding as its head.
+            overrides["tie_word_embeddings"] = False
         arguments: dict[str, Any] = {
             "model": str(model_path),
             "dtype": DTYPES[config.precision],
             "max_model_len": config.max_model_len,
-            "max_num_seqs": config.max_num_seqs,
+            "max_num_seqs": max_num_seqs(config, read_shape(model_path), gpu_bytes),
             "tensor_parallel_size": config.tensor_parallel,
             "enable_expert_parallel": config.expert_parallel,
             "enforce_eager": config.enforce_eager,
@@ -166,6 +178,7 @@ class VllmEngine:
             "worker_extension_cls": "gspo_dist.rollout.vllm.worker.WorkerExtension",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            "hf_overrides": overrides,
             "seed": seed,
         }
         if self.device == "cpu":
@@ -179,9 +192,6 @@ class VllmEngine:
             arguments["enable_sleep_mode"] = self.sleep_mode
             if config.tensor_parallel > 1:
                 arguments["distributed_executor_backend"] = "mp"
-        if self.folder.has_untold_head:
-            # vLLM believes the config, which says tied, and would compute with the embedding as its head.
-            arguments["hf_overrides"] = {"tie_word_embeddings": False}
         try:
             return LLM(**arguments)
         finally:

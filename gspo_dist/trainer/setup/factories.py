@@ -86,8 +86,13 @@ def make_engine(
     record_routing: bool,
     threads: int,
     sleep_mode: bool,
+    fp32_head: bool,
 ) -> RolloutEngine:
-    """One engine. sleep_mode: it can give its GPU memory up while the learner works."""
+    """One engine.
+
+    sleep_mode: it can give its GPU memory up while the learner works.
+    fp32_head: its head computes in float32, as the learner's does. The reference engine always does.
+    """
     if config.engine == "reference":
         from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
 
@@ -110,6 +115,7 @@ def make_engine(
         record_routing=record_routing,
         threads=threads,
         sleep_mode=sleep_mode,
+        fp32_head=fp32_head,
     )
 
 
@@ -160,6 +166,7 @@ def engine_factory(
         record_routing=records_routing(config, moe_layers),
         threads=config.rollout.threads or thread_share(config.rollout.engines),
         sleep_mode=config.cluster.colocated,
+        fp32_head=config.learner.fp32_head or config.learner.precision == "fp32",
     )
 
 

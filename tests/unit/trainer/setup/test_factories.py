@@ -88,6 +88,26 @@ def test_the_reference_engine_stays_on_the_cpu(model, reward_file, tmp_path):
     assert engine_factory(c, str(model), "cuda", 2).keywords["device"] == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("knobs", "fp32_head"),
+    [
+        (["learner.precision=bf16"], True),
+        (["learner.precision=bf16", "learner.fp32_head=false"], False),
+        (["learner.precision=fp32", "learner.fp32_head=false"], True),
+    ],
+)
+def test_engines_and_learner_have_heads_of_one_precision(
+    model, reward_file, tmp_path, knobs, fp32_head, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        "gspo_dist.rollout.vllm.engine.VllmEngine", lambda *args, **told: seen.append(told["fp32_head"])
+    )
+    c = config(model, reward_file, tmp_path, "rollout=vllm", "rollout.precision=bf16", *knobs)
+    engine_factory(c, str(model), "cpu", 2)(name="engine-0")
+    assert seen == [fp32_head]
+
+
 def test_how_a_run_samples(model, reward_file, tmp_path):
     c = config(model, reward_file, tmp_path, "rollout.temperature=0.7", "seed=9")
     spec = sampling_spec(c, TOKENIZER, info())
