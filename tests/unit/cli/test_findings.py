@@ -7,6 +7,7 @@ from pathlib import Path
 from gspo_dist.cli import findings
 from gspo_dist.cli.doctor import format_checks
 from gspo_dist.cli.findings import Check
+from gspo_dist.learners.megatron.layout import FLASH_ATTN, TRANSFORMER_ENGINE
 
 GIB = 1 << 30
 CPU_PROBE = {
@@ -107,9 +108,17 @@ def test_small_resources_are_warned_about() -> None:
 def test_backends_say_what_they_can_do_here() -> None:
     assert "need a GPU" in findings.check_deepspeed("0.19.8", gpus=False).detail
     assert findings.check_deepspeed(None, gpus=False).status == "missing"
-    assert "stand-ins" in findings.check_megatron("0.16.1", None, gpus=False).detail
-    assert findings.check_megatron("0.16.1", None, gpus=True).status == "missing"
-    assert findings.check_megatron("0.16.1", "2.10", gpus=True).status == "ok"
+    assert "stand-ins" in findings.check_megatron("0.16.1", None, None, []).detail
+    h100, a100 = ["NVIDIA H100 80GB HBM3"], ["NVIDIA A100-SXM4-80GB"]
+    assert findings.check_megatron("0.16.1", None, None, h100).status == "missing"
+    assert findings.check_megatron("0.16.1", "2.10", None, h100).status == "ok"
+    newer = findings.check_megatron("0.16.1", "2.20.2", None, h100)
+    assert (newer.status, newer.detail[-12:]) == ("missing", ": got 2.20.2")
+    assert findings.check_megatron("0.16.1", "2.11.0", "2.8.3", a100).status == "ok"
+    for version, said in ((None, "none"), ("2.8.3.post2", "2.8.3.post2")):
+        check = findings.check_megatron("0.16.1", "2.11.0", version, a100)
+        assert check.status == "warn"
+        assert check.detail.endswith(f"flash-attn 2.8.3: got {said}")
     assert findings.check_collectives({**GPU_PROBE, "nccl": False}, gpus=True).status == "missing"
     assert findings.check_collectives({"gloo": False}, gpus=False).status == "missing"
 
@@ -124,3 +133,9 @@ def test_the_wandb_key_is_noticed_and_never_shown(tmp_path: Path) -> None:
     assert findings.check_wandb("0.31.0", {}, netrc).detail == "online: a key is set up"
     assert findings.check_wandb("0.31.0", {"WANDB_MODE": "offline"}, netrc).detail == "WANDB_MODE=offline"
     assert findings.check_wandb(None, {}, netrc).status == "missing"
+
+
+def test_the_gpu_image_pins_what_the_doctor_asks_for() -> None:
+    image = (Path(__file__).parents[3] / "docker" / "Dockerfile.gpu").read_text()
+    assert f'"flash-attn=={FLASH_ATTN}"' in image
+    assert f'"transformer-engine[core_cu13,pytorch]{TRANSFORMER_ENGINE}"' in image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -147,11 +147,24 @@ def test_knobs_that_contradict_are_refused() -> None:
         check_knobs(learner(token_dispatcher="flex"), gpu=False)
 
 
-def test_the_gpu_form_asks_for_transformer_engine_and_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"needs Transformer Engine on GPUs: .*learner=deepspeed"):
-        check_transformer_engine()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+@pytest.mark.parametrize("version", ["2.9.0", "2.10", "2.11.0+c188b53"])
+def test_a_version_of_transformer_engine_that_megatron_takes(version, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     check_transformer_engine()
+
+
+@pytest.mark.parametrize("version", ["1.13", "2.8.0", "2.12.0", "2.20.2", "3.9"])
+def test_another_version_is_refused_with_what_was_got(version, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(
+        ValueError, match=rf"got {version}, and megatron-core 0\.16\.1 takes >=2\.9,<2\.12; bui"
+    ):
+        check_transformer_engine()
+
+
+def test_the_gpu_form_asks_for_transformer_engine_and_bf16() -> None:
+    with pytest.raises(ValueError, match=r"needs Transformer Engine on GPUs: it is not .*learner=deepspeed"):
+        check_transformer_engine()
     config = LearnerConfig(backend="megatron", precision="fp32")
     check_knobs(config, gpu=False)
     with pytest.raises(ValueError, match=r"needs learner\.precision=bf16 on GPUs: got fp32"):
