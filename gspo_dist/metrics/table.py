@@ -296,6 +296,8 @@ SECTIONS = (
                "Mean size of the difference of log-probs, engine against learner; the worst engine.", PROBED),
         Metric("sync/probe_max_abs", "nats",
                "Largest difference of a token's log-prob; the worst engine.", PROBED),
+        Metric("sync/probe_stops_above", "nats per token",
+               "Mean difference above which the probe would have stopped the run.", PROBED),
         Metric("time/sync/start_s", "seconds", "Until every engine was ready to receive."),
         Metric("time/sync/send_s", "seconds", "Gathering, staging and delivering all buckets."),
         Metric("time/sync/finish_s", "seconds", "Until every engine answered, and the check."),

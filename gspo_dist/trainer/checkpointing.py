@@ -32,6 +32,7 @@ def save(run: Run, step: int) -> None:
         "tokens_seen": run.tokens_seen,
         "seconds": run.seconds,
         "published": run.publisher.published,
+        "probe_means": run.publisher.tolerance.means,
         "first_evaluation": run.first_evaluation,
         "last_evaluation": run.last_evaluation,
     }
@@ -68,6 +69,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.publisher.published = (
         state["published"] - 1
     )  # the first publication of a resumed run repeats the last one
+    run.publisher.tolerance.means = list(state.get("probe_means", ()))
     run.first_evaluation = dict(state["first_evaluation"])
     run.last_evaluation = dict(state["last_evaluation"])
     with going_on_without("the flips measured before (flips_*.npz)"):

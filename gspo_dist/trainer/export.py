@@ -19,6 +19,7 @@ from gspo_dist.trainer.publisher import learner_logprobs
 from gspo_dist.trainer.setup.checks import check_model, resolve_device
 from gspo_dist.trainer.setup.processes import Processes
 from gspo_dist.weights.export import probe_folder
+from gspo_dist.weights.tolerance import LEVELS
 from gspo_dist.weights.verify import WeightSyncError
 
 PROBE_SEQUENCES = 2
@@ -72,8 +73,8 @@ def check_export(learner: LearnerGroup, config: RunConfig, folder: Path) -> floa
     """Mean |difference| in nats between the learner's log-probs and transformers' over an exported folder.
 
     The tokens are random, so that no prompt is needed. WeightSyncError when the mean passes
-    rollout.weight_sync.probe_tolerance or transformers reads the folder otherwise; the folder is then moved
-    to a name that ends in .refused, where nobody takes it for a model.
+    rollout.weight_sync.probe_tolerance (null: what the precision explains) or transformers reads the folder
+    otherwise; the folder is then moved to a name that ends in .refused, where nobody takes it for a model.
     """
     vocabulary = read_shape(folder).vocab
     length = min(PROBE_TOKENS, config.learner.token_budget)
@@ -85,12 +86,13 @@ def check_export(learner: LearnerGroup, config: RunConfig, folder: Path) -> floa
         replicas=config.learner.data_parallel,
         token_budget=config.learner.token_budget,
     )
+    tolerance = config.rollout.weight_sync.probe_tolerance
     try:
         mean, _ = probe_folder(
             folder,
             sequences,
             ours,
-            config.rollout.weight_sync.probe_tolerance,
+            tolerance if tolerance is not None else LEVELS[config.learner.precision].unknown_stop,
             temperature=config.rollout.temperature,
             dtype=DTYPES[config.learner.precision],
         )

@@ -7,7 +7,7 @@ weights/__init__.py has the map of one publication; this module is its driver.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from gspo_dist.packing import unpack
 from gspo_dist.probes import from_sequences
 from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.types import Completion, Prompt
-from gspo_dist.weights.verify import check_probe, verify_receipt
+from gspo_dist.weights.tolerance import ProbeTolerance
+from gspo_dist.weights.verify import probe_difference, verify_receipt
 
 PROBE_SEQUENCES = 4
 """Enough that every engine and every layer is exercised, few enough that the probe hides in the
@@ -65,10 +66,14 @@ class WeightPublisher:
         replicas: int,
         token_budget: int,
         max_model_len: int,
+        tolerance: ProbeTolerance,
+        begins_equal: bool = False,
         colocated: bool = False,
     ) -> None:
         """config: its transport is resolved (shm or nccl).
         replicas, token_budget: of the learner, whose log-probs a probe takes.
+        begins_equal: policy version 0 has the very weights that the engines loaded, so that its publication
+        must change nothing.
         colocated: the engines come to a publication with their weights awake and their KV cache asleep.
         """
         self.config = config
@@ -77,6 +82,8 @@ class WeightPublisher:
         self.replicas = replicas
         self.token_budget = token_budget
         self.max_model_len = max_model_len
+        self.tolerance = tolerance
+        self.begins_equal = begins_equal
         self.colocated = colocated
         self.published = 0
         """Publications of the whole run, over its interruptions."""
@@ -95,10 +102,12 @@ class WeightPublisher:
         that names the tensor and the engine, or TimeoutError that names a process. The learner's weights
         are only read.
         """
-        metrics = self._transfer()
         every = self.config.probe_every
         due = not self.probed or bool(every and self.published % every == 0)
         kept = self._cut(probe) if due else []
+        identity = self.begins_equal and not self.probed and self.learner.policy_version == 0
+        before = [self._theirs(kept) for _ in range(2)] if identity and kept else []
+        metrics = self._transfer()
         ours = self._ours(kept) if kept else []
         self.probed_offset = None
         if self.colocated:
@@ -106,7 +115,7 @@ class WeightPublisher:
             self.learner.empty_cache()
             self.pool.wake_up()
         if kept:
-            metrics |= self._compare(kept, ours)
+            metrics |= self._compare(kept, ours, before)
         self.probed = self.probed or due
         self.published += 1
         return metrics
@@ -148,22 +157,50 @@ class WeightPublisher:
         cut = [(np.asarray(tokens)[: min(limit, start + PROBE_TOKENS)], start) for tokens, start in sequences]
         return [(tokens, start) for tokens, start in cut if len(tokens) > max(1, start)][:PROBE_SEQUENCES]
 
-    def _compare(self, kept: Sequence[ProbeSequence], ours: Sequence[np.ndarray]) -> dict[str, float]:
-        """The engines' log-probs of the same completions: proves what they compute, not only what arrived."""
-        answers = self.pool.logprobs_of([tokens for tokens, _ in kept], self.config.timeout_s)
+    def _theirs(self, kept: Sequence[ProbeSequence]) -> dict[str, list[np.ndarray]]:
+        """The engines' log-probs of all tokens of the probe but the first of each sequence."""
+        return self.pool.logprobs_of([tokens for tokens, _ in kept], self.config.timeout_s)
+
+    def _compare(
+        self,
+        kept: Sequence[ProbeSequence],
+        ours: Sequence[np.ndarray],
+        before: Sequence[Mapping[str, list[np.ndarray]]],
+    ) -> dict[str, float]:
+        """The engines' log-probs of the same completions: proves what they compute, not only what arrived.
+
+        before: what the engines said of them twice before a publication that must change nothing; else empty.
+        """
+        if before:
+            # No sync had a part in it: this is the run's own mismatch.
+            self._judge(kept, ours, before[0])
+        after = self._theirs(kept)
+        if before:
+            self.tolerance.check_identity(before[0], before[1], after)
+        stop_above = self.tolerance.stop_above
+        mean, largest = self._judge(kept, ours, after)
+        return {
+            "sync/probe_mean_abs": mean,
+            "sync/probe_max_abs": largest,
+            "sync/probe_stops_above": stop_above,
+        }
+
+    def _judge(
+        self,
+        kept: Sequence[ProbeSequence],
+        ours: Sequence[np.ndarray],
+        answers: Mapping[str, list[np.ndarray]],
+    ) -> tuple[float, float]:
+        """Mean and largest |difference| of the worst engine. WeightSyncError beyond what can be mismatch."""
         means, largest, offsets = [], [], []
         for engine, logprobs in answers.items():
             # Entry i of an engine's answer speaks of token i + 1, because nothing predicts the first token.
             theirs = [row[max(1, start) - 1 :] for row, (_, start) in zip(logprobs, kept, strict=True)]
-            mean, most = check_probe(
-                theirs,
-                ours,
-                self.config.probe_tolerance,
-                engine=engine,
-                policy_version=self.learner.policy_version,
-            )
+            mean, most = probe_difference(theirs, ours)
+            self.tolerance.check(mean, most, engine=engine, policy_version=self.learner.policy_version)
             means.append(mean)
             largest.append(most)
             offsets += [float(np.mean(o - t)) for o, t in zip(ours, theirs, strict=True)]
         self.probed_offset = batch_offset(offsets)
-        return {"sync/probe_mean_abs": max(means), "sync/probe_max_abs": max(largest)}
+        self.tolerance.accept(max(means))
+        return max(means), max(largest)

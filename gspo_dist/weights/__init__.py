@@ -14,7 +14,7 @@ The map of one publication. `trainer.publisher` drives it; the numbers give the 
     6. Transport.release             <---- all answered ---
                                                          7.  finish_weight_update(version) -> SyncReceipt
     8. verify_receipt                (verify)
-    9. check_probe, when it is due   (verify)
+    9. the log-prob probe, when due  (tolerance)
 
 Steps 2 to 6 repeat for every bucket (`send.send_weights`). While the engines load one bucket, the learner
 gathers and stages the next, so at most two buckets are alive.

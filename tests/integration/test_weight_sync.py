@@ -69,3 +69,40 @@ def test_an_engine_with_half_an_update_refuses_to_work(tmp_path):
     assert "does not exist" in says[1]
     assert "half-loaded weights" in says[2]
     assert says[3].startswith("WeightSyncError")
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory):
+    return run_case("sharp_bf16", tmp_path_factory.mktemp("sharp"))
+
+
+def test_the_engines_head_computes_in_float32_before_and_after_a_sync(sharp):
+    """Logits up to 15: exact to float32's rounding, where bf16 rounds them to 1/16."""
+    for error, dtype, largest in sharp["heads"]:
+        assert (dtype, largest > 10) == ("torch.float32", True)
+        assert error < 1e-5
+    error, dtype, _ = sharp["bf16_head"][0]
+    assert (dtype, error > 1e-2) == ("torch.bfloat16", True)
+
+
+def test_a_healthy_sync_passes_the_probe_though_logits_are_peaked_and_precision_is_bf16(sharp):
+    """The fixed 0.02 nats of before would have stopped this run."""
+    assert {round(mean, 9) for mean in sharp["healthy"]} == {round(sharp["healthy"][0], 9)}
+    assert 0.02 < sharp["healthy"][0] < 0.04
+
+
+def test_the_first_sync_of_a_run_finds_one_wrong_expert_below_the_mismatch(sharp):
+    assert sorted(sharp["first"]) == [
+        "expert_not_loaded",
+        "expert_zero",
+        "experts_swapped",
+        "last_layers_swapped",
+    ]
+    for fault, said in sharp["first"].items():
+        assert "another policy after a sync of the very weights that it had loaded" in str(said), fault
+
+
+def test_every_later_probe_finds_two_layers_in_each_others_place(sharp):
+    assert sorted(sharp["later"]) == ["01", "12", "23"]
+    for layers, said in sharp["later"].items():
+        assert "can be mismatch, which was 0.02" in str(said), layers

@@ -486,6 +486,95 @@ def corruption(folder):
     return {"caught": caught, "mended": mended[1], "flipped": flipped}
 
 
+def swapped(tensors, a, b):
+    """The tensors with what stands under one part of a name put under the other, both ways."""
+    there = {name: name.replace(a, b) if a in name else name.replace(b, a) for name in tensors}
+    return {name: tensors[there[name]] for name in tensors}
+
+
+def sharp_bf16(folder):
+    """bf16 on both sides and peaked logits: the head's precision, and what the probe makes of wrong syncs."""
+    from gspo_dist.config import LearnerConfig, WeightSyncConfig
+    from gspo_dist.learners.eager import EagerLearner
+    from gspo_dist.learners.group import LocalLearnerGroup
+    from gspo_dist.rollout.pool import LocalRolloutPool
+    from gspo_dist.trainer.publisher import WeightPublisher, probe_sequences
+    from gspo_dist.weights.tolerance import ProbeTolerance
+
+    model = make_model(folder, layers=4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6.0)
+    model.bfloat16().save_pretrained(folder)
+    engine = make_engine(folder, precision="bf16", max_completion_tokens=96)
+    runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+
+    def head_error():
+        """Largest |difference| of the engine's logits from the exact product of its bf16 numbers."""
+        hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+        with torch.no_grad():
+            wanted = hidden.double() @ learner.policy.hf.get_output_embeddings().weight.double().T
+            found = runner.logits_processor(runner.lm_head, hidden)
+        return [float((found.double() - wanted).abs().max()), str(found.dtype), float(wanted.abs().max())]
+
+    learner = EagerLearner(
+        LearnerConfig(backend="eager", precision="bf16", token_budget=4096), folder, total_steps=1
+    )
+    asked = prompts([20, 30, 40, 50])
+    groups = engine.generate(asked, SamplingSpec(n=1, max_tokens=96, seed=3), [0, 1, 2, 3])
+    probe = probe_sequences([(p, g[0]) for p, g in zip(asked, groups, strict=True)])
+    good = dict(hf_named_weights(learner.policy.hf))
+
+    def publication(tensors=good, begins_equal=False, means=()):
+        """A publication of these tensors as the learner's; what it measured, or what stopped it."""
+        learner.weights = lambda bucket_bytes: buckets(tensors.items(), bucket_bytes)
+        tolerance = ProbeTolerance("bf16", None)
+        tolerance.means = list(means)
+        publisher = WeightPublisher(
+            WeightSyncConfig(transport="shm"),
+            LocalLearnerGroup(learner),
+            LocalRolloutPool(engine),
+            replicas=1,
+            token_budget=4096,
+            max_model_len=224,
+            tolerance=tolerance,
+            begins_equal=begins_equal,
+        )
+        try:
+            return publisher.publish(probe)["sync/probe_mean_abs"]
+        except WeightSyncError as e:
+            return str(e)
+        finally:
+            publisher.learner.transport.close()
+
+    out = {"heads": [head_error()], "healthy": [publication(begins_equal=True)]}
+    out["heads"].append(head_error())  # a reload keeps it
+    runner.logits_processor.head_dtype = torch.bfloat16
+    out["bf16_head"] = [head_error(), publication()]
+    runner.logits_processor.head_dtype = torch.float32
+    own = out["healthy"]
+    last = "layers.3.mlp.experts.5."
+    faults = {
+        "expert_zero": {n: torch.zeros_like(t) if last in n else t for n, t in good.items()},
+        "experts_swapped": swapped(good, "layers.3.mlp.experts.5.", "layers.3.mlp.experts.6."),
+        "last_layers_swapped": swapped(good, "layers.2.", "layers.3."),
+    }
+    out["first"] = {}
+    for name, tensors in faults.items():
+        out["first"][name] = publication(tensors, begins_equal=True)
+        out["healthy"].append(publication(means=own))  # the engine gets the right weights back
+    out["later"] = {
+        f"{a}{a + 1}": publication(swapped(good, f"layers.{a}.", f"layers.{a + 1}."), means=own)
+        for a in range(3)
+    }
+    out["healthy"].append(publication(means=own))
+    # A loader that passes over one expert, as vLLM's do with names that they do not know.
+    load = runner.load_weights
+    runner.load_weights = lambda weights: load([(n, t) for n, t in weights if last not in n])
+    out["first"]["expert_not_loaded"] = publication(begins_equal=True)
+    engine.close()
+    return out
+
+
 def half_update(folder):
     """A transfer that dies in the middle: the engine refuses to sample from the mixture."""
     model = make_model(folder)

@@ -165,7 +165,7 @@ def test_taken_sequences_keep_their_tokens_and_traces():
 
 @pytest.mark.parametrize(("replicas", "loads"), [(1, [[9, 8, 4]]), (2, [[9, 4], [8, 4]]), (7, [[9], [8]])])
 def test_a_sample_of_sequences_stays_within_the_token_budget(replicas, loads):
-    """Sequences of 9, 8 and 4 tokens, at most 9 in a pass: every one is there once, and fillers train nothing."""
+    """9, 8 and 4 tokens, at most 9 in a pass: each is there once, and fillers train nothing."""
     sequences = [(np.arange(n) + 10 * n, 1) for n in (4, 9, 8)]
     passes = from_sequences(sequences, replicas=replicas, token_budget=9)
     assert len({len(replica) for replica in passes}) == 1  # collectives pair up

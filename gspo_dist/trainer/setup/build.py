@@ -27,7 +27,14 @@ from gspo_dist.trainer.setup.checks import (
     load_tokenizer,
     resolve_device,
 )
-from gspo_dist.trainer.setup.factories import make_objective, make_sinks, resolved_weight_sync, sampling_spec
+from gspo_dist.trainer.setup.factories import (
+    begins_equal,
+    make_objective,
+    make_sinks,
+    probe_tolerance,
+    resolved_weight_sync,
+    sampling_spec,
+)
 from gspo_dist.trainer.setup.processes import start_parts
 from gspo_dist.trainer.setup.run_folder import prepare_folder
 
@@ -88,6 +95,8 @@ def build(config: RunConfig) -> Run:
                 replicas=replicas,
                 token_budget=budget,
                 max_model_len=config.rollout.max_model_len,
+                tolerance=probe_tolerance(config),
+                begins_equal=begins_equal(config),
                 colocated=config.cluster.colocated,
             ),
             sinks=sinks,

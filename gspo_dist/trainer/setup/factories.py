@@ -26,6 +26,7 @@ from gspo_dist.objectives.objective import Objective, get_objective
 from gspo_dist.rollout.engine import EngineInfo, RolloutEngine
 from gspo_dist.trainer.setup.checks import resolve_transport
 from gspo_dist.types import SamplingSpec
+from gspo_dist.weights.tolerance import ProbeTolerance
 
 
 def make_learner(
@@ -196,6 +197,25 @@ def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> Sampli
 def resolved_weight_sync(config: RunConfig, device: str) -> WeightSyncConfig:
     """The weight sync's knobs with `transport: auto` replaced by what it means here, where that is known."""
     return replace(config.rollout.weight_sync, transport=resolve_transport(config, device))
+
+
+def engine_precision(config: RunConfig) -> str:
+    """fp32 or bf16: what the engines compute in. The reference engine knows fp32 alone."""
+    return "fp32" if config.rollout.engine == "reference" else config.rollout.precision
+
+
+def probe_tolerance(config: RunConfig) -> ProbeTolerance:
+    """What the log-prob probe of a publication accepts: by the coarser precision of the two sides."""
+    sides = (config.learner.precision, engine_precision(config))
+    return ProbeTolerance("bf16" if "bf16" in sides else "fp32", config.rollout.weight_sync.probe_tolerance)
+
+
+def begins_equal(config: RunConfig) -> bool:
+    """Whether the starting policy as it is published equals what the engines loaded, bit by bit.
+
+    An engine in fp32 may have read finer weights from the folder than a learner in bf16 publishes.
+    """
+    return config.learner.precision == "fp32" or engine_precision(config) == "bf16"
 
 
 def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int, wandb_mode: Mode | None) -> Sinks:

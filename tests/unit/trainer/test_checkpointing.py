@@ -13,6 +13,7 @@ from gspo_dist.objectives.objective import get_objective
 from gspo_dist.trainer.checkpointing import checkpoint_due, commit, restore, save, what_is_saved
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
+from gspo_dist.weights.tolerance import ProbeTolerance
 from tests.unit.trainer.small import BookLearner
 from tests.unit.trainer.test_guard import measured
 
@@ -44,7 +45,7 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
         cursor=Cursor(),
         guard=OffsetGuard(objective, get_objective("gspo"), learner, 0, 64),
         flips=FlipMeter(FlipsConfig(every=0), learner, 0, 2, 1, 64),
-        publisher=SimpleNamespace(published=1),
+        publisher=SimpleNamespace(published=1, tolerance=ProbeTolerance("fp32", None)),
         tokens_seen=0,
         seconds=0.0,
         seconds_before=0.0,
@@ -59,7 +60,7 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
 def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
     run = run_of(tmp_path)
     run.learner.policy_version, run.cursor.place, run.tokens_seen, run.seconds = 12, 5, 777, 61.5
-    run.publisher.published = 4
+    run.publisher.published, run.publisher.tolerance.means = 4, [0.02, 0.03]
     run.first_evaluation, run.last_evaluation = {"eval/x": 0.25}, {"eval/x": 0.5}
     run.guard.observe(measured(-1.5e-3), 0)
     save(run, 3)
@@ -72,6 +73,7 @@ def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
     )
     assert (again.cursor.place, again.tokens_seen, again.seconds_before) == (5, 777, 61.5)
     assert again.publisher.published == 3  # its first publication repeats the last one
+    assert again.publisher.tolerance.own == 0.025
     assert (again.first_evaluation, again.last_evaluation) == ({"eval/x": 0.25}, {"eval/x": 0.5})
     assert again.guard.state_dict() == run.guard.state_dict()
     assert again.guard.decision.offset == pytest.approx(-1.5e-3, rel=1e-5)

@@ -490,3 +490,23 @@ def test_no_forward_pass_of_a_run_holds_more_tokens_than_the_budget(model, rewar
     assert max(passes["logprobs"]) <= 24
     # reference, guard's subset, recomputation, flips before and after two updates, two probes
     assert sum(passes["logprobs"]) > 6 * sum(passes["forward_backward"])
+
+
+@pytest.mark.parametrize("fault", ["layers", "expert"])
+def test_a_learner_that_exports_weights_in_the_wrong_place_stops_before_the_first_step(
+    fault, model, reward_file, tmp_path
+):
+    """Checksums agree, because both sides sum what was sent. The engine's own log-probs have moved."""
+
+    def wrong(weights, bucket_bytes):
+        tensors = {name: tensor for bucket in weights(bucket_bytes) for name, tensor in bucket}
+        pairs = {"layers": ("layers.0.", "layers.1."), "expert": ("experts.3.", "experts.4.")}[fault]
+        yield [(name, tensors[name.replace(*pairs)]) for name in tensors]
+
+    def watch(run):
+        weights = run.learner.learner.weights
+        run.learner.learner.weights = lambda bucket_bytes: wrong(weights, bucket_bytes)
+
+    c = config(model, reward_file, tmp_path / "run", "rollout.weight_sync.probe_tolerance=null")
+    with pytest.raises(WeightSyncError, match="after a sync of the very weights that it had loaded"):
+        go(c, watch)

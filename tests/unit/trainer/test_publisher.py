@@ -15,6 +15,7 @@ from gspo_dist.rollout.engine import SyncReceipt
 from gspo_dist.trainer import publisher as module
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, PROBE_TOKENS, WeightPublisher, probe_sequences
 from gspo_dist.weights.send import SentReport
+from gspo_dist.weights.tolerance import ProbeTolerance
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.trainer.small import BookLearner, rollout
 
@@ -70,8 +71,18 @@ class Sender(BookLearner):
         self.pool.verbs.append("empty_cache")
 
 
-def make(pool: Engines, *, colocated: bool = False, max_model_len: int = 4096, logprob=-1.0, **knobs):
-    sync = WeightSyncConfig(**({"transport": "shm", "probe_tolerance": 0.01} | knobs))
+def make(
+    pool: Engines,
+    *,
+    colocated: bool = False,
+    max_model_len: int = 4096,
+    logprob=-1.0,
+    tolerance: ProbeTolerance | None = None,
+    begins_equal: bool = False,
+    **knobs,
+):
+    fixed = knobs.pop("probe_tolerance", 0.01)
+    sync = WeightSyncConfig(**({"transport": "shm"} | knobs))
     return WeightPublisher(
         sync,
         Sender(pool, logprob),
@@ -79,6 +90,8 @@ def make(pool: Engines, *, colocated: bool = False, max_model_len: int = 4096, l
         replicas=1,
         token_budget=4096,
         max_model_len=max_model_len,
+        tolerance=tolerance or ProbeTolerance("fp32", fixed),
+        begins_equal=begins_equal,
         colocated=colocated,
     )
 
@@ -255,5 +268,76 @@ def test_engines_with_gpus_of_their_own_are_not_woken():
     """As they are, unless a run says that they are colocated."""
     pool = Engines()
     sync = WeightSyncConfig(transport="shm", probe_tolerance=0.01)
-    WeightPublisher(sync, Sender(pool), pool, 1, 4096).publish(probe())
+    WeightPublisher(
+        sync,
+        Sender(pool),
+        pool,
+        replicas=1,
+        token_budget=4096,
+        max_model_len=4096,
+        tolerance=ProbeTolerance("fp32", 0.01),
+    ).publish(probe())
+    assert pool.verbs == ["start", "send", "finish", "logprobs_of"]
+
+
+class Moving(Engines):
+    """Engine 1 says something else from its `at`-th answer on."""
+
+    def __init__(self, at: int, logprob: float) -> None:
+        super().__init__()
+        self.at, self.later = at, logprob
+
+    def logprobs_of(self, sequences, timeout):
+        if len(self.asked) == self.at:
+            self.logprob["engine-1"] = self.later
+        return super().logprobs_of(sequences, timeout)
+
+
+def first(pool: Engines, *, version: int = 0, **knobs):
+    publisher = make(pool, tolerance=ProbeTolerance("bf16", None), begins_equal=True, **knobs)
+    publisher.learner.policy_version = version
+    pool.receipts = {n: replace(r, policy_version=version) for n, r in pool.receipts.items()}
+    return publisher
+
+
+def test_the_first_publication_of_a_new_run_must_change_nothing():
+    """0.001 nats are a twentieth of a healthy mismatch in bf16, and no sync may make them."""
+    pool = Moving(at=2, logprob=-1.001)
+    with pytest.raises(
+        WeightSyncError, match=r"engine-1 computes another policy after a sync of the very wei"
+    ):
+        first(pool).publish(probe())
+    assert pool.verbs == ["logprobs_of", "logprobs_of", "start", "send", "finish", "logprobs_of"]
+
+
+def test_what_the_engines_said_before_any_sync_is_the_runs_own_mismatch():
+    pool = Engines()
+    pool.logprob = {"engine-0": -1.01, "engine-1": -1.125}
+    publisher = first(pool)
+    out = publisher.publish(probe())
+    assert publisher.tolerance.means == [0.125, 0.125]
+    assert (out["sync/probe_mean_abs"], out["sync/probe_stops_above"]) == (0.125, 1.0)
+    pool.logprob["engine-0"] = -2.25  # ten times
+    publisher.probed = False
+    with pytest.raises(
+        WeightSyncError, match=r"engine-0 .* 1\.25 nats .* at most 1 can be mismatch, which was 0\.1"
+    ):
+        publisher.publish(probe())
+
+
+@pytest.mark.parametrize(("begins_equal", "version"), [(False, 0), (True, 4)])
+def test_a_publication_of_other_weights_may_change_what_they_say(begins_equal, version):
+    pool = Moving(at=0, logprob=-1.25)
+    publisher = first(pool, version=version)
+    publisher.begins_equal = begins_equal
+    assert publisher.publish(probe())["sync/probe_mean_abs"] == 0.25
+    assert pool.verbs[0] == "start"
+
+
+def test_only_the_first_publication_is_asked_to_change_nothing():
+    pool = Engines()
+    publisher = first(pool, probe_every=1)
+    publisher.publish(probe())
+    pool.verbs.clear()
+    publisher.publish(probe())
     assert pool.verbs == ["start", "send", "finish", "logprobs_of"]

@@ -11,14 +11,17 @@ import torch
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.trainer.setup.factories import (
+    begins_equal,
     engine_factory,
     learner_factory,
     make_objective,
     make_sinks,
+    probe_tolerance,
     records_routing,
     resolved_weight_sync,
     sampling_spec,
 )
+from gspo_dist.weights.tolerance import LEVELS
 from tests.unit.trainer.small import config
 
 TOKENIZER = SimpleNamespace(eos_token_id=7)
@@ -106,6 +109,28 @@ def test_engines_and_learner_have_heads_of_one_precision(
     c = config(model, reward_file, tmp_path, "rollout=vllm", "rollout.precision=bf16", *knobs)
     engine_factory(c, str(model), "cpu", 2)(name="engine-0")
     assert seen == [fp32_head]
+
+
+@pytest.mark.parametrize(
+    ("engine", "learner", "rollout", "levels", "equal"),
+    [
+        ("vllm", "bf16", "bf16", "bf16", True),
+        ("vllm", "fp32", "fp32", "fp32", True),
+        ("vllm", "fp32", "bf16", "bf16", True),
+        ("vllm", "bf16", "fp32", "bf16", False),  # the engine may have read what bf16 cannot hold
+        ("reference", "bf16", "bf16", "bf16", False),  # it computes in fp32 whatever is asked for
+        ("reference", "fp32", "bf16", "fp32", True),
+    ],
+)
+def test_the_probe_follows_the_coarser_precision(
+    model, reward_file, tmp_path, engine, learner, rollout, levels, equal
+):
+    knobs = [f"rollout={engine}", f"learner.precision={learner}", f"rollout.precision={rollout}"]
+    c = config(model, reward_file, tmp_path, *knobs, "rollout.weight_sync.probe_tolerance=null")
+    assert probe_tolerance(c).levels == LEVELS[levels]
+    assert probe_tolerance(c).fixed is None
+    assert begins_equal(c) is equal
+    assert probe_tolerance(config(model, reward_file, tmp_path)).fixed == 1e-4
 
 
 def test_how_a_run_samples(model, reward_file, tmp_path):
@@ -203,6 +228,7 @@ def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_p
         "record_routing": True,
         "threads": 3,
         "sleep_mode": False,
+        "fp32_head": True,
     }
 
 
