@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 
 from gspo_dist.checks import above, at_least, choose
 
+PROBE_SEQUENCES = 4
+"""Sequences of the log-prob probe. Enough that every engine and every layer is exercised, few enough that the
+probe hides in the sync's own time.
+"""
+PROBE_TOKENS = 512
+"""Of each completion in the probe. vLLM 0.30 computes all prompt log-probs of a request at once, so a long
+one takes gigabytes.
+"""
+
 
 @dataclass(frozen=True)
 class WeightSyncConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gspo_dist.checks import divisors
 from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig
+from gspo_dist.config.rollout import PROBE_SEQUENCES, PROBE_TOKENS
 from gspo_dist.models.shape import ModelShape
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -247,6 +248,34 @@ class Workload:
         objective = self.run.objective
         recomputes = objective.old_logprobs == "recompute" or objective.routing_replay == "r2"
         return int(recomputes) + int(objective.kl_coef > 0)
+
+    @property
+    def guard_tokens(self) -> float:
+        """Tokens of the guard's subset per step. 0 where it measures none."""
+        objective = self.run.objective
+        guard = objective.guard
+        measures = guard.estimator == "subset" and guard.action in ("recentre", "recompute")
+        if objective.old_logprobs == "recompute" or not measures:
+            return 0.0
+        return guard.subset_fraction * self.tokens
+
+    @property
+    def flip_tokens(self) -> float:
+        """Tokens of the flip sample's passes per step of an MoE model, averaged over the steps: one pass
+        before the update and one after each mini-batch of a measured step.
+        """
+        flips = self.run.flips
+        passes = 1 + self.run.mini_batches
+        return passes * flips.sequences * self.mean_length / flips.every if flips.every else 0.0
+
+    @property
+    def probe_tokens(self) -> float:
+        """Tokens that the learner computes per step for the weight sync's probe, averaged over the steps."""
+        rollout = self.run.rollout
+        every = rollout.weight_sync.probe_every
+        completion = min(PROBE_TOKENS, self.mean_fill * rollout.max_completion_tokens)
+        tokens = PROBE_SEQUENCES * (self.mean_fill * rollout.max_prompt_tokens + completion)
+        return tokens / every if every else 0.0
 
     @property
     def trace_sets(self) -> int:

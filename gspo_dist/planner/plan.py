@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from gspo_dist.config import RunConfig
@@ -23,6 +23,7 @@ from gspo_dist.planner.memory import (
 )
 from gspo_dist.planner.placement import engine_nodes
 from gspo_dist.planner.throughput import ASSUMPTIONS, Assumptions, StepTime, step_time
+from gspo_dist.planner.timeouts import Timeout, timeouts
 
 Refusals = Callable[[LearnerLayout], list[str]]
 """What a run would refuse of a learner's layout, in its own words."""
@@ -51,6 +52,8 @@ class Plan:
     """The fullest host."""
     step: StepTime | None = None
     """A rough time. None where nothing can be said (a CPU host, no engine, no room for a sequence)."""
+    timeouts: tuple[Timeout, ...] = ()
+    """What the run's timeouts allow, against what is predicted. Empty where `step` is None."""
     problems: tuple[str, ...] = ()
     """Why it does not fit, one line per reason. None when it fits."""
     advice: tuple[str, ...] = ()
@@ -134,9 +137,12 @@ def plan(
     if not host.fits:
         found.problems.append(f"host: needs {gib(host.total)} and has {gib(host.capacity)}")
         found.advice.append(_host_advice(p, offloaded))
-    step = None
+    step, limits = None, ()
     if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
         step = step_time(model, learner, engine, work, hardware, sampled.concurrency_mean, assume)
+        limits = timeouts(run, model, engine, work, hardware, step, sampled.concurrency_mean, assume)
+        if not found.problems:  # the times of a run that does not fit are not worth a timeout
+            _check_timeouts(limits, found)
     return Plan(
         model,
         hardware,
@@ -146,6 +152,7 @@ def plan(
         sampled,
         host,
         step,
+        limits,
         tuple(found.problems),
         tuple(found.advice),
         tuple(_notes(p, sampled)),
@@ -290,6 +297,17 @@ def _check_engine(p: _Planned, sampled: EngineMemory, found: _Findings) -> None:
     )
     fallback = "shorten rollout.max_completion_tokens, or take GPUs with more memory"
     found.advice.append(f"engine: {changes or fallback}")
+
+
+def _check_timeouts(limits: Sequence[Timeout], found: _Findings) -> None:
+    """Timeouts that would end the run while all is well."""
+    for limit in limits:
+        if limit.fires:
+            found.problems.append(
+                f"{limit.knob} would end the run: {limit.allowed_s:,.0f} s are allowed, and {limit.what} "
+                f"needs about {limit.predicted_s:,.0f} s"
+            )
+            found.advice.append(limit.advice)
 
 
 def _notes(p: _Planned, sampled: EngineMemory | None) -> Iterator[str]:

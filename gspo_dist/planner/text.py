@@ -5,6 +5,7 @@ from __future__ import annotations
 from gspo_dist.planner.hardware import gib
 from gspo_dist.planner.memory import MemoryTable
 from gspo_dist.planner.plan import Plan
+from gspo_dist.planner.timeouts import Timeout
 
 
 def format_plan(result: Plan) -> str:
@@ -25,16 +26,26 @@ def format_plan(result: Plan) -> str:
         )
     if result.step:
         s = result.step
-        lines.append(
-            f"about {s.total_s:.0f} s per step: collect {s.collect_s:.0f}, log-probs {s.logprobs_s:.0f}, "
-            f"train {s.train_s:.0f}, weight sync {s.sync_s:.0f}; {s.tokens_per_s_per_gpu:,.0f} tokens/s per "
-            "GPU (rough: see gspo_dist/planner/throughput.py for what is assumed)"
+        parts = (
+            f"collect {s.collect_s:.0f}, log-probs {s.logprobs_s:.0f}, train {s.train_s:.0f}, weight sync "
+            f"{s.sync_s:.0f}, side passes {s.side_s:.1f}"
         )
+        lines.append(
+            f"about {s.total_s:.0f} s per step: {parts}; {s.tokens_per_s_per_gpu:,.0f} tokens/s per GPU "
+            "(rough: see gspo_dist/planner/throughput.py for what is assumed)"
+        )
+        lines += [_format_timeout(limit) for limit in result.timeouts]
     lines += [f"note: {note}" for note in result.notes]
     lines += ["", "fits" if result.fits else "does not fit"]
     lines += [f"  {problem}" for problem in result.problems]
     lines += [f"  try {advice}" for advice in result.advice]
     return "\n".join(lines)
+
+
+def _format_timeout(limit: Timeout) -> str:
+    word = "would fire" if limit.fires else "near, since the plan is rough" if limit.close else "ok"
+    times = f"{limit.predicted_s:,.0f} of {limit.allowed_s:,.0f} s for {limit.what}"
+    return f"timeout {limit.knob}: {times} ({word})"
 
 
 def _format_table(table: MemoryTable) -> list[str]:

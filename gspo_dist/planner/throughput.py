@@ -7,6 +7,7 @@ Every guess has a name in `Assumptions`.
                   + KV cache
     training      3 forward passes' FLOPs (4 with full recomputation) over ranks x TFLOP/s x MFU
     log-probs     1 forward pass, where old log-probs are recomputed or a reference is kept
+    side passes   1 forward pass over the guard's subset, the flip sample and the sync's probe
     weight sync   all weights over a network card's achieved bandwidth
 
 It orders layouts and finds the part that dominates. Expect it to be right within a factor of two.
@@ -69,10 +70,21 @@ class StepTime:
     """Prompt and completion tokens of the step."""
     gpus: int
     """GPUs of learner and engines together."""
+    guard_s: float = 0.0
+    """The guard's subset, in a step that measures it."""
+    flips_s: float = 0.0
+    """The flip sample, averaged over the steps."""
+    probe_s: float = 0.0
+    """The learner's side of the weight sync's probe, averaged over the steps."""
+
+    @property
+    def side_s(self) -> float:
+        """Forward passes beside the update and the log-probs."""
+        return self.guard_s + self.flips_s + self.probe_s
 
     @property
     def total_s(self) -> float:
-        return self.collect_s + self.logprobs_s + self.train_s + self.sync_s
+        return self.collect_s + self.logprobs_s + self.train_s + self.sync_s + self.side_s
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
@@ -103,10 +115,23 @@ def decode_step_s(
 
 
 def collect_s(
-    model: ModelShape, engine: EngineLayout, work: Workload, gpu: Gpu, concurrency: int, assume: Assumptions
+    model: ModelShape,
+    engine: EngineLayout,
+    work: Workload,
+    gpu: Gpu,
+    concurrency: int,
+    assume: Assumptions,
+    *,
+    prompts: int | None = None,
+    samples: int | None = None,
 ) -> float:
-    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the longest alone."""
-    each = math.ceil(work.rollouts / engine.engines)
+    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the longest alone.
+
+    prompts, samples: other numbers of prompts and of completions per prompt than a step's.
+    """
+    prompts = prompts or work.run.rollout.prompts_per_step
+    samples = samples or work.run.rollout.group_size
+    each = math.ceil(prompts * samples / engine.engines)
     batch = max(1, min(each, concurrency))
     completion = work.mean_fill * work.run.rollout.max_completion_tokens
     context = work.mean_fill * work.run.rollout.max_prompt_tokens + completion / 2
@@ -117,12 +142,12 @@ def collect_s(
         model, engine, gpu, few, work.max_length, assume
     )
     # Siblings share a prefix, so a group's prompt is read once.
-    prompts = each * work.mean_fill * work.run.rollout.max_prompt_tokens / max(1, work.run.rollout.group_size)
+    prefill = each * work.mean_fill * work.run.rollout.max_prompt_tokens / samples
     rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
     return (
         decode
         + tail
-        + model.forward_flops(prompts, work.mean_fill * work.run.rollout.max_prompt_tokens) / rate
+        + model.forward_flops(prefill, work.mean_fill * work.run.rollout.max_prompt_tokens) / rate
     )
 
 
@@ -145,11 +170,19 @@ def step_time(
         if engine.colocated
         else learner.world_size + engine.engines * engine.tensor_parallel
     )
+
+    def forward_s(tokens: float) -> float:
+        """A forward pass alone over sequences of the mean length."""
+        return model.forward_flops(tokens, work.mean_length) / (rate * assume.forward_mfu_gain)
+
     return StepTime(
         collect_s=collect_s(model, engine, work, gpu, concurrency, assume) if engine.engines else 0.0,
-        logprobs_s=work.forward_passes * forward / (rate * assume.forward_mfu_gain),
+        logprobs_s=work.forward_passes * forward_s(work.tokens),
         train_s=passes * forward / rate,
         sync_s=learner.width * model.total / (gpu.network_gb_s * 1e9 * assume.sync_bandwidth),
         tokens=work.tokens,
         gpus=gpus,
+        guard_s=forward_s(work.guard_tokens),
+        flips_s=forward_s(work.flip_tokens) if model.moe_layers else 0.0,
+        probe_s=forward_s(work.probe_tokens),
     )

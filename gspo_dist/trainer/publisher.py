@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gspo_dist.config import WeightSyncConfig
+from gspo_dist.config.rollout import PROBE_SEQUENCES, PROBE_TOKENS
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.objectives.offset import OffsetEstimate, batch_offset
 from gspo_dist.packing import unpack
@@ -20,15 +21,6 @@ from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.types import Completion, Prompt
 from gspo_dist.weights.tolerance import ProbeTolerance
 from gspo_dist.weights.verify import probe_difference, verify_receipt
-
-PROBE_SEQUENCES = 4
-"""Enough that every engine and every layer is exercised, few enough that the probe hides in the
-sync's own time.
-"""
-PROBE_TOKENS = 512
-"""Of each completion. vLLM 0.30 computes all prompt log-probs of a request at once, so a long
-one takes gigabytes.
-"""
 
 ProbeSequence = tuple[np.ndarray, int]
 """Token ids of prompt and completion, and where the completion starts. Only completions are compared: what
