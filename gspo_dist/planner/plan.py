@@ -137,7 +137,8 @@ def plan(
     if not host.fits:
         found.problems.append(f"host: needs {gib(host.total)} and has {gib(host.capacity)}")
         found.advice.append(_host_advice(p, offloaded))
-    step, limits = None, ()
+    step: StepTime | None = None
+    limits: tuple[Timeout, ...] = ()
     if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
         step = step_time(model, learner, engine, work, hardware, sampled.concurrency_mean, assume)
         limits = timeouts(run, model, engine, work, hardware, step, sampled.concurrency_mean, assume)
