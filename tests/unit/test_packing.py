@@ -75,7 +75,7 @@ def test_every_trained_token_keeps_the_version_that_sampled_it():
     assert batch.policy_versions.tolist() == [-1, 4, -1, 12, -1, -1, 8, 12]
     assert batch.policy_versions.dtype == torch.int32
     assert dated[0].num_tokens == 4  # and the versions take part in what samples of a batch cut and join
-    (joined,), *_ = take_sequences([(batch, 1), (batch, 0)], replicas=1)
+    (joined,), *_ = take_sequences([(batch, 1), (batch, 0)], replicas=1, token_budget=64)
     assert joined.policy_versions.tolist() in ([-1, -1, 8, 12, -1, 4, -1, 12], batch.policy_versions.tolist())
 
 

@@ -104,7 +104,7 @@ def test_a_checkpoint_keeps_what_was_measured():
 
 def begun(c: ObjectiveConfig, version: int = 1) -> tuple[OffsetGuard, list]:
     """A guard at the start of a step, whose learner is at version 3."""
-    g = OffsetGuard(c, get_objective("gspo"), BookLearner(), seed=5)
+    g = OffsetGuard(c, get_objective("gspo"), BookLearner(), seed=5, token_budget=64)
     rollouts = [rollout(i, version=version) for i in range(2)]
     minis = packed(rollouts)
     g.begin_step(minis, rollouts, 1)
