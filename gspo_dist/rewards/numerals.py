@@ -66,9 +66,9 @@ def _unsigned(text: str) -> Numeral | None:
     if match := _SCIENTIFIC.fullmatch(text):
         return _decimal(match.group(1) or "1", int(match.group(2) or match.group(3)))
     if match := _FRACTION.fullmatch(text):
-        before, top, bottom, left, right = match.groups()
-        value = Fraction(top or left) / Fraction(bottom or right)
-        return Numeral(int(before or 0) + value)
+        before, *either = match.groups()
+        above, below = (one for one in either if one is not None)
+        return Numeral(int(before or 0) + Fraction(above) / Fraction(below))
     if match := _INTEGER_POWER.fullmatch(text):
         base, exponent = int(match.group(1)), int(match.group(2) or match.group(3))
         if len(match.group(1)) * abs(exponent) <= MOST_DIGITS:

@@ -39,6 +39,7 @@ FLOORS = {
     "routing.megatron": 2,
     "routing.deepspeed": 2,
     "routing": 1,
+    "sandbox": 1,
     "config": 1,
     "planner": 1,
     "types": 1,
