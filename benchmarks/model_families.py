@@ -186,9 +186,9 @@ def scales(shape: ModelShape) -> str:
 
 
 def synced(result: dict[str, Any] | None) -> str:
-    """yes, the two differences, or a note."""
+    """yes, the two differences, or a note; nothing where it was not measured."""
     if result is None:
-        return "-"
+        return ""
     if "error" in result:
         return "no (note)"
     if result["start"] > SYNC_TOLERANCE:
@@ -199,7 +199,7 @@ def synced(result: dict[str, Any] | None) -> str:
 
 
 def backend(result: str | None) -> str:
-    return "-" if result is None else "yes" if result == "yes" else "no (note)"
+    return "" if result is None else "yes" if result == "yes" else "no (note)"
 
 
 def table(rows: Sequence[Row], measured: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -252,8 +252,8 @@ MORE = """\
   twice, and its log-probs are those of transformers before and after, within {sync} nats. A number is
   the largest difference.
 
-The last three are measured for the families that a run does not refuse. The notes below the tables say what
-failed.
+The last three are measured for the families that a run does not refuse, and Megatron for those that it
+builds; an empty cell was not measured. The notes below the tables say what failed.
 """
 
 
@@ -304,6 +304,9 @@ def main() -> None:
     parser.add_argument("families", nargs="*", help="model_type of transformers; none: all of the lists")
     parser.add_argument("--out", type=Path, help="write the table to this file")
     parser.add_argument("--measured", type=Path, help="JSON file with the results of the slow measurements")
+    parser.add_argument(
+        "--known", action="store_true", help="take what the file of --measured has, and no more"
+    )
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -314,7 +317,9 @@ def main() -> None:
     for family in wanted:
         rows.append(check(family))
         print(f"{family}: {verdict(rows[-1])} {rows[-1].reason} ({rows[-1].seconds:.1f} s)", flush=True)
-    measured = measure(rows, args.measured) if args.measured else {}
+    measured: dict[str, dict[str, Any]] = {}
+    if args.measured:
+        measured = json.loads(args.measured.read_text()) if args.known else measure(rows, args.measured)
     moe = [r for r in rows if r.shape.moe_layers or r.family in MOE]
     text = report(moe, [r for r in rows if r not in moe], measured)
     if args.out:

@@ -14,7 +14,7 @@ RIGHT = {"start": 2e-6, "synced": 3e-6, "moved": 0.5}
 @pytest.mark.parametrize(
     ("result", "says"),
     [
-        (None, "-"),
+        (None, ""),
         (RIGHT, "yes"),
         (RIGHT | {"start": 0.8}, "no: 8.0e-01 before it"),
         (RIGHT | {"synced": 2e-4}, "no: 2.0e-04 after it"),
@@ -36,9 +36,9 @@ def test_what_failed_is_told_below_the_table() -> None:
     zero3 = outcome([Finding("alone", True, ""), Finding("names", False, "no lm_head.weight")])
     measured = {"granite": {"zero3": zero3, "sync": {"error": "vLLM has no model"}}}
     assert scales(shape) == "x 0.125"
-    assert (backend(zero3), backend("yes"), backend(None)) == ("no (note)", "yes", "-")
+    assert (backend(zero3), backend("yes"), backend(None)) == ("no (note)", "yes", "")
     [_, _, line] = table([row], measured)
-    assert line.split(" | ")[-4:] == ["no (note)", "-", "no (note)", "not checked |"]
+    assert line.split(" | ")[-4:] == ["no (note)", "", "no (note)", "not checked |"]
     assert list(notes([row], measured)) == [
         "- granite, export: log-probs differ by up to 1",
         "- granite, ZeRO 3: names: no lm_head.weight",
