@@ -96,7 +96,6 @@ def synced(engine: VllmEngine, model: PreTrainedModel, vocabulary: int) -> dict[
     ids = [random.integers(2, vocabulary, n) for n in LENGTHS]
     last = engine.logprobs_of(ids)
     found = {"start": largest(last, [reference(model, i) for i in ids]), "synced": 0.0, "moved": 1e9}
-    found["without_a_place"] = float(len(engine.without_a_place))
     transport = make_transport("shm")
     engine.init_weight_sync(transport.init_info(0))
     for version in (1, 2):

@@ -315,6 +315,10 @@ FAMILIES = {
         "use_qk_norm": True,
     },
     "deepseek_v3": {
+        # As published files have them. transformers needs neither. vLLM would leave out the router's bias,
+        # and take a softmax of its scores.
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "num_key_value_heads": 4,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def prepare_process(device: str, threads: int, precision: str) -> None:
 
 
 def check_architecture(folder: ModelFolder) -> None:
-    """ValueError, with the architecture's name: vLLM has no model of its own for the folder.
+    """ValueError, with the architecture's name: vLLM has no model of its own for the folder, or would compute
+    another one.
 
     Without a model of its own vLLM would fall back to transformers' modules, for which no weight sync was
     ever checked.
@@ -79,6 +81,15 @@ def check_architecture(folder: ModelFolder) -> None:
         raise ValueError(
             f"vLLM has no model of its own for {', '.join(asked) or 'a config without architectures'} "
             f"({folder.path}): use another model, or rollout=reference for a small one"
+        )
+    wanted = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    got = {key: getattr(folder.config, key, None) for key in wanted}
+    if "DeepseekV3ForCausalLM" in asked and got != wanted:
+        # Published files have both. transformers reads neither and computes so in any case. Without them,
+        # vLLM 0.30.0 takes a softmax and no bias: log-probs were 2.5 nats off.
+        raise ValueError(
+            f"{folder.path}/config.json must say how vLLM's DeepSeek-V3 routes, as transformers does: "
+            f"{json.dumps(wanted)}; got {json.dumps(got)}; add them"
         )
 
 

@@ -39,6 +39,17 @@ def test_an_architecture_that_vllm_does_not_have_is_named(tmp_path) -> None:
             check_architecture(ModelFolder(tmp_path))
 
 
+def test_a_deepseek_that_does_not_say_how_it_routes_is_refused(tmp_path) -> None:
+    """transformers takes sigmoid scores and a bias in any case; vLLM takes what the file says."""
+    make(tmp_path, "deepseek_v3")
+    with pytest.raises(ValueError, match=r'"scoring_func": "sigmoid".*got.*"topk_method": null.*add them'):
+        check_architecture(ModelFolder(tmp_path))
+    path = tmp_path / "config.json"
+    told = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    check_architecture(ModelFolder(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
