@@ -60,5 +60,5 @@ if ((dry)); then
 elif ((slurm)); then
     gspo_exec "${submit[@]}"
 else
-    gspo_exec gspo compare cluster.address=auto "${study[@]}"
+    gspo_exec gspo compare cluster.address=auto cluster.nodes="$nodes" "${study[@]}"
 fi

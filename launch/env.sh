@@ -167,6 +167,8 @@ gspo_env() {
         if ! gspo_is_current "$lock" "$stamp"; then return 1; fi
     fi
     export GSPO_ROOT GSPO_VENV VIRTUAL_ENV=$GSPO_VENV PATH=$GSPO_VENV/bin:$PATH
+    # `ray status` and the like send no token unless told (launch/ray.sh).
+    export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
     # DeepSpeed guesses the accelerator from what is installed, and torch may be the CUDA build: the lock decides instead.
     if [[ $kind == cpu ]]; then
         export GSPO_HIDDEN=${CUDA_VISIBLE_DEVICES-all} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} CUDA_VISIBLE_DEVICES=""

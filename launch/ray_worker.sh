@@ -2,7 +2,7 @@
 # Usage: launch/ray_worker.sh HEAD:PORT [ray start arguments]
 #
 # Joins the Ray cluster whose head answers at HEAD:PORT with all GPUs of this host, and stays in the foreground.
-# Ending this script takes this host out of the cluster.
+# Ending this script takes this host out of the cluster. The token must be the head's (launch/ray_head.sh).
 #
 #   GSPO_DRY_RUN   1: print the command only
 set -euo pipefail
@@ -11,6 +11,8 @@ if [[ ${1:-} != -h && ${1:-} != --help && ! ${1:-} =~ ^[^:]+:[0-9]+$ ]]; then
     exit 2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$GSPO_ROOT/launch/ray.sh"
 head=$1
 shift
-gspo_exec ray start --address "$head" --disable-usage-stats --block "$@"
+gspo_token find
+gspo_ray_start --address "$head" "$@"

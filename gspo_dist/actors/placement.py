@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from gspo_dist.actors.session import Node, cluster_gpus, nodes
 from gspo_dist.config import ClusterConfig, LearnerConfig, RolloutConfig
+from gspo_dist.planner.layout import LearnerLayout
 
 CPU_SHARE = 0.01
 """CPUs per actor on CPU hosts. Actors take turns there, so asking for whole cores would refuse a laptop."""
+NODE_SHARE = 0.001
+"""Of the resource by which Ray names a host. There is one of it, and asking for some means: on this host."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,17 @@ class Bundle:
     """CPUs, by which Ray counts how many actors fit a node. They bind nothing."""
     gpus: float
     """GPUs; half a one where a learner rank and an engine share it."""
+    home: str | None = None
+    """Address of the host where it must be. Null: where Ray finds room."""
 
     def resources(self) -> dict[str, float]:
         """In Ray's words; without a GPU entry for an actor that needs none."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+        resources = {"CPU": self.cpus}
+        if self.gpus:
+            resources["GPU"] = self.gpus
+        if self.home is not None:
+            resources[f"node:{self.home}"] = NODE_SHARE
+        return resources
 
 
 @dataclass(frozen=True)
@@ -68,53 +79,45 @@ def lay_out(cluster: ClusterConfig, learner: LearnerConfig, rollout: RolloutConf
     )
 
 
-def start_ray(cluster: ClusterConfig) -> bool:
-    """Joins the cluster, or starts one on this host.
+def spread(layout: Layout, nodes: Sequence[Node]) -> Layout:
+    """A CPU layout with its processes pinned to hosts: in order, the same number on each, the ranks first.
 
-    True when this process must stop it. May be called again.
+    Ray would put all of them on one host, because they ask for next to nothing. Example: 2 ranks and 2
+    engines on 3 hosts are both ranks on the first host and an engine on each of the others.
     """
-    if ray.is_initialized():
-        return False
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    if cluster.address is not None:
-        ray.init(address=cluster.address, **quiet)
-        return False
-    # Ray warns on hosts with a small /dev/shm and copies tracebacks here; both belong in its own logs.
-    os.environ.setdefault("RAY_DISABLE_DOCKER_CPU_WARNING", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray 2.60 runs workers at nice 15, behind anything else on the host; here the workers are the job.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(include_dashboard=False, object_store_memory=_object_store_bytes(), **quiet)
-    return True
+    total = len(layout.learners) + len(layout.engines)
+    homes = [nodes[i * len(nodes) // total].address for i in range(total)]
+    pinned = [replace(b, home=h) for b, h in zip((*layout.learners, *layout.engines), homes, strict=True)]
+    ranks = len(layout.learners)
+    return replace(layout, learners=tuple(pinned[:ranks]), engines=tuple(pinned[ranks:]))
 
 
-def cluster_gpus() -> float:
-    """GPUs of the cluster that this process has joined."""
-    return float(ray.cluster_resources().get("GPU", 0))
+def blocks(learner: LearnerConfig) -> dict[str, int]:
+    """Consecutive ranks that exchange activations in every layer, by what they share.
 
-
-def stop_ray() -> None:
-    """Ends what `start_ray` started."""
-    ray.shutdown()
-
-
-def _object_store_bytes() -> int:
-    """A tenth of the host's memory, at most 2 GiB: batches are small, and weights travel elsewhere."""
-    import psutil
-
-    return int(min(2 << 30, max(80 << 20, psutil.virtual_memory().total // 10)))
+    Both backends number their ranks so that these groups are consecutive. Example: 32 ranks with
+    expert_parallel 8 have the expert groups 0-7, 8-15, 16-23 and 24-31.
+    """
+    view = LearnerLayout(learner)
+    return {
+        "tensor and context parallel": view.tensor * view.context,
+        "expert parallel": view.expert * view.expert_tensor,
+    }
 
 
 class Reservation:
     """The placement groups of a layout; `options` pins an actor to its bundle."""
 
-    def __init__(self, layout: Layout, timeout_s: float, *, local: bool) -> None:
+    def __init__(
+        self, layout: Layout, timeout_s: float, *, local: bool, together: Mapping[str, int] | None = None
+    ) -> None:
         """Waits until the cluster has granted the layout, at most `timeout_s` seconds per group.
 
         local: the cluster is this host alone, so resources that are missing now will never come.
+        together: sizes of the blocks of consecutive ranks that must share a host (`blocks`).
 
         Raises ValueError when this host alone has too few GPUs, RuntimeError when the cluster
-        grants too late.
+        grants too late, or grants so that a block is torn.
         """
         self.layout, self.local = layout, local
         self.groups: list[Any] = []
@@ -129,6 +132,11 @@ class Reservation:
             self._refuse_what_never_comes(learners + engines)
             self.learners = self._reserve(learners, "PACK", timeout_s)
             self.engines = self._reserve(engines, "PACK", timeout_s)
+        try:
+            self._check_blocks(together or {})
+        except BaseException:
+            self.release()
+            raise
 
     def _refuse_what_never_comes(self, bundles: list[dict[str, float]]) -> None:
         asked = sum(bundle.get("GPU", 0) for bundle in bundles)
@@ -138,7 +146,7 @@ class Reservation:
                 "learner.world_size or rollout.engines, or let them share GPUs (cluster.colocated=true)"
             )
 
-    def _reserve(self, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> Any:
+    def _reserve(self, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> Granted | None:
         if not bundles:
             return None
         asked = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
@@ -152,17 +160,42 @@ class Reservation:
                 f"CPU {free.get('CPU', 0):g}, GPU {free.get('GPU', 0):g}; start more nodes or shrink "
                 "the layout"
             )
-        return group
+        return granted(group, len(bundles))
+
+    def _check_blocks(self, together: Mapping[str, int]) -> None:
+        """A block that spans hosts exchanges every layer's activations over the network: slow, and silent."""
+        if self.learners is None:
+            return
+        homes = self.learners.homes
+        most = max(Counter(homes).values())
+        for what, size in together.items():
+            if size > most:  # no host can hold one: the plan calls that slow, and it was asked for
+                continue
+            for first in range(0, len(homes), size):
+                spanned = dict.fromkeys(homes[first : first + size])
+                if len(spanned) > 1:
+                    raise RuntimeError(
+                        f"ranks {first}-{first + size - 1} ({what}) must share a host: the cluster granted "
+                        f"{', '.join(f'{n} ranks on {h}' for h, n in Counter(homes).items())}; free whole "
+                        "hosts, or choose sizes that divide what each host has free"
+                    )
+
+    def homes(self, kind: str) -> tuple[str, ...]:
+        """The host of every actor of kind learner or engine, in order."""
+        place = self.learners if kind == "learner" else self.engines
+        count = len(self.layout.learners if kind == "learner" else self.layout.engines)
+        return () if place is None else place.homes[:count]
 
     def options(self, kind: str, index: int, env: Mapping[str, str]) -> dict[str, Any]:
         """Ray options of the actor `index` of kind learner or engine."""
         bundle = (self.layout.learners if kind == "learner" else self.layout.engines)[index]
-        group = self.learners if kind == "learner" else self.engines
+        place = self.learners if kind == "learner" else self.engines
+        assert place is not None
         return {
             "num_cpus": bundle.cpus,
             "num_gpus": bundle.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=index
+                placement_group=place.group, placement_group_bundle_index=place.bundles[index]
             ),
             "runtime_env": {"env_vars": dict(env)},
         }
@@ -172,3 +205,32 @@ class Reservation:
         for group in self.groups:
             remove_placement_group(group)
         self.groups = []
+
+
+@dataclass(frozen=True)
+class Granted:
+    """A placement group in the order of the hosts."""
+
+    group: Any
+    """Ray's handle."""
+    bundles: tuple[int, ...]
+    """The bundle of each actor."""
+    homes: tuple[str, ...]
+    """The host of each actor, by name."""
+
+
+def granted(group: Any, count: int) -> Granted:
+    """Orders the bundles of a granted group by host, those hosts first that hold the most of them.
+
+    Ray 2.60 sorts equal bundles with an unstable sort, so that from 17 on bundle i is not on host i / 8.
+    Example: bundles 0 to 3 on the hosts b, a, b, a become the actors 0 and 1 on a (bundles 1 and 3), and 2
+    and 3 on b (bundles 0 and 2).
+    """
+    home = placement_group_table(group)["bundles_to_node_id"]
+    present = nodes()
+    position = {node.node_id: i for i, node in enumerate(present)}
+    alike = Counter(node.name for node in present)  # several Rays on one machine share its name
+    names = {n.node_id: n.name if alike[n.name] == 1 else f"{n.name}/{n.node_id[:8]}" for n in present}
+    sizes = Counter(home[i] for i in range(count))
+    order = sorted(range(count), key=lambda i: (-sizes[home[i]], position.get(home[i], len(position)), i))
+    return Granted(group, tuple(order), tuple(names.get(home[i], home[i]) for i in order))

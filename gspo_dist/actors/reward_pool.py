@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,8 +40,8 @@ class RayRewardPool:
     answers nothing at all, raises ProcessDied or ProcessTimeout.
     """
 
-    def __init__(self, config: RewardConfig, log_dir: Path) -> None:
-        """Creates the actors, which begin to import the reward.
+    def __init__(self, config: RewardConfig, log_dir: Path, env: Mapping[str, str] | None = None) -> None:
+        """Creates the actors, which begin to import the reward, with `env` in their environment.
 
         Its file is found from this working directory.
         """
@@ -50,7 +50,9 @@ class RayRewardPool:
         self.actors = Actors(
             {
                 # Without a CPU of their own, as rewards run while the other actors wait.
-                f"reward-{i}": remote.options(num_cpus=0).remote(f"reward-{i}", str(log_dir), self.config)
+                f"reward-{i}": remote.options(num_cpus=0, runtime_env={"env_vars": dict(env or {})}).remote(
+                    f"reward-{i}", str(log_dir), self.config
+                )
                 for i in range(config.workers)
             },
             log_dir,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gspo_dist.checks import above, choose
+from gspo_dist.checks import above, at_least, choose
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,9 @@ class ClusterConfig:
 
     address: str | None = None
     """Address of a running Ray cluster, or `auto`. Null starts Ray on this host for the length of the run."""
+    nodes: int | None = None
+    """Hosts that a joined cluster must have before the run starts; it waits for them. Null: those that are
+    there when it starts, and GPUs are waited for all the same."""
     in_process: bool = False
     """No Ray at all: one engine and the eager learner in this process (tests, debugging, studies on a
     laptop). Rewards have processes of their own all the same."""
@@ -21,8 +24,17 @@ class ClusterConfig:
     colocated: bool = False
     """Learner ranks and engines share the GPUs of one host. Engines sleep during the update."""
     placement_timeout_s: float = 600.0
-    """Longest wait for the cluster to grant the resources that were asked for."""
+    """Longest wait for hosts that are still joining, and for the cluster to grant what was asked for."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every actor. They win over those that the command passes on from its own:
+    NCCL_*, GLOO_*, NVTE_*, TORCH_*, PYTORCH_*, VLLM_* and PYTHONPATH."""
 
     def __post_init__(self) -> None:
+        at_least("cluster.nodes", self.nodes, 1)
+        if self.nodes is not None and self.address is None:
+            raise ValueError(
+                f"cluster.nodes is for a cluster that is joined: got {self.nodes} without cluster.address; "
+                "set cluster=ray"
+            )
         choose("cluster.device", self.device, ("auto", "cpu", "cuda"))
         above("cluster.placement_timeout_s", self.placement_timeout_s, 0)

@@ -371,6 +371,15 @@ def engine_memory(
     )
 
 
+def rollout_bytes(model: ModelShape, work: Workload) -> int:
+    """Bytes of a step's rollouts at the longest: their routing traces, and 40 per token for all else.
+
+    A token has an id, a mask, a version and its log-probs, and in a packed batch its position and advantage.
+    """
+    row = model.trace_bytes_per_token if work.trace_sets else 0
+    return work.rollouts * work.max_length * (row + 40)
+
+
 def host_memory(
     model: ModelShape,
     work: Workload,

@@ -57,7 +57,7 @@ def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
     config = replace(
         config,
         rollout=replace(config.rollout, engines=1),
-        cluster=replace(config.cluster, colocated=False, in_process=False),
+        cluster=replace(config.cluster, colocated=False, in_process=False, nodes=None),
     )
     device = resolve_device(config.cluster)
     with Processes(config, model, device, run_dir, check_model(config, model), engines=False) as processes:

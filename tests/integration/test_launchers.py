@@ -48,7 +48,9 @@ esac
 def inherited() -> dict[str, str]:
     """This process's environment without what a launcher exported to it (tests run under one themselves)."""
     return {
-        k: v for k, v in os.environ.items() if not k.startswith(("GSPO_", "SLURM_", "FAKE_", "CUDA_VISIBLE"))
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("GSPO_", "SLURM_", "FAKE_", "RAY_", "CUDA_VISIBLE"))
     }
 
 
@@ -98,7 +100,17 @@ def log(host: dict[str, str]) -> list[str]:
     return Path(host["FAKE_LOG"]).read_text().splitlines()
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "env.sh", "../docker/lock.sh", "../.ci/run"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        *SCRIPTS,
+        "env.sh",
+        "ray.sh",
+        "../docker/lock.sh",
+        "../.ci/run",
+        "../tests/integration/install_hosts.sh",
+    ],
+)
 def test_shell_syntax(script: str) -> None:
     done = subprocess.run(["bash", "-n", str(LAUNCH / script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -121,13 +133,11 @@ def test_launchers_run_gspo_with_the_users_overrides() -> None:
     assert dry("test.sh") == "python -m pytest -q \n"
     assert dry("test.sh", "-x", "tests/unit") == "python -m pytest -x tests/unit \n"
     assert dry("../.ci/run", "-x") == "python -m pytest -x \n"
-    assert (
-        dry("ray_head.sh", GSPO_RAY_PORT="7000")
-        == "ray start --head --port 7000 --disable-usage-stats --block \n"
-    )
-    assert dry("ray_worker.sh", "head:7000", "--num-gpus=4") == (
-        "ray start --address head:7000 --disable-usage-stats --block --num-gpus=4 \n"
-    )
+    start = r"ray start --disable-usage-stats --block --object-store-memory \d+ "
+    assert re.fullmatch(start + r"--head --port 7000 \n", dry("ray_head.sh", GSPO_RAY_PORT="7000"))
+    # the user's own come last: of an option that is given twice, Ray takes the last
+    joined = dry("ray_worker.sh", "head:7000", "--num-gpus=4", "--object-store-memory", "5")
+    assert re.fullmatch(start + r"--address head:7000 --num-gpus=4 --object-store-memory 5 \n", joined)
 
 
 def test_bad_arguments_are_refused_before_anything_is_installed(tmp_path: Path) -> None:
@@ -320,7 +330,7 @@ def test_the_size_of_the_comparison_names_its_layout(nodes: int) -> None:
 
 def test_the_comparison_is_run_submitted_or_only_shown() -> None:
     here = dry("compare_qwen3_30b_a3b.sh", "--nodes=4", "seed=3")
-    assert here.startswith("gspo compare cluster.address=auto study=qwen3_30b_a3b ")
+    assert here.startswith("gspo compare cluster.address=auto cluster.nodes=4 study=qwen3_30b_a3b ")
     assert here.endswith("seed=3 \n")
     shown = dry("compare_qwen3_30b_a3b.sh", "--nodes", "4", "--dry-run")
     assert shown.startswith("gspo compare study=qwen3_30b_a3b ")
@@ -342,10 +352,10 @@ def test_slurm_starts_a_head_then_workers_then_the_run() -> None:
     assert lines[0].strip().endswith("launch/ray_head.sh")
     assert "--nodes=2 --ntasks=2 --exclude=n1" in lines[1]
     assert lines[1].strip().endswith("ray_worker.sh n1:6379")
-    assert lines[2].strip() == "gspo compare cluster.address=auto study=x"
+    assert lines[2].strip() == "gspo compare cluster.address=auto cluster.nodes=3 study=x"
     alone = dry("slurm.sbatch", "steps=1", SLURMD_NODENAME="n1").splitlines()
     assert len(alone) == 2
-    assert alone[1].strip() == "gspo train cluster.address=auto steps=1"
+    assert alone[1].strip() == "gspo train cluster.address=auto cluster.nodes=1 steps=1"
     lost = run(LAUNCH / "slurm.sbatch", env={"SLURM_SUBMIT_DIR": "/"})
     assert lost.returncode == 2
     assert "submit from the root of the repository" in lost.stderr
@@ -369,6 +379,107 @@ def slurm(host: dict[str, str], tmp_path: Path) -> dict[str, str]:
     }
 
 
+def test_a_head_that_never_answers_ends_with_rays_own_last_words(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    executable(
+        tmp_path / "clone/.venv/bin/ray",
+        "#!/usr/bin/env bash\necho RPC error: InvalidAuthToken >&2\nexit 1\n",
+    )
+    done = run(tmp_path / "clone/launch/slurm.sbatch", env={**slurm, "GSPO_RAY_WAIT_S": "0"})
+    assert done.returncode == 1
+    words, ours = done.stderr.splitlines()[-2:]
+    assert words == "RPC error: InvalidAuthToken"
+    assert ours.startswith("gspo: the Ray head on n1:6379 does not answer: the last words of `ray status`")
+    assert alive(tmp_path / "pids") == []
+
+
+def test_every_step_of_a_job_has_its_token(slurm: dict[str, str], tmp_path: Path) -> None:
+    """By environment, never on a command line or in the log. Two jobs have different tokens."""
+    note = 'echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >>"$TOKENS"'
+    executable(
+        tmp_path / "bin/srun",
+        f'#!/usr/bin/env bash\n{note}\necho "$*" >>"$TOKENS.args"\necho $$ >>"$PIDS"\nexec sleep 600\n',
+    )
+    executable(
+        tmp_path / "clone/.venv/bin/gspo", f'#!/usr/bin/env bash\n{note}\necho "$*" >>"$TOKENS.args"\n'
+    )
+    jobs = []
+    for i in range(2):
+        tokens = tmp_path / f"tokens{i}"
+        (tmp_path / "pids").write_text("")
+        env = {**slurm, "TOKENS": str(tokens)}
+        done = run(tmp_path / "clone/launch/slurm.sbatch", env=env)
+        assert done.returncode == 0, done.stderr
+        (line,) = set(tokens.read_text().splitlines())
+        mode, token = line.split()
+        assert (mode, len(bytes.fromhex(token)), len(tokens.read_text().splitlines())) == ("token", 32, 3)
+        args = (tmp_path / f"tokens{i}.args").read_text()
+        assert args.count("--overlap --export=ALL ") == 2
+        assert token not in args + done.stdout + done.stderr
+        jobs.append(token)
+    assert jobs[0] != jobs[1]
+
+
+@pytest.fixture
+def ray(host: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """A Ray that tells its environment, and a home folder of one's own."""
+    assert run(tmp_path / "clone/launch/test.sh", env=host).returncode == 0
+    words = "$1 $RAY_AUTH_MODE ${RAY_AUTH_TOKEN:-none} $RAY_worker_niceness"
+    executable(tmp_path / "clone/.venv/bin/ray", f'#!/usr/bin/env bash\necho "{words}"\n')
+    (tmp_path / "home").mkdir()
+    return {**host, "HOME": str(tmp_path / "home")}
+
+
+def test_a_head_makes_a_token_that_only_its_user_reads_and_workers_find_it(
+    ray: dict[str, str], tmp_path: Path
+) -> None:
+    launch, file = tmp_path / "clone/launch", tmp_path / "home/.ray/auth_token"
+    lost = run(launch / "ray_worker.sh", "head:1", env=ray)
+    assert lost.returncode == 1
+    assert f"the cluster has a token, and {file} is not on this host" in lost.stderr
+    first = run(launch / "ray_head.sh", env=ray)
+    assert first.stdout == "start token none 0\n", first.stderr
+    token = file.read_text()
+    assert (file.stat().st_mode & 0o777, len(bytes.fromhex(token))) == (0o600, 32)
+    assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
+    file.chmod(0o644)  # as Ray 2.60 writes it
+    assert run(launch / "ray_head.sh", env=ray).stdout == "start token none 0\n"
+    assert run(launch / "ray_worker.sh", "head:1", env=ray).stdout == "start token none 0\n"
+    assert (file.read_text(), file.stat().st_mode & 0o777) == (token, 0o600)
+
+
+def test_the_user_may_name_another_token_or_none(ray: dict[str, str], tmp_path: Path) -> None:
+    head = tmp_path / "clone/launch/ray_head.sh"
+    assert run(head, env={**ray, "RAY_AUTH_TOKEN": "mine"}).stdout == "start token mine 0\n"
+    assert not (tmp_path / "home/.ray").exists()
+    elsewhere = tmp_path / "shared/token"
+    assert run(head, env={**ray, "RAY_AUTH_TOKEN_PATH": str(elsewhere)}).returncode == 0
+    assert (len(elsewhere.read_text()), (tmp_path / "home/.ray").exists()) == (64, False)
+    opened = run(head, env={**ray, "RAY_AUTH_MODE": "disabled"})
+    assert opened.stdout == "start disabled none 0\n"
+    assert "everybody who reaches this host can run code in its cluster" in opened.stderr
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "shm_gib", "wanted"),
+    [(1000, 2000, 100 << 30), (100, 1000, 30 << 30), (1000, 16, 8 << 30), (64, 0, 80 << 20)],
+)
+def test_the_store_leaves_half_of_shared_memory_to_others(
+    memory_gib: int, shm_gib: int, wanted: int, tmp_path: Path
+) -> None:
+    executable(
+        tmp_path / "bin/df", f"#!/usr/bin/env bash\necho head\necho 'd {shm_gib << 20} 1 1 1% /dev/shm'\n"
+    )
+    executable(
+        tmp_path / "bin/awk",
+        f"#!/usr/bin/env bash\n[[ $2 == /proc/* ]] && exec echo {memory_gib << 20}\n"
+        f'exec {shutil.which("awk")} "$@"\n',
+    )
+    line = dry("ray_head.sh", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert f" --object-store-memory {wanted} " in line
+
+
 def alive(pids: Path) -> list[int]:
     return [int(p) for p in pids.read_text().split() if Path(f"/proc/{p}").exists()]
 
@@ -378,7 +489,7 @@ def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(
 ) -> None:
     done = run(tmp_path / "clone/launch/slurm.sbatch", "steps=1", env=slurm)
     assert done.returncode == 3, done.stderr
-    assert done.stdout == "train cluster.address=auto steps=1\n"
+    assert done.stdout == "train cluster.address=auto cluster.nodes=2 steps=1\n"
     assert len((tmp_path / "pids").read_text().split()) == 2
     assert alive(tmp_path / "pids") == []
 
@@ -391,7 +502,7 @@ def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: 
         text=True,
     )
     assert job.stdout is not None
-    assert job.stdout.readline() == "train cluster.address=auto\n"
+    assert job.stdout.readline() == "train cluster.address=auto cluster.nodes=2\n"
     assert len(alive(tmp_path / "pids")) == 2
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 143
@@ -403,7 +514,7 @@ def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: 
 
 def test_the_readme_names_every_script_and_every_variable_with_its_default() -> None:
     text = (LAUNCH / "README.md").read_text()
-    assert re.findall(r"^\| `(\S+\.(?:sh|sbatch))` \|", text, re.M) == ["env.sh", *SCRIPTS]
+    assert re.findall(r"^\| `(\S+\.(?:sh|sbatch))` \|", text, re.M) == ["env.sh", "ray.sh", *SCRIPTS]
     defaults = dict(re.findall(r"^\| `(GSPO_\w+)` \| .* \| (.+) \|$", text, re.M))
     used = {
         name
@@ -414,6 +525,7 @@ def test_the_readme_names_every_script_and_every_variable_with_its_default() -> 
     assert used | {"GSPO_ROOT", "GSPO_TRACEBACK"} == set(defaults)
     assert defaults["GSPO_RAY_PORT"] == "`6379`"
     assert f"--port {defaults['GSPO_RAY_PORT'].strip('`')} " in dry("ray_head.sh")
+    assert defaults["GSPO_RAY_WAIT_S"] == "`300`"
 
 
 def test_locks_pin_every_package_to_one_version() -> None:

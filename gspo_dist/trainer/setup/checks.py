@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,15 +39,20 @@ def check_vocabulary(prompts: Iterable[Prompt], vocabulary: int, model: str) -> 
 
 def resolve_device(cluster: ClusterConfig) -> str:
     """`auto` is cuda where there is a GPU: in the cluster that is joined (its head may have none), else
-    on this host.
+    on this host. In a cluster it waits for hosts that are still joining.
 
-    Raises ValueError when cuda is asked for and absent.
+    Raises ValueError when cuda is asked for and absent, RuntimeError when hosts do not join in time.
     """
     device = cluster.device
     if cluster.address is not None and not cluster.in_process:
-        from gspo_dist.actors.placement import cluster_gpus, start_ray
+        import torch
+
+        from gspo_dist.actors.session import await_nodes, cluster_gpus, start_ray
 
         start_ray(cluster)
+        # All hosts share one environment. One that was made for GPUs says that GPU hosts are to come.
+        built_for_gpus = torch.version.cuda is not None and installed("vllm")
+        await_nodes(cluster, gpus=device == "cuda" or (device == "auto" and built_for_gpus))
         present, where = cluster_gpus() > 0, "Ray reports none in the cluster"
     else:
         import torch
@@ -55,6 +61,15 @@ def resolve_device(cluster: ClusterConfig) -> str:
     if device == "cuda" and not present:
         raise ValueError(f"cluster.device=cuda needs a GPU: {where}; use cpu or auto")
     return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def installed(package: str) -> bool:
+    """Whether a distribution is installed, without importing it."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def resolve_transport(config: RunConfig, device: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gspo_dist.config import RunConfig
+from gspo_dist.files import write_text
 from gspo_dist.host import thread_share
 from gspo_dist.learners.group import LearnerGroup, LocalLearnerGroup
+from gspo_dist.models.shape import read_shape
+from gspo_dist.planner.layout import read_run
+from gspo_dist.planner.memory import rollout_bytes
 from gspo_dist.rewards.pool import LocalRewardPool, RewardPool
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.rollout.pool import LocalRolloutPool, RolloutPool
@@ -21,6 +25,12 @@ if TYPE_CHECKING:  # ray is imported only by runs that use it
     from gspo_dist.actors.learner_group import RayLearnerGroup
     from gspo_dist.actors.reward_pool import RayRewardPool
     from gspo_dist.actors.rollout_pool import RayRolloutPool
+
+
+PASSED_ON = ("NCCL_", "GLOO_", "NVTE_", "TORCH_", "PYTORCH_", "VLLM_")
+"""Libraries whose variables a user sets for the command and means for the run, by how their names begin."""
+SECRETS = ("KEY", "TOKEN", "SECRET")
+"""Variables with one of these in the name stay here, because Ray writes an actor's environment into logs."""
 
 
 @dataclass(frozen=True)
@@ -99,26 +109,43 @@ class Processes:
         self.make_rank = learner_factory(config, model, device)
         self.make_engine = engine_factory(config, model, device, moe_layers)
         self.learners, self.engines = learners, engines
+        self.batch_bytes = rollout_bytes(read_shape(model), read_run(config)[2])
 
     def __enter__(self) -> Self:
-        from gspo_dist.actors.placement import Reservation, lay_out, start_ray, stop_ray
+        from gspo_dist.actors.placement import Reservation, blocks, lay_out, spread
+        from gspo_dist.actors.session import nodes, start_ray, stop_ray
 
-        layout = lay_out(self.config.cluster, self.config.learner, self.config.rollout, self.device)
+        cluster, gpu = self.config.cluster, self.device == "cuda"
+        layout = lay_out(cluster, self.config.learner, self.config.rollout, self.device)
         if not self.learners:
             layout = replace(layout, learners=(), colocated=False)
         if not self.engines:
             layout = replace(layout, engines=(), colocated=False)
-        if start_ray(self.config.cluster):
+        if start_ray(cluster, self.batch_bytes):
             self.stack.callback(stop_ray)
         try:
+            if cluster.address is not None and not gpu:
+                layout = spread(layout, nodes()[: cluster.nodes])
             self.places = Reservation(
-                layout, self.config.cluster.placement_timeout_s, local=self.config.cluster.address is None
+                layout,
+                cluster.placement_timeout_s,
+                local=cluster.address is None,
+                # CPU hosts have no faster way inside than between them.
+                together=blocks(self.config.learner) if gpu else None,
             )
         except BaseException:
             self.stack.close()
             raise
         self.stack.callback(self.places.release)
+        self._write_places()
         return self
+
+    def _write_places(self) -> None:
+        """Notes in logs/places.txt on which host each process is, for who reads the logs."""
+        homes = {kind: self.places.homes(kind) for kind in ("learner", "engine")}
+        lines = [f"{kind}-{i} {home}" for kind, hosts in homes.items() for i, home in enumerate(hosts)]
+        self.logs.mkdir(parents=True, exist_ok=True)
+        write_text(self.logs / "places.txt", "\n".join([*lines, ""]))
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()
@@ -149,7 +176,7 @@ class Processes:
         """The reward workers."""
         from gspo_dist.actors.reward_pool import RayRewardPool
 
-        pool = RayRewardPool(self.config.reward, self.logs)
+        pool = RayRewardPool(self.config.reward, self.logs, process_env(self.config, self.device)["reward"])
         self.stack.callback(pool.close)
         return pool
 
@@ -163,19 +190,37 @@ def process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     when they load.
     """
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    common |= passed_on(os.environ)
+    own = config.cluster.env
     if device == "cuda":
         import torch
 
         # Ray would set OMP_NUM_THREADS to an actor's CPU share; offloaded optimisers want the host's cores.
         each = thread_share(max(1, torch.cuda.device_count()))
         return {
-            "learner": common | {"OMP_NUM_THREADS": str(config.learner.threads or each)},
-            "engine": common | {"OMP_NUM_THREADS": str(config.rollout.threads or each)},
+            "reward": common | own,
+            "learner": common | {"OMP_NUM_THREADS": str(config.learner.threads or each)} | own,
+            "engine": common | {"OMP_NUM_THREADS": str(config.rollout.threads or each)} | own,
         }
     hidden = {"CUDA_VISIBLE_DEVICES": ""}  # cluster.device=cpu on a host with GPUs: Ray leaves them visible
     learner = config.learner.threads or thread_share(config.learner.world_size)
     engine = config.rollout.threads or thread_share(config.rollout.engines)
     return {
-        "learner": common | hidden | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"},
-        "engine": common | hidden | {"OMP_NUM_THREADS": str(engine)},
+        "reward": common | own,
+        "learner": common | hidden | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"} | own,
+        "engine": common | hidden | {"OMP_NUM_THREADS": str(engine)} | own,
     }
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the command's environment every actor gets, wherever Ray was started.
+
+    Actors inherit from the `ray start` of their host, not from the command that a user configures. Folders of
+    PYTHONPATH become absolute, because actors work in another folder.
+    """
+    found = {name: value for name, value in environment.items() if name.startswith(PASSED_ON)}
+    found = {name: value for name, value in found.items() if not any(word in name for word in SECRETS)}
+    folders = environment.get("PYTHONPATH", "")
+    if folders:
+        found["PYTHONPATH"] = os.pathsep.join(os.path.abspath(f) for f in folders.split(os.pathsep))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gspo_dist.actors.placement import start_ray, stop_ray
+from gspo_dist.actors.session import start_ray, stop_ray
 from gspo_dist.config import ClusterConfig
 
 

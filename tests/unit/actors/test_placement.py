@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from gspo_dist.actors import placement
-from gspo_dist.actors.placement import Bundle, Layout, Reservation, cluster_gpus, lay_out, start_ray
+from gspo_dist.actors.placement import Bundle, Layout, Reservation, blocks, granted, lay_out, spread
+from gspo_dist.actors.session import Node
 from gspo_dist.cli.compose import run_config
-from gspo_dist.config import ClusterConfig
 
 
 def layout(*overrides: str, device: str = "cuda"):
@@ -25,16 +25,28 @@ def reserved(monkeypatch):
     asked = []
 
     class Group:
+        def __init__(self, size):
+            self.size = size
+
         def wait(self, timeout):
             return True
 
     def make(bundles, strategy):
         asked.append((strategy, sum(b.get("GPU", 0) for b in bundles)))
-        return Group()
+        return Group(len(bundles))
+
+    def table(group):
+        return {"bundles_to_node_id": dict.fromkeys(range(group.size), "n1")}
 
     monkeypatch.setattr(placement, "placement_group", make)
+    monkeypatch.setattr(placement, "placement_group_table", table)
+    monkeypatch.setattr(placement, "nodes", lambda: [host(1)])
     monkeypatch.setattr(placement, "cluster_gpus", lambda: 3.0)
     return asked
+
+
+def host(number: int, name: str | None = None) -> Node:
+    return Node(f"n{number}", name or f"host{number}", f"10.0.0.{number}", 16, 8, 1 << 30)
 
 
 def test_learners_and_engines_together_must_fit_a_host_that_is_alone(reserved) -> None:
@@ -54,7 +66,7 @@ def test_colocation_is_one_host(reserved) -> None:
 def test_a_shared_bundle_has_room_for_both_who_share_it(monkeypatch) -> None:
     made = layout("rollout=vllm", "cluster.colocated=true")
     asked = []
-    monkeypatch.setattr(Reservation, "_reserve", lambda self, bundles, *rest: asked.extend(bundles))
+    monkeypatch.setattr(Reservation, "_reserve", lambda self, bundles, *rest: asked.extend(bundles) or None)
     Reservation(made, 600.0, local=False)
     both = [
         (rank.cpus + engine.cpus, rank.gpus + engine.gpus)
@@ -65,7 +77,8 @@ def test_a_shared_bundle_has_room_for_both_who_share_it(monkeypatch) -> None:
 
 def test_every_actor_is_pinned_to_its_bundle_with_the_gpus_of_its_kind(monkeypatch) -> None:
     made = layout("rollout=vllm", "rollout.tensor_parallel=4", "rollout.engines=1")
-    groups = iter(("of the learners", "of the engines"))
+    places = {"learner": (5, 3), "engine": (7,)}  # the bundles of rank 0, rank 1 and engine 0
+    groups = iter(placement.Granted(f"of the {k}s", b, ("host1",) * len(b)) for k, b in places.items())
     monkeypatch.setattr(Reservation, "_reserve", lambda self, *rest: next(groups))
     monkeypatch.setattr(
         placement,
@@ -73,11 +86,11 @@ def test_every_actor_is_pinned_to_its_bundle_with_the_gpus_of_its_kind(monkeypat
         lambda placement_group, placement_group_bundle_index: (placement_group, placement_group_bundle_index),
     )
     places = Reservation(made, 600.0, local=False)
-    for kind, index, cpus, gpus in (("learner", 1, 1, 1.0), ("engine", 0, 1, 4.0)):
+    for kind, index, bundle, cpus, gpus in (("learner", 1, 3, 1, 1.0), ("engine", 0, 7, 1, 4.0)):
         assert places.options(kind, index, {"MARK": "7"}) == {
             "num_cpus": cpus,
             "num_gpus": gpus,
-            "scheduling_strategy": (f"of the {kind}s", index),
+            "scheduling_strategy": (f"of the {kind}s", bundle),
             "runtime_env": {"env_vars": {"MARK": "7"}},
         }
 
@@ -85,7 +98,10 @@ def test_every_actor_is_pinned_to_its_bundle_with_the_gpus_of_its_kind(monkeypat
 def test_what_was_granted_is_given_back_when_the_rest_is_not(monkeypatch) -> None:
     """Else a retry in the same cluster would find the learners' GPUs taken by nobody."""
     granted = iter((True, False))
-    groups = [SimpleNamespace(wait=lambda seconds: next(granted)) for _ in range(2)]
+    table = {"bundles_to_node_id": {0: "n1", 1: "n1"}}
+    monkeypatch.setattr(placement, "placement_group_table", lambda group: table)
+    monkeypatch.setattr(placement, "nodes", lambda: [host(1)])
+    groups = [SimpleNamespace(size=2, wait=lambda seconds: next(granted)) for _ in range(2)]
     made, removed = iter(groups), []
     monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: next(made))
     monkeypatch.setattr(placement, "remove_placement_group", removed.append)
@@ -93,20 +109,6 @@ def test_what_was_granted_is_given_back_when_the_rest_is_not(monkeypatch) -> Non
     with pytest.raises(RuntimeError, match="free are CPU 3, GPU 0"):
         Reservation(layout(), 1.0, local=False)
     assert removed == groups
-
-
-def test_a_cluster_of_ones_own_is_quiet_small_and_not_nice(monkeypatch) -> None:
-    started = []
-    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(placement.ray, "init", lambda **options: started.append(options))
-    monkeypatch.setattr(placement, "_object_store_bytes", lambda: 123)
-    quiet = {"RAY_DISABLE_DOCKER_CPU_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    for found, niceness in (({}, "0"), ({"RAY_worker_niceness": "5"}, "5")):  # what is set already is kept
-        monkeypatch.setattr(placement.os, "environ", found)
-        assert start_ray(ClusterConfig()) is True
-        assert found == {"RAY_worker_niceness": niceness, **quiet}
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    assert started == [{**options, "object_store_memory": 123}] * 2
 
 
 def test_a_reference_engine_takes_no_gpu() -> None:
@@ -156,28 +158,6 @@ def test_a_colocation_that_cannot_be_is_refused(overrides, device, words) -> Non
         layout("rollout=vllm", "cluster.colocated=true", *overrides, device=device)
 
 
-@pytest.mark.parametrize(("total", "wanted"), [(1 << 28, 80 << 20), (10 << 30, 1 << 30), (1 << 40, 2 << 30)])
-def test_the_object_store_takes_a_tenth_of_the_memory_within_bounds(monkeypatch, total, wanted) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))
-    assert placement._object_store_bytes() == wanted
-
-
-@pytest.mark.slow
-def test_ray_is_joined_once_and_ended_by_whoever_started_it(ray_here) -> None:
-    assert ray_here is True
-    assert start_ray(ClusterConfig()) is False
-    assert cluster_gpus() == 0.0
-
-
-@pytest.mark.slow
-def test_a_running_cluster_is_joined_and_left_running(ray_here, monkeypatch) -> None:
-    joined = []
-    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(placement.ray, "init", lambda **options: joined.append(options["address"]))
-    assert start_ray(ClusterConfig(address="auto")) is False
-    assert joined == ["auto"]
-
-
 @pytest.mark.slow
 def test_an_actor_lands_in_its_bundle_with_its_environment(ray_here) -> None:
     made = layout("rollout=vllm", device="cpu")
@@ -185,8 +165,8 @@ def test_an_actor_lands_in_its_bundle_with_its_environment(ray_here) -> None:
     options = places.options("learner", 1, {"MARK": "7"})
     assert (options["num_cpus"], options["num_gpus"]) == (0.01, 0.0)
     strategy = options["scheduling_strategy"]
-    assert (strategy.placement_group, strategy.placement_group_bundle_index) == (places.learners, 1)
-    assert places.options("engine", 0, {})["scheduling_strategy"].placement_group == places.engines
+    assert (strategy.placement_group, strategy.placement_group_bundle_index) == (places.learners.group, 1)
+    assert places.options("engine", 0, {})["scheduling_strategy"].placement_group == places.engines.group
 
     @ray.remote
     def mark():
@@ -211,3 +191,88 @@ def test_no_bundles_are_no_group(reserved) -> None:
     places = Reservation(Layout((Bundle(1, 0),), (), colocated=False), 1.0, local=True)
     assert places.engines is None
     assert reserved == [("PACK", 0)]
+
+
+def test_processes_on_cpu_hosts_are_spread_in_order_ranks_first() -> None:
+    """Each asks for a hundredth of a CPU, so Ray alone would put all of them on one host."""
+    made = layout(device="cpu")
+    for hosts, ranks, engines in (
+        (1, "11", "11"),
+        (2, "11", "22"),
+        (3, "11", "23"),
+        (4, "12", "34"),
+    ):
+        pinned = spread(made, [host(i + 1) for i in range(hosts)])
+        assert [b.home for b in pinned.learners] == [f"10.0.0.{n}" for n in ranks]
+        assert [b.home for b in pinned.engines] == [f"10.0.0.{n}" for n in engines]
+    assert pinned.engines[1].resources() == {"CPU": 0.01, "node:10.0.0.4": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["learner.deepspeed.expert_parallel=4"], {"expert parallel": 4, "tensor and context parallel": 1}),
+        (
+            [
+                "learner=megatron",
+                "learner.megatron.tensor_parallel=2",
+                "learner.megatron.context_parallel=4",
+                "learner.megatron.expert_parallel=8",
+                "learner.megatron.expert_tensor_parallel=1",
+            ],
+            {"expert parallel": 8, "tensor and context parallel": 8},
+        ),
+        (
+            [
+                "learner=megatron",
+                "learner.megatron.expert_parallel=4",
+                "learner.megatron.expert_tensor_parallel=2",
+            ],
+            {"expert parallel": 8, "tensor and context parallel": 1},
+        ),
+    ],
+)
+def test_blocks_are_the_groups_of_consecutive_ranks(overrides, wanted) -> None:
+    assert blocks(run_config(["learner.world_size=16", *overrides]).learner) == wanted
+
+
+def on_hosts(monkeypatch, homes: str, together: dict[str, int], names: str | None = None) -> Reservation:
+    """A grant that puts bundle i on host homes[i]; the driver is on host 1."""
+    count = len(homes)
+    group = SimpleNamespace(wait=lambda seconds: True)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: group)
+    table = {"bundles_to_node_id": {i: f"n{home}" for i, home in enumerate(homes)}}
+    monkeypatch.setattr(placement, "placement_group_table", lambda group: table)
+    monkeypatch.setattr(placement, "nodes", lambda: [host(i) for i in range(1, 5)])
+    monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
+    made = Layout((Bundle(1, 1),) * count, (), colocated=False)
+    return Reservation(made, 1.0, local=False, together=together)
+
+
+def test_ranks_are_numbered_host_by_host_whatever_the_order_of_the_grant(monkeypatch) -> None:
+    places = on_hosts(monkeypatch, "21212121", {"expert parallel": 4})
+    assert places.homes("learner") == ("host1",) * 4 + ("host2",) * 4
+    assert places.learners.bundles == (1, 3, 5, 7, 0, 2, 4, 6)
+    # the fullest host first, so that whole blocks begin where ranks are counted in blocks
+    assert on_hosts(monkeypatch, "122223", {}).homes("learner") == ("host2",) * 4 + ("host1", "host3")
+
+
+def test_a_block_that_the_grant_tears_is_refused(monkeypatch) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"ranks 4-7 \(expert parallel\) must share a host: .* 6 ranks on host1"
+    ):
+        on_hosts(monkeypatch, "11111122", {"expert parallel": 4})
+    with pytest.raises(RuntimeError, match=r"ranks 4-5 \(tensor and context parallel\)"):
+        on_hosts(monkeypatch, "11111222", {"tensor and context parallel": 2})
+    assert on_hosts(
+        monkeypatch, "11112222", {"expert parallel": 8}
+    )  # no host has eight: asked for, and planned
+
+
+def test_nodes_that_share_a_name_are_told_apart(monkeypatch) -> None:
+    group = SimpleNamespace()
+    monkeypatch.setattr(
+        placement, "placement_group_table", lambda g: {"bundles_to_node_id": {0: "n1", 1: "n2"}}
+    )
+    monkeypatch.setattr(placement, "nodes", lambda: [host(1, "laptop"), host(2, "laptop")])
+    assert granted(group, 2).homes == ("laptop/n1", "laptop/n2")

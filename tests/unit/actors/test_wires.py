@@ -102,8 +102,9 @@ def test_every_actor_gets_the_options_of_its_own_place(ray_calls, tmp_path) -> N
         assert [handle.made for handle in pool.actors.handles.values()] == [
             (name, str(tmp_path)) for name in pool.actors.handles
         ]
-    rewards = RayRewardPool(RewardConfig(workers=2), tmp_path)
-    assert [handle.options for handle in rewards.actors.handles.values()] == [{"num_cpus": 0}] * 2
+    rewards = RayRewardPool(RewardConfig(workers=2), tmp_path, {"PYTHONPATH": "/mine"})
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": {"PYTHONPATH": "/mine"}}}
+    assert [handle.options for handle in rewards.actors.handles.values()] == [options] * 2
 
 
 def test_learner_verbs_wait_as_long_as_the_learner_may_take(ray_calls, tmp_path) -> None:

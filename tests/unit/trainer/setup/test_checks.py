@@ -106,11 +106,14 @@ def test_a_gpu_that_is_not_there_is_refused():
 def test_the_device_of_a_joined_cluster_is_what_ray_reports(monkeypatch, gpus, auto):
     """Its head, where the command runs, may have no GPU."""
     joined = []
-    monkeypatch.setattr("gspo_dist.actors.placement.start_ray", joined.append)
-    monkeypatch.setattr("gspo_dist.actors.placement.cluster_gpus", lambda: gpus)
+    waited = []
+    monkeypatch.setattr("gspo_dist.actors.session.start_ray", joined.append)
+    monkeypatch.setattr("gspo_dist.actors.session.await_nodes", lambda c, gpus: waited.append((c, gpus)))
+    monkeypatch.setattr("gspo_dist.actors.session.cluster_gpus", lambda: gpus)
     cluster = ClusterConfig(address="auto")
     assert resolve_device(cluster) == auto
     assert joined == [cluster]
+    assert waited == [(cluster, False)]  # the CPU build of torch: no GPU host is to come
     if not gpus:
         with pytest.raises(ValueError, match="Ray reports none in the cluster; use cpu or auto"):
             resolve_device(replace(cluster, device="cuda"))
@@ -207,3 +210,27 @@ def test_a_torn_tokenizer_is_told_with_its_folder(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(ValueError, match=rf"^model\.path {tmp_path} must hold a tokenizer.*copy tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "vllm", "waits"),
+    [
+        ("auto", "13.0", True, True),
+        ("auto", "13.0", False, False),  # torch's CUDA build on a CPU host, with the CPU lock
+        ("auto", None, True, False),
+        ("cuda", None, False, True),
+        ("cpu", "13.0", True, False),
+    ],
+)
+def test_gpu_hosts_are_waited_for_where_the_environment_was_made_for_them(
+    monkeypatch, device, cuda, vllm, waits
+):
+    """The head's CPU hosts are there first; taking the CPU then would train a large model on it."""
+    waited = []
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("gspo_dist.trainer.setup.checks.installed", lambda name: name == "vllm" and vllm)
+    monkeypatch.setattr("gspo_dist.actors.session.start_ray", lambda c: False)
+    monkeypatch.setattr("gspo_dist.actors.session.await_nodes", lambda c, gpus: waited.append(gpus))
+    monkeypatch.setattr("gspo_dist.actors.session.cluster_gpus", lambda: 8)
+    resolve_device(ClusterConfig(address="auto", device=device))
+    assert waited == [waits]

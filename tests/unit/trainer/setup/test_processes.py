@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 
+from gspo_dist.actors.session import Node
 from gspo_dist.trainer.setup import processes as module
 from gspo_dist.trainer.setup.processes import process_env, start_parts
 from tests.unit.trainer.small import config
@@ -25,7 +27,7 @@ def test_a_cpu_run_hides_gpus_and_shares_the_cores(model, reward_file, tmp_path,
     env = process_env(c, "cpu")
     assert env["learner"]["OMP_NUM_THREADS"] == "2"
     assert env["engine"]["OMP_NUM_THREADS"] == "1"
-    assert {e["CUDA_VISIBLE_DEVICES"] for e in env.values()} == {""}
+    assert {env[kind]["CUDA_VISIBLE_DEVICES"] for kind in ("learner", "engine")} == {""}
     assert env["learner"]["DS_ACCELERATOR"] == "cpu"
 
 
@@ -60,11 +62,19 @@ def test_in_process_parts_end_together(model, reward_file, tmp_path, monkeypatch
     assert sorted(ended) == ["LocalLearnerGroup", "LocalRewardPool", "LocalRolloutPool"]
 
 
+HOSTS = [Node(f"n{i}", f"host{i}", f"10.0.0.{i}", 2, 0, 1 << 30) for i in (1, 2, 3)]
+ROLLOUTS = 4 * 4 * (16 + 8) * (2 * 2 + 1 + 40)
+
+
 class Places:
     """Stands for the cluster's grant: every actor's options name its kind, its index and its threads."""
 
-    def __init__(self, layout, timeout, *, local) -> None:
+    def __init__(self, layout, timeout, *, local, together) -> None:
         self.layout, self.timeout, self.local, self.released = layout, timeout, local, 0
+        self.together = together
+
+    def homes(self, kind):
+        return tuple(f"{kind}s-host" for _ in getattr(self.layout, f"{kind}s"))
 
     def options(self, kind, index, env):
         return (kind, index, env["OMP_NUM_THREADS"])
@@ -87,18 +97,19 @@ class Made:
 def cluster(monkeypatch):
     """Ray's side of `Processes`, as books: what was started, reserved and stopped."""
     books = {"started": [], "stopped": 0, "places": []}
-    placement = "gspo_dist.actors.placement"
+    session = "gspo_dist.actors.session"
 
-    def reserve(layout, timeout, *, local):
-        books["places"].append(Places(layout, timeout, local=local))
+    def reserve(layout, timeout, **how):
+        books["places"].append(Places(layout, timeout, **how))
         return books["places"][-1]
 
     def stop() -> None:
         books["stopped"] += 1
 
-    monkeypatch.setattr(f"{placement}.start_ray", lambda c: books["started"].append(c) or True)
-    monkeypatch.setattr(f"{placement}.stop_ray", stop)
-    monkeypatch.setattr(f"{placement}.Reservation", reserve)
+    monkeypatch.setattr(f"{session}.start_ray", lambda *told: books["started"].append(told) or True)
+    monkeypatch.setattr(f"{session}.stop_ray", stop)
+    monkeypatch.setattr(f"{session}.nodes", lambda: HOSTS)
+    monkeypatch.setattr("gspo_dist.actors.placement.Reservation", reserve)
     for module_name, name in (
         ("rollout_pool", "RayRolloutPool"),
         ("learner_group", "RayLearnerGroup"),
@@ -128,7 +139,14 @@ def test_every_kind_of_actor_is_made_with_its_own_settings_and_ended_with_the_bl
         logs = tmp_path / "logs"
         assert pool.args == (c.rollout, processes.make_engine, [("engine", i, "5") for i in range(3)], logs)
         assert learner.args == (c.learner, processes.make_rank, [("learner", i, "3") for i in range(2)], logs)
-        assert rewards.args == (c.reward, logs)
+        assert rewards.args == (c.reward, logs, process_env(c, "cpu")["reward"])
+        lines = (logs / "places.txt").read_text().splitlines()
+        assert lines == [
+            *(f"learner-{i} learners-host" for i in range(2)),
+            *(f"engine-{i} engines-host" for i in range(3)),
+        ]
+        # 4 x 4 rollouts of at most 16 + 8 tokens: 2 layers x 2 experts and a mark, and 40 for the rest
+        assert cluster["started"] == [(c.cluster, ROLLOUTS)]
         assert cluster["stopped"] == places.released == pool.closed == 0
     assert (pool.closed, learner.closed, rewards.closed) == (1, 1, 1)
     assert (places.released, cluster["stopped"]) == (1, 1)
@@ -178,6 +196,49 @@ def test_a_cluster_that_was_joined_is_told_apart_from_one_of_the_runs_own(
     c = distributed(model, reward_file, tmp_path, address="auto")
     with module.Processes(c, str(model), "cpu", tmp_path, 2):
         assert cluster["places"][0].local is False
+    # five processes on three hosts, in order
+    made = cluster["places"][0].layout
+    homes = [b.home for b in (*made.learners, *made.engines)]
+    assert homes == ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.3"]
+    some = distributed(model, reward_file, tmp_path, address="auto", nodes=2)
+    with module.Processes(some, str(model), "cpu", tmp_path, 2):
+        homes = [b.home for b in cluster["places"][1].layout.engines]
+        assert homes == ["10.0.0.1", "10.0.0.2", "10.0.0.2"]
+
+
+def test_blocks_of_ranks_share_a_host_of_gpus(model, reward_file, tmp_path, cluster):
+    c = distributed(model, reward_file, tmp_path, address="auto")
+    object.__setattr__(c.learner, "deepspeed", replace(c.learner.deepspeed, expert_parallel=2))
+    for device, together in (
+        ("cpu", None),
+        ("cuda", {"tensor and context parallel": 1, "expert parallel": 2}),
+    ):
+        with module.Processes(c, str(model), device, tmp_path, 2):
+            assert cluster["places"][-1].together == together
+    assert {b.home for b in cluster["places"][-1].layout.learners} == {None}
+
+
+def test_variables_of_libraries_travel_to_every_actor_and_secrets_do_not(
+    model, reward_file, tmp_path, monkeypatch
+):
+    """Actors inherit from the `ray start` of their host, where nobody has set what the command was given."""
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx5")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("UNRELATED", "1")
+    monkeypatch.setenv("PYTHONPATH", f"mine{os.pathsep}/other")
+    monkeypatch.chdir(tmp_path)
+    c = config(model, reward_file, tmp_path, "+cluster.env.NVTE_DEBUG='1'")
+    for device in ("cpu", "cuda"):
+        for kind, env in process_env(c, device).items():
+            assert kind in ("learner", "engine", "reward")
+            assert (env["NCCL_IB_HCA"], env["NVTE_DEBUG"]) == ("mlx5", "1")
+            assert env["PYTHONPATH"] == f"{tmp_path}/mine{os.pathsep}/other"
+            assert not {"VLLM_API_KEY", "UNRELATED"} & set(env)
+    c = config(
+        model, reward_file, tmp_path, "+cluster.env.NCCL_IB_HCA=mine", "+cluster.env.OMP_NUM_THREADS='9'"
+    )
+    assert {env["NCCL_IB_HCA"] for env in process_env(c, "cpu").values()} == {"mine"}
+    assert {env["OMP_NUM_THREADS"] for env in process_env(c, "cpu").values()} == {"9"}
 
 
 def test_on_a_gpu_threads_are_shared_by_gpu_unless_asked_for(

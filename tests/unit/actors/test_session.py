@@ -1,0 +1,217 @@
+"""The Ray of a run: its own or a joined one, with a token, room for a step, and hosts that are waited for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from types import SimpleNamespace
+
+import pytest
+
+from gspo_dist.actors import session
+from gspo_dist.actors.session import (
+    Node,
+    await_nodes,
+    cluster_gpus,
+    nodes,
+    object_store_bytes,
+    prepare_token,
+    start_ray,
+    token_source,
+)
+from gspo_dist.config import ClusterConfig
+
+GIB = 1 << 30
+
+
+def host(number: int, gpus: float = 0.0, store: int = GIB) -> Node:
+    return Node(f"n{number}", f"host{number}", f"10.0.0.{number}", 16, gpus, store)
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """A home folder of one's own, and no word about tokens in the environment."""
+    monkeypatch.setattr(session.os, "environ", {"HOME": str(tmp_path)})
+    monkeypatch.setattr(session.Path, "home", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inits(monkeypatch, home):
+    """What ray.init is called with."""
+    started = []
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", lambda **options: started.append(options))
+    return started
+
+
+def test_a_ray_of_ones_own_is_quiet_small_not_nice_and_never_another_that_is_there(
+    inits, monkeypatch
+) -> None:
+    monkeypatch.setattr(session, "object_store_bytes", lambda batch: 123 + batch)
+    quiet = {"RAY_DISABLE_DOCKER_CPU_WARNING": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    for found, niceness in (({}, "0"), ({"RAY_worker_niceness": "5"}, "5")):  # what is set already is kept
+        monkeypatch.setattr(session.os, "environ", found)
+        assert start_ray(ClusterConfig(), 7) is True
+        assert found == {"RAY_worker_niceness": niceness, **quiet}
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    assert inits == [{**options, "address": "local", "object_store_memory": 130}] * 2
+
+
+def test_a_ray_of_ones_own_gets_a_token_that_only_its_user_can_read(home) -> None:
+    prepare_token(joins=False)
+    file = home / ".ray/auth_token"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    first = file.read_text()
+    assert len(bytes.fromhex(first)) == 32
+    file.chmod(0o644)  # as Ray itself writes it
+    prepare_token(joins=False)
+    assert (stat.S_IMODE(file.stat().st_mode), file.read_text()) == (0o600, first)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_a_token_is_not_made_where_a_cluster_is_joined_or_the_user_has_said_how(home) -> None:
+    prepare_token(joins=True)  # the head's is the one that counts
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    prepare_token(joins=False)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/elsewhere"}
+    prepare_token(joins=False)
+    assert not (home / ".ray").exists()
+
+
+def test_without_a_home_to_write_to_the_token_lives_in_the_environment(home, monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(session.Path, "mkdir", refuse)
+    prepare_token(joins=False)
+    assert len(bytes.fromhex(os.environ["RAY_AUTH_TOKEN"])) == 32
+
+
+def test_where_a_token_comes_from_is_said_without_the_token(home) -> None:
+    assert token_source() == "no token"
+    prepare_token(joins=False)
+    assert token_source() == f"a token from {home}/.ray/auth_token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = "/elsewhere"
+    assert token_source() == "a token from RAY_AUTH_TOKEN_PATH=/elsewhere"
+    os.environ["RAY_AUTH_TOKEN"] = "secret"
+    assert token_source() == "a token from RAY_AUTH_TOKEN"
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    assert token_source() == "RAY_AUTH_MODE=disabled, so that none is sent"
+
+
+def test_a_cluster_that_cannot_be_joined_is_told_with_the_token_that_was_sent(inits, monkeypatch) -> None:
+    def refuse(**_):
+        raise ConnectionError("Failed to connect to Ray cluster at head:6379")
+
+    monkeypatch.setattr(session.ray, "init", refuse)
+    with pytest.raises(
+        RuntimeError, match=r"address=auto cannot be joined: Failed .* this host has no token"
+    ):
+        start_ray(ClusterConfig(address="auto"))
+
+
+def test_a_joined_cluster_is_told_when_a_step_does_not_fit_its_store(inits, monkeypatch, caplog) -> None:
+    """3 GiB of rollouts lie in the driver's store twice; the other hosts hold shares only."""
+    monkeypatch.setattr(session, "nodes", lambda: [host(1, store=5 * GIB), host(2, store=1)])
+    with caplog.at_level(logging.WARNING):
+        assert start_ray(ClusterConfig(address="auto"), 5 * GIB // 2) is False
+        assert caplog.text == ""
+        start_ray(ClusterConfig(address="auto"), 3 * GIB)
+    assert "up to 6.0 GiB of the object store, and host1 has 5.0 GiB" in caplog.text
+    assert f"--object-store-memory={6 * GIB}," in caplog.text
+    assert inits[0]["address"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("total", "shm", "batch", "wanted"),
+    [
+        (1 << 28, GIB, 0, 80 << 20),
+        (10 * GIB, GIB, 0, GIB),
+        (1 << 40, 1 << 40, 0, 2 * GIB),
+        (1 << 40, 1 << 40, 8 * GIB, 18 * GIB),
+        (40 * GIB, 1 << 40, 8 * GIB, 12 * GIB),  # 30% of the memory
+        (1 << 40, 16 * GIB, 8 * GIB, 8 * GIB),  # half of /dev/shm
+        (1 << 40, GIB // 16, 8 * GIB, 2 * GIB),  # a container's 64 MiB: Ray goes to disk whatever we say
+    ],
+)
+def test_the_object_store_has_room_for_a_step_within_bounds(monkeypatch, total, shm, batch, wanted) -> None:
+    monkeypatch.setattr(session, "usable_memory", lambda: (total, total))
+    monkeypatch.setattr(session, "_shm_bytes", lambda: shm)
+    assert object_store_bytes(batch) == wanted
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """A cluster that gets another host whenever somebody waits; returns the list of hosts to come."""
+    coming: list[Node] = []
+    present: list[Node] = []
+
+    def sleep(_):
+        clock.now += 1.0
+        present.extend(coming[:1])
+        del coming[:1]
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(session.time, "sleep", sleep)
+    monkeypatch.setattr(session.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(session, "nodes", lambda: present)
+    return present, coming
+
+
+@pytest.mark.parametrize(
+    ("hosts", "gpus", "nodes_asked", "left"),
+    [
+        ([0, 0, 8], False, None, 2),  # whoever is there
+        ([0, 0, 8], True, None, 0),  # the first GPU
+        ([0, 0, 8], False, 2, 1),
+        ([8, 8, 8], True, 2, 1),  # not the first GPU alone: the ranks need all hosts
+        ([0, 0, 8], True, 2, 1),  # all hosts are there, so no GPU will come
+    ],
+)
+def test_hosts_that_are_still_joining_are_waited_for(growing, caplog, hosts, gpus, nodes_asked, left) -> None:
+    present, coming = growing
+    present.append(host(1, hosts[0]))
+    coming.extend(host(i + 2, n) for i, n in enumerate(hosts[1:]))
+    await_nodes(ClusterConfig(address="auto", nodes=nodes_asked), gpus=gpus)
+    assert len(coming) == left
+    assert caplog.text.count("waiting for") == (left < 2)
+
+
+def test_hosts_that_do_not_come_are_named_after_the_timeout(growing) -> None:
+    growing[0].append(host(1))
+    cluster = ClusterConfig(address="auto", nodes=3, placement_timeout_s=5)
+    with pytest.raises(
+        RuntimeError, match=r"not got 3 hosts .* within 5 s: there are host1 \(0 GPUs\); .*nodes"
+    ):
+        await_nodes(cluster, gpus=True)
+    cluster = ClusterConfig(address="auto", placement_timeout_s=5)
+    with pytest.raises(RuntimeError, match=r"not got a GPU within 5 s: .* set cluster.device=cpu"):
+        await_nodes(cluster, gpus=True)
+
+
+def test_hosts_come_in_the_order_of_their_addresses_the_drivers_first(monkeypatch) -> None:
+    entries = [
+        {
+            "NodeID": f"n{i}",
+            "NodeManagerHostname": f"host{i}",
+            "NodeManagerAddress": f"10.0.0.{i}",
+            "Alive": i != 4,
+            "Resources": {"CPU": 2.0, "object_store_memory": 5.0},
+        }
+        for i in (10, 9, 4, 11)
+    ]
+    here = SimpleNamespace(get_node_id=lambda: "n11")
+    monkeypatch.setattr(session.ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr(session.ray, "nodes", lambda: entries)
+    assert [node.name for node in nodes()] == ["host11", "host9", "host10"]
+    assert nodes()[0] == Node("n11", "host11", "10.0.0.11", 2.0, 0.0, 5)
+
+
+@pytest.mark.slow
+def test_ray_is_joined_once_and_ended_by_whoever_started_it(ray_here) -> None:
+    assert ray_here is True
+    assert start_ray(ClusterConfig()) is False
+    assert cluster_gpus() == 0.0
+    assert [node.gpus for node in nodes()] == [0.0]
