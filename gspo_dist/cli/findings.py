@@ -144,14 +144,13 @@ def check_disk(free: int) -> Check:
 def check_shm(total: int, gpus: bool) -> Check:
     """Weight sync on one host, Ray's object store and NCCL live in /dev/shm."""
     detail = f"{total / GIB:.2f} GiB"
-    wanted = 8 * GIB if gpus else GIB // 2
+    wanted = 64 * GIB if gpus else GIB // 2  # launch/README.md, section 1
     if total < wanted:
         return Check(
             "/dev/shm",
             "warn",
-            f"{detail}: Ray falls back to disk, large weight buckets do not fit",
-            f"start the container with --shm-size={max(2, wanted // GIB)}g, or lower "
-            "rollout.weight_sync.bucket_mib",
+            f"{detail}: Ray's object store takes half, and goes to disk where that is too little",
+            f"start the container with --shm-size={max(2, wanted // GIB)}g, or remount /dev/shm larger",
         )
     return Check("/dev/shm", "ok", detail)
 
@@ -165,6 +164,66 @@ def check_compiler(compiler: str | None, ninja: str | None) -> Check:
             "install g++",
         )
     return Check("C++ compiler", "ok", compiler + (", ninja" if ninja else ", without ninja"))
+
+
+def check_triton(compiler: str | None, header: Path, gpus: bool) -> Check:
+    """Triton compiles the launcher of each of its kernels with a C compiler, when a run first uses it."""
+    if not gpus:
+        return Check("Triton", "ok", "not used on a CPU")
+    if compiler is None or not header.is_file():
+        headers = f"Python's headers ({header})"
+        absent = f"no {headers}" if compiler else "no C compiler"
+        if compiler is None and not header.is_file():
+            absent = f"neither a C compiler nor {headers}"
+        return Check(
+            "Triton",
+            "missing",
+            f"its kernels are compiled while a run starts, and there is {absent}",
+            "install gcc and your Python's development package (Debian, Ubuntu: gcc, python3-dev)",
+            required=True,
+        )
+    return Check("Triton", "ok", f"compiles its kernels with {compiler}", required=True)
+
+
+def check_rdma(devices: Sequence[str], absent: Sequence[str], gpus: bool) -> Check:
+    """NCCL between hosts. devices: RDMA devices that the kernel lists; absent: libraries that do not load."""
+    if not gpus:
+        return Check("RDMA", "ok", "not used on a CPU")
+    if not devices:
+        return Check(
+            "RDMA",
+            "warn",
+            "no device: NCCL uses TCP between hosts",
+            "nothing on one host; on several, load the drivers, or start the container with "
+            "--device=/dev/infiniband",
+        )
+    if absent:
+        return Check(
+            "RDMA",
+            "warn",
+            f"{', '.join(devices)}, without {', '.join(absent)}: NCCL uses TCP, and says so at INFO only",
+            "install the user libraries (Debian, Ubuntu: libibverbs1 ibverbs-providers librdmacm1)",
+        )
+    return Check("RDMA", "ok", ", ".join(devices))
+
+
+def check_name(name: str, address: str | None) -> Check:
+    """Where other processes of this host find it: gloo, NCCL and Ray ask for the host's own name."""
+    if address is None:
+        return Check(
+            "host name",
+            "warn",
+            f"{name} has no address here: gloo cannot meet",
+            "add it to DNS or /etc/hosts",
+        )
+    if address.startswith("127."):
+        return Check(
+            "host name",
+            "warn",
+            f"{name} is {address} here: gloo would wait where no other host can reach it",
+            "nothing on one host; on several, name its real address in /etc/hosts, or set GLOO_SOCKET_IFNAME",
+        )
+    return Check("host name", "ok", f"{name} is {address}")
 
 
 def check_vllm(probe: Mapping[str, Any], cpu: str | None, gpu: str | None, numa: bool) -> Check:

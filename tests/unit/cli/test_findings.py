@@ -101,7 +101,8 @@ def test_small_resources_are_warned_about() -> None:
     assert docker_default.status == "warn"
     assert "--shm-size=2g" in docker_default.remedy
     assert findings.check_shm(GIB, gpus=False).status == "ok"
-    assert findings.check_shm(GIB, gpus=True).status == "warn"
+    assert "--shm-size=64g" in findings.check_shm(16 * GIB, gpus=True).remedy
+    assert findings.check_shm(64 * GIB, gpus=True).status == "ok"
     assert findings.check_compiler(None, None).status == "warn"
 
 
@@ -139,3 +140,31 @@ def test_the_gpu_image_pins_what_the_doctor_asks_for() -> None:
     image = (Path(__file__).parents[3] / "docker" / "Dockerfile.gpu").read_text()
     assert f'"flash-attn=={FLASH_ATTN}"' in image
     assert f'"transformer-engine[core_cu13,pytorch]{TRANSFORMER_ENGINE}"' in image
+
+
+def test_triton_needs_a_c_compiler_and_pythons_headers_on_gpus_only(tmp_path: Path) -> None:
+    header = tmp_path / "Python.h"
+    assert findings.check_triton(None, header, gpus=False).status == "ok"
+    neither = findings.check_triton(None, header, gpus=True)
+    assert (neither.status, neither.required) == ("missing", True)
+    assert f"there is neither a C compiler nor Python's headers ({header})" in neither.detail
+    header.touch()
+    assert findings.check_triton(None, header, gpus=True).detail.endswith("there is no C compiler")
+    assert findings.check_triton("/usr/bin/cc", header, gpus=True).status == "ok"
+    header.unlink()
+    assert findings.check_triton("/usr/bin/cc", header, gpus=True).status == "missing"
+
+
+def test_rdma_is_looked_for_with_the_libraries_that_nccl_needs() -> None:
+    assert findings.check_rdma([], ["libibverbs.so.1"], gpus=False).status == "ok"
+    assert "TCP" in findings.check_rdma([], [], gpus=True).detail
+    bare = findings.check_rdma(["mlx5_0"], ["librdmacm.so.1"], gpus=True)
+    assert bare.status == "warn"
+    assert "mlx5_0, without librdmacm.so.1" in bare.detail
+    assert findings.check_rdma(["mlx5_0", "mlx5_1"], [], gpus=True).detail == "mlx5_0, mlx5_1"
+
+
+def test_a_host_that_calls_itself_by_the_loopback_is_warned_of() -> None:
+    assert findings.check_name("n1", "10.0.0.1") == Check("host name", "ok", "n1 is 10.0.0.1")
+    assert findings.check_name("n1", "127.0.1.1").status == "warn"
+    assert findings.check_name("n1", None).status == "warn"

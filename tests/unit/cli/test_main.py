@@ -43,7 +43,7 @@ from gspo_dist.cli.main import COMMANDS, USAGE, main
         (["compare", "--dry"], "gspo compare knows --dry-run, --report-only, --html: got --dry"),
         (["legality", "gspo"], "gspo legality takes no arguments: got 'gspo'"),
         (["workspace", "--study", "x"], "got neither; give --to FILE, --create, or both"),
-        (["doctor", "now"], "gspo doctor takes no arguments: got 'now'"),
+        (["doctor", "now"], "gspo doctor takes --cluster[=HEAD:PORT] [FOLDER ...] or nothing: got 'now'"),
         (["completion", "fish"], "completion knows bash: got fish"),
         (
             ["export", "--run", "/not/here", "--to", "/tmp/x"],
