@@ -19,6 +19,7 @@ usage: gspo COMMAND [arguments]
                 gspo evaluate model=local model.path=DIR data=file data.heldout=FILE reward=math
   plan        what a run needs and whether it fits, before paying for GPUs
                 gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
+                gspo plan ... --kuberay > job.yaml      the same run for Kubernetes
   export      a run's weights as an HF folder
                 gspo export --run RUN_DIR --to FOLDER
   make-model  the quickstart's cold-start model
@@ -27,6 +28,7 @@ usage: gspo COMMAND [arguments]
                 gspo workspace --study NAME --to FILE
   legality    which objective, old log-probs, replay and correction go together, and why the rest is refused
   doctor      what works on this host, and what to install for what does not
+                gspo doctor --cluster       a line per host of the Ray cluster that this host belongs to
   completion  tab completion in bash
                 eval "$(gspo completion bash)"
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gspo_dist.cli.compose import run_as_application
+from gspo_dist.cli.compose import run_as_application, split_arguments
 from gspo_dist.cli.exits import guarded
 from gspo_dist.config import LearnerConfig, RunConfig
 from gspo_dist.learners.deepspeed.config import check as check_deepspeed
@@ -15,13 +16,37 @@ from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.models.config_file import find_config, read_config
 from gspo_dist.models.shape import countable, shape_from_config
 from gspo_dist.planner import find_gpu, format_plan, plan, read_run
+from gspo_dist.planner.hardware import GIB
+from gspo_dist.planner.kuberay import ray_job
 from gspo_dist.planner.layout import LearnerLayout
 from gspo_dist.planner.placement import where
+from gspo_dist.planner.plan import Plan
+
+IMAGE = "gspo:gpu"
+"""The image of a manifest where none is named: what docker/Dockerfile.gpu is built as."""
+SHM_GPU_GIB, SHM_CPU_GIB = 64, 2
+"""Size of /dev/shm (launch/README.md, section 1)."""
+KUBERAY_NOTES = """\
+# Made by `gspo plan --kuberay`. It needs KubeRay 1.5.1 or later, and a volume claim gspo-shared with many
+# writers (ReadWriteMany), in which relative paths lie. On several hosts, add the resource of your RDMA device
+# plug-in to the requests and limits of both pods: without it NCCL uses TCP.
+"""
 
 
 def main(args: Sequence[str]) -> None:
-    """Prints the plan of the run that the overrides describe. Nothing is started."""
-    run_as_application("gspo plan", args, lambda config: print(guarded(lambda: plan_text(config))))
+    """Prints the plan of the run that the overrides describe. Nothing is started.
+
+    --kuberay[=IMAGE] prints it as a manifest of KubeRay instead.
+    """
+    ours = [word for word in args if word.partition("=")[0] == "--kuberay"]
+    rest = [word for word in args if word not in ours]
+
+    def show(config: RunConfig) -> str:
+        if not ours:
+            return plan_text(config)
+        return kuberay_text(config, split_arguments(rest)[0], ours[-1].partition("=")[2] or IMAGE)
+
+    run_as_application("gspo plan", rest, lambda config: print(guarded(lambda: show(config))))
 
 
 def plan_text(config: RunConfig) -> str:
@@ -29,10 +54,41 @@ def plan_text(config: RunConfig) -> str:
 
     Raises ValueError for a GPU or a model that is not known.
     """
+    learner, engine, _ = read_run(config)
+    result = planned(config)
+    text = format_plan(result)
+    if result.gpu is None:
+        return text
+    return "\n".join([*where(learner, engine, config.plan.nodes, result.gpus_per_node), text])
+
+
+def kuberay_text(config: RunConfig, overrides: Sequence[str], image: str) -> str:
+    """The run as a RayJob of KubeRay, in YAML. Raises ValueError, with the plan, when it does not fit."""
+    import yaml
+
+    result = planned(config)
+    if not result.fits:
+        raise ValueError(f"the run does not fit, so it is no manifest\n{format_plan(result)}")
+    own = [word for word in overrides if not word.startswith("plan.")]
+    gpus = result.gpus_per_node if result.gpu else 0
+    manifest = ray_job(
+        Path(config.run_dir).name,
+        ["gspo", "train", "cluster.address=auto", f"cluster.nodes={config.plan.nodes}", *own],
+        image=image,
+        ray_version=version("ray"),
+        nodes=config.plan.nodes,
+        gpus_per_node=gpus,
+        memory_gib=-(-result.host.total // GIB),
+        shm_gib=SHM_GPU_GIB if gpus else SHM_CPU_GIB,
+    )
+    return KUBERAY_NOTES + yaml.safe_dump(manifest, sort_keys=False, width=1000).rstrip()
+
+
+def planned(config: RunConfig) -> Plan:
+    """The plan of a run. Raises ValueError for a GPU or a model that is not known."""
     hf, name = planned_model(config)
     hardware = find_gpu(config.plan.gpu) if config.plan.gpu else None
-    learner, engine, _ = read_run(config)
-    result = plan(
+    return plan(
         config,
         countable(shape_from_config(hf, name)),
         hardware,
@@ -40,10 +96,6 @@ def plan_text(config: RunConfig) -> str:
         config.plan.gpus_per_node,
         refusals=_refusals(config, hf, gpu=hardware is not None),
     )
-    text = format_plan(result)
-    if hardware is None:
-        return text
-    return "\n".join([*where(learner, engine, config.plan.nodes, result.gpus_per_node), text])
 
 
 def planned_model(config: RunConfig) -> tuple[Mapping[str, Any], str]:
