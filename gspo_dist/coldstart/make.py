@@ -29,13 +29,15 @@ THREADS = 1
 def ensure_model(config: ModelConfig, log: Log = print, *, seed: int = 0) -> Path:
     """The folder of the model that `config` asks for: its `path`, or its `recipe`, made on first use.
 
+    It is absolute, because the processes of a run work in other folders.
+
     A made model lies in cache_dir under its recipe's name and fingerprint, so that a changed recipe makes a
     new one. Processes that ask together wait for the one that makes it. It may be called again at any time.
     """
     if config.path is not None:
-        return Path(config.path).expanduser()
+        return Path(config.path).expanduser().absolute()
     recipe = recipe_named(config.recipe)
-    cache = Path(config.cache_dir).expanduser()
+    cache = Path(config.cache_dir).expanduser().absolute()
     folder = cache / f"{recipe.name}-{recipe.fingerprint(seed)}"
     if (folder / DONE).is_file():
         return folder

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration import hosts as maker
 from tests.integration.hosts import Hosts, need_hosts, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,3 +57,13 @@ def test_hosts_end_with_whoever_made_them(tmp_path: Path) -> None:
         wait_until(left, 10, "the process on host2")
         maker.send_signal(signal.SIGKILL)
     wait_until(lambda: not left(), 10, "the end of the hosts")
+
+
+def test_a_missing_tool_is_a_skip_and_where_they_were_installed_a_failure(monkeypatch) -> None:
+    monkeypatch.setattr(maker, "missing", lambda *tools: f"no {tools[0]} here")
+    monkeypatch.delenv("GSPO_TEST_HOSTS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no slurmd here"):
+        need_hosts("slurmd")
+    monkeypatch.setenv("GSPO_TEST_HOSTS", "required")
+    with pytest.raises(pytest.fail.Exception, match="no slurmd here"):
+        need_hosts("slurmd")

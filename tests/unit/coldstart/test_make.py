@@ -134,3 +134,12 @@ def test_a_given_path_is_taken_as_it_is(tmp_path):
 def test_an_unknown_recipe_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'quickstart'"):
         recipe_named("quick_start")
+
+
+def test_a_relative_folder_is_found_from_processes_that_work_elsewhere(tmp_path, monkeypatch):
+    """The workers of a cluster that is joined are in the folder where their host's `ray start` was."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert make.ensure_model(ModelConfig(path="mine"), quiet) == tmp_path / "mine"
+    made = make.ensure_model(ModelConfig(recipe="peer", cache_dir="made"), quiet)
+    assert made.parent == tmp_path / "made"
