@@ -169,6 +169,9 @@ class LearnerConfig:
     """fp32 | bf16: of weights and activations. Master weights and log-probs are fp32 in both."""
     fp32_head: bool = True
     """Compute the LM head's product in fp32."""
+    consistency: str = "off"
+    """off | exact: exact computes the forward with the engine's own operators, so that the engine's log-probs
+    are the learner's bit for bit. `gspo legality` lists what it needs."""
     token_budget: int = 16384
     """Most tokens that a micro-batch holds. Sequences are never cut, so it must hold the longest one."""
     activation_checkpointing: bool = False
@@ -188,6 +191,7 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         choose("learner.backend", self.backend, ("eager", "deepspeed", "megatron"))
         choose("learner.precision", self.precision, ("fp32", "bf16"))
+        choose("learner.consistency", self.consistency, ("off", "exact"))
         at_least("learner.world_size", self.world_size, 1)
         at_least("learner.token_budget", self.token_budget, 1)
         at_least("learner.threads", self.threads, 0)

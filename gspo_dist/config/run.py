@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from gspo_dist.checks import at_least, divisors, nearest
 from gspo_dist.config.checkpoint import CheckpointConfig
 from gspo_dist.config.cluster import ClusterConfig
+from gspo_dist.config.consistency import check_consistency
 from gspo_dist.config.data import DataConfig
 from gspo_dist.config.evaluation import EvaluationConfig
 from gspo_dist.config.flips import FlipsConfig
@@ -63,6 +64,7 @@ class RunConfig:
         self._check_batches()
         self._check_in_process()
         self._check_accepted()
+        check_consistency(self.learner, self.rollout)
 
     def _check_batches(self) -> None:
         if self.rollout.prompts_per_step % self.mini_batches:

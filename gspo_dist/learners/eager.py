@@ -68,6 +68,7 @@ class EagerLearner:
             temperature=temperature,
             fp32_head=config.fp32_head,
             activation_checkpointing=config.activation_checkpointing,
+            consistency=config.consistency,
         ).to(self.device)
         self.reference: PolicyModel | None = None
         if keep_reference:

@@ -136,12 +136,14 @@ def load_policy(
     temperature: float = 1.0,
     fp32_head: bool = True,
     activation_checkpointing: bool = False,
+    consistency: str = "off",
     make: Callable[[Path, PretrainedConfig, torch.dtype], PreTrainedModel] | None = None,
 ) -> PolicyModel:
     """Loads an HF folder for training: packed attention, weights in `precision` ("fp32" or "bf16").
 
     temperature, fp32_head: of the `LogprobHead`.
     activation_checkpointing: layers are computed again in the backward instead of kept.
+    consistency: "exact" computes with the engine's operators (`learners.exact`).
     make: builds the HF model with attention `gspo_packed`, for learners that shard it. None:
         `from_pretrained`.
 
@@ -157,6 +159,11 @@ def load_policy(
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()
     check_mixers(shape, hf)
-    return PolicyModel(
+    policy = PolicyModel(
         hf, temperature, fp32_head, logit_scale=shape.logit_scale, logit_softcap=shape.logit_softcap
     )
+    if consistency == "exact":
+        from gspo_dist.learners.exact.install import make_exact  # it needs vLLM
+
+        make_exact(hf)
+    return policy

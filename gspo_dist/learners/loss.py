@@ -16,6 +16,10 @@ from gspo_dist.objectives.staleness import LagOffsets
 from gspo_dist.types import PackedBatch
 
 
+class InexactError(FloatingPointError):
+    """Engine and learner gave one token two log-probs under `learner.consistency=exact`."""
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """What one mini-batch optimises. Raises ValueError for an offset together with own_mean."""
@@ -39,6 +43,8 @@ class LossSpec:
     policy_version: int | None = None
     """The learner's at the start of the step: tokens of this version are fresh, and only they measure the
     mismatch. The others measure staleness. None: every token counts as fresh."""
+    exact: bool = False
+    """Raise `InexactError` where `measure_mismatch` sees a fresh token on which engine and learner differ."""
 
     def __post_init__(self) -> None:
         if self.own_mean and self.offset:
@@ -109,6 +115,7 @@ def micro_batch_loss(
     default all trained tokens. Under context parallelism `index` holds this rank's trained tokens, and
     `all_reduce` sums over the ranks that share the sequences.
     Raises FloatingPointError naming the rollout of a log-prob that is not finite, or those of such a loss.
+    Raises InexactError as `spec.exact` says.
     """
     if index is None:
         index = trained_index(batch)
@@ -185,6 +192,8 @@ def _against_engine(
     the batch where others are among them.
     """
     lags = lags_of(batch, spec.policy_version)
+    if spec.exact:
+        _refuse_inexact(learner, engine, lags, batch, index)
     if lags is None:
         return mismatch.mismatch_stats(learner, engine, segments)
     stats = staleness.staleness_stats(
@@ -201,6 +210,29 @@ def _against_engine(
         keep = keep.to(learner.device)
         stats |= mismatch.mismatch_stats(learner[keep], engine[keep], fresh)
     return stats
+
+
+def _refuse_inexact(
+    learner: torch.Tensor,
+    engine: torch.Tensor,
+    lags: torch.Tensor | None,
+    batch: PackedBatch,
+    index: torch.Tensor,
+) -> None:
+    """InexactError that names the first fresh token whose two log-probs, [N], are not the same number."""
+    differs = learner.cpu() != engine.cpu()
+    if lags is not None:
+        differs &= lags[index].cpu() == 0
+    if differs.any():
+        at = int(differs.nonzero()[0])
+        sequence = int(batch.sequence_ids()[index[at]])
+        place = int(index[at]) - int(batch.cu_seqlens[sequence])
+        raise InexactError(
+            f"learner.consistency=exact: engine and learner differ on {int(differs.sum())} of {len(differs)} "
+            f"tokens, first on token {place} of rollout {int(batch.rollout_index[sequence])}: "
+            f"{engine[at].item()!r} and {learner[at].item()!r} nats; a weight sync, a template, a route or a "
+            "kernel is not what it should be"
+        )
 
 
 def _refuse_non_finite(logprobs: torch.Tensor, ids: torch.Tensor, batch: PackedBatch) -> None:

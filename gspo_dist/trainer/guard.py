@@ -59,9 +59,15 @@ class OffsetGuard:
         learner: LearnerGroup,
         seed: int,
         token_budget: int,
+        *,
+        exact: bool = False,
     ) -> None:
-        """token_budget: most tokens of one forward pass (learner.token_budget)."""
+        """token_budget: most tokens of one forward pass (learner.token_budget).
+
+        exact: the run stops at the first fresh token on which engine and learner differ.
+        """
         self.config = config
+        self.exact = exact
         self.objective = objective
         self.learner = learner
         self.seed = seed
@@ -126,6 +132,7 @@ class OffsetGuard:
             own_mean=own_mean,
             measure_mismatch=recomputed or index == 0,
             policy_version=self.policy_version,
+            exact=self.exact,
         )
 
     def observe(self, stats: Mapping[str, Stat], index: int, probe: OffsetEstimate | None = None) -> None:

@@ -57,7 +57,7 @@ HOMES = {
     "wandb": ("metrics.wandb_sink",),
     "wandb_workspaces": ("studies.workspace",),
     "ray": ("actors",),
-    "vllm": ("rollout", "weights"),
+    "vllm": ("rollout", "weights", "learners.exact"),
     "deepspeed": ("learners.deepspeed", "routing.deepspeed"),
     "megatron": ("learners.megatron", "routing.megatron"),
     "transformer_engine": ("learners.megatron",),

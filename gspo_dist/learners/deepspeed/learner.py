@@ -121,6 +121,7 @@ class DeepSpeedLearner:
             temperature=temperature,
             fp32_head=self.config.fp32_head,
             activation_checkpointing=self.config.activation_checkpointing and trains,
+            consistency=self.config.consistency,
             make=partitioned if self.config.deepspeed.zero_stage == 3 else None,
         )
         policy.config = policy.hf.config  # where AutoEP looks for the model's sizes

@@ -16,6 +16,7 @@ from gspo_dist.models.shape import read_shape
 from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
 from gspo_dist.rollout.seeds import request_key
 from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
+from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, SamplingSpec
@@ -114,7 +115,9 @@ class VllmEngine:
         threads: int = 0,
         sleep_mode: bool = False,
         fp32_head: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
+        """batch_invariant: log-probs do not depend on how many sequences run (`vllm.invariant`)."""
         if device not in ("cpu", "cuda"):
             raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
         if device == "cpu" and config.tensor_parallel > 1:
@@ -140,6 +143,8 @@ class VllmEngine:
         # which it was.
         self.folder = ModelFolder(model_path)
         prepare_process(device, threads, config.precision)
+        if batch_invariant:
+            use_batch_invariant_products()
         self.llm = self._start(self.folder.path, seed)
         self.tokenizer = self.llm.get_tokenizer()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]

@@ -72,7 +72,8 @@ def build(config: RunConfig) -> Run:
         stack.callback(parts.release)
         sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0, wandb_mode)
         learner, replicas, budget = parts.learner, config.learner.data_parallel, config.learner.token_budget
-        guard = OffsetGuard(config.objective, objective, learner, config.seed, budget)
+        exact = config.learner.consistency == "exact"
+        guard = OffsetGuard(config.objective, objective, learner, config.seed, budget, exact=exact)
         run = Run(
             config=config,
             run_dir=run_dir,

@@ -102,6 +102,11 @@ def resolve_transport(config: RunConfig, device: str) -> str:
 
 def check_backend(config: RunConfig, device: str, model: str) -> None:
     """The learner's own rules about its knobs on this device and for this model folder. Raises ValueError."""
+    if config.learner.consistency == "exact" and device != "cpu":
+        raise ValueError(
+            "learner.consistency=exact knows the operators of vLLM's CPU build: got device "
+            f"{device}; set cluster.device=cpu or learner.consistency=off"
+        )
     if config.learner.backend in ("eager", "deepspeed"):
         from gspo_dist.learners.mixers import check_layers
 

@@ -88,11 +88,13 @@ def make_engine(
     threads: int,
     sleep_mode: bool,
     fp32_head: bool,
+    batch_invariant: bool,
 ) -> RolloutEngine:
     """One engine.
 
     sleep_mode: it can give its GPU memory up while the learner works.
     fp32_head: its head computes in float32, as the learner's does. The reference engine always does.
+    batch_invariant: its log-probs do not depend on how many sequences run.
     """
     if config.engine == "reference":
         from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
@@ -117,6 +119,7 @@ def make_engine(
         threads=threads,
         sleep_mode=sleep_mode,
         fp32_head=fp32_head,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -168,6 +171,7 @@ def engine_factory(
         threads=config.rollout.threads or thread_share(config.rollout.engines),
         sleep_mode=config.cluster.colocated,
         fp32_head=config.learner.fp32_head or config.learner.precision == "fp32",
+        batch_invariant=config.learner.consistency == "exact",
     )
 
 

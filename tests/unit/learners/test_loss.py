@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_dist.config import CorrectionConfig
-from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.learners.loss import InexactError, LossSpec, micro_batch_loss, trained_index
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.objectives import Denominators, get_objective
 from gspo_dist.types import PackedBatch
@@ -204,3 +204,33 @@ def test_the_mismatch_is_measured_from_recomputed_logprobs_or_else_from_this_pas
     recomputed = results(run(batch(old_logprobs=old), spec(measure_mismatch=True))[2])
     assert recomputed["mismatch/kl"] == pytest.approx(-0.08, rel=1e-5)  # -(mean of .5 0 -.2 0 .1)
     assert recomputed["mismatch/abs_log_ratio_max"] == pytest.approx(0.5, rel=1e-6)
+
+
+def test_an_exact_run_stops_at_the_first_token_that_differs_and_names_it():
+    """Equal but for the last token: place 3 of the second sequence, which is rollout 17."""
+    agreed = [ROLLOUT[i] for i in (1, 2, 4, 5, 6)]
+    exact = spec(measure_mismatch=True, exact=True)
+    run(batch(), exact, agreed)
+    moved = [*agreed[:4], agreed[4] + 1e-6]
+    with pytest.raises(
+        InexactError, match=r"1 of 5 tokens, first on token 3 of rollout 17: -1\.0 and -0\.99999"
+    ):
+        run(batch(), exact, moved)
+    run(batch(), spec(measure_mismatch=True), moved)  # off
+    run(batch(), spec(exact=True), moved)  # a later mini-batch: the policy has moved
+
+
+def test_an_exact_run_compares_recomputed_log_probs_too():
+    old = torch.tensor([0.0, -1.0, -2.0, 0.0, -0.5, -1.5, -1.25])
+    with pytest.raises(
+        InexactError, match=r"1 of 5 tokens, first on token 3 of rollout 17: -1\.0 and -1\.25 nats"
+    ):
+        run(batch(old_logprobs=old), spec(measure_mismatch=True, exact=True))
+
+
+def test_an_exact_run_compares_fresh_tokens_only():
+    versions = torch.tensor([-1, 6, 6, -1, 8, 8, 6])
+    exact = spec(measure_mismatch=True, exact=True, policy_version=8)
+    run(batch(policy_versions=versions), exact, [-9.0, -9.0, -0.5, -1.5, -9.0])
+    with pytest.raises(InexactError, match=r"first on token 2 of rollout 17"):
+        run(batch(policy_versions=versions), exact, [-1.0, -2.0, -0.5, -9.0, -1.0])

