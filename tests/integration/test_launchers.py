@@ -352,10 +352,10 @@ def test_slurm_starts_a_head_then_workers_then_the_run() -> None:
     assert lines[0].strip().endswith("launch/ray_head.sh")
     assert "--nodes=2 --ntasks=2 --exclude=n1" in lines[1]
     assert lines[1].strip().endswith("ray_worker.sh n1:6379")
-    assert lines[2].strip() == "gspo compare cluster.address=auto cluster.nodes=3 study=x"
+    assert lines[2].strip() == "gspo compare cluster.address=n1:6379 cluster.nodes=3 study=x"
     alone = dry("slurm.sbatch", "steps=1", SLURMD_NODENAME="n1").splitlines()
     assert len(alone) == 2
-    assert alone[1].strip() == "gspo train cluster.address=auto cluster.nodes=1 steps=1"
+    assert alone[1].strip() == "gspo train cluster.address=n1:6379 cluster.nodes=1 steps=1"
     lost = run(LAUNCH / "slurm.sbatch", env={"SLURM_SUBMIT_DIR": "/"})
     assert lost.returncode == 2
     assert "submit from the root of the repository" in lost.stderr
@@ -443,6 +443,16 @@ def test_a_head_makes_a_token_that_only_its_user_reads_and_workers_find_it(
     token = file.read_text()
     assert (file.stat().st_mode & 0o777, len(bytes.fromhex(token))) == (0o600, 32)
     assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
+    bare = {**ray, "GSPO_INSTALL": "0", "PATH": f"{tmp_path / 'clone/.venv/bin'}:{ray['PATH']}"}
+    assert (
+        run(launch / "ray_head.sh", env=bare).stdout == "start token none 0\n"
+    )  # without env.sh's environment
+    executable(tmp_path / "bin/chmod", "#!/usr/bin/env bash\n")  # never readable for others, not for a moment
+    file.unlink()
+    assert run(launch / "ray_head.sh", env=ray).returncode == 0
+    assert file.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "bin/chmod").unlink()
+    token = file.read_text()
     file.chmod(0o644)  # as Ray 2.60 writes it
     assert run(launch / "ray_head.sh", env=ray).stdout == "start token none 0\n"
     assert run(launch / "ray_worker.sh", "head:1", env=ray).stdout == "start token none 0\n"
@@ -489,7 +499,7 @@ def test_a_job_ends_with_the_runs_status_and_stops_what_it_started(
 ) -> None:
     done = run(tmp_path / "clone/launch/slurm.sbatch", "steps=1", env=slurm)
     assert done.returncode == 3, done.stderr
-    assert done.stdout == "train cluster.address=auto cluster.nodes=2 steps=1\n"
+    assert done.stdout == "train cluster.address=n1:6379 cluster.nodes=2 steps=1\n"
     assert len((tmp_path / "pids").read_text().split()) == 2
     assert alive(tmp_path / "pids") == []
 
@@ -502,7 +512,7 @@ def test_a_cancelled_job_stops_what_it_started(slurm: dict[str, str], tmp_path: 
         text=True,
     )
     assert job.stdout is not None
-    assert job.stdout.readline() == "train cluster.address=auto cluster.nodes=2\n"
+    assert job.stdout.readline() == "train cluster.address=n1:6379 cluster.nodes=2\n"
     assert len(alive(tmp_path / "pids")) == 2
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=30) == 143
