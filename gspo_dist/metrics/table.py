@@ -87,6 +87,9 @@ SECTIONS = (
         Metric("reward/crash_fraction", "share",
                "Rollouts whose reward function ended its process (a crash, or the host's memory).",
                "steps with such a rollout, where `reward.timeout_reward` is set"),
+        Metric("reward/error_fraction", "share",
+               "Rollouts whose reward function raised, or gave no finite number.",
+               "steps with such a rollout, where `reward.error_reward` is set"),
     )),
     Section("Advantages and lengths", "objectives/diagnostics.py", (
         Metric("advantage/mean", "advantage", "Mean over rollouts; near 0 by construction."),

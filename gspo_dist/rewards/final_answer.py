@@ -46,7 +46,7 @@ def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
 
     Example: r"so \boxed{\frac{1}{2}}." gives r"\frac{1}{2}"; "Answer: 42\n\nI hope it helps!" gives "42".
     """
-    visible = _after_thinking(text)
+    visible = after_thinking(text)
     visible = _tagged(visible)
     boxed = _last_boxes(visible)
     if boxed or boxed_only:
@@ -55,7 +55,7 @@ def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
     return _marked(visible) or _last_line(visible)
 
 
-def _after_thinking(text: str) -> str:
+def after_thinking(text: str) -> str:
     """What follows the thinking. A thought that is cut off was never followed by an answer."""
     _, closed, after = text.rpartition("</think>")
     before, opened, _ = after.partition("<think>")

@@ -36,6 +36,8 @@ CHUNK = 32
 DEATHS_IN_A_ROW = 5
 """So many rollouts in a row that end a worker's process are the reward's fault, not that of the completions.
 """
+ERRORS_IN_A_ROW = 100
+"""So many rollouts in a row whose reward raised are a service that is gone, or a reward that is broken."""
 BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from gspo_dist.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
@@ -57,8 +59,8 @@ class RewardPool(Protocol):
 
         A rollout whose reward misses the deadline gets `reward.timeout_reward` and the part `timeout` = 1;
         one that ends its process gets the same reward and the part `crash` = 1. Raises RewardError when the
-        reward raises or gives no finite number, and where `reward.timeout_reward` is null; the message
-        names the rollout.
+        reward raises or gives no finite number (unless `reward.error_reward` states what then: the part
+        `error` = 1), and where `reward.timeout_reward` is null; the message names the rollout.
         """
         ...
 
@@ -140,6 +142,8 @@ class LocalRewardPool:
         self.workers = [Worker(self.config) for _ in range(config.workers)]
         self.deaths = 0
         """Rollouts in a row that ended their process."""
+        self.errors = 0
+        """Rollouts in a row whose reward raised."""
 
     def start(self) -> None:
         self._run([])
@@ -206,12 +210,25 @@ class LocalRewardPool:
             verdicts[worker.places.popleft()] = self._unjudged(worker, describe(rollout_id, prompt), late)
             self._replace(worker)
         elif answer.kind == "failed":
-            error = RewardError(answer.value)
-            error.add_note(answer.traceback)
-            raise error
+            verdicts[worker.places.popleft()] = self._failed(answer)
+            worker.deadline = time.monotonic() + self.config.timeout_s
         else:
             verdicts[worker.places.popleft()] = answer.value
             worker.deadline, self.deaths = time.monotonic() + self.config.timeout_s, 0
+            self.errors = 0
+
+    def _failed(self, answer: Answer) -> Judged:
+        """The stated reward of a rollout whose reward raised. Raises RewardError where none is stated."""
+        self.errors += 1
+        error = RewardError(answer.value)
+        error.add_note(answer.traceback)
+        if self.config.error_reward is None:
+            raise error
+        if self.errors >= ERRORS_IN_A_ROW:
+            error.add_note(f"the {self.errors}th in a row: reward.error_reward is for a few of many")
+            raise error
+        log.warning("%s: it counts as %g", answer.value, self.config.error_reward)
+        return Judged(self.config.error_reward, {"error": 1.0})
 
     def _hear_start(self, worker: Worker, answer: Answer | None, late: bool) -> None:
         where = f"the process of reward.function {self.config.function!r}"

@@ -9,26 +9,15 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from gspo_dist.checks import nearest
 from gspo_dist.config import RewardConfig
+from gspo_dist.rewards.calls import BATCHED, Reward, as_one, is_batched, verdicts
 from gspo_dist.types import Completion, Prompt
-
-
-class Reward(Protocol):
-    """Judges one completion: the reward alone, or the reward with its named parts (logged, not trained on).
-
-    A function of (prompt, completion) with its options as keywords; it must depend on nothing else, so that
-    reward processes can run it in any order, and a resumed run gives the same rewards.
-    """
-
-    def __call__(
-        self, prompt: Prompt, completion: Completion
-    ) -> float | tuple[float, Mapping[str, float]]: ...
 
 
 class Judged(NamedTuple):
@@ -52,21 +41,35 @@ class BuiltIn(NamedTuple):
     function: str
     check_options: str
     """(**options): raises ValueError for values that the function could not work with."""
-    check_answer: str
+    check_answer: str | None = None
     """(answer): raises ValueError for a prompt's answer that the function could not read."""
+    check_prompt: str | None = None
+    """(prompt, **options): the same where the answer alone does not tell."""
+
+
+def _built_in(module: str, function: str, check: str, **checks: str) -> BuiltIn:
+    places = {name: f"gspo_dist.rewards.{place}" for name, place in checks.items()}
+    return BuiltIn(f"gspo_dist.rewards.{module}:{function}", f"gspo_dist.rewards.{module}:{check}", **places)
 
 
 BUILT_IN = {
-    "exact_match": BuiltIn(
-        "gspo_dist.rewards.exact:exact_match",
-        "gspo_dist.rewards.exact:check_options",
-        "gspo_dist.rewards.answers:check_answer",
+    "exact_match": _built_in("exact", "exact_match", "check_options", check_answer="answers:check_answer"),
+    "math": _built_in("math", "math", "check_options", check_answer="math:check_answer"),
+    "code": _built_in(
+        "code", "code", "check_options", check_answer="code:check_answer", check_prompt="code:check_prompt"
     ),
-    "math": BuiltIn(
-        "gspo_dist.rewards.math:math",
-        "gspo_dist.rewards.math:check_options",
-        "gspo_dist.rewards.math:check_answer",
+    "regex": _built_in("terms", "regex", "check_regex"),
+    "format": _built_in("terms", "format_tags", "check_format_tags"),
+    "length": _built_in("terms", "length", "check_length"),
+    "overlong": _built_in("terms", "overlong", "check_overlong"),
+    "weighted_sum": _built_in(
+        "combine", "weighted_sum", "check_weighted_sum", check_prompt="combine:check_weighted_sum_prompt"
     ),
+    "by_source": _built_in(
+        "combine", "by_source", "check_by_source", check_prompt="combine:check_by_source_prompt"
+    ),
+    "http": _built_in("remote", "http", "check_http"),
+    "judge": _built_in("remote", "judge", "check_judge"),
 }
 
 
@@ -99,17 +102,30 @@ def answer_check(config: RewardConfig) -> Callable[[Any], None]:
     """
     name = config.function
     if name in BUILT_IN:
-        return _load(name, BUILT_IN[name].check_answer)
+        place = BUILT_IN[name].check_answer
+        return _load(name, place) if place else lambda answer: None
     resolve_reward(config)
     return getattr(_load(name, name), "check_answer", lambda answer: None)
 
 
+def prompt_check(config: RewardConfig) -> Callable[[Prompt], None]:
+    """As `answer_check`, for the whole prompt: some rewards also read its metadata, or ask another reward."""
+    built_in = BUILT_IN.get(config.function)
+    if built_in is not None and built_in.check_prompt:
+        check = _load(config.function, built_in.check_prompt)
+        wanted = inspect.signature(check).parameters
+        options = {key: value for key, value in config.options.items() if key in wanted}
+        return functools.partial(check, **options)
+    check_one = answer_check(config)
+    return lambda prompt: check_one(prompt.answer)
+
+
 def check_answers(config: RewardConfig, prompts: Iterable[Prompt]) -> None:
     """Raises ValueError, naming file and line, for a prompt whose answer the reward cannot read."""
-    check = answer_check(config)
+    check = prompt_check(config)
     for prompt in prompts:
         try:
-            check(prompt.answer)
+            check(prompt)
         except ValueError as error:
             raise ValueError(
                 f"{prompt.prompt_id}: reward.function {config.function} cannot read the answer: {error}"
@@ -129,14 +145,42 @@ def judge_rollout(fn: Reward, prompt: Prompt, completion: Completion, rollout_id
 
     Raises RewardError, from the cause, naming the rollout and its prompt.
     """
-    who = describe(rollout_id, prompt)
+    (verdict,) = judge_rollouts(as_one(fn), [(rollout_id, prompt, completion)])
+    if isinstance(verdict, RewardError):
+        raise verdict
+    return verdict
+
+
+def judge_rollouts(fn: Reward, items: Sequence[Item]) -> Iterator[Judged | RewardError]:
+    """The verdict on every item, in order, each as soon as it is there; a RewardError where there is none."""
+    _, prompts, completions = zip(*items, strict=True)
+    names = [describe(rollout_id, prompt) for rollout_id, prompt, _ in items]
+    given = 0
     try:
-        verdict = fn(prompt, completion)
-    except SystemExit as error:
-        raise RewardError(f"{who} called exit({error.code!r}): return a number instead") from error
-    except Exception as error:
-        raise RewardError(f"{who} raised {type(error).__name__}: {error}") from error
-    return checked(verdict, who)
+        for verdict in verdicts(fn, prompts, completions):
+            yield _judged(verdict, names[given])
+            given += 1
+    except (Exception, SystemExit) as error:  # of a batched function: nobody has a verdict
+        for who in names[given:]:
+            yield _failed(error, who)
+
+
+def _judged(verdict: Any, who: str) -> Judged | RewardError:
+    if isinstance(verdict, BaseException):
+        return _failed(verdict, who)
+    try:
+        return checked(verdict, who)
+    except RewardError as error:
+        return error
+
+
+def _failed(error: BaseException, who: str) -> RewardError:
+    if isinstance(error, SystemExit):
+        failed = RewardError(f"{who} called exit({error.code!r}): return a number instead")
+    else:
+        failed = RewardError(f"{who} raised {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed
 
 
 def describe(rollout_id: int, prompt: Prompt) -> str:
@@ -223,12 +267,10 @@ def _bind(name: str, fn: Any, options: Mapping[str, Any]) -> Reward:
     and those options.
     """
     rule = f"reward.function {name!r} must be a function (prompt, completion, *, options)"
+    if callable(fn) and not inspect.isclass(fn) and is_batched(fn):
+        rule = f"reward.function {name!r} must be a function ({', '.join(BATCHED)}, *, options)"
     if not callable(fn) or inspect.isclass(fn):
         raise ValueError(f"{rule}: got {'the class ' + fn.__name__ if inspect.isclass(fn) else repr(fn)}")
-    if inspect.iscoroutinefunction(fn):
-        raise ValueError(
-            f"{rule}: got an async function; make it a plain one (reward processes already overlap)"
-        )
     signature = inspect.signature(fn)
     parameters = list(signature.parameters.values())
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -65,7 +65,7 @@ def serve(connection: Connection) -> None:
     """Answers a parent until it closes the connection."""
     import traceback
 
-    from gspo_dist.rewards.reward import RewardError, judge_rollout, resolve_reward
+    from gspo_dist.rewards.reward import RewardError, judge_rollouts, resolve_reward
 
     try:
         function = resolve_reward(connection.recv())
@@ -78,14 +78,13 @@ def serve(connection: Connection) -> None:
             items = connection.recv()
         except (EOFError, OSError):
             return  # the parent has closed the connection, or is gone
-        for rollout_id, prompt, completion in items:
-            try:
-                answer = Answer("judged", judge_rollout(function, prompt, completion, rollout_id))
-            except RewardError as error:
+        for verdict in judge_rollouts(function, items):
+            if isinstance(verdict, RewardError):
                 # The cause may not be picklable, so its traceback travels as text.
-                trace = "".join(traceback.format_exception(error.__cause__ or error))
-                answer = Answer("failed", str(error), trace)
-            connection.send(answer)
+                trace = "".join(traceback.format_exception(verdict.__cause__ or verdict))
+                connection.send(Answer("failed", str(verdict), trace))
+            else:
+                connection.send(Answer("judged", verdict))
 
 
 def _end_with(parent: int) -> None:

@@ -91,8 +91,8 @@ def rollout_metrics(
     out |= advantage_statistics(advantages)
     out |= length_by_outcome(lengths, rewards >= CORRECT_AT)
     for key in sorted({key for r in rollouts for key in r.reward_parts}):
-        # These two come from the reward pool, and mean the share of rollouts that have them.
-        name = f"reward/{key}_fraction" if key in ("timeout", "crash") else f"reward/{key}"
+        # These three come from the reward pool, and mean the share of rollouts that have them.
+        name = f"reward/{key}_fraction" if key in ("timeout", "crash", "error") else f"reward/{key}"
         out[name] = float(np.mean([r.reward_parts.get(key, 0.0) for r in rollouts]))
     return out
 

@@ -14,8 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 from gspo_dist.cli.compose import run_config
-from gspo_dist.examples import digit_reward, make_sums, squared
+from gspo_dist.config import RewardConfig
+from gspo_dist.examples import batched_reward, digit_reward, make_sums, squared
 from gspo_dist.objectives import Denominators, Segments
+from gspo_dist.rewards.pool import LocalRewardPool
 from gspo_dist.types import Completion, Prompt
 from tests.unit.trainer.conftest import model, reward_file  # noqa: F401 - fixtures are found by name
 from tests.unit.trainer.small import config, go
@@ -192,3 +194,25 @@ def test_the_readmes_objective_is_the_examples() -> None:
     logprobs, old = -torch.arange(1.0, 6.0), -torch.arange(2.0, 7.0) / 2
     args = (logprobs, old, torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0]), segments)
     assert torch.equal(theirs.surrogate(*args, strength=0.5).loss, squared.squared(*args, strength=0.5).loss)
+
+
+# --- rewards of every kind ---
+
+
+@pytest.mark.parametrize("name", ["near", "near_async"])
+def test_rewards_a_list_at_a_time_and_async(name):
+    """Off by 5 of width 10: exp(-0.5)."""
+    function = f"{batched_reward.__name__}:{name}"
+    pool = LocalRewardPool(RewardConfig(function=function))
+    ones = np.ones(1)
+    texts = ["5+7=12#12", "#17", "12", "#1x"]
+    items = [
+        (i, Prompt("p", (1,), "q", "12"), Completion(ones, ones, ones, ones, "stop", text))
+        for i, text in enumerate(texts)
+    ]
+    try:
+        verdicts = pool.judge(items)
+    finally:
+        pool.close()
+    assert [verdict.reward for verdict in verdicts] == pytest.approx([1.0, math.exp(-0.5), 0.0, 0.0])
+    assert [verdict.parts["answered"] for verdict in verdicts] == [1.0, 1.0, 0.0, 0.0]
