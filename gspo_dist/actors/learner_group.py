@@ -68,7 +68,7 @@ class LearnerRank(ActorProcess):
         The exporter returns what it sent, every other rank None.
         """
         deadline = time.monotonic() + LINK_SHARE * sync.timeout_s
-        stream = self.learner.weights(sync.bucket_bytes)
+        stream = self.learner.weights(sync.bucket_bytes, stacked=True)
         try:
             if not self.learner.is_exporter:
                 return None

@@ -142,8 +142,9 @@ class EagerLearner:
         self.policy_version += 1
         return OptimStep(float(norm), lr, self.policy_version)
 
-    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
-        yield from buckets(hf_named_weights(self.policy.hf), bucket_bytes)
+    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
+        weights = hf_named_weights(self.policy.hf, slice_bytes=bucket_bytes, stacked=stacked)
+        yield from buckets(weights, bucket_bytes)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

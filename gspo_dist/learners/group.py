@@ -160,7 +160,9 @@ class LocalLearnerGroup:
             for engine in engines.values():
                 engine.update_weights(info)
 
-        return send_weights(self.learner.weights(sync.bucket_bytes), self.transport, deliver)
+        stream = self.learner.weights(sync.bucket_bytes, stacked=True)
+
+        return send_weights(stream, self.transport, deliver)
 
     def _connect(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> Transport:
         """Opens the transport with every engine, once per run."""

@@ -92,8 +92,10 @@ class Learner(Protocol):
         """
         ...
 
-    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
         """Streams the current weights under HF names, about `bucket_bytes` at a time.
+
+        stacked: experts travel together where they can, as `weights.stacks` describes.
 
         Collective: every rank exhausts its iterator. Tensors are valid until the next bucket is asked for and
         must not be written to. It may be called again whenever no other verb runs in between.

@@ -27,6 +27,7 @@ from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.names import FileNames, stored_tensors
 from gspo_dist.weights.shm import ShmSource
 from gspo_dist.weights.source import make_source
+from gspo_dist.weights.stacks import unstack
 from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.transport import Source
 from gspo_dist.weights.verify import WeightSyncError
@@ -114,11 +115,11 @@ class HFPolicy:
         return recorder.trace().expert_ids
 
     def check_bucket(self, layout: BucketLayout, engine: str) -> None:
-        self.folder.check_shapes(dict(zip(layout.names, layout.shapes, strict=True)), engine)
+        self.folder.check_shapes(layout.members(), engine)
 
     @torch.no_grad()
     def load(self, weights: Sequence[NamedTensor]) -> None:
-        for name, tensor in weights:
+        for name, tensor in unstack(weights):
             stored, index = self.places[name]
             stored.view(-1)[index] = tensor.to(stored.dtype)
 
@@ -204,6 +205,8 @@ class ReferenceEngine:
         self.source: Source = ShmSource()
         self.arrived: dict[str, int] | None = None
         """Name -> checksum (0 when checks are off) of the publication that is open; None when none is."""
+        self.members: set[str] = set()
+        """The folder's tensors that arrived with it."""
         self.bytes = 0
 
     def info(self) -> EngineInfo:
@@ -307,29 +310,32 @@ class ReferenceEngine:
 
     def start_weight_update(self) -> None:
         self._require_idle()
-        self.arrived, self.bytes = {}, 0
+        self.arrived, self.members, self.bytes = {}, set(), 0
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         if self.arrived is None:
             raise WeightSyncError(
                 f"{self.name} got a weight bucket outside an update: call start_weight_update first"
             )
-        tensors = self.source.take(update_info)
-        self.policy.check_bucket(BucketLayout.from_dict(update_info["layout"]), self.name)
+        tensors = self.source.begin(update_info)()
+        layout = BucketLayout.from_dict(update_info["layout"])
+        self.policy.check_bucket(layout, self.name)
         for name, tensor in tensors:
             if name in self.arrived:
                 raise WeightSyncError(f"{self.name} got {name} twice in one update")
             self.arrived[name] = self.source.checksum(tensor) if self.check else 0
             self.bytes += tensor.nbytes
+        self.members.update(layout.members())
         self.policy.load(tensors)
 
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
         if self.arrived is None:
             raise WeightSyncError(f"{self.name} has no weight update to finish")
-        self.policy.check_whole(self.arrived, self.name)
+        self.policy.check_whole(self.members, self.name)
         arrived, self.arrived = self.arrived, None
         self.policy_version = policy_version
-        return SyncReceipt(policy_version, arrived if self.check else {}, len(arrived), self.bytes, 0.0)
+        checksums = arrived if self.check else {}
+        return SyncReceipt(policy_version, checksums, len(self.members), self.bytes, 0.0)
 
     def sleep(self) -> None:
         raise ValueError(f"{self.name} cannot sleep: it holds no device memory")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gspo_dist.weights.stacks import member_shapes
 from gspo_dist.weights.stream import NamedTensor
 
 ALIGN = 64
@@ -62,6 +63,11 @@ class BucketLayout:
             offsets=tuple(data["offsets"]),
             nbytes=int(data["nbytes"]),
         )
+
+    def members(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the folder's tensors in the bucket; a stack stands for several."""
+        pairs = zip(self.names, self.shapes, strict=True)
+        return {member: size for name, shape in pairs for member, size in member_shapes(name, shape)}
 
     def views(self, buffer: torch.Tensor) -> Iterator[NamedTensor]:
         """The tensors inside `buffer` [nbytes] uint8, without copying."""

@@ -11,7 +11,7 @@ named.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,6 +143,8 @@ class CollectiveTransport:
 class CollectiveSource:
     """The engine worker's side: joins the group, then takes one bucket after the other."""
 
+    arrives_later = True
+
     def __init__(self, init_info: Mapping[str, Any], worker: int = 0) -> None:
         """init_info: of `CollectiveTransport.init_info`. worker: this process among those of its engine.
 
@@ -152,17 +154,20 @@ class CollectiveSource:
         self.checksum = CHECKSUMS[self.meeting.backend]
         self.group: Group | None = join(self.meeting, init_info["first_rank"] + worker)
 
-    def take(self, update_info: Mapping[str, Any]) -> list[NamedTensor]:
-        """The tensors of the bucket that the next broadcast carries.
-
-        TransferFailed: it did not arrive within the update info's `seconds`.
-        """
+    def begin(self, update_info: Mapping[str, Any]) -> Callable[[], list[NamedTensor]]:
+        """Enters the next broadcast. TransferFailed: it did not arrive within the update info's `seconds`."""
         if self.group is None:
             raise TransferFailed("the weight sync of this engine was closed: connect again")
         layout = BucketLayout.from_dict(update_info["layout"])
         flat = torch.empty(max(layout.nbytes, 1), dtype=torch.uint8, device=self.group.device)
-        self.group.broadcast(flat).wait(update_info.get("seconds") or self.meeting.timeout_s)
-        return list(layout.views(flat))
+        broadcast = self.group.broadcast(flat)
+        seconds = update_info.get("seconds") or self.meeting.timeout_s
+
+        def arrived() -> list[NamedTensor]:
+            broadcast.wait(seconds)
+            return list(layout.views(flat))
+
+        return arrived
 
     def close(self) -> None:
         """Leaves the group. A second call does nothing."""

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from gspo_dist.weights.stacks import Stack, stack_of
 from gspo_dist.weights.stream import NamedTensor
 
 SLICE_BYTES = 64 << 20
@@ -77,6 +78,7 @@ class FileNames:
         self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
         self._converters = [t for t in back if isinstance(t, WeightConverter)]
         self._sliced: dict[str, list[str] | None] = {}
+        self._in_order: dict[str, bool] = {}
         groups: dict[str, list[str]] = {}
         self._same: set[str] = set()
         for name in self.shapes:
@@ -97,8 +99,19 @@ class FileNames:
         """The folder's tensors that a group of tensors in memory makes."""
         yield from revert_weight_conversion(self._rules, dict(tensors)).items()
 
-    def split(self, name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[NamedTensor]:
+    def split(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        first: int = 0,
+        *,
+        slice_bytes: int = SLICE_BYTES,
+        stacked: bool = False,
+    ) -> Iterator[NamedTensor]:
         """The folder's tensors of one parameter.
+
+        stacked: experts stay together where a stack (weights.stacks) can name them, in slices of about
+        `slice_bytes`.
 
         Where the folder names experts one by one, `tensor` may be a part of the fused parameter: the experts
         from `first` on. Example: a fused [8, 64, H] whose rows 4 and 5 are given with first=4 yields the
@@ -123,9 +136,14 @@ class FileNames:
             yield from self.join({name: tensor})
             return
         experts = self.shapes[name][0]
-        step = max(1, SLICE_BYTES // max(1, tensor[0].nbytes))
+        step = max(1, slice_bytes // max(1, tensor[0].nbytes))
         for start in range(0, len(tensor), step):
             part = tensor[start : start + step]
+            if stacked:
+                stack = self._stack(name, per_expert, first + start, len(part))
+                if stack is not None:
+                    yield stack.name, part
+                    continue
             # The names of a part count from 0. Those of the whole come in the same order: for each kind of
             # tensor (gate, up) the experts 0, 1, ...
             for i, piece in enumerate(revert_weight_conversion(self._rules, {name: part}).values()):
@@ -145,6 +163,22 @@ class FileNames:
                     self._sliced[name] = whole
         return self._sliced[name]
 
+    def _stack(self, name: str, per_expert: list[str], first: int, count: int) -> Stack | None:
+        """How a slice of a fused parameter is called. None: the folder does not hold its rows in order."""
+        experts = self.shapes[name][0]
+        kinds = len(per_expert) // experts
+        if name not in self._in_order:
+            # transformers may transpose or reorder. Numbers sent its way show whether it only cuts.
+            probe = torch.arange(2 * kinds * 2 * 3.0).view(2, kinds * 2, 3)
+            pieces = list(revert_weight_conversion(self._rules, {name: probe}).values())
+            wanted = [probe[e, k * 2 : k * 2 + 2] for k in range(kinds) for e in range(2)]
+            self._in_order[name] = len(self.shapes[name]) == 3 and all(
+                torch.equal(piece, want) for piece, want in zip(pieces, wanted, strict=True)
+            )
+        if not self._in_order[name]:
+            return None
+        return stack_of([per_expert[kind * experts + first] for kind in range(kinds)], count)
+
     def _on_meta(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         return revert_weight_conversion(self._rules, {name: torch.empty(shape, device="meta")})
 
@@ -157,11 +191,17 @@ class FileNames:
         return found
 
 
-def hf_named_weights(hf: torch.nn.Module) -> Iterator[NamedTensor]:
-    """All weights of an HF model in memory under its folder's names, detached; fused experts in slices."""
+def hf_named_weights(
+    hf: torch.nn.Module, *, slice_bytes: int = SLICE_BYTES, stacked: bool = False
+) -> Iterator[NamedTensor]:
+    """All weights of an HF model in memory under its folder's names, detached; fused experts in slices.
+
+    stacked: as `FileNames.split` takes it.
+    """
     names, tensors = FileNames(hf), dict(stored_tensors(hf))
     for group in names.groups:
         if len(group) == 1:
-            yield from names.split(group[0], tensors[group[0]])
+            name = group[0]
+            yield from names.split(name, tensors[name], slice_bytes=slice_bytes, stacked=stacked)
         else:
             yield from names.join({name: tensors[name] for name in group})

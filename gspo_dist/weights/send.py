@@ -9,6 +9,7 @@ from typing import Any
 
 from gspo_dist.weights.collective import BACKENDS, CollectiveTransport
 from gspo_dist.weights.shm import ShmTransport
+from gspo_dist.weights.stacks import member_shapes
 from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.transport import Staged, Transport
 from gspo_dist.weights.verify import WeightSyncError
@@ -19,9 +20,9 @@ class SentReport:
     """What one publication sent."""
 
     checksums: dict[str, int]
-    """Checksum of every tensor, by name. Empty when checks are off."""
+    """Checksum of every tensor that travelled, by name. Empty when checks are off."""
     tensors: int
-    """Number of tensors."""
+    """Number of the folder's tensors that they stand for."""
     bytes: int
     """Bytes of all tensors."""
     seconds_checking: float
@@ -53,10 +54,11 @@ def send_weights(
         for bucket in weights:
             staged = transport.stage(bucket)
             alive.append(staged)
-            for name, _ in bucket:
-                if name in seen:
-                    raise WeightSyncError(f"the learner exported {name} twice in one publication")
-                seen.add(name)
+            for stack, tensor in bucket:
+                for name, _ in member_shapes(stack, tensor.shape):
+                    if name in seen:
+                        raise WeightSyncError(f"the learner exported {name} twice in one publication")
+                    seen.add(name)
             checksums.update(staged.checksums)
             total_bytes += staged.nbytes
             checking += staged.seconds_checking

@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,12 @@ class ShmSource:
     """The engine worker's side. It needs no meeting."""
 
     checksum = staticmethod(host_checksum)
+    arrives_later = False
 
-    def take(self, update_info: Mapping[str, Any]) -> list[NamedTensor]:
-        """The tensors of a bucket, mapped from its file. Raises what `map_bucket` raises."""
-        return map_bucket(update_info)
+    def begin(self, update_info: Mapping[str, Any]) -> Callable[[], list[NamedTensor]]:
+        """Maps a bucket from its file, where it lies already. Raises what `map_bucket` raises."""
+        tensors = map_bucket(update_info)
+        return lambda: tensors
 
     def close(self) -> None:
         """Nothing to leave."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,10 +85,16 @@ class Source(Protocol):
         """The one that the sender uses."""
         ...
 
-    def take(self, update_info: Mapping[str, Any]) -> list[NamedTensor]:
-        """The tensors of the bucket that `Staged.update_info` describes. Each bucket once, in order.
+    @property
+    def arrives_later(self) -> bool:
+        """Whether a bucket takes its time after `begin`, so that the one before may be loaded meanwhile."""
+        ...
 
-        ValueError or WeightSyncError: it is not there, or did not arrive in time.
+    def begin(self, update_info: Mapping[str, Any]) -> Callable[[], list[NamedTensor]]:
+        """Starts to take the bucket that `Staged.update_info` describes; the result, called, waits for it.
+
+        Each bucket once, in order. ValueError or WeightSyncError, from either: it is not there, or did
+        not arrive in time.
         """
         ...
 

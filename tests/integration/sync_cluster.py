@@ -73,7 +73,7 @@ class Engine:
             (self.folder / "cut me").touch()
             while not (self.folder / "is cut").exists():
                 time.sleep(0.01)
-        self.got.update({name: tensor.clone() for name, tensor in self.source.take(info)})
+        self.got.update({name: tensor.clone() for name, tensor in self.source.begin(info)()})
 
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
         sums = {name: self.source.checksum(tensor) for name, tensor in self.got.items()}

@@ -10,6 +10,7 @@ from torch import distributed as dist
 
 from gspo_dist.learners.hf_model import PolicyModel
 from gspo_dist.weights.names import FileNames, stored_tensors
+from gspo_dist.weights.stacks import Stack, unstack
 from gspo_dist.weights.stream import NamedTensor, buckets
 
 HF_PROJECTION = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -34,9 +35,11 @@ def hf_name(name: str) -> str:
 
 
 def full_weights(
-    policy: PolicyModel, *, exporter: bool, bucket_bytes: int, zero: Any
+    policy: PolicyModel, *, exporter: bool, bucket_bytes: int, zero: Any, stacked: bool = False
 ) -> Iterator[NamedTensor]:
     """Full tensors on the exporting rank (rank 0), nothing on the others. Collective: every rank exhausts it.
+
+    stacked: experts stay together where they are, as `weights.stacks` names them.
 
     zero: the `deepspeed.zero` module when parameters are partitioned (stage 3), else None.
 
@@ -60,7 +63,8 @@ def full_weights(
                 if names is None:
                     yield hf_name(name), tensor
                 else:
-                    yield from names.split(name.removeprefix("hf."), tensor)
+                    name = name.removeprefix("hf.")
+                    yield from names.split(name, tensor, slice_bytes=bucket_bytes, stacked=stacked)
         del tensors  # before the next part is gathered
     if exporter and names is not None:
         parameters = {name for name, _ in policy.hf.named_parameters()}
@@ -69,7 +73,8 @@ def full_weights(
                 yield from names.split(name, buffer)
     for name, (parameter, group) in experts.items():
         ((_, local),) = _gather([(name, parameter)], zero)
-        yield from _expert_weights(hf_name(name), local, group, exporter, bucket_bytes)
+        stacks = _expert_stacks(hf_name(name), local, group, exporter, bucket_bytes)
+        yield from stacks if stacked else unstack(stacks)
         del local
 
 
@@ -87,10 +92,10 @@ def _gather(part: list[NamedTensor], zero: Any) -> list[NamedTensor]:
         return [(name, parameter.detach()) for name, parameter in part]
 
 
-def _expert_weights(
+def _expert_stacks(
     name: str, local: torch.Tensor, group: dist.ProcessGroup, exporter: bool, bucket_bytes: int
 ) -> Iterator[NamedTensor]:
-    """local [E_local, ...] of this rank -> every expert's tensor on the exporter, some of each
+    """local [E_local, ...] of this rank -> stacks of every expert on the exporter, some of each
     rank at a time.
 
     Rank r of an expert-parallel group holds experts r * E_local .. (r + 1) * E_local - 1. Example: 8 experts
@@ -108,5 +113,4 @@ def _expert_weights(
         dist.gather(chunk, shards, dst=0, group=group)
         for rank, shard in enumerate(shards or ()):
             first = rank * len(local) + start
-            for e, expert in enumerate(shard, start=first):
-                yield f"{stem}.{e}.{HF_PROJECTION[leaf]}.weight", expert
+            yield Stack(stem, first, len(shard), (HF_PROJECTION[leaf],), ".weight").name, shard

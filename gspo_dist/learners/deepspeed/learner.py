@@ -218,12 +218,12 @@ class DeepSpeedLearner:
         kind = next(type(e) for e in errors if e is not None)
         raise kind("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None)) from error
 
-    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
         zero = self.deepspeed.zero if self.config.deepspeed.zero_stage == 3 else None
-        yield from buckets(
-            full_weights(self.policy, exporter=self.is_exporter, bucket_bytes=bucket_bytes, zero=zero),
-            bucket_bytes,
+        weights = full_weights(
+            self.policy, exporter=self.is_exporter, bucket_bytes=bucket_bytes, zero=zero, stacked=stacked
         )
+        yield from buckets(weights, bucket_bytes)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -365,9 +365,10 @@ class MegatronLearner:
 
     # ---- weights and checkpoints
 
-    def weights(self, bucket_bytes: int) -> Iterator[WeightBucket]:
+    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
         self._gather_parameters()
-        yield from buckets(export_weights(self.chunks, self.architecture, bucket_bytes), bucket_bytes)
+        weights = export_weights(self.chunks, self.architecture, bucket_bytes, stacked=stacked)
+        yield from buckets(weights, bucket_bytes)
 
     @property
     def _state(self) -> checkpoint.LearnerState:

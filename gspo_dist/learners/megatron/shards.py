@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gspo_dist.learners.megatron.convert import TensorSource, rule_for
 from gspo_dist.models.shape import ModelShape
+from gspo_dist.weights.stacks import Stack, stack_of
 
 _EXPERT = re.compile(r"(local_experts\.|linear_fc[12]\.weight)(\d+)")
 
@@ -91,9 +92,16 @@ def load_weights(chunks: Sequence[nn.Module], source: TensorSource, model: Model
 
 @torch.no_grad()
 def export_weights(
-    chunks: Sequence[nn.Module], model: ModelShape, bucket_bytes: int, exporter: int = 0
+    chunks: Sequence[nn.Module],
+    model: ModelShape,
+    bucket_bytes: int,
+    exporter: int = 0,
+    *,
+    stacked: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Streams HF-named full tensors on rank `exporter`.
+
+    stacked: experts stay together where they can, as `weights.stacks` names them.
 
     Collective: all ranks take part, and the others yield nothing.
 
@@ -123,7 +131,7 @@ def export_weights(
             if in_line and len(line) > 1:
                 gathered = _send_down(gathered, group_of, line[stage], pipeline)
             if dist.get_rank() == exporter and gathered is not None:
-                for name, tensor in _to_hf(group_of, gathered, model):
+                for name, tensor in _to_hf(group_of, gathered, model, stacked):
                     if name in exported:
                         raise RuntimeError(
                             f"weight {name} was exported twice: two megatron parameters map to it"
@@ -198,7 +206,9 @@ def _send_down(gathered: Tensor | None, entries: list[Entry], source: int, pipel
     return gathered
 
 
-def _to_hf(entries: list[Entry], gathered: Tensor, model: ModelShape) -> Iterator[tuple[str, Tensor]]:
+def _to_hf(
+    entries: list[Entry], gathered: Tensor, model: ModelShape, stacked: bool
+) -> Iterator[tuple[str, Tensor]]:
     """HF names and full tensors of gathered entries [ranks, entries, ...].
 
     Example: 8 experts over 2 expert ranks, entries of experts 0 and 1. Row 0 of `gathered` holds experts 0
@@ -213,7 +223,31 @@ def _to_hf(entries: list[Entry], gathered: Tensor, model: ModelShape) -> Iterato
     ranks = mpu.get_expert_model_parallel_world_size()
     each = model.num_experts // ranks
     for rank in range(ranks):
+        if stacked and parts == 1:
+            stack = _stack(entries, gathered[rank], rank * each, each, model)
+            if stack is not None:
+                yield stack.name, gathered[rank]
+                continue
         for i, entry in enumerate(entries):
             expert = rank * each + entry.expert % each
             name = _EXPERT.sub(rf"\g<1>{expert}", entry.name)
             yield from rule_for(name, model).export(list(gathered[rank * parts : (rank + 1) * parts, i]))
+
+
+def _stack(entries: list[Entry], shard: Tensor, first: int, each: int, model: ModelShape) -> Stack | None:
+    """The stack of one expert rank's `shard` [entries, rows, ...].
+
+    None where the experts do not follow each other, or where the folder does not hold an expert's rows in
+    order and uncut, as it does for those of a stack.
+    """
+    experts = [first + (entry.expert or 0) % each for entry in entries]
+    if experts != list(range(experts[0], experts[0] + len(experts))) or shard.dim() != 3:
+        return None
+    name = _EXPERT.sub(rf"\g<1>{experts[0]}", entries[0].name)
+    pieces = list(rule_for(name, model).export([shard[0]]))
+    rows = shard.shape[1] // len(pieces)
+    for i, (_, piece) in enumerate(pieces):
+        want = shard[0, i * rows : (i + 1) * rows]
+        if (piece.data_ptr(), piece.shape, piece.stride()) != (want.data_ptr(), want.shape, want.stride()):
+            return None
+    return stack_of([piece_name for piece_name, _ in pieces], len(experts))

@@ -355,9 +355,10 @@ class VllmEngine:
             )
         layout = BucketLayout.from_dict(update_info["layout"])
         try:
-            self.folder.check_shapes(dict(zip(layout.names, layout.shapes, strict=True)), self.name)
+            members = layout.members()
+            self.folder.check_shapes(members, self.name)
             self.llm.update_weights({"update_info": dict(update_info)})
-            self._arrived.update(layout.names)
+            self._arrived.update(members)
         except BaseException as e:
             self._broken = repr(e)
             raise
@@ -389,7 +390,7 @@ class VllmEngine:
         return SyncReceipt(
             policy_version=int(self.llm.get_weight_version()),
             checksums=first["checksums"],
-            tensors=first["tensors"],
+            tensors=len(self._arrived),
             bytes=first["bytes"],
             seconds_checking=max(r["seconds_checking"] for r in reports),
         )

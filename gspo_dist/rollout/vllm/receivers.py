@@ -22,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from gspo_dist.rollout.vllm.experts import StackLoader
 from gspo_dist.weights.checksum import device_checksum
 from gspo_dist.weights.shm import ShmSource
 from gspo_dist.weights.source import make_source
@@ -90,6 +91,8 @@ class Receiver(WeightTransferEngine):
         super().__init__(*args, **kwargs)
         self.arrivals = Arrivals()
         self.source: Source = ShmSource()
+        self.waiting: list[NamedTensor] = []
+        """The bucket that has arrived and is not loaded yet."""
 
     def init_transfer_engine(self, init_info: SyncInitInfo) -> None:
         """Meets the learner; a second call leaves the first meeting and meets anew."""
@@ -100,11 +103,22 @@ class Receiver(WeightTransferEngine):
         self.source = make_source(asdict(init_info), worker)
 
     def start_weight_update(self) -> None:
-        self.arrivals = Arrivals()
+        self.arrivals, self.waiting = Arrivals(), []
         initialize_layerwise_reload(self.model)
+        self.stacks = StackLoader(self.model)
 
     def receive_weights(self, update_info: Any) -> None:
-        self.model.load_weights(list(self.noted(self.source.take(asdict(update_info)))))
+        arriving = self.source.begin(asdict(update_info))
+        self._load()  # the bucket before, while this one arrives
+        self.waiting = arriving()
+        if not self.source.arrives_later:
+            self._load()
+
+    def _load(self) -> None:
+        tensors, self.waiting = self.waiting, []
+        rest = list(self.stacks.load(self.noted(tensors)))
+        if rest:
+            self.model.load_weights(rest)
 
     def noted(self, tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """Passes tensors on and writes down what arrived, before the model touches it."""
@@ -121,6 +135,7 @@ class Receiver(WeightTransferEngine):
             yield name, tensor
 
     def finish_weight_update(self) -> None:
+        self._load()
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             if self.repack_experts:

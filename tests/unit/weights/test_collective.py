@@ -74,7 +74,7 @@ def publish(transport, sources, tensors, bucket_bytes=500):
     with ThreadPoolExecutor(len(sources)) as pool:
 
         def deliver(info) -> None:
-            taken = [pool.submit(source.take, info) for source in sources]
+            taken = [pool.submit(lambda source=source: source.begin(info)()) for source in sources]
             for into, future in zip(got, taken, strict=True):
                 into.update(future.result())
 
@@ -99,7 +99,7 @@ def test_a_learner_that_changes_its_tensors_after_staging_sends_what_it_staged(p
     staged = transport.stage([("a", tensor)])
     tensor.zero_()
     transport.send(staged)
-    assert [source.take(staged.update_info)[0][1].sum().item() for source in sources] == [1000.0] * 2
+    assert [source.begin(staged.update_info)()[0][1].sum().item() for source in sources] == [1000.0] * 2
 
 
 def test_every_worker_of_every_engine_has_a_rank_of_its_own() -> None:
@@ -161,14 +161,14 @@ def test_a_bucket_that_does_not_come_is_given_up_in_time_and_the_group_left_at_o
     info = transport.stage(weights(1)).update_info
     start = time.perf_counter()
     with pytest.raises(TransferFailed, match=r"a bucket did not arrive by gloo within 0\.5 s"):
-        sources[0].take({**info, "seconds": 0.5})
+        sources[0].begin({**info, "seconds": 0.5})()
     assert 0.4 < time.perf_counter() - start < 5
     start = time.perf_counter()
     sources[0].close()
     sources[0].close()
     assert time.perf_counter() - start < 1  # although its broadcast is still waiting
     with pytest.raises(TransferFailed, match="was closed: connect again"):
-        sources[0].take(info)
+        sources[0].begin(info)()
 
 
 def test_a_learner_that_leaves_is_noticed_and_its_engines_can_meet_a_new_one(pair) -> None:
@@ -177,7 +177,7 @@ def test_a_learner_that_leaves_is_noticed_and_its_engines_can_meet_a_new_one(pai
     transport.close()
     transport.close()
     with pytest.raises(TransferFailed, match="lost on its way by gloo"):
-        sources[0].take({**info, "seconds": 20.0})
+        sources[0].begin({**info, "seconds": 20.0})()
     again = gloo()
     sources = meet(again)
     _, got = publish(again, sources, weights(3))
