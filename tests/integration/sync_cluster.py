@@ -41,7 +41,7 @@ class Learner:
     def __init__(self) -> None:
         self.tensors = {f"w{i}": torch.full((ELEMENTS,), float(i)) for i in range(TENSORS)}
 
-    def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    def weights(self, bucket_bytes: int, *, stacked: bool) -> Iterator[list[tuple[str, torch.Tensor]]]:
         yield from buckets(iter(self.tensors.items()), bucket_bytes)
 
 

@@ -11,7 +11,10 @@ from run_vllm_case import run_case
 
 @pytest.mark.parametrize("case", ["sync", "tied", "dense_layer"])
 def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_path):
-    """Two syncs of changed weights in several buckets; the first would hide a reload that works only once."""
+    """Changed weights in several buckets, as tensors, as parts of stacks, and as whole stacks over gloo.
+
+    One sync alone would hide a reload that works only once.
+    """
     result = run_case(case, tmp_path)
     for version, step in enumerate(result["steps"], start=1):
         assert step["gap"] < 1e-5
@@ -21,7 +24,10 @@ def test_the_engine_computes_the_published_weights_after_every_sync(case, tmp_pa
         assert step["versions"] == [version]
         assert len(set(step["tensors"])) == 1
         assert len(set(step["bytes"])) == 1
+        assert (step["sums"] == step["tensors"][0]) == (version == 1)
         assert step["proven"] >= 8
+    # 48 or 72 expert tensors travel as two stacks per layer of experts.
+    assert result["steps"][2]["sums"] - result["steps"][0]["tensors"][0] in (4 - 48, 6 - 72)
     assert result["files"] == []
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,12 +233,15 @@ def preemption(folder):
     return out
 
 
-def publish(engine, weights, version, bucket_bytes=1 << 16, transport=None):
+def publish(engine, weights, version, bucket_bytes=1 << 16, transport=None, stacked=True):
     """`weights`: a model, or the named tensors themselves."""
     if isinstance(weights, torch.nn.Module):
-        weights = hf_named_weights(weights)
+        weights = hf_named_weights(weights, slice_bytes=bucket_bytes, stacked=stacked)
     transport = transport or make_transport("shm")
-    engine.init_weight_sync(transport.init_info(0))
+    with ThreadPoolExecutor(1) as meeting:  # gloo's two sides wait for each other
+        met = meeting.submit(transport.connect)
+        engine.init_weight_sync(transport.init_info(0))
+        met.result()
     start = time.perf_counter()
     engine.start_weight_update()
     report = send_weights(buckets(weights, bucket_bytes), transport, engine.update_weights)
@@ -247,8 +251,16 @@ def publish(engine, weights, version, bucket_bytes=1 << 16, transport=None):
     return report, receipt, seconds
 
 
+WAYS = {
+    "tensors": {"stacked": False},
+    "parts": {"bucket_bytes": 1 << 14},  # no layer's experts fit one bucket
+    "gloo": {"bucket_bytes": 1 << 18},
+}
+"""How the publications of `sync` travel, in turn."""
+
+
 def sync(folder, tie=False, dense=()):
-    """Publishes changed weights twice; after each, log-probs, sampled log-probs and routes are HF's."""
+    """Publishes changed weights in each way; after it, log-probs, sampled log-probs and routes are HF's."""
     model = make_model(folder, tie=tie, dense=dense, layers=3)
     engine = make_engine(folder, record_routing=True)
     asked = prompts([7, 70])
@@ -256,12 +268,17 @@ def sync(folder, tie=False, dense=()):
     spec = SamplingSpec(n=2, max_tokens=8, seed=1, record_routing=True)
     engine.generate(asked, spec, [0, 1])  # fills the prefix cache with the first weights
     steps, last = [], engine.logprobs_of(ids)
-    for version in (1, 2):
+    for version, (way, options) in enumerate(WAYS.items(), start=1):
+        if way == "gloo":
+            options = {
+                **options,
+                "transport": make_transport("gloo", address="127.0.0.1", engines=["engine"]),
+            }
         with torch.no_grad():
             g = torch.Generator().manual_seed(version)
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=g))
-        report, receipt, seconds = publish(engine, model, version)
+        report, receipt, seconds = publish(engine, model, version, **options)
         scored = engine.logprobs_of(ids)
         groups = engine.generate(asked, spec, [0, 1])
         wrong = 0
@@ -280,7 +297,8 @@ def sync(folder, tie=False, dense=()):
                 ),
                 "wrong_routes": wrong,
                 "versions": sorted({int(v) for q in groups for c in q for v in c.policy_versions}),
-                "tensors": [report.tensors, receipt.tensors, len(receipt.checksums)],
+                "tensors": [report.tensors, receipt.tensors],
+                "sums": len(receipt.checksums),
                 "bytes": [report.bytes, receipt.bytes],
                 "seconds": seconds,
                 "proven": engine.llm.collective_rpc("gspo_sync_report")[0]["proven"],

@@ -23,6 +23,7 @@ from gspo_dist.learners.loss import LossSpec
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Rollout
+from gspo_dist.weights.stacks import unstack
 
 VOCAB = 89
 SIZES = {
@@ -243,4 +244,13 @@ def exported(learner: Any, bucket_bytes: int = 1 << 14) -> dict[str, torch.Tenso
         for name, tensor in bucket:
             assert name not in out, f"{name} was exported twice"
             out[name] = tensor.clone()
+    # What travels to the engines is the same in fewer tensors; the buffers are used again after each bucket.
+    stacked: dict[str, torch.Tensor] = {}
+    travelled = 0
+    for bucket in learner.weights(bucket_bytes, stacked=True):
+        travelled += len(bucket)
+        stacked.update({name: tensor.clone() for name, tensor in unstack(bucket)})
+    assert stacked.keys() == out.keys()
+    assert all(torch.equal(stacked[name], out[name]) for name in out)
+    assert not any(".experts.0." in name for name in out) or travelled < len(out)
     return out

@@ -17,6 +17,7 @@ import torch
 
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron.learner import MegatronLearner
+from gspo_dist.weights.stacks import unstack
 from tests.parity import megatron_case as case
 
 
@@ -89,6 +90,13 @@ def main(job: dict, rank: int) -> dict:
         elif name == "weights":
             stream = {n: t.clone() for bucket in learner.weights(argument or 1 << 20) for n, t in bucket}
             out.setdefault("weights", []).append(stream)
+            stacked, travelled = {}, 0
+            for bucket in learner.weights(argument or 1 << 20, stacked=True):
+                travelled += len(bucket)
+                stacked |= {n: t.clone() for n, t in unstack(bucket)}
+            assert stacked.keys() == stream.keys()
+            assert all(torch.equal(stacked[n], stream[n]) for n in stream)
+            out.setdefault("travelled", []).append((travelled, len(stream)))
         elif name == "save":
             learner.save(Path(argument))
         elif name == "wait":

@@ -52,7 +52,7 @@ class CountingLearner:
         self.policy_version += 1
         return OptimStep(float(self.rank), 0.5, self.policy_version)
 
-    def weights(self, bucket_bytes):
+    def weights(self, bucket_bytes, *, stacked=False):
         if self.is_exporter:
             yield from ([item] for item in WEIGHTS.items())
 

@@ -231,7 +231,8 @@ def rank(monkeypatch):
     rank.name, rank._link, rank.host = "learner-0", None, lambda: ("10.0.0.1", 1)
     rank.drawn = []
 
-    def weights(bucket_bytes):
+    def weights(bucket_bytes, stacked):
+        assert stacked
         for bucket in rank.buckets:
             rank.drawn.append(bucket)
             yield bucket

@@ -192,7 +192,7 @@ class Learner:
     def __init__(self, exporter: bool) -> None:
         self.is_exporter, self.asked, self.drawn = exporter, [], 0
 
-    def weights(self, bucket_bytes):
+    def weights(self, bucket_bytes, *, stacked=False):
         self.asked.append(bucket_bytes)
         for name in ("a", "b"):
             self.drawn += 1

@@ -18,6 +18,7 @@ from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import PackedBatch
+from gspo_dist.weights.stacks import unstack
 
 VOCAB = 53
 LENGTHS = (9, 6, 13, 7, 10, 8)
@@ -296,6 +297,11 @@ def test_export_is_the_saved_model(model: Path, bucket_bytes: int) -> None:
             got[name] = tensor
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
+    stacked = [item for bucket in make(model).weights(bucket_bytes, stacked=True) for item in bucket]
+    again = dict(unstack(stacked))
+    assert again.keys() == want.keys()
+    assert all(torch.equal(again[name], want[name]) for name in want)
+    assert len(stacked) < len(want)
 
 
 def test_the_reference_stays_where_the_policy_started(model: Path) -> None:

@@ -41,7 +41,10 @@ class Recorder:
         self.policy_version += 1
         return OptimStep(0.5, 1e-3, self.policy_version)
 
-    def weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    def weights(
+        self, bucket_bytes: int, *, stacked: bool = False
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        self.stacked.append(stacked)
         self.asked.append(bucket_bytes)
         yield [("a", WEIGHTS["a"]), ("b", WEIGHTS["b"])]
         yield [("c", WEIGHTS["c"])]
@@ -119,6 +122,7 @@ def test_every_engine_gets_every_tensor_and_is_opened_once(group: LocalLearnerGr
         assert (report.tensors, report.bytes) == (3, 40)
         assert report.checksums.keys() == WEIGHTS.keys()
     assert group.learner.asked == [2 << 20, 2 << 20]
+    assert group.learner.stacked == [True, True]
     for engine in engines.values():
         assert len(engine.opened) == 1
         assert engine.got.keys() == WEIGHTS.keys()

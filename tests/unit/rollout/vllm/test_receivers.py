@@ -45,6 +45,7 @@ def receiver(model: torch.nn.Module | None = None):
     made = object.__new__(Receiver)
     made.model, made.arrivals, made.source = model or Model(), Arrivals(), ShmSource()
     made.device, made.model_config = torch.device("cpu"), None
+    made.waiting, made.stacks = [], SimpleNamespace(load=lambda tensors: tensors)
     made.parallel_config = SimpleNamespace(data_parallel_index=0, world_size=2, rank=1)
     return made
 
