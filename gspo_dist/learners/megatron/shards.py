@@ -207,7 +207,7 @@ def _send_down(gathered: Tensor | None, entries: list[Entry], source: int, pipel
 
 
 def _to_hf(
-    entries: list[Entry], gathered: Tensor, model: ModelShape, stacked: bool
+    entries: list[Entry], gathered: Tensor, model: ModelShape, stacked: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """HF names and full tensors of gathered entries [ranks, entries, ...].
 

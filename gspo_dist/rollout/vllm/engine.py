@@ -120,11 +120,6 @@ class VllmEngine:
         """batch_invariant: log-probs do not depend on how many sequences run (`vllm.invariant`)."""
         if device not in ("cpu", "cuda"):
             raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
-        if device == "cpu" and config.tensor_parallel > 1:
-            raise ValueError(
-                f"rollout.tensor_parallel must be 1 on a CPU host: got {config.tensor_parallel}; "
-                "raise rollout.engines"
-            )
         if device == "cpu" and sleep_mode:
             raise ValueError("engines cannot sleep on a CPU host: set cluster.colocated=false")
         self.config, self.name, self.device = config, name, device
@@ -206,8 +201,8 @@ class VllmEngine:
         else:
             arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
             arguments["enable_sleep_mode"] = self.sleep_mode
-            if config.tensor_parallel > 1:
-                arguments["distributed_executor_backend"] = "mp"
+        if config.tensor_parallel > 1:
+            arguments["distributed_executor_backend"] = "mp"
         try:
             return LLM(**arguments)
         finally:

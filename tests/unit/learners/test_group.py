@@ -28,6 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.policy_version = 7
         self.asked: list[Any] = []
+        self.stacked: list[bool] = []
 
     def logprobs(self, batches: Any, *, record_routing: bool = False, reference: bool = False) -> list[Any]:
         self.asked.append((batches, record_routing, reference))
