@@ -125,6 +125,12 @@ class Actors:
         """Name -> peak bytes of `host` and, with a GPU, `gpu`."""
         return self.call_all("peak_memory", timeout=timeout)
 
+    def ask_to_close(self, timeout: float) -> None:
+        """Calls `close` of every actor and waits for those that answer within `timeout` seconds."""
+        refs = [handle.close.remote() for handle in self.handles.values()]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=timeout)
+
     def kill(self) -> None:
         """Ends every actor without asking it. Killing one that is dead already does nothing."""
         for handle in self.handles.values():

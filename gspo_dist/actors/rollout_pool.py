@@ -18,6 +18,10 @@ from gspo_dist.types import Completion, Prompt, SamplingSpec
 START_TIMEOUT_S = 900.0
 """vLLM reads the weights, measures memory and may compile before an engine answers for the first time."""
 
+CLOSE_S = 15.0
+"""Longest wait for engines to close. Only one that is asked removes its message queues: 0.66 GiB of /dev/shm
+each with vLLM 0.30."""
+
 EngineFactory = Callable[..., RolloutEngine]
 """make(name=) -> RolloutEngine; picklable; imports its engine when called."""
 
@@ -75,6 +79,12 @@ class EngineProcess(ActorProcess):
 
     def wake_up(self, weights_only: bool = False) -> None:
         self.engine.wake_up(weights_only)
+
+    def close(self) -> None:
+        """Ends the engine in order: vLLM's workers, their message queues, the weight sync's connection."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
 
 class RayRolloutPool:
@@ -156,4 +166,6 @@ class RayRolloutPool:
         return self.actors.peak_memory()
 
     def close(self) -> None:
+        """Asks every engine to close, then kills it. One that is busy or dead is waited for no longer."""
+        self.actors.ask_to_close(CLOSE_S)
         self.actors.kill()

@@ -171,7 +171,7 @@ def _host(
         return host_memory(p.model, p.work, p.learner.width, offloaded, ranks, p.host_bytes, asleep=asleep)
     residents = [Item("learner ranks", table.total * ranks, f"{ranks} processes")]
     if sampled is not None:
-        engines = p.engine.engines
+        engines = p.engine.engines * p.engine.tensor_parallel  # each worker is a process
         residents.append(Item("engines", sampled.table.total * engines, f"{engines} processes"))
     return host_memory(
         p.model, p.work, p.learner.width, offloaded, ranks, p.host_bytes, residents=tuple(residents)
@@ -232,11 +232,6 @@ def _check_colocation(learner: LearnerLayout, engine: EngineLayout, gpus_per_nod
 def _check_cpu(engine: EngineLayout) -> list[str]:
     """What a CPU host cannot do at all."""
     problems = []
-    if engine.engines and engine.tensor_parallel > 1:
-        problems.append(
-            f"rollout.tensor_parallel must be 1 on a CPU host: got {engine.tensor_parallel}; raise "
-            "rollout.engines, or give plan.gpu to plan a GPU host"
-        )
     if engine.colocated:
         problems.append(
             "cluster.colocated needs GPUs (engines sleep to free their memory): got a CPU host; unset it, "

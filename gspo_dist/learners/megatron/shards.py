@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
-from gspo_dist.learners.megatron.convert import TensorSource, rule_for
+from gspo_dist.learners.megatron.convert import GateUp, Split, TensorSource, rule_for
 from gspo_dist.models.shape import ModelShape
 from gspo_dist.weights.stacks import Stack, stack_of
 
@@ -243,11 +243,7 @@ def _stack(entries: list[Entry], shard: Tensor, first: int, each: int, model: Mo
     experts = [first + (entry.expert or 0) % each for entry in entries]
     if experts != list(range(experts[0], experts[0] + len(experts))) or shard.dim() != 3:
         return None
-    name = _EXPERT.sub(rf"\g<1>{experts[0]}", entries[0].name)
-    pieces = list(rule_for(name, model).export([shard[0]]))
-    rows = shard.shape[1] // len(pieces)
-    for i, (_, piece) in enumerate(pieces):
-        want = shard[0, i * rows : (i + 1) * rows]
-        if (piece.data_ptr(), piece.shape, piece.stride()) != (want.data_ptr(), want.shape, want.stride()):
-            return None
-    return stack_of([piece_name for piece_name, _ in pieces], len(experts))
+    rule = rule_for(_EXPERT.sub(rf"\g<1>{experts[0]}", entries[0].name), model)
+    if isinstance(rule, GateUp):  # of one tensor rank: the gate's rows, then the up's
+        return stack_of([rule.gate, rule.up], len(experts))
+    return stack_of([rule.hf], len(experts)) if isinstance(rule, Split) else None

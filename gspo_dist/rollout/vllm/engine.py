@@ -97,10 +97,10 @@ def check_architecture(folder: ModelFolder) -> None:
 class VllmEngine:
     """Implements `RolloutEngine` with one `vllm.LLM` in this process.
 
-    With tensor_parallel > 1 (GPU hosts) its workers are processes of their own. record_routing: vLLM returns
-    routed experts. sleep_mode (GPU hosts): prepares `sleep`. fp32_head: logits in
-    float32, as the learner's head computes them. ValueError: the settings do not fit the host or the model,
-    or a weight file of the folder is torn.
+    With tensor_parallel > 1 its workers are processes of their own. record_routing: vLLM returns routed
+    experts. sleep_mode (GPU hosts): prepares `sleep`. fp32_head: logits in float32, as the learner's head
+    computes them. ValueError: the settings do not fit the host or the model, or a weight file of the folder
+    is torn.
     """
 
     def __init__(

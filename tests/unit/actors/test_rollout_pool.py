@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 
+from gspo_dist.actors import rollout_pool
 from gspo_dist.actors.process import ProcessDied
 from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
 from gspo_dist.config import RolloutConfig
@@ -142,6 +145,45 @@ def test_an_engine_that_dies_is_named(ray_here, tmp_path):
     with pytest.raises(ProcessDied, match=r"^engine-0 died: "):
         pool.logprobs_of([np.arange(3)], timeout=60)
     pool.close()
+
+
+def test_engines_are_asked_to_close_and_one_that_does_not_is_killed(ray_here, tmp_path, monkeypatch):
+    """Only an engine that is asked removes what it shares with its workers. One of these is busy for long."""
+
+    def make_closing(name):
+        engine = make(name)
+        hour = 3600 if name == "engine-1" else 0
+        engine.close = lambda: time.sleep(hour) or (tmp_path / name).touch()
+        return engine
+
+    monkeypatch.setattr(rollout_pool, "CLOSE_S", 3.0)
+    pool = RayRolloutPool(RolloutConfig(engines=2), make_closing, [{"num_cpus": 0}] * 2, tmp_path / "logs")
+    pool.start()
+    start = time.monotonic()
+    pool.close()
+    assert 2.5 < time.monotonic() - start < 30
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["engine-0"]
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(pool.engines["engine-1"].info.remote())
+    pool.close()  # of dead engines: at once
+    assert time.monotonic() - start < 40
+
+
+def test_an_engine_process_closes_once() -> None:
+    closed = []
+    process = object.__new__(EngineProcess)
+    process._engine = SimpleNamespace(close=lambda: closed.append(1))
+    process.close()
+    process.close()
+    assert closed == [1]
+
+
+def test_only_who_shares_the_memory_sees_a_file(tmp_path) -> None:
+    process = object.__new__(EngineProcess)
+    (tmp_path / "here").write_text("token")
+    assert process.sees(str(tmp_path / "here"), "token")
+    assert not process.sees(str(tmp_path / "here"), "another run's token")
+    assert not process.sees(str(tmp_path / "there"), "token")
 
 
 def test_no_verb_comes_before_start(tmp_path, monkeypatch):

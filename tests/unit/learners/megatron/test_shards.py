@@ -12,6 +12,7 @@ from torch import nn
 
 from gspo_dist.learners.megatron import shards
 from gspo_dist.learners.megatron.architecture import from_hf
+from gspo_dist.weights.stacks import unstack
 from tests.unit.learners.megatron.qwen3 import QWEN3_30B
 
 MODEL = from_hf(QWEN3_30B | {"num_experts": 8, "num_hidden_layers": 4, "hidden_size": 6})
@@ -92,6 +93,29 @@ def test_gathered_experts_are_those_of_each_rank_in_turn(monkeypatch: pytest.Mon
     assert list(out) == [f"model.layers.2.mlp.experts.{e}.down_proj.weight" for e in (1, 2, 5, 6)]
     for name, (left, right) in zip(out, ((0, 2), (1, 3), (4, 6), (5, 7)), strict=True):
         assert torch.equal(out[name], torch.tensor([left] * 3 + [right] * 3).float().expand(6, 6)), name
+
+
+@pytest.mark.parametrize(("experts", "stacks"), [((1, 2), 2), ((0, 2), 0)])
+@pytest.mark.parametrize("kind", ["linear_fc1", "linear_fc2"])
+def test_gathered_experts_that_follow_each_other_are_stacks(monkeypatch, kind, experts, stacks) -> None:
+    """8 experts over 2 expert ranks, each whole: a stack of every rank stands for the tensors of today."""
+    on_expert_rank(monkeypatch, 0, 2)
+    name = EXPERT.replace("linear_fc2", kind)
+    entries = [entry(name.format(e), e, True) for e in experts]
+    gathered = torch.arange(2 * 2 * 4 * 6.0).reshape(2, 2, 4, 6)
+    plain = dict(shards._to_hf(entries, gathered, MODEL))
+    stacked = list(shards._to_hf(entries, gathered, MODEL, stacked=True))
+    again = dict(unstack(stacked))
+    assert again.keys() == plain.keys()
+    assert all(torch.equal(again[key], plain[key]) for key in plain)
+    assert len(stacked) == (stacks or len(plain))
+
+
+def test_experts_cut_over_tensor_ranks_are_no_stacks(monkeypatch) -> None:
+    on_expert_rank(monkeypatch, 0, 2, tensor=2)
+    entries = [entry(EXPERT.format(e), e, True) for e in (1, 2)]
+    gathered = torch.zeros(4, 2, 6, 3)
+    assert not any("{" in name for name, _ in shards._to_hf(entries, gathered, MODEL, stacked=True))
 
 
 def test_weights_of_another_shape_than_config_says_are_refused(one_rank: None) -> None:

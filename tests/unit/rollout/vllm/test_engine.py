@@ -54,10 +54,6 @@ def test_a_deepseek_that_does_not_say_how_it_routes_is_refused(tmp_path) -> None
     ("options", "message"),
     [
         ({"device": "tpu"}, "must be cpu or cuda: got 'tpu'"),
-        (
-            {"config": RolloutConfig(tensor_parallel=2)},
-            r"tensor_parallel must be 1 on a CPU host: got 2; raise rollout",
-        ),
         ({"sleep_mode": True}, r"cannot sleep on a CPU host: set cluster\.colocated=false"),
     ],
 )
