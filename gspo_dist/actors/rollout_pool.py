@@ -19,8 +19,7 @@ START_TIMEOUT_S = 900.0
 """vLLM reads the weights, measures memory and may compile before an engine answers for the first time."""
 
 CLOSE_S = 15.0
-"""Longest wait for engines to close. Only one that is asked removes its message queues: 0.66 GiB of /dev/shm
-each with vLLM 0.30."""
+"""Longest wait for engines to close. One that is asked ends its workers in order and leaves the learner."""
 
 EngineFactory = Callable[..., RolloutEngine]
 """make(name=) -> RolloutEngine; picklable; imports its engine when called."""

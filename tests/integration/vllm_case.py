@@ -29,13 +29,13 @@ from gspo_dist.weights.stream import buckets
 from gspo_dist.weights.verify import WeightSyncError, check_probe, verify_receipt
 
 
-def make_model(folder, *, seed=0, tie=False, dense=(), layers=2):
+def make_model(folder, *, seed=0, tie=False, dense=(), layers=2, expert_rows=32):
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=500,
         hidden_size=64,
         intermediate_size=96,
-        moe_intermediate_size=32,
+        moe_intermediate_size=expert_rows,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -18,6 +18,7 @@ from gspo_dist.rollout.seeds import request_key
 from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
 from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
+from gspo_dist.rollout.vllm.shared_memory import unname
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 from gspo_dist.weights.bucket import BucketLayout
@@ -141,6 +142,7 @@ class VllmEngine:
         if batch_invariant:
             use_batch_invariant_products()
         self.llm = self._start(self.folder.path, seed)
+        unname()
         self.tokenizer = self.llm.get_tokenizer()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
         self._info = self._describe()

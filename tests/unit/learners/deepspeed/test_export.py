@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from gspo_dist.learners.deepspeed import export
 from gspo_dist.learners.deepspeed.export import full_weights, hf_name
 from gspo_dist.learners.hf_model import PolicyModel
+from gspo_dist.weights.stacks import unstack
 from tests.unit.weights.tiny_models import make
 
 
@@ -86,3 +88,26 @@ def test_no_more_than_a_bucket_is_gathered_at_once() -> None:
     assert sum(gathered) == 4 * sum(sizes.values())
     assert max(gathered) <= 3000
     assert len(gathered) < len(sizes)
+
+
+def test_the_experts_of_all_ranks_are_stacks_where_they_are(monkeypatch) -> None:
+    """8 experts on 2 ranks, 2 at a time, as the docstring has them; another rank's numbers are 100 higher."""
+    local = torch.arange(4 * 2 * 3.0).view(4, 2, 3)
+
+    def gather(chunk, shards, dst, group) -> None:
+        shards[0].copy_(chunk)
+        shards[1].copy_(chunk + 100)
+
+    monkeypatch.setattr(export.dist, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(export.dist, "gather", gather)
+    name = "model.layers.1.mlp.experts.w1"
+    stacks = list(export._expert_stacks(name, local, "group", True, 2 * 2 * local[0].nbytes))
+    assert [stack for stack, _ in stacks] == [
+        f"model.layers.1.mlp.experts.{experts}.{{gate_proj}}.weight"
+        for experts in ("{0..1}", "{4..5}", "{2..3}", "{6..7}")
+    ]
+    tensors = dict(unstack(stacks))
+    for expert in range(8):
+        want = local[expert % 4] + 100 * (expert // 4)
+        assert torch.equal(tensors[f"model.layers.1.mlp.experts.{expert}.gate_proj.weight"], want)
+    assert len(tensors) == 8
