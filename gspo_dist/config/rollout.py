@@ -57,7 +57,7 @@ class RolloutConfig:
     engines: int = 1
     """Engine processes. The pool balances prompts over them."""
     tensor_parallel: int = 1
-    """GPUs per engine."""
+    """GPUs per engine; processes per engine on a CPU host."""
     precision: str = "bf16"
     """fp32 | bf16: of the engine's weights and activations."""
     prompts_per_step: int = 64
