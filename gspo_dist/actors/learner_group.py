@@ -51,8 +51,12 @@ class LearnerRank(ActorProcess):
         self._learner = make(rank=rank, world_size=world_size, master_addr=address[0], master_port=address[1])
         return self._learner.data_parallel_rank
 
-    def logprobs(self, batches: Sequence[PackedBatch], **options: bool) -> list[LogprobOutput]:
-        return self.learner.logprobs(batches, **options)
+    def logprobs(
+        self, batches: Sequence[PackedBatch], *, answering: Sequence[str], **options: bool
+    ) -> list[LogprobOutput]:
+        """`Learner.logprobs`. Ranks that are not among `answering` compute as much and return nothing."""
+        outputs = self.learner.logprobs(batches, **options)
+        return outputs if self.name in answering else []
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
@@ -177,11 +181,18 @@ class RayLearnerGroup:
     def logprobs(
         self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
     ) -> list[list[LogprobOutput]]:
-        answers = self._scatter("logprobs", micro_batches, record_routing=record_routing, reference=reference)
-        outputs: dict[int, list[LogprobOutput]] = {}
+        # The ranks of a replica would all give the same answer, and routes (R2) are gigabytes: one is asked.
+        first: dict[int, str] = {}
         for name, replica in self.replica_of.items():
-            outputs.setdefault(replica, answers[name])  # the ranks of a replica give the same answer
-        return [outputs[replica] for replica in range(len(micro_batches))]
+            first.setdefault(replica, name)
+        answers = self._scatter(
+            "logprobs",
+            micro_batches,
+            answering=tuple(first.values()),
+            record_routing=record_routing,
+            reference=reference,
+        )
+        return [answers[first[replica]] for replica in range(len(micro_batches))]
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
         return merge_stats(list(self._scatter("forward_backward", mini.micro_batches, spec).values()))

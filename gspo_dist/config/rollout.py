@@ -86,6 +86,10 @@ class RolloutConfig:
     environment's OMP_NUM_THREADS caps the share."""
     expert_parallel: bool = False
     """Shard an engine's experts over its tensor-parallel GPUs."""
+    batch_invariant: bool = False
+    """Kernels of vLLM whose result for a sequence does not depend on its neighbours in the batch, so that
+    samples repeat whatever the batch. On GPUs (compute capability 8.0 and later) decoding is then slower; on
+    a CPU one kernel for small bf16 weights is left out (learner.consistency=exact does so by itself)."""
     timeout_s: float = 3600.0
     """Longest that one collect may take."""
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
@@ -104,6 +108,10 @@ class RolloutConfig:
             "max_num_seqs",
         ):
             at_least(f"rollout.{name}", getattr(self, name), 1)
+        if self.batch_invariant and self.engine != "vllm":
+            raise ValueError(
+                f"rollout.batch_invariant chooses kernels of vLLM: got engine {self.engine}; leave it out"
+            )
         above("rollout.temperature", self.temperature, 0.0)
         if self.top_p != 1.0:
             raise ValueError(

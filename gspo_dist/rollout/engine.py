@@ -77,7 +77,8 @@ class RolloutEngine(Protocol):
 
         `request_ids` (one per prompt) and `spec.seed` fix the random numbers of every completion, whichever
         engine runs it and in whatever company. The same call twice gives the same completions, unless
-        `spec.seed` is None.
+        `spec.seed` is None. Another company gives the same ones where log-probs do not depend on it
+        (rollout/seeds.py).
 
         ValueError: a prompt that is empty or too long, a number of request ids other than that of
         prompts, or routes from an engine that was not started to record them. WeightSyncError: in the

@@ -35,11 +35,12 @@ GPU_BLOCK = 16
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def prepare_process(device: str, threads: int, precision: str) -> None:
+def prepare_process(device: str, threads: int, precision: str, *, batch_invariant: bool = False) -> None:
     """Sets what vLLM reads from the environment on import, so call it before; a variable that is set
     already is kept.
 
-    threads: CPU threads of this engine; 0 leaves them alone. precision: fp32 or bf16.
+    threads: CPU threads of this engine; 0 leaves them alone. precision: fp32 or bf16. batch_invariant: GPU
+    kernels whose results do not depend on the batch.
     """
     defaults = {
         # The engine core runs in this process: no second interpreter to start, no tensors through a socket.
@@ -50,6 +51,9 @@ def prepare_process(device: str, threads: int, precision: str) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if batch_invariant and device != "cpu":
+        # vLLM 0.30 replaces kernels of the whole process, attention, products and softmax among them.
+        defaults["VLLM_BATCH_INVARIANT"] = "1"
     if device == "cpu":
         # Default "auto" pins every engine of a host to the same first cores.
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -138,8 +142,8 @@ class VllmEngine:
         # Before vLLM starts: it says of a torn file only that a header is too large, and of no file
         # which it was.
         self.folder = ModelFolder(model_path)
-        prepare_process(device, threads, config.precision)
-        if batch_invariant:
+        prepare_process(device, threads, config.precision, batch_invariant=batch_invariant)
+        if batch_invariant and device == "cpu":
             use_batch_invariant_products()
         self.llm = self._start(self.folder.path, seed)
         unname()

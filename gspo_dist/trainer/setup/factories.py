@@ -171,7 +171,7 @@ def engine_factory(
         threads=config.rollout.threads or thread_share(config.rollout.engines),
         sleep_mode=config.cluster.colocated,
         fp32_head=config.learner.fp32_head or config.learner.precision == "fp32",
-        batch_invariant=config.learner.consistency == "exact",
+        batch_invariant=config.rollout.batch_invariant or config.learner.consistency == "exact",
     )
 
 

@@ -136,6 +136,21 @@ def test_every_replica_computes_its_own_micro_batches_in_order(group):
     assert group.logprobs(MINI.micro_batches)[0][0].entropy[0] == 0.0
 
 
+def test_one_rank_of_each_replica_sends_its_answer(group, monkeypatch):
+    """All four compute. Outputs and routes of the twins (ranks 1 and 3) stay where they are."""
+    sizes = {}
+    gather = group.actors.gather
+
+    def counted(refs, timeout):
+        answers = gather(refs, timeout)
+        sizes.update({name: len(answer) for name, answer in answers.items()})
+        return answers
+
+    monkeypatch.setattr(group.actors, "gather", counted)
+    group.logprobs(MINI.micro_batches, record_routing=True)
+    assert sizes == {"learner-0": 2, "learner-1": 0, "learner-2": 2, "learner-3": 0}
+
+
 def test_stats_of_all_replicas_merge_to_one(group):
     stats = group.forward_backward(MINI, "spec")
     assert {name: stat.result() for name, stat in stats.items()} == {"tokens/spec": 156.0}

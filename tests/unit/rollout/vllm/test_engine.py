@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.vllm.engine import VllmEngine, check_architecture
+from gspo_dist.rollout.vllm.engine import VllmEngine, check_architecture, prepare_process
 from gspo_dist.weights.folder import ModelFolder
 from tests.unit.weights.tiny_models import make
 
@@ -61,3 +62,14 @@ def test_arguments_that_do_not_fit_are_refused(options, message, tmp_path) -> No
     config = options.pop("config", RolloutConfig())
     with pytest.raises(ValueError, match=message):
         VllmEngine(config, tmp_path, **options)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_batch_invariant_kernels_are_asked_for_before_vllm_is_imported(asked, monkeypatch) -> None:
+    """vLLM reads the variable when its modules are imported. One that is set already stays."""
+    for name in list(os.environ):
+        if name.startswith("VLLM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    prepare_process("cuda", 0, RolloutConfig(batch_invariant=asked))
+    assert os.environ.get("VLLM_BATCH_INVARIANT") == ("1" if asked else None)

@@ -10,6 +10,7 @@ import pytest
 from gspo_dist.config import ClusterConfig, RunConfig
 from gspo_dist.trainer.setup.checks import (
     check_backend,
+    check_engines,
     check_model,
     check_vocabulary,
     load_tokenizer,
@@ -127,6 +128,19 @@ def test_nccl_is_taken_where_it_is_asked_for_and_can_work(model, reward_file, tm
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("engine", "device", "refused"),
+    [("vllm", "cuda", False), ("vllm", "cpu", True), ("reference", "cuda", True)],
+)
+def test_batch_invariant_kernels_are_vllms_on_gpus(model, reward_file, tmp_path, engine, device, refused):
+    c = config(model, reward_file, tmp_path, f"rollout={engine}", "rollout.batch_invariant=true")
+    if not refused:
+        check_engines(c, device)
+        return
+    with pytest.raises(ValueError, match=rf"vLLM on GPUs: got device {device} and engine {engine}; leave"):
+        check_engines(c, device)
+
+
 def test_megatrons_knobs_are_checked_for_the_device_and_its_layers_on_a_gpu(
     model, reward_file, tmp_path, monkeypatch, device
 ):
