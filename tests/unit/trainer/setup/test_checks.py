@@ -128,19 +128,6 @@ def test_nccl_is_taken_where_it_is_asked_for_and_can_work(model, reward_file, tm
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(
-    ("engine", "device", "refused"),
-    [("vllm", "cuda", False), ("vllm", "cpu", True), ("reference", "cuda", True)],
-)
-def test_batch_invariant_kernels_are_vllms_on_gpus(model, reward_file, tmp_path, engine, device, refused):
-    c = config(model, reward_file, tmp_path, f"rollout={engine}", "rollout.batch_invariant=true")
-    if not refused:
-        check_engines(c, device)
-        return
-    with pytest.raises(ValueError, match=rf"vLLM on GPUs: got device {device} and engine {engine}; leave"):
-        check_engines(c, device)
-
-
 def test_megatrons_knobs_are_checked_for_the_device_and_its_layers_on_a_gpu(
     model, reward_file, tmp_path, monkeypatch, device
 ):
@@ -248,3 +235,16 @@ def test_gpu_hosts_are_waited_for_where_the_environment_was_made_for_them(
     monkeypatch.setattr("gspo_dist.actors.session.cluster_gpus", lambda: 8)
     resolve_device(ClusterConfig(address="auto", device=device))
     assert waited == [waits]
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "refused"),
+    [("vllm", "cuda", False), ("vllm", "cpu", True), ("reference", "cuda", True)],
+)
+def test_batch_invariant_kernels_are_vllms_on_gpus(model, reward_file, tmp_path, engine, device, refused):
+    c = config(model, reward_file, tmp_path, f"rollout={engine}", "rollout.batch_invariant=true")
+    if not refused:
+        check_engines(c, device)
+        return
+    with pytest.raises(ValueError, match=rf"vLLM on GPUs: got device {device} and engine {engine}; leave"):
+        check_engines(c, device)
