@@ -190,3 +190,11 @@ def test_only_megatron_saves_in_the_background(backend, in_background, expected)
 
 def test_every_bound_and_choice_is_of_a_knob_that_exists():
     assert set(BOUNDS) | set(CHOICES) <= set(knobs(RunConfig))
+
+
+def test_batch_invariant_kernels_are_vllms():
+    assert run(**{"rollout.batch_invariant": True}).rollout.batch_invariant
+    with pytest.raises(
+        ValueError, match=r"rollout\.batch_invariant chooses kernels of vLLM: got engine ref.*leave"
+    ):
+        run(**{"rollout.batch_invariant": True, "rollout.engine": "reference"})

@@ -64,12 +64,13 @@ def test_arguments_that_do_not_fit_are_refused(options, message, tmp_path) -> No
         VllmEngine(config, tmp_path, **options)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_batch_invariant_kernels_are_asked_for_before_vllm_is_imported(asked, monkeypatch) -> None:
-    """vLLM reads the variable when its modules are imported. One that is set already stays."""
-    for name in list(os.environ):
-        if name.startswith("VLLM_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    prepare_process("cuda", 0, RolloutConfig(batch_invariant=asked))
-    assert os.environ.get("VLLM_BATCH_INVARIANT") == ("1" if asked else None)
+@pytest.mark.parametrize(
+    ("device", "asked", "told"), [("cuda", True, "1"), ("cuda", False, None), ("cpu", True, None)]
+)
+def test_batch_invariant_kernels_are_asked_for_before_vllm_is_imported(
+    device, asked, told, monkeypatch
+) -> None:
+    """vLLM reads the variable when its modules are imported. Its CPU build has none of these kernels."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")})
+    prepare_process(device, 0, "fp32", batch_invariant=asked)
+    assert os.environ.get("VLLM_BATCH_INVARIANT") == told

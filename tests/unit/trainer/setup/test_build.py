@@ -77,8 +77,7 @@ def test_answers_that_the_reward_cannot_read_are_told_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    "check",
-    ["choose_mode", "resolve_reward", "check_model", "check_backend", "prepare_folder"],
+    "check", ["choose_mode", "resolve_reward", "check_model", "check_backend", "prepare_folder"]
 )
 def test_every_check_comes_before_the_processes(model, reward_file, tmp_path, started, monkeypatch, check):
     def refuses(*told):

@@ -10,7 +10,6 @@ import pytest
 from gspo_dist.config import ClusterConfig, RunConfig
 from gspo_dist.trainer.setup.checks import (
     check_backend,
-    check_engines,
     check_model,
     check_vocabulary,
     load_tokenizer,
@@ -235,16 +234,3 @@ def test_gpu_hosts_are_waited_for_where_the_environment_was_made_for_them(
     monkeypatch.setattr("gspo_dist.actors.session.cluster_gpus", lambda: 8)
     resolve_device(ClusterConfig(address="auto", device=device))
     assert waited == [waits]
-
-
-@pytest.mark.parametrize(
-    ("engine", "device", "refused"),
-    [("vllm", "cuda", False), ("vllm", "cpu", True), ("reference", "cuda", True)],
-)
-def test_batch_invariant_kernels_are_vllms_on_gpus(model, reward_file, tmp_path, engine, device, refused):
-    c = config(model, reward_file, tmp_path, f"rollout={engine}", "rollout.batch_invariant=true")
-    if not refused:
-        check_engines(c, device)
-        return
-    with pytest.raises(ValueError, match=rf"vLLM on GPUs: got device {device} and engine {engine}; leave"):
-        check_engines(c, device)

@@ -234,6 +234,11 @@ def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_p
     object.__setattr__(c, "learner", replace(c.learner, consistency="exact"))
     engine_factory(c, "folder", "cpu", 2)(name="engine-5")
     assert seen[1] == (args, told | {"batch_invariant": True})
+    knob = replace(
+        c, learner=replace(c.learner, consistency="off"), rollout=replace(c.rollout, batch_invariant=True)
+    )
+    engine_factory(knob, "folder", "cpu", 2)(name="engine-5")
+    assert seen[2] == ((knob.rollout, "folder"), told | {"batch_invariant": True})
 
 
 def test_a_reference_engine_is_told_as_much(model, reward_file, tmp_path, monkeypatch):
