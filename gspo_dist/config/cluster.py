@@ -31,7 +31,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         at_least("cluster.nodes", self.nodes, 1)
-        if self.nodes is not None and self.address is None:
+        if self.address is None and (self.nodes or 1) > 1:
             raise ValueError(
                 f"cluster.nodes is for a cluster that is joined: got {self.nodes} without cluster.address; "
                 "set cluster=ray"

@@ -54,6 +54,10 @@ from gspo_dist.config.mapping import from_mapping
             r"cluster.in_process runs one engine in this process: got rollout.engines 2; set it to 1",
         ),
         (
+            {"cluster": {"nodes": 2}},
+            r"cluster.nodes is for .* joined: got 2 without cluster.address; set cluster=ray",
+        ),
+        (
             {"checkpoint": {"accept": ["reward", "learner.optimizer.learning_rate"]}},
             r"checkpoint.accept must hold .*: got 'learner.optimizer.learning_rate'; did you mean",
         ),

@@ -65,6 +65,7 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "reward.workers": [(1, 0, "at least 1")],
     "reward.timeout_s": [(1e-9, 0.0, "above 0")],
     "cluster.placement_timeout_s": [(1e-9, 0.0, "above 0")],
+    "cluster.nodes": [(1, 0, "at least 1")],
     "logger.samples_per_step": [(0, -1, "at least 0")],
     "checkpoint.every": [(0, -1, "at least 0")],
     "checkpoint.keep": [(1, 0, "at least 1")],
