@@ -1,0 +1,65 @@
+"""Where the ranks and engines of a layout land in a cluster whose GPUs are only counted; prints JSON.
+
+python -m tests.integration.placement_case NODES GPUS OVERRIDES...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import ray
+from ray.cluster_utils import Cluster
+
+from gspo_dist.actors.placement import Reservation, blocks, lay_out
+from gspo_dist.cli.compose import run_config
+
+
+def main(count: int, gpus: int, overrides: list[str]) -> None:
+    """Starts `count` Rays on this host, reserves the layout, and asks a few actors where they are."""
+    cluster = Cluster()
+    try:
+        for _ in range(count):
+            cluster.add_node(
+                wait=False,
+                num_cpus=2 * gpus,
+                num_gpus=gpus,
+                object_store_memory=80 << 20,
+                include_dashboard=False,
+            )
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        print(json.dumps(reserve(overrides)))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def reserve(overrides: list[str]) -> dict[str, object]:
+    """The hosts of all ranks and engines, and what some actors say of theirs."""
+    config = run_config(overrides)
+    layout = lay_out(config.cluster, config.learner, config.rollout, "cuda")
+    together = blocks(config.learner)
+    places = Reservation(layout, 60.0, local=False, together=together)
+
+    @ray.remote
+    def where() -> tuple[str, int]:
+        context = ray.get_runtime_context()
+        return context.get_node_id(), len(context.get_accelerator_ids()["GPU"])
+
+    last = len(layout.learners) - 1
+    asked = [("learner", 7), ("learner", 8), ("learner", last), ("engine", len(layout.engines) - 1)]
+    said = ray.get([where.options(**places.options(kind, i, {})).remote() for kind, i in asked], timeout=120)
+    return {
+        "blocks": together,
+        "learner": places.homes("learner"),
+        "engine": places.homes("engine"),
+        "asked": [
+            (places.homes(kind)[i], kind, node, gpus)
+            for (kind, i), (node, gpus) in zip(asked, said, strict=True)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
