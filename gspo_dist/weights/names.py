@@ -105,13 +105,13 @@ class FileNames:
         tensor: torch.Tensor,
         first: int = 0,
         *,
-        slice_bytes: int = SLICE_BYTES,
+        slice_bytes: int | None = None,
         stacked: bool = False,
     ) -> Iterator[NamedTensor]:
         """The folder's tensors of one parameter.
 
         stacked: experts stay together where a stack (weights.stacks) can name them, in slices of about
-        `slice_bytes`.
+        `slice_bytes` (if not given, `SLICE_BYTES`). They are views, while experts one by one may be copies.
 
         Where the folder names experts one by one, `tensor` may be a part of the fused parameter: the experts
         from `first` on. Example: a fused [8, 64, H] whose rows 4 and 5 are given with first=4 yields the
@@ -126,6 +126,8 @@ class FileNames:
         if name in self._same:
             yield name, tensor
             return
+        if slice_bytes is None or not stacked:
+            slice_bytes = SLICE_BYTES
         per_expert = self._per_expert(name)
         if per_expert is None:
             if tuple(tensor.shape) != self.shapes[name]:
@@ -192,7 +194,7 @@ class FileNames:
 
 
 def hf_named_weights(
-    hf: torch.nn.Module, *, slice_bytes: int = SLICE_BYTES, stacked: bool = False
+    hf: torch.nn.Module, *, slice_bytes: int | None = None, stacked: bool = False
 ) -> Iterator[NamedTensor]:
     """All weights of an HF model in memory under its folder's names, detached; fused experts in slices.
 
