@@ -13,12 +13,14 @@ from gspo_dist.config import LearnerConfig, RunConfig
 from gspo_dist.learners.deepspeed.config import check as check_deepspeed
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.models.config_file import find_config, read_config
 from gspo_dist.models.shape import countable, shape_from_config
 from gspo_dist.planner import find_gpu, format_plan, plan, read_run
 from gspo_dist.planner.hardware import GIB
 from gspo_dist.planner.kuberay import ray_job
 from gspo_dist.planner.layout import LearnerLayout
+from gspo_dist.planner.pipeline import Lengths
 from gspo_dist.planner.placement import where
 from gspo_dist.planner.plan import Plan
 
@@ -95,6 +97,8 @@ def planned(config: RunConfig) -> Plan:
         config.plan.nodes,
         config.plan.gpus_per_node,
         refusals=_refusals(config, hf, gpu=hardware is not None),
+        lengths=_measured_lengths(config),
+        ahead=True,
     )
 
 
@@ -125,6 +129,21 @@ def _recipe(name: str) -> tuple[Mapping[str, Any], str]:
     # The saved model names its class; a config that was never saved does not.
     hf = {**model_config(recipe_named(name).shape).to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
     return hf, name
+
+
+def _measured_lengths(config: RunConfig) -> Lengths | None:
+    """Of the completions in the samples.jsonl of plan.lengths_from. Raises ValueError where there are "
+    "none."""
+    if config.plan.lengths_from is None:
+        return None
+    path = Path(config.plan.lengths_from).expanduser() / "samples.jsonl"
+    tokens = [int(row["tokens"]) for row in read_jsonl(path) if "tokens" in row] if path.is_file() else []
+    if not tokens:
+        raise ValueError(
+            f"plan.lengths_from needs a run folder with sampled completions: {path} has none; give another, "
+            "or plan.length_spread"
+        )
+    return Lengths.of(tokens, config.rollout.max_completion_tokens)
 
 
 def _refusals(config: RunConfig, hf: Mapping[str, Any], *, gpu: bool) -> Callable[[LearnerLayout], list[str]]:

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gspo_dist.partition import longest_first
 
@@ -117,6 +118,11 @@ class Machine:
     """Tokens of a prompt. An engine reads it once for all siblings that it has."""
     colocated: bool = False
     """Engines sleep while the learner works."""
+    limit: int | None = None
+    """Tokens that a completion may get, by which work is dealt. None: the longest of the lengths."""
+    slice_s: float = 0.0
+    """Engines are asked for so many seconds of decode steps at a time, and the next slice begins when all
+    have answered. 0: no engine ever waits for another."""
 
 
 @dataclass(eq=False)
@@ -134,21 +140,23 @@ class _Item:
     """Policies that gave it tokens."""
 
 
-@dataclass(eq=False)
 class _Engine:
     """Decodes its running sequences in whole steps, and admits waiting ones as places become free."""
 
-    machine: Machine
-    clock: float = 0.0
-    ticks: int = 0
-    busy: float = 0.0
-    """Seconds with at least one sequence."""
-    running: list[tuple[int, int, int, _Item]] = field(default_factory=list)
-    """Heap of (tick of the last token, order of admission, tick of the admission, item)."""
-    waiting: deque[_Item] = field(default_factory=deque)
-    read: set[int] = field(default_factory=set)
-    """Groups whose prompt is in the cache."""
-    admitted: int = 0
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        last = len(machine.step_s) - 1
+        self.step_s = [machine.step_s[min(n, last)] for n in range(machine.places + 1)]
+        self.clock = self.busy = 0.0
+        """Now, and seconds with at least one sequence so far."""
+        self.next_finish = math.inf
+        """When the next completion is whole; inf without any."""
+        self.ticks = self.admitted = 0
+        self.running: list[tuple[int, int, int, _Item]] = []
+        """Heap of (tick of the last token, order of admission, tick of the admission, item)."""
+        self.waiting: deque[_Item] = deque()
+        self.read: set[int] = set()
+        """Groups whose prompt is in the cache."""
 
     def submit(self, items: Iterable[_Item], now: float, version: int) -> None:
         if not self.running:
@@ -157,47 +165,46 @@ class _Engine:
         self._admit(version)
 
     def _admit(self, version: int) -> None:
-        while self.waiting and len(self.running) < self.machine.places:
+        machine, running = self.machine, self.running
+        while self.waiting and len(running) < machine.places:
             item = self.waiting.popleft()
-            tokens = item.done + (0 if item.group in self.read else self.machine.prompt_tokens)
-            self.read.add(item.group)
-            self.clock += tokens * self.machine.prefill_s
-            self.busy += tokens * self.machine.prefill_s
-            item.begun = version if item.begun is None else item.begun
-            end = self.ticks + item.length - item.done
-            heapq.heappush(self.running, (end, self.admitted, self.ticks, item))
+            if machine.prefill_s:
+                tokens = item.done + (0 if item.group in self.read else machine.prompt_tokens)
+                self.read.add(item.group)
+                self.clock += tokens * machine.prefill_s
+                self.busy += tokens * machine.prefill_s
+            if item.begun is None:
+                item.begun = version
+            heapq.heappush(running, (self.ticks + item.length - item.done, self.admitted, self.ticks, item))
             self.admitted += 1
+        self._look()
 
-    @property
-    def step_s(self) -> float:
-        """Seconds of the next decode step."""
-        return self.machine.step_s[min(len(self.running), len(self.machine.step_s) - 1)]
-
-    @property
-    def next_finish(self) -> float:
-        """When the next completion is whole; inf without any."""
-        if not self.running:
-            return math.inf
-        return self.clock + (self.running[0][0] - self.ticks) * self.step_s
+    def _look(self) -> None:
+        if self.running:
+            left = self.running[0][0] - self.ticks
+            self.next_finish = self.clock + left * self.step_s[len(self.running)]
+        else:
+            self.next_finish = math.inf
 
     def run(self, until: float, version: int) -> list[_Item]:
-        """Does the decode steps that begin before `until`, or to the next completion that is whole, if "
-        "sooner."""
-        if not self.running or self.clock >= until:
+        """Does the decode steps that begin before `until`, or those to the next completion, if these are "
+        "fewer."""
+        running = self.running
+        if not running or self.clock >= until:
             return []
-        cost = self.step_s
-        left = self.running[0][0] - self.ticks
-        steps = left if until == math.inf else min(left, math.ceil((until - self.clock) / cost))
+        cost = self.step_s[len(running)]
+        steps = running[0][0] - self.ticks
+        if until != math.inf:
+            steps = min(steps, math.ceil((until - self.clock) / cost))
         self.ticks += steps
         self.clock += steps * cost
         self.busy += steps * cost
         finished = []
-        while self.running and self.running[0][0] == self.ticks:
-            item = heapq.heappop(self.running)[3]
+        while running and running[0][0] == self.ticks:
+            item = heapq.heappop(running)[3]
             item.done, item.versions = item.length, item.versions + 1
             finished.append(item)
-        if finished:
-            self._admit(version)
+        self._admit(version)
         return finished
 
     def withdraw(self) -> list[_Item]:
@@ -210,9 +217,11 @@ class _Engine:
         for item in out:
             if not item.done:
                 item.begun = None
-        self.running, self.waiting, self.read = [], deque(), set()
+        self.running, self.waiting, self.read, self.next_finish = [], deque(), set(), math.inf
         return out
 
+
+_NEXT = operator.attrgetter("next_finish")
 
 # --- the run ---
 
@@ -296,7 +305,7 @@ class _Run:
         self.steps_ahead, self.steps = steps_ahead, steps
         self.engines = [_Engine(machine) for _ in range(machine.engines)]
         self.now = self.waited = 0.0
-        self.limit = max(n for group in lengths for n in group)
+        self.limit = machine.limit or max(n for group in lengths for n in group)
         self.items: list[_Item] = []
         self.left = [0] * steps
         """Completions of each step that are not whole."""
@@ -325,7 +334,7 @@ class _Run:
     def _begin(self, step: int) -> None:
         """Deals what was withdrawn, and the groups of every step that may be begun now."""
         last = min(step + self.steps_ahead, self.steps - 1)
-        begun = 1 + max((item.step for item in self.items), default=-1)
+        begun = self.items[-1].step + 1 if self.items else 0
         fresh = [
             _Item(later, later * self.count + g, sample, length)
             for later in range(begun, last + 1)
@@ -339,9 +348,12 @@ class _Run:
             engine.submit(share, self.now, step)
 
     def _dealt(self, items: Sequence[_Item]) -> list[list[_Item]]:
-        """The pool's rule: whole groups, by the tokens that they may still get, the heaviest first."""
+        """The pool's rule: whole groups, by the tokens that they may still get, the heaviest first.
+
+        items: in the order of their groups.
+        """
         groups: dict[int, list[_Item]] = {}
-        for item in sorted(items, key=lambda item: (item.group, item.sample)):
+        for item in items:
             groups.setdefault(item.group, []).append(item)
         members = list(groups.values())
         weights = [
@@ -354,18 +366,33 @@ class _Run:
     def _collect(self, step: int) -> float:
         """Engines work until the step's completions are whole; when that is."""
         ready = self.now
+        if self.machine.slice_s:
+            while self.left[step]:
+                ready = self._slice(ready, step)
+            return ready
         while self.left[step]:
-            engine = min(self.engines, key=lambda e: e.next_finish)
+            engine = min(self.engines, key=_NEXT)
             ready = engine.next_finish
             self._finish(engine.run(math.inf, step))
         self._work(ready, step)
         return ready
 
     def _work(self, until: float, step: int) -> None:
-        """Every engine does the decode steps that begin before `until`."""
+        """Every engine does the decode steps that begin before `until`, or the slices that do."""
+        now = max(engine.clock for engine in self.engines)
+        while self.machine.slice_s and now < until and any(engine.running for engine in self.engines):
+            now = self._slice(now, step)
         for engine in self.engines:
             while engine.running and engine.clock < until:
                 self._finish(engine.run(until, step))
+
+    def _slice(self, now: float, step: int) -> float:
+        """One slice of every engine, from `now` on; when the last one has answered."""
+        for engine in self.engines:
+            engine.clock = max(engine.clock, now) if engine.running else engine.clock
+            while engine.running and engine.clock < now + self.machine.slice_s:
+                self._finish(engine.run(now + self.machine.slice_s, step))
+        return max(now, *(engine.clock for engine in self.engines))
 
     def _quiet(self, now: float) -> float:
         """When every engine has ended the decode step that it is in."""
@@ -376,4 +403,5 @@ class _Run:
             self.left[item.step] -= 1
 
     def _withdraw(self) -> list[_Item]:
-        return [item for engine in self.engines for item in engine.withdraw()]
+        found = [item for engine in self.engines for item in engine.withdraw()]
+        return sorted(found, key=lambda item: (item.group, item.sample))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gspo_dist.config import RunConfig
 from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.advice import engine_steps, learner_steps, nearest_change
+from gspo_dist.planner.ahead import Ahead, look_ahead
 from gspo_dist.planner.hardware import GIB, Gpu, gib
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload, read_run
 from gspo_dist.planner.memory import (
@@ -21,6 +22,7 @@ from gspo_dist.planner.memory import (
     learner_states,
     sleeping_engines,
 )
+from gspo_dist.planner.pipeline import Lengths
 from gspo_dist.planner.placement import engine_nodes
 from gspo_dist.planner.throughput import ASSUMPTIONS, Assumptions, StepTime, step_time
 from gspo_dist.planner.timeouts import Timeout, timeouts
@@ -54,6 +56,8 @@ class Plan:
     """A rough time. None where nothing can be said (a CPU host, no engine, no room for a sequence)."""
     timeouts: tuple[Timeout, ...] = ()
     """What the run's timeouts allow, against what is predicted. Empty where `step` is None."""
+    ahead: Ahead | None = None
+    """What rollouts begun ahead gain. None where it was not asked for, the run does not fit, or `step` is."""
     problems: tuple[str, ...] = ()
     """Why it does not fit, one line per reason. None when it fits."""
     advice: tuple[str, ...] = ()
@@ -70,6 +74,7 @@ class Plan:
 class _Planned:
     """What the checks below share."""
 
+    run: RunConfig
     model: ModelShape
     learner: LearnerLayout
     engine: EngineLayout
@@ -104,6 +109,8 @@ def plan(
     *,
     assume: Assumptions = ASSUMPTIONS,
     refusals: Refusals = lambda layout: [],
+    lengths: Lengths | None = None,
+    ahead: bool = False,
 ) -> Plan:
     """Works out memory and time of a run.
 
@@ -111,12 +118,17 @@ def plan(
     gpus_per_node: None takes the GPU's own number.
     host_gib: memory of one host; None takes 1.5 TiB for a GPU host and 16 GiB for a CPU host.
     refusals: the run's own check of a learner's layout against the model and the machine.
+    lengths: measured lengths of completions. Prompts are then taken to fill their limit as completions do.
+    None assumes half of the limit, with the spread `plan.length_spread`.
+    ahead: also simulate what rollouts begun ahead gain, which takes about a second.
     """
     learner, engine, work = read_run(run)
+    if lengths is not None:
+        work = replace(work, mean_fill=min(1.0, lengths.mean / run.rollout.max_completion_tokens))
     if gpus_per_node is None:
         gpus_per_node = hardware.gpus_per_node if hardware else learner.world_size
     host_bytes = int((host_gib if host_gib is not None else GPU_HOST_GIB if hardware else CPU_HOST_GIB) * GIB)
-    p = _Planned(model, learner, engine, work, hardware, nodes, gpus_per_node, host_bytes, refusals)
+    p = _Planned(run, model, learner, engine, work, hardware, nodes, gpus_per_node, host_bytes, refusals)
     refused = refusals(learner) + (engine.problems(model) if engine.engines else [])
     if refused:  # sizes that do not divide have no memory table worth showing
         nothing = MemoryTable("learner rank", (), p.capacity), None, MemoryTable("host", (), host_bytes)
@@ -154,9 +166,37 @@ def plan(
         host,
         step,
         limits,
+        _ahead(p, sampled, assume, lengths) if ahead and step is not None and not found.problems else None,
         tuple(found.problems),
         tuple(found.advice),
         tuple(_notes(p, sampled)),
+    )
+
+
+def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions, lengths: Lengths | None) -> Ahead:
+    """Simulations of the run, and of other splits of its GPUs that it would accept and that fit."""
+    assert p.gpu is not None  # a step has a time only on GPUs with engines
+    assert sampled is not None
+    limit = p.run.rollout.max_completion_tokens
+    mini_batch = p.work.rollouts // p.run.mini_batches
+
+    def allowed(learner: LearnerLayout, engine: EngineLayout) -> bool:
+        unplaced = engine.engines > len(engine_nodes(learner, engine, p.nodes, p.gpus_per_node))
+        if unplaced or learner.data > mini_batch or p.refusals(learner):
+            return False
+        return learner_memory(p.model, learner, p.capacity)[0].fits
+
+    return look_ahead(
+        p.model,
+        p.learner,
+        p.engine,
+        p.work,
+        p.gpu,
+        sampled.concurrency_mean,
+        assume,
+        lengths or Lengths(p.work.mean_fill * limit, p.run.plan.length_spread, limit),
+        steps_ahead=getattr(p.run.rollout, "steps_ahead", 0),
+        allowed=allowed,
     )
 
 

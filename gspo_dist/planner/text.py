@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gspo_dist.planner.ahead import Ahead
 from gspo_dist.planner.hardware import gib
 from gspo_dist.planner.memory import MemoryTable
 from gspo_dist.planner.plan import Plan
@@ -36,6 +37,8 @@ def format_plan(result: Plan) -> str:
         )
         lines += [_format_timeout(limit) for limit in result.timeouts]
     lines += [f"note: {note}" for note in result.notes]
+    if result.ahead:
+        lines += ["", *_format_ahead(result.ahead, result.step.gpus if result.step else 0)]
     lines += ["", "fits" if result.fits else "does not fit"]
     lines += [f"  {problem}" for problem in result.problems]
     lines += [f"  try {advice}" for advice in result.advice]
@@ -46,6 +49,30 @@ def _format_timeout(limit: Timeout) -> str:
     word = "would fire" if limit.fires else "near, since the plan is rough" if limit.close else "ok"
     times = f"{limit.predicted_s:,.0f} of {limit.allowed_s:,.0f} s for {limit.what}"
     return f"timeout {limit.knob}: {times} ({word})"
+
+
+def _format_ahead(ahead: Ahead, gpus: int) -> list[str]:
+    """What rollouts begun ahead gain, by K, and the best split of the GPUs."""
+    lengths, base = ahead.lengths, ahead.outcomes[0].step_s
+    lines = [
+        "rollouts begun ahead (rollout.steps_ahead), simulated (gspo_dist/planner/pipeline.py): lengths "
+        f"lognormal, mean {lengths.mean:,.0f}, spread {lengths.spread:.3g}, cut at {lengths.limit:,}",
+        "  ahead  s per step   gain  staleness mean, max  engines idle  learner idle",
+    ]
+    for found in ahead.outcomes:
+        lines.append(
+            f"  {found.steps_ahead:>5}{found.step_s:>12.0f}{base / found.step_s:>6.2f}x"
+            f"{found.staleness_mean:>16.1f},{found.staleness_max:>4}{found.engine_idle:>14.0%}"
+            f"{found.learner_idle:>14.0%}"
+        )
+    own = next(o for o in ahead.outcomes if o.steps_ahead == min(ahead.split_at, len(ahead.outcomes) - 1))
+    if ahead.splits:
+        best = ahead.splits[0]
+        lines.append(
+            f"best split of {gpus} GPUs at steps_ahead={ahead.split_at}: learner.world_size={best.ranks} "
+            f"rollout.engines={best.engines}, {best.step_s:.0f} s per step (this one {own.step_s:.0f})"
+        )
+    return lines
 
 
 def _format_table(table: MemoryTable) -> list[str]:

@@ -112,3 +112,19 @@ def test_plan_names_the_size_that_a_config_leaves_out(tmp_path: Path):
 def test_plan_of_a_recipe_knows_what_the_megatron_learner_builds_of_it():
     config = run_config(["learner=megatron", "rollout.max_completion_tokens=128"])
     assert verdict(plan_text(config)) == ["fits"]
+
+
+def test_a_plan_takes_lengths_from_a_runs_samples(tmp_path):
+    rows = [{"step": 1, "tokens": n} for n in (100, 200, 400, 800)] + [{"step": 2}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = plan_text(run_config([*LARGE, f"plan.lengths_from={tmp_path}"]))
+    assert "lengths lognormal, mean 375, spread 0.775" in text  # log 2 times the deviation of 0, 1, 2, 3
+    with pytest.raises(ValueError, match=r"needs a run folder with sampled completions: .*elsewhere"):
+        plan_text(run_config([*LARGE, f"plan.lengths_from={tmp_path / 'elsewhere'}"]))
+
+
+def test_the_assumed_spread_is_a_knob():
+    text = plan_text(run_config([*LARGE, "plan.length_spread=0.25"]))
+    assert "spread 0.25," in text
+    with pytest.raises(ValueError, match=r"plan\.length_spread must be at least 0"):
+        run_config([*LARGE, "plan.length_spread=-1"])
