@@ -58,7 +58,7 @@ def machine_of(
     """
     prompt = work.mean_fill * work.run.rollout.max_prompt_tokens
     completion = work.mean_fill * work.run.rollout.max_completion_tokens
-    places = max(1, min(places, engine.config.max_num_seqs))
+    places = max(1, min(places, engine.config.max_num_seqs or places))
     rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
     return Machine(
         engines=engine.engines,
