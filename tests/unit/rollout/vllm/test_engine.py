@@ -74,3 +74,34 @@ def test_batch_invariant_kernels_are_asked_for_before_vllm_is_imported(
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")})
     prepare_process(device, 0, "fp32", batch_invariant=asked)
     assert os.environ.get("VLLM_BATCH_INVARIANT") == told
+
+
+class ToldError(Exception):
+    """Carries what vLLM would have been started with."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "fp32_head", "told"),
+    [
+        ({"precision": "bf16"}, True, ({"head_dtype": "float32"}, 256)),
+        ({"precision": "bf16", "max_num_seqs": 3}, False, ({"head_dtype": "model"}, 3)),
+        ({"precision": "fp32"}, True, ({}, 256)),
+    ],
+)
+def test_vllm_is_started_with_the_learners_head_and_the_number_of_sequences(
+    changes, fp32_head, told, tmp_path, monkeypatch
+) -> None:
+    import vllm
+
+    def start(**arguments):
+        raise ToldError(arguments["hf_overrides"], arguments["max_num_seqs"])
+
+    monkeypatch.setattr(vllm, "LLM", start)
+    make(tmp_path, "qwen3")
+    with pytest.raises(ToldError) as started:
+        VllmEngine(
+            RolloutConfig(max_prompt_tokens=8, max_completion_tokens=8, **changes),
+            tmp_path,
+            fp32_head=fp32_head,
+        )
+    assert started.value.args == told
