@@ -46,11 +46,11 @@ PLANS = (
     Plan("host", "the driver's GPUs, nine tenths of their memory free", 0.5),
     Plan("head", "Triton kernels exact to 1e-3 nats, within 1.5 times the matmul floor", 1.5),
     Plan("eager", "packed = alone; MFU of the update 0.05 or more; peak memory within the plan's", 3),
-    Plan("deepspeed", "log-probs of the eager learner to 0.05 nats, finite updates", 4),
+    Plan("deepspeed", "log-probs of the eager learner to 0.1 nats, finite updates", 4),
     Plan("megatron", "the same, with Transformer Engine 2.9 to 2.11", 5),
-    Plan("vllm", "starts; its log-probs are the learner's to 0.05 nats, decoding and prefill", 4),
+    Plan("vllm", "starts; its log-probs are the learner's to 0.1 nats, decoding and prefill", 4),
     Plan("routes", "5% of the experts differ at most, and a replay leaves none out", 4),
-    Plan("sync", "two steps over NCCL; the first sync changes nothing, probe below 0.05 nats", 5),
+    Plan("sync", "two steps over NCCL; the first sync changes nothing, probe below 0.1 nats", 5),
     Plan("colocation", "the same on one GPU, with the engine asleep while the learner works", 5),
 )
 """In the order of what most likely breaks, and of what the later steps stand on."""

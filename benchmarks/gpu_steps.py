@@ -10,6 +10,7 @@ installation, and import it when they run.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import socket
 import sys
@@ -59,7 +60,8 @@ class Size:
     tokens: int
     """Of one micro-batch, which is also the head's."""
     logprob_gap: float
-    """Largest mean |difference| of log-probs, in nats, between two ways to compute them."""
+    """Largest mean |difference| of log-probs, in nats, between two ways to compute them. Random weights differ by
+    more than trained ones, and a wrong computation by about 1."""
     flips: float
     """Largest share of routers that may choose other experts on the two sides."""
     changes: Mapping[str, int] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Size:
 
 
 SIZES = {
-    "cuda": Size("bf16", 2, 2048, 151_936, 8192, logprob_gap=0.05, flips=0.05),
+    "cuda": Size("bf16", 2, 2048, 151_936, 8192, logprob_gap=0.1, flips=0.05),
     "cpu": Size(
         "fp32",
         2,
@@ -140,7 +142,7 @@ class Step:
 
 
 def make_model(folder: Path, size: Size) -> None:
-    """Layers of Qwen3-30B-A3B with random weights, wide enough that routers and logits are not flat."""
+    """Layers of Qwen3-30B-A3B with random weights."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from gspo_dist.coldstart.tokenizer import build_tokenizer
@@ -148,7 +150,6 @@ def make_model(folder: Path, size: Size) -> None:
     known, _ = find_config("Qwen3-30B-A3B")
     shape = {k: v for k, v in known.items() if k not in ("architectures", "model_type")}
     config = Qwen3MoeConfig(**{**shape, **size.changes, "num_hidden_layers": size.layers})
-    config.initializer_range = 0.05
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if size.precision == "bf16" else torch.float32)
@@ -285,7 +286,8 @@ def head(step: Step) -> None:
                 torch.mm(gradient[:, : len(block)].t(), h)
 
     rows = slice(0, 64)
-    exact = (h[rows].double() @ w.double().t()).log_softmax(-1).gather(1, ids[rows, None])[:, 0]
+    with torch.no_grad():
+        exact = (h[rows].double() @ w.double().t()).log_softmax(-1).gather(1, ids[rows, None])[:, 0]
     error = float((ours().detach()[rows].double() - exact).abs().max())
     step.expect("largest error of a log-prob, nats", error, most=1e-3 if step.device == "cuda" else 1e-4)
     both = {
@@ -345,6 +347,7 @@ def against_eager(step: Step, backend: str) -> None:
     wanted = [completed(b, o) for b, o in zip(batches, reference.logprobs(batches), strict=True)]
     reference.close()
     del reference
+    gc.collect()  # its hooks refer to it in a circle
     if step.device == "cuda":
         torch.cuda.empty_cache()
     with step.timed("start s"):

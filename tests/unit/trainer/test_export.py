@@ -12,6 +12,7 @@ from gspo_dist.config import LearnerConfig, RunConfig
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.group import LocalLearnerGroup
 from gspo_dist.trainer.export import check_export
+from gspo_dist.weights.tolerance import LEVELS
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.weights.tiny_models import make
 
@@ -47,3 +48,13 @@ def test_an_export_with_other_weights_is_refused_and_moved_aside(tmp_path) -> No
         check_export(group, config, folder)
     assert not folder.exists()
     assert (tmp_path / "out.refused/config.json").is_file()
+
+
+def test_an_exports_tolerance_is_the_users_number_or_follows_the_precision(tmp_path, monkeypatch) -> None:
+    group, config, folder = exported(tmp_path, "qwen3_moe")
+    sync = replace(config.rollout.weight_sync, probe_tolerance=1e-15)
+    strict = replace(config, rollout=replace(config.rollout, weight_sync=sync))
+    monkeypatch.setitem(LEVELS, "bf16", replace(LEVELS["bf16"], unknown_stop=1e-15))
+    assert check_export(group, config, folder) > 1e-15  # fp32's limit, which is as it was
+    with pytest.raises(WeightSyncError, match="probe_tolerance is 1e-15"):
+        check_export(group, strict, folder)
