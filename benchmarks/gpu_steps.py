@@ -60,8 +60,8 @@ class Size:
     tokens: int
     """Of one micro-batch, which is also the head's."""
     logprob_gap: float
-    """Largest mean |difference| of log-probs, in nats, between two ways to compute them. Random weights differ
-    by more than trained ones, and a wrong computation by about 1."""
+    """Largest mean |difference| of log-probs, in nats, between two ways to compute them. Random weights give
+    more than trained ones, and a wrong computation about 1."""
     flips: float
     """Largest share of routers that may choose other experts on the two sides."""
     changes: Mapping[str, int] = field(default_factory=dict)
