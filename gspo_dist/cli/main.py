@@ -22,6 +22,8 @@ usage: gspo COMMAND [arguments]
                 gspo plan ... --kuberay > job.yaml      the same run for Kubernetes
   export      a run's weights as an HF folder
                 gspo export --run RUN_DIR --to FOLDER
+  audit       whether engine and learner give one log-prob to every token, and which operator parts them
+                gspo audit RUN_DIR
   make-model  the quickstart's cold-start model
                 gspo make-model [--to FOLDER]
   workspace   one W&B page for the arms of a study
@@ -44,6 +46,7 @@ COMMANDS = {
     "evaluate": "evaluate",
     "plan": "plan",
     "export": "export",
+    "audit": "audit",
     "make-model": "make_model",
     "workspace": "workspace",
     "legality": "legality",

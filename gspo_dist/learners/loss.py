@@ -231,7 +231,7 @@ def _refuse_inexact(
             f"learner.consistency=exact: engine and learner differ on {int(differs.sum())} of {len(differs)} "
             f"tokens, first on token {place} of rollout {int(batch.rollout_index[sequence])}: "
             f"{engine[at].item()!r} and {learner[at].item()!r} nats; a weight sync, a template, a route or a "
-            "kernel is not what it should be"
+            "kernel is not what it should be: `gspo audit RUN_DIR` names the operator if it is one"
         )
 
 

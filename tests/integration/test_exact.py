@@ -5,9 +5,11 @@ A run stops by itself at the first token that differs; the tests also read the l
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +93,24 @@ def test_engine_and_learner_give_every_token_the_same_log_prob(train, overrides)
         assert row["guard/offset"] == 0.0
         assert row["sync/probe_max_abs"] == 0.0 if "sync/probe_max_abs" in row else True
     assert rows[1]["update/grad_norm"] > 0
+
+
+def test_an_audit_names_the_first_operator_that_parts_engine_and_learner(tmp_path):
+    case = Path(__file__).with_name("exact_case.py")
+    done = subprocess.run(
+        [sys.executable, str(case), str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    tokens = told["exact"]["tokens"]
+    assert tokens > 64
+    assert told["exact"] == {"tokens": tokens, "equal": tokens, "where": None, "prefilled": True}
+    assert told["plain"]["equal"] < tokens
+    assert told["plain"]["where"] == "layer 0 attention"  # after its rotary
+    assert told["experts"]["where"] == "layer 0 experts"
+    assert told["norm"]["where"] == "layer 1 post-attention norm"

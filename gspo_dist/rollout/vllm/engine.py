@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -231,6 +231,11 @@ class VllmEngine:
 
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """vLLM's own modules, of the first worker: for an audit."""
+        return cast(torch.nn.Module, self.llm.apply_model(lambda model: model)[0])
 
     def _require_usable(self) -> None:
         """WeightSyncError: the weights are not those of one version."""

@@ -196,3 +196,26 @@ def test_a_report_that_cannot_be_written_says_that_the_runs_are_safe(study, monk
         "OSError: no space left\nthe runs are in /r; `gspo compare study=learners study.dir=/r --report-only`"
         in said
     )
+
+
+def test_audit_takes_the_run_and_how_many_sequences(monkeypatch, capsys, tmp_path: Path):
+    from gspo_dist.trainer import audit
+
+    seen = []
+
+    def audited(run: Path, sequences: int):
+        seen.append((run, sequences))
+        return audit.Audit(tokens=10, equal=9, largest=0.25, prefilled=False, difference=None)
+
+    monkeypatch.setattr(audit, "audit_run", audited)
+    monkeypatch.chdir(tmp_path)
+    main(["audit", "run", "--sequences", "3"])
+    assert seen == [(tmp_path / "run", 3)]
+    said = capsys.readouterr().out
+    assert "9 of 10 tokens have the same log-prob on both sides, the others differ by up to 0.25 nats" in said
+    assert "its kernels depend on how many tokens run" in said
+    assert "it is the head or the sampler" in said
+    with pytest.raises(SystemExit) as refused:
+        main(["audit", "run", "--sequences", "0"])
+    assert refused.value.code == 2
+    assert "--sequences must be at least 1: got 0" in capsys.readouterr().err
