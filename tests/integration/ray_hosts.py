@@ -6,6 +6,7 @@ python -m tests.integration.ray_hosts 3 gspo train experiment=quickstart cluster
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,14 +34,19 @@ def launch(host: Host, script: str, *args: str) -> subprocess.Popen[str]:
 def start_ray_cluster(hosts: Hosts, count: int) -> None:
     """A head on the first host and workers on the next ones, `count` in all. Workers may still be joining."""
     head = launch(hosts[0], "ray_head.sh")
-    status = ("ray", "status", "--address", "host1:6379")
-    token = {"RAY_AUTH_MODE": "token"}
-    wait_until(lambda: hosts[0].run(*status, env=token).returncode == 0, 60, "the head", [head])
+    wait_until(lambda: joined(hosts) > 0, 60, "the head", [head])
     # the head answers before it has written down what "auto" means on its host
     named = ("cat", "/tmp/ray/ray_current_cluster")
     wait_until(lambda: hosts[0].address in hosts[0].run(*named).stdout, 60, "the head's address", [head])
     for index in range(1, count):
         launch(hosts[index], "ray_worker.sh", "host1:6379")
+
+
+def joined(hosts: Hosts) -> int:
+    """Hosts that are in the cluster."""
+    status = ("ray", "status", "--address", "host1:6379")
+    done = hosts[0].run(*status, env={"RAY_AUTH_MODE": "token"})
+    return len(re.findall(r"^ 1 node_", done.stdout, re.M)) if done.returncode == 0 else 0
 
 
 def main(count: int, command: list[str]) -> int:
@@ -51,6 +57,7 @@ def main(count: int, command: list[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder, Hosts(count, Path(folder), ENV) as hosts:
         start_ray_cluster(hosts, count)
+        wait_until(lambda: joined(hosts) == count, 120, "the workers")
         return hosts[0].start(*command).wait()
 
 

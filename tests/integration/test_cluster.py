@@ -6,6 +6,7 @@ engine share two hosts (the ranks on the first), then three (one process on each
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from gspo_dist.metrics.jsonl import read_jsonl
 from tests.integration.hosts import Hosts, end, inherited, need_hosts, wait_until
-from tests.integration.ray_hosts import ENV, ROOT, launch, start_ray_cluster
+from tests.integration.ray_hosts import ENV, ROOT, joined, launch, start_ray_cluster
 from tests.integration.slurm import TOOLS, Slurm
 from tests.integration.test_quickstart import TINY, values
 
@@ -141,6 +142,21 @@ def test_two_and_three_hosts_train_as_one_does_and_nobody_without_the_token_gets
 
 
 @pytest.mark.slow
+def test_the_doctor_asks_every_host(hosts, tmp_path) -> None:
+    """/dev/shm is a folder that hosts do not share."""
+    wait_until(lambda: joined(hosts) >= 2, 120, "the worker")
+    found = hosts[0].run(*GSPO, "doctor", "--cluster", cwd=tmp_path, timeout=400)
+    assert found.returncode == 0, found.stdout
+    lines = found.stdout.splitlines()
+    count = len([line for line in lines if re.match(r"(ok|warn) +host\d +10\.77\.0\.\d ", line)])
+    assert lines[-1] == f"{count} hosts: fit for one run"
+    apart = hosts[0].run(*GSPO, "doctor", "--cluster=host1:6379", "/dev/shm", cwd=tmp_path, timeout=400)
+    assert apart.returncode == 1
+    assert "does not see /dev/shm: runs write there from every host" in apart.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_a_slurm_job_trains_on_its_nodes_and_ends_with_everything(work, tmp_path) -> None:
     """By sbatch, with what an earlier run has left in the home folder; its own token is in no log."""
     need_hosts(*TOOLS)
@@ -155,16 +171,17 @@ def test_a_slurm_job_trains_on_its_nodes_and_ends_with_everything(work, tmp_path
             f"{key}={work / value}" if key in ("model.path", "run_dir") else f"{key}={value}"
             for key, _, value in (word.partition("=") for word in overrides)
         ]
-        done = hosts[0].run(
+        job = hosts[0].start(
             *("sbatch", "--wait", "--nodes=2", "--gpus-per-node=0", f"--output={tmp_path}/job.log"),
             ROOT / "launch/slurm.sbatch",
             *overrides,
             reward,
             env={**env, **slurm.env},
-            timeout=200,
         )
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the job's log says more
+            job.wait(400)
         log = (tmp_path / "job.log").read_text()
-        assert done.returncode == 0, log
+        assert job.poll() == 0, log
         assert places(work / "by-slurm") == ["learner-0", "host1", "learner-1", "host1", "engine-0", "host2"]
         assert [row["step"] for row in read_jsonl(work / "by-slurm/metrics.jsonl")] == [0, 1]
         assert not re.search(r"\b[0-9a-f]{64}\b", log)
