@@ -209,9 +209,12 @@ def engine_precision(config: RunConfig) -> str:
 
 
 def probe_tolerance(config: RunConfig) -> ProbeTolerance:
-    """What the log-prob probe of a publication accepts: by the coarser precision of the two sides."""
+    """What the log-prob probe of a publication accepts: by the coarser precision of the two sides, and
+    nothing where both compute the same number.
+    """
     sides = (config.learner.precision, engine_precision(config))
-    return ProbeTolerance("bf16" if "bf16" in sides else "fp32", config.rollout.weight_sync.probe_tolerance)
+    fixed = 0.0 if config.learner.consistency == "exact" else config.rollout.weight_sync.probe_tolerance
+    return ProbeTolerance("bf16" if "bf16" in sides else "fp32", fixed)
 
 
 def begins_equal(config: RunConfig) -> bool:

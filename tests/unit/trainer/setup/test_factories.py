@@ -130,7 +130,10 @@ def test_the_probe_follows_the_coarser_precision(
     assert probe_tolerance(c).levels == LEVELS[levels]
     assert probe_tolerance(c).fixed is None
     assert begins_equal(c) is equal
-    assert probe_tolerance(config(model, reward_file, tmp_path)).fixed == 1e-4
+    plain = config(model, reward_file, tmp_path)
+    assert probe_tolerance(plain).fixed == 1e-4
+    object.__setattr__(plain, "learner", replace(plain.learner, consistency="exact"))
+    assert probe_tolerance(plain).fixed == 0.0
 
 
 def test_how_a_run_samples(model, reward_file, tmp_path):
