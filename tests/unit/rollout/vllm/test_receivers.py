@@ -202,3 +202,47 @@ def test_every_worker_of_an_engine_meets_under_its_own_number_and_leaves_the_las
     assert closed == [1]
     made.shutdown()
     assert closed == [1, 2]
+
+
+class Broadcasts:
+    """A source whose buckets take their time; notes when each is entered and when it is there."""
+
+    checksum = staticmethod(host_checksum)
+    arrives_later = True
+
+    def __init__(self, seen: list) -> None:
+        self.seen = seen
+
+    def begin(self, info):
+        name = info["path"]
+        self.seen.append(f"enter {name}")
+
+        def arrived():
+            self.seen.append(f"arrived {name}")
+            return [(name, torch.zeros(1))]
+
+        return arrived
+
+
+def test_a_bucket_is_loaded_while_the_next_one_arrives_and_the_last_at_the_end(monkeypatch) -> None:
+    made, seen = receiver(), []
+    made.source = Broadcasts(seen)
+    monkeypatch.setattr(
+        made.model, "load_weights", lambda weights: seen.extend(f"load {n}" for n, _ in weights)
+    )
+    monkeypatch.setattr(receivers, "initialize_layerwise_reload", lambda model: None)
+    monkeypatch.setattr(receivers, "finalize_layerwise_reload", lambda *args: seen.append("finalize"))
+    monkeypatch.setattr(made, "prove_loaded", lambda: None)
+    made.waiting = [("left by an update that broke off", torch.zeros(1))]
+    made.start_weight_update()
+    for name in ("a", "b"):
+        made.receive_weights(BucketInfo({}, path=name))
+    made.finish_weight_update()
+    assert seen == ["enter a", "arrived a", "enter b", "load a", "arrived b", "load b", "finalize"]
+    assert made.report()["tensors"] == 2
+
+
+def test_a_file_is_loaded_before_its_sender_may_remove_it(tmp_path) -> None:
+    made = receiver()
+    deliver(made, tmp_path)
+    assert (made.model.got, made.waiting) == (list(WEIGHTS), [])
