@@ -123,6 +123,17 @@ def test_auto_is_shared_memory_where_every_engine_sees_it(monkeypatch, sees, nam
             WeightLink(WeightSyncConfig(transport="shm"), engines, "127.0.0.1", soon())
 
 
+def test_a_link_reaches_the_very_processes_it_was_made_for(monkeypatch) -> None:
+    """An engine that was started anew bears the old one's name."""
+    first, second = handle(), handle()
+    monkeypatch.setattr(CollectiveTransport, "connect", lambda self: None)
+    link = WeightLink(SYNC, Engines({"engine-0": first, "engine-1": second}), "127.0.0.1", soon())
+    assert link.reaches({"engine-0": first, "engine-1": second})
+    assert not link.reaches({"engine-0": first, "engine-1": handle()})
+    assert not link.reaches({"engine-0": first})
+    link.close()
+
+
 def test_nccl_is_not_asked_about_memory(monkeypatch) -> None:
     made: list = []
     nccl = SimpleNamespace(name="nccl", init_info=lambda i: None, connect=lambda: None)
