@@ -6,15 +6,15 @@ import contextlib
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from gspo_dist.rewards import answers
 from gspo_dist.rewards.answers import alternatives, is_number, number_in
-from gspo_dist.rewards.equal import equal, math_verify, readable
+from gspo_dist.rewards.equal import equal, readable
 from gspo_dist.rewards.final_answer import final_answer
+from gspo_dist.rewards.symbolic import math_verify
 from gspo_dist.types import Completion, Prompt
 
 _GSM8K = re.compile(r"(?m)^####[ \t]*(\S.*)$")
@@ -28,9 +28,9 @@ def math(
     `boxed_only` takes it from \boxed{...} alone. Equal means equal as mathematics: 033 and 33, 1/2 and 0.5,
     x+1 and 1+x, \{1,2\} and \{2,1\}. Of a list, any answer is right.
 
-    Parts: `answered`, whether there was an answer to read. `undecided`, 1 where `deadline_s` passed before
-    it was compared; that scores 0. An alarm keeps this deadline, and cannot interrupt C code; the one that
-    holds whatever happens is reward.timeout_s.
+    Parts: `answered`, whether there was an answer to read. `undecided`, 1 where `deadline_s` of computing
+    passed before it was compared; that scores 0. An alarm keeps this deadline, and cannot interrupt C code.
+    The one that holds whatever happens is reward.timeout_s.
 
     Raises ValueError when the prompt's own answer cannot be read: the data is wrong, not the model.
     """
@@ -51,28 +51,26 @@ class _Late(BaseException):
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raises _Late inside the block after `seconds`.
+    """Raises _Late inside the block after `seconds` of computing. Does nothing outside the main thread, where
+    no alarm can be set.
 
-    Does nothing outside the main thread, where no alarm can be set. Somebody else's alarm is put back with
-    the time that it has left, and stays alone where it is due earlier.
+    The clock of SIGVTALRM runs while this process computes: a busy host costs no answer, and alarms of others
+    (SIGALRM) are left alone.
     """
-    theirs = signal.getitimer(signal.ITIMER_REAL)[0]
-    if threading.current_thread() is not threading.main_thread() or 0 < theirs <= seconds:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def late(signum: int, frame: FrameType | None) -> None:
         raise _Late
 
-    before, begun = signal.signal(signal.SIGALRM, late), time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if theirs:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, theirs - (time.monotonic() - begun)))
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def check_answer(answer: Any) -> None:

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from gspo_dist.rewards.equal import math_verify
 from gspo_dist.rewards.final_answer import final_answer
 from gspo_dist.rewards.math import check_answer, check_options, math
+from gspo_dist.rewards.symbolic import math_verify
 from gspo_dist.types import Completion, Prompt
 
 

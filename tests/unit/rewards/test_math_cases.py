@@ -76,12 +76,12 @@ def test_what_sympy_does_not_finish_is_undecided(monkeypatch):
     def slow(gold, found):
         while True:
             with contextlib.suppress(Exception):
-                time.sleep(1)
+                sum(range(10_000))
 
     monkeypatch.setattr("gspo_dist.rewards.math.equal", slow)
-    begun = time.monotonic()
+    begun = time.process_time()
     assert judge("42", "42", deadline_s=0.2) == (0.0, {"answered": 1.0, "undecided": 1.0})
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize(
