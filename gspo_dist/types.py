@@ -61,6 +61,22 @@ class Completion:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def extend(self, more: Completion) -> Completion:
+        """This completion with the tokens of `more` after its own, and the ending and text of `more`.
+
+        What was recorded of the first tokens stays as it is. The routes are those of `more` where it has any
+        (they are of the whole sequence), else those known so far. Example: tokens [5, 6] of version 3 and
+        tokens [7] of version 4 that ended with "stop" give [5, 6, 7], versions [3, 3, 4], "stop".
+        """
+        joined = {
+            name: np.concatenate([getattr(self, name), getattr(more, name)]).astype(dtype, copy=False)
+            for name, dtype in _COLUMNS.items()
+        }
+        routing = more.routing
+        if routing is None and self.routing is not None:
+            routing = self.routing.continued(self.routing.expert_ids[:0], len(self.routing) + len(more))
+        return Completion(**joined, finish_reason=more.finish_reason, text=more.text, routing=routing)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as bytes: Ray (2.60) ships every small array as a buffer of its own, ten times slower."""
         arrays = tuple(np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in _COLUMNS.items())
@@ -184,3 +200,49 @@ class SamplingSpec:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     record_routing: bool = False
+
+
+UNBEGUN = Completion(
+    np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(0, np.float32), np.zeros(0, np.int32), "", ""
+)
+"""A completion of which no token is sampled yet."""
+
+WorkKey = tuple[int, int]
+"""(group id, sample): names a completion in the making; siblings count from 0."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One completion in the making, as plain data: all that an engine needs to begin it, or to go on with it.
+
+    The random number of a token depends on the seed, the group, the sample and the token's place alone. So
+    any engine goes on with the very tokens that the one before would have sampled.
+    """
+
+    group_id: int
+    sample: int
+    prompt: Prompt
+    spec: SamplingSpec
+    so_far: Completion = UNBEGUN
+    """What is sampled already. Its finish_reason is "" and its text empty until it is whole."""
+
+    @property
+    def key(self) -> WorkKey:
+        return self.group_id, self.sample
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return self.spec.max_tokens - len(self.so_far)
+
+    def tokens(self) -> list[int]:
+        """Prompt and completion so far: what an engine has to read before it samples on."""
+        return [*self.prompt.token_ids, *self.so_far.token_ids.tolist()]
+
+    def known_routes(self) -> int:
+        """Rows of `tokens` whose routes are recorded already."""
+        return self.so_far.routing.known_prefix if self.so_far.routing is not None else 0
+
+    def extended(self, more: Completion) -> Work:
+        """The work with more of its completion done."""
+        return replace(self, so_far=self.so_far.extend(more))

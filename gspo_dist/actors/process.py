@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from gspo_dist.weights.verify import WeightSyncError
+
 TAIL_LINES = 15
 
 
@@ -21,6 +23,10 @@ class ProcessDied(RuntimeError):
 
 class ProcessTimeout(TimeoutError):
     """An actor did not answer in time; the message names it and shows its last lines."""
+
+
+REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, WeightSyncError)
+"""What an actor raises because of what it was asked. Any other error means that it is broken."""
 
 
 class ActorProcess:
@@ -98,6 +104,31 @@ class Actors:
             for ref in done:
                 answers[names[ref]] = self._result(names[ref], ref)
         return {name: answers[name] for name in refs}
+
+    def each(self, refs: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any], dict[str, Exception]]:
+        """Waits at most `timeout` seconds for every object; (answers, failures), both by name.
+
+        For actors that do not need each other: a failure holds nobody off. It is ProcessDied, ProcessTimeout,
+        or what broke in the actor. An actor's refusal (ValueError, WeightSyncError and other errors that are
+        the caller's fault) is raised, once all have answered.
+        """
+        _, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout) if refs else ([], [])
+        answers, failures, refusals = dict[str, Any](), dict[str, Exception](), list[Exception]()
+        for name, ref in refs.items():
+            if ref in late:
+                failures[name] = ProcessTimeout(
+                    f"{name} gave no answer within {timeout:.0f} s\n{self.tail(name)}"
+                )
+                continue
+            try:
+                answers[name] = self._result(name, ref)
+            except REFUSALS as error:
+                refusals.append(error)
+            except Exception as error:
+                failures[name] = error
+        if refusals:
+            raise refusals[0]
+        return answers, failures
 
     def _result(self, name: str, ref: Any) -> Any:
         try:

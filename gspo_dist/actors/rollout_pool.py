@@ -1,7 +1,8 @@
-"""The rollout pool: one actor per engine, with prompts spread evenly by the work that they may become."""
+"""The rollout pool: one actor per engine. The books of who samples what are rollout/fleet.py's."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.engine import EngineInfo, RolloutEngine, SyncReceipt
-from gspo_dist.rollout.pool import balance
-from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.rollout.engine import EngineInfo, Progress, RolloutEngine, SyncReceipt
+from gspo_dist.rollout.fleet import Answers, Fleet
+from gspo_dist.types import Work
+
+log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 900.0
 """vLLM reads the weights, measures memory and may compile before an engine answers for the first time."""
@@ -46,10 +49,14 @@ class EngineProcess(ActorProcess):
     def info(self) -> EngineInfo:
         return self.engine.info()
 
-    def generate(
-        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
-    ) -> list[list[Completion]]:
-        return self.engine.generate(prompts, spec, request_ids)
+    def submit(self, work: Sequence[Work]) -> None:
+        self.engine.submit(work)
+
+    def advance(self, ticks: int | None, seconds: float | None) -> Progress:
+        return self.engine.advance(ticks, seconds)
+
+    def withdraw(self) -> list[Work]:
+        return self.engine.withdraw()
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         return self.engine.logprobs_of(sequences)
@@ -86,23 +93,25 @@ class EngineProcess(ActorProcess):
             engine.close()
 
 
-class RayRolloutPool:
+class RayRolloutPool(Fleet):
     """All engines as one: `gspo_dist.rollout.pool.RolloutPool` over actors.
 
-    Every verb waits for all engines that it asks. It raises ProcessDied or ProcessTimeout, naming the engine,
-    or what an engine raised.
+    An engine that dies, breaks or misses its deadline is ended, and its work goes to the others. Every verb
+    raises what an engine refuses, with the engine's name.
     """
 
     def __init__(
         self, config: RolloutConfig, make: EngineFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
     ) -> None:
         """Creates the actors, which begin to build their engines. options: Ray's, one mapping per engine."""
+        names = [f"engine-{i}" for i in range(config.engines)]
+        super().__init__(names, config.timeout_s)
         self.config = config
         remote = ray.remote(EngineProcess)
         self.actors = Actors(
             {
-                f"engine-{i}": remote.options(**options[i]).remote(f"engine-{i}", str(log_dir))
-                for i in range(config.engines)
+                name: remote.options(**own).remote(name, str(log_dir))
+                for name, own in zip(names, options, strict=False)
             },
             log_dir,
         )
@@ -118,51 +127,37 @@ class RayRolloutPool:
 
     @property
     def engines(self) -> dict[str, Any]:
-        """Name -> actor handle; the learner's exporter delivers weights to them itself."""
-        return self.actors.handles
+        """Name -> actor handle of those alive; the learner's exporter delivers weights to them itself."""
+        return {name: self.actors.handles[name] for name in self.alive}
 
-    def generate(
-        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
-    ) -> list[list[Completion]]:
-        """`spec.n` completions per prompt, in the order of the prompts.
+    def each(self, method: str, arguments: Mapping[str, tuple[Any, ...]], timeout: float) -> Answers:
+        refs = {
+            name: getattr(self.actors.handles[name], method).remote(*own) for name, own in arguments.items()
+        }
+        return self.actors.each(refs, timeout)
 
-        The assignment depends on the prompts alone, so a run can be repeated exactly. Example: two engines
-        and prompts of 9, 3 and 3 tokens (n = 1, 4 tokens each): engine-0 samples prompt 0, engine-1 prompts 1
-        and 2, and the three groups come back in the order 0, 1, 2.
-        """
-        names = list(self.actors.handles)
-        refs, places = {}, {}
-        rows_of = balance([len(prompt.token_ids) for prompt in prompts], len(names), spec)
-        for name, rows in zip(names, rows_of, strict=True):
-            if rows:  # fewer prompts than engines leave some without work
-                places[name] = rows
-                refs[name] = self.actors.handles[name].generate.remote(
-                    [prompts[i] for i in rows], spec, [request_ids[i] for i in rows]
-                )
-        completions: list[list[Completion]] = [[] for _ in prompts]
-        for name, groups in self.actors.gather(refs, self.config.timeout_s).items():
-            for i, group in zip(places[name], groups, strict=True):
-                completions[i] = group
-        return completions
+    def bury(self, name: str, error: Exception) -> None:
+        log.warning("%s is dead, the others go on with its work: %s", name, error)
+        ray.kill(self.actors.handles[name])  # what hangs, or broke without ending, must not come back
 
     def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
         """Log-probs of the same sequences from every engine: each holds weights of its own to be probed."""
-        return self.actors.call_all("logprobs_of", list(sequences), timeout=timeout)
+        return self.ask("logprobs_of", list(sequences), timeout=timeout)
 
     def start_weight_update(self, timeout: float) -> None:
-        self.actors.call_all("start_weight_update", timeout=timeout)
+        self.ask("start_weight_update", timeout=timeout)
 
     def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
-        return self.actors.call_all("finish_weight_update", policy_version, timeout=timeout)
+        return self.ask("finish_weight_update", policy_version, timeout=timeout)
 
     def sleep(self) -> None:
-        self.actors.call_all("sleep", timeout=self.config.timeout_s)
+        self.ask("sleep", timeout=self.config.timeout_s)
 
     def wake_up(self, weights_only: bool = False) -> None:
-        self.actors.call_all("wake_up", weights_only, timeout=self.config.timeout_s)
+        self.ask("wake_up", weights_only, timeout=self.config.timeout_s)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
-        return self.actors.peak_memory()
+        return self.ask("peak_memory", timeout=60.0)
 
     def close(self) -> None:
         """Asks every engine to close, then kills it. One that is busy or dead is waited for no longer."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def to_mapping(config: Any) -> dict[str, Any]:
     """The plain mapping that `from_mapping` reads back: what resolved configs and checkpoints store."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a plain mapping; a list is a leaf."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def knobs(cls: type, prefix: str = "") -> dict[str, Any]:

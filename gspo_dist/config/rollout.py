@@ -90,8 +90,18 @@ class RolloutConfig:
     """Kernels of vLLM whose result for a sequence does not depend on its neighbours in the batch, so that
     samples repeat whatever the batch. On GPUs (compute capability 8.0 and later) decoding is then slower; on
     a CPU one kernel for small bf16 weights is left out (learner.consistency=exact does so by itself)."""
-    timeout_s: float = 3600.0
-    """Longest that one collect may take."""
+    steps_ahead: int = 0
+    """Steps before its turn that a step may be begun: engines sample on while the learner works, and what a
+    publication finds unfinished goes on under the new weights. No token is older than so many publications.
+    0: a step is sampled, then trained."""
+    ticks_per_step: int | None = None
+    """Decode steps that every engine does while the learner works, so that a run repeats itself. null: as
+    many as fit; ticks.jsonl keeps them."""
+    replay_ticks: str | None = None
+    """The ticks.jsonl of an earlier run, whose decode steps are done again one by one."""
+    timeout_s: float = 600.0
+    """Longest wait for an engine's answer, and for a new token. An engine that is silent for so long
+    counts as dead."""
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     """How new weights reach the engines."""
 
@@ -121,9 +131,28 @@ class RolloutConfig:
         above("rollout.kv_cache_gib", self.kv_cache_gib, 0.0)
         above("rollout.timeout_s", self.timeout_s, 0)
         at_least("rollout.threads", self.threads, 0)
+        self._check_ahead()
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"rollout.gpu_memory_utilization must be in (0, 1]: got {self.gpu_memory_utilization}"
+            )
+
+    def _check_ahead(self) -> None:
+        at_least("rollout.steps_ahead", self.steps_ahead, 0)
+        if self.ticks_per_step is not None:
+            at_least("rollout.ticks_per_step", self.ticks_per_step, 0)
+        for name in ("ticks_per_step", "replay_ticks"):
+            got = getattr(self, name)
+            if got is not None and not self.steps_ahead:
+                raise ValueError(
+                    f"rollout.{name} needs rollout.steps_ahead of at least 1: got {got!r} and 0, where "
+                    "nothing is sampled while the learner works and a run repeats itself anyway; unset it, "
+                    "or raise steps_ahead"
+                )
+        if self.ticks_per_step is not None and self.replay_ticks is not None:
+            raise ValueError(
+                "rollout.ticks_per_step and rollout.replay_ticks are two ways to fix the decode steps: got "
+                f"{self.ticks_per_step} and {self.replay_ticks!r}; unset one of them"
             )
 
     @property

@@ -63,6 +63,7 @@ class RunConfig:
         at_least("mini_batches", self.mini_batches, 1)
         self._check_batches()
         self._check_in_process()
+        self._check_ahead()
         self._check_accepted()
         check_consistency(self.learner, self.rollout)
 
@@ -104,6 +105,14 @@ class RunConfig:
             raise ValueError(
                 f"cluster.in_process needs learner.backend eager: got {self.learner.backend}; "
                 "unset one of them"
+            )
+
+    def _check_ahead(self) -> None:
+        if self.cluster.colocated and self.rollout.ticks_per_step:
+            raise ValueError(
+                "rollout.ticks_per_step must be 0 or null with cluster.colocated: got "
+                f"{self.rollout.ticks_per_step}, and colocated engines sleep while the learner works; set it "
+                "to 0 for a run that repeats itself"
             )
 
     def _check_accepted(self) -> None:

@@ -5,19 +5,84 @@ The life of an engine:
 
     init_weight_sync                                       once
     start_weight_update, update_weights ..., finish_weight_update   for every publication
-    generate, logprobs_of                                  between publications, never during one
+    submit, advance ..., withdraw                          between publications, never during one
+    logprobs_of                                            while nothing is in the making
     sleep, wake_up                                         where learner and engine share GPUs
+
+Completions are made in slices: `submit` gives an engine work, `advance` samples on for some decode steps or
+seconds, `withdraw` takes out what is unfinished. So a publication, an evaluation and an engine's death find
+all work as plain data, and any engine goes on with it. Nothing runs between two calls, hence weights cannot
+change under a decode step. `generate` is those verbs in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Tokens that unfinished completions got in a slice, end to end in flat arrays: light to send often."""
+
+    keys: tuple[WorkKey, ...]
+    """The completions that got any."""
+    counts: np.ndarray
+    """[keys] how many tokens each got."""
+    token_ids: np.ndarray
+    """[sum of counts] int64."""
+    logprobs: np.ndarray
+    """[sum of counts] float32."""
+    policy_versions: np.ndarray
+    """[sum of counts] int32."""
+
+    def parts(self) -> dict[WorkKey, Completion]:
+        """Completion in the making -> its new tokens, as what `Work.extended` takes."""
+        ends = np.cumsum(self.counts)
+        return {
+            key: Completion(
+                self.token_ids[end - n : end],
+                np.ones(n, np.bool_),
+                self.logprobs[end - n : end],
+                self.policy_versions[end - n : end],
+                "",
+                "",
+            )
+            for key, n, end in zip(self.keys, self.counts.tolist(), ends.tolist(), strict=True)
+        }
+
+    @staticmethod
+    def of(parts: Mapping[WorkKey, Completion]) -> Growth:
+        """The inverse of `parts`; completions without a token are left out."""
+        grown = {key: part for key, part in parts.items() if len(part)}
+        columns = {
+            name: np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in grown.values())])
+            for name, dtype in (
+                ("token_ids", np.int64),
+                ("logprobs", np.float32),
+                ("policy_versions", np.int32),
+            )
+        }
+        return Growth(tuple(grown), np.array([len(part) for part in grown.values()], np.int64), **columns)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an engine did in one slice."""
+
+    ticks: int
+    """Decode steps."""
+    tokens: int
+    """Tokens sampled."""
+    finished: Mapping[WorkKey, Completion]
+    """Completions that are whole now, with all their tokens, also those of earlier slices and engines."""
+    growth: Growth
+    """What the unfinished ones got. With it a driver can go on elsewhere if this engine dies."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +135,38 @@ class RolloutEngine(Protocol):
         """Facts about the engine. The same at every call."""
         ...
 
+    def submit(self, work: Sequence[Work]) -> None:
+        """Takes completions to begin or to go on with. They are sampled by `advance`.
+
+        Which engine, which company and how many slices change no token. ValueError: a prompt that is empty or
+        too long, a completion that has all its tokens or is here already, or routes from an engine that was
+        not started to record them. WeightSyncError: in the middle of a weight update.
+        """
+        ...
+
+    def advance(self, ticks: int | None = None, seconds: float | None = None) -> Progress:
+        """Samples on: at most `ticks` decode steps, none begun after `seconds`; without either, to the end.
+
+        It returns early when everything is finished. A fixed number of ticks makes a run repeatable bit for
+        bit, since it fixes the make-up of every batch. WeightSyncError: in the middle of a weight update.
+        """
+        ...
+
+    def withdraw(self) -> list[Work]:
+        """Takes out everything unfinished, with what it has, in the order of `submit`; nothing is left."""
+        ...
+
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
         """`spec.n` completions of each prompt, in order: answer[i][j] is completion j of prompt i.
 
-        `request_ids` (one per prompt) and `spec.seed` fix the random numbers of every completion, whichever
-        engine runs it and in whatever company. The same call twice gives the same completions, unless
-        `spec.seed` is None. Another company gives the same ones where log-probs do not depend on it
-        (rollout/seeds.py).
+        `request_ids` (one per prompt, the group ids of the work) and `spec.seed` fix the random numbers of
+        every completion, whichever engine runs it and in whatever company. The same call twice gives the same
+        completions, unless `spec.seed` is None. Another company gives the same ones where log-probs do not
+        depend on it (rollout/seeds.py).
 
-        ValueError: a prompt that is empty or too long, a number of request ids other than that of
-        prompts, or routes from an engine that was not started to record them. WeightSyncError: in the
-        middle of a weight update.
+        ValueError: a number of request ids other than that of prompts, or what `submit` raises.
         """
         ...
 
@@ -91,8 +175,8 @@ class RolloutEngine(Protocol):
         engine's sampling temperature.
 
         They are what the weights say now, computed afresh: the probe of a weight sync. It changes nothing and
-        may be called again. ValueError: a sequence of fewer than 2 or more than max_model_len - 1 tokens.
-        WeightSyncError: in the middle of a weight update.
+        may be called again. ValueError: a sequence of fewer than 2 or more than max_model_len - 1 tokens, or
+        completions are in the making. WeightSyncError: in the middle of a weight update.
         """
         ...
 
@@ -105,7 +189,9 @@ class RolloutEngine(Protocol):
         ...
 
     def start_weight_update(self) -> None:
-        """Opens a publication. WeightSyncError: one is open already, or an earlier one broke off."""
+        """Opens a publication. WeightSyncError: one is open already, or an earlier one broke off.
+        ValueError: completions are in the making.
+        """
         ...
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
@@ -147,26 +233,76 @@ class RolloutEngine(Protocol):
         ...
 
 
-def check_request(
-    info: EngineInfo, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
-) -> None:
-    """Raises ValueError for a request that the engine cannot serve (see `RolloutEngine.generate`)."""
+class Samples(Protocol):
+    """The two verbs that `generate` needs: an engine's, or a pool's."""
+
+    def submit(self, work: Sequence[Work]) -> None: ...
+
+    def finish_all(self) -> Mapping[WorkKey, Completion]:
+        """Samples until everything is finished."""
+        ...
+
+
+def generate(
+    samples: Samples, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
+) -> list[list[Completion]]:
+    """`RolloutEngine.generate` on top of its other verbs. Nothing else may be in the making."""
     if len(request_ids) != len(prompts):
         raise ValueError(
             f"generate needs one request id per prompt: got {len(request_ids)} for {len(prompts)}"
         )
-    if spec.record_routing and not info.can_record_routing:
-        raise ValueError(
-            f"{info.name} was not started to record routing, but the sampling spec asks for it: "
-            "set objective.routing_replay=r3 before the engines start"
-        )
-    for prompt in prompts:
+    samples.submit(group_work(prompts, spec, request_ids))
+    finished = samples.finish_all()
+    return [[finished[request_id, sample] for sample in range(spec.n)] for request_id in request_ids]
+
+
+def group_work(prompts: Sequence[Prompt], spec: SamplingSpec, group_ids: Sequence[int]) -> list[Work]:
+    """`spec.n` completions of each prompt, not begun yet."""
+    return [
+        Work(group_id, sample, prompt, spec)
+        for prompt, group_id in zip(prompts, group_ids, strict=True)
+        for sample in range(spec.n)
+    ]
+
+
+def check_work(info: EngineInfo, work: Sequence[Work], here: Container[WorkKey] = ()) -> None:
+    """Raises ValueError for work that the engine cannot take (see `RolloutEngine.submit`).
+
+    here: what it has in the making.
+    """
+    seen: set[WorkKey] = set()
+    for item in work:
+        prompt, spec = item.prompt, item.spec
+        if spec.record_routing and not info.can_record_routing:
+            raise ValueError(
+                f"{info.name} was not started to record routing, but the sampling spec asks for it: "
+                "set objective.routing_replay=r3 before the engines start"
+            )
         if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > info.max_model_len:
             raise ValueError(
                 f"prompt {prompt.prompt_id!r} must have at least one token and fit the context with its "
                 f"completion: got {len(prompt.token_ids)} + {spec.max_tokens} tokens for a context of "
                 f"{info.max_model_len}; raise rollout.max_prompt_tokens or leave the prompt out"
             )
+        if item.left < 1:
+            raise ValueError(
+                f"completion {item.sample} of group {item.group_id} must have tokens left to sample: it has "
+                f"{len(item.so_far)} of {spec.max_tokens}"
+            )
+        if item.key in here or item.key in seen:
+            raise ValueError(
+                f"completion {item.sample} of group {item.group_id} must be in the making once: {info.name} "
+                "got it twice"
+            )
+        seen.add(item.key)
+
+
+def check_withdrawn(name: str, count: int, verb: str) -> None:
+    """Raises ValueError where completions are in the making and `verb` needs an engine without any."""
+    if count:
+        raise ValueError(
+            f"{verb} needs an engine without work: {name} has {count} completions; withdraw them"
+        )
 
 
 def check_sequences(info: EngineInfo, sequences: Sequence[np.ndarray]) -> None:

@@ -1,6 +1,4 @@
-"""The rollout pool's protocol as the trainer sees it, the balancing of prompts, and the pool of
-one local engine.
-"""
+"""The rollout pool's protocol as the trainer sees it, the dealing of work, the pool of one local engine."""
 
 from __future__ import annotations
 
@@ -11,8 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from gspo_dist.partition import longest_first
-from gspo_dist.rollout.engine import EngineInfo, RolloutEngine, SyncReceipt
-from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.rollout.engine import EngineInfo, Progress, RolloutEngine, SyncReceipt
+from gspo_dist.types import Completion, Prompt, SamplingSpec, Work
+
+
+class NoEngineLeft(RuntimeError):
+    """Every engine is dead; the message says how each ended. What was in the making can be withdrawn."""
 
 
 class RolloutPool(Protocol):
@@ -21,6 +23,9 @@ class RolloutPool(Protocol):
     Every verb raises what an engine raises, with the engine's name. Where engines are processes, it also
     raises when one has died or does not answer in time.
     """
+
+    runs_beside: bool
+    """Whether the engines work while this process waits for a learner."""
 
     @property
     def engines(self) -> Mapping[str, Any]:
@@ -33,12 +38,31 @@ class RolloutPool(Protocol):
         """
         ...
 
+    def submit(self, work: Sequence[Work]) -> None:
+        """`RolloutEngine.submit`, with the work dealt over the engines by `deal`.
+
+        NoEngineLeft: none is alive; `withdraw` gives the work back.
+        """
+        ...
+
+    def advance(
+        self, ticks: int | Mapping[str, int] | None = None, seconds: float | None = None
+    ) -> dict[str, Progress]:
+        """`RolloutEngine.advance` of every engine side by side; ticks may be those of each.
+
+        The work of an engine that dies goes to the others, as it was last reported. NoEngineLeft: none is
+        alive; `withdraw` gives the work back.
+        """
+        ...
+
+    def withdraw(self) -> list[Work]:
+        """Everything unfinished, in the order of its keys; nothing is left in the engines."""
+        ...
+
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        """`RolloutEngine.generate` with the prompts spread over the engines by `balance`; answers
-        in their order.
-        """
+        """`RolloutEngine.generate` over all engines; answers in the order of the prompts."""
         ...
 
     def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
@@ -81,27 +105,32 @@ class RolloutPool(Protocol):
         ...
 
 
-def balance(prompt_lengths: Sequence[int], engines: int, spec: SamplingSpec) -> list[list[int]]:
-    """rows[engine] = the prompts that it samples, in their order: the heaviest first, each to
-    the least loaded.
+def deal(work: Sequence[Work], engines: int) -> list[list[Work]]:
+    """work of each engine, in its order: whole groups, the heaviest first, each to the least loaded.
 
-    The work of a prompt is its prefill, once, and `n` completions of unknown length, each taken at the
-    limit. So with equal prompts every engine gets as many groups. It depends on lengths alone, so a run can
-    be repeated exactly.
+    A group's siblings stay together because they share their prompt in the cache. The work of a group is its
+    prompt, once, and the tokens that its completions may still get. So with equal prompts every engine gets
+    as many groups. It depends on lengths alone, so a run can be repeated exactly.
 
-    Example: lengths [10, 40, 20] with n=1 and max_tokens=100 on two engines are works of 110, 140 and 120.
-    Engine 0 gets the prompt of 140, engine 1 those of 120 and 110: [[1], [0, 2]].
+    Example: prompts of 10, 40 and 20 tokens, one completion of at most 100 tokens each, on two engines are
+    works of 110, 140 and 120. Engine 0 gets the prompt of 40, engine 1 those of 10 and 20.
     """
-    work = [length + spec.n * spec.max_tokens for length in prompt_lengths]
-    rows = longest_first(work, engines)
+    groups: dict[int, list[int]] = {}
+    for i, item in enumerate(work):
+        groups.setdefault(item.group_id, []).append(i)
+    members = list(groups.values())
+    heavy = [len(work[own[0]].prompt.token_ids) + sum(work[i].left for i in own) for own in members]
+    rows = longest_first(heavy, engines)
     assert rows is not None  # only a capacity can make it None
-    return [sorted(row) for row in rows]
+    return [[work[i] for group in sorted(row) for i in members[group]] for row in rows]
 
 
 class LocalRolloutPool:
     """Implements `RolloutPool` with one engine in this process; a call cannot be ended, so
     timeouts do nothing.
     """
+
+    runs_beside = False
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
@@ -112,6 +141,18 @@ class LocalRolloutPool:
 
     def start(self) -> EngineInfo:
         return self.engine.info()
+
+    def submit(self, work: Sequence[Work]) -> None:
+        self.engine.submit(work)
+
+    def advance(
+        self, ticks: int | Mapping[str, int] | None = None, seconds: float | None = None
+    ) -> dict[str, Progress]:
+        own = ticks.get("engine-0", 0) if isinstance(ticks, Mapping) else ticks
+        return {"engine-0": self.engine.advance(own, seconds)}
+
+    def withdraw(self) -> list[Work]:
+        return sorted(self.engine.withdraw(), key=lambda item: item.key)
 
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]

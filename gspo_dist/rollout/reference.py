@@ -9,7 +9,10 @@ and records routes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +20,20 @@ import numpy as np
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
-from gspo_dist.rollout.seeds import request_key, sample_keys, uniforms
+from gspo_dist.rollout.engine import (
+    EngineInfo,
+    Growth,
+    Progress,
+    SyncReceipt,
+    check_sequences,
+    check_withdrawn,
+    check_work,
+    generate,
+)
+from gspo_dist.rollout.seeds import uniforms, work_keys
 from gspo_dist.routing.huggingface import KINDS, record
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
-from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.names import FileNames, stored_tensors
@@ -180,6 +192,58 @@ def truncate(logprobs: np.ndarray, top_p: float) -> np.ndarray:
     return out - np.log(np.exp(out).sum(axis=-1, keepdims=True))
 
 
+@dataclass
+class Rows:
+    """Unfinished completions of one group, side by side: all have T tokens with the prompt.
+
+    Finished ones are sampled on with the others and cut where they ended, so that all stay of one length.
+    """
+
+    work: list[Work]
+    """[n] as it was submitted."""
+    keys: np.ndarray
+    """[n] uint64, of their random numbers."""
+    tokens: np.ndarray
+    """[n, T] prompt and completion."""
+    logprobs: np.ndarray
+    """[n, tokens since the submit]."""
+    versions: np.ndarray
+    """[tokens since the submit] the policy version that sampled each column."""
+    finished: np.ndarray
+    """[n] which were reported as whole."""
+    reported: int = 0
+    """Columns that a slice has told of already."""
+
+    @staticmethod
+    def of(work: list[Work]) -> Rows:
+        n = len(work)
+        return Rows(
+            work,
+            work_keys(work),
+            np.array([item.tokens() for item in work], dtype=np.int64),
+            np.zeros((n, 0), np.float32),
+            np.zeros(0, np.int32),
+            np.zeros(n, np.bool_),
+        )
+
+    @property
+    def done(self) -> int:
+        """Tokens that each row got since the submit."""
+        return len(self.versions)
+
+    def part(self, row: int, start: int, reason: str = "", text: str = "") -> Completion:
+        """The tokens of one row from column `start` on."""
+        first = self.tokens.shape[1] - self.done
+        return Completion(
+            token_ids=self.tokens[row, first + start :],
+            loss_mask=np.ones(self.done - start, np.bool_),
+            logprobs=self.logprobs[row, start:],
+            policy_versions=self.versions[start:],
+            finish_reason=reason,
+            text=text,
+        )
+
+
 class ReferenceEngine:
     """Implements `RolloutEngine` in plain Python over a `Policy`, in a run an `HFPolicy`."""
 
@@ -208,6 +272,8 @@ class ReferenceEngine:
         self.members: set[str] = set()
         """The folder's tensors that arrived with it."""
         self.bytes = 0
+        self.rows: list[Rows] = []
+        """What is in the making, a group after the other."""
 
     def info(self) -> EngineInfo:
         return EngineInfo(
@@ -222,73 +288,100 @@ class ReferenceEngine:
             workers=1,
         )
 
+    def submit(self, work: Sequence[Work]) -> None:
+        self._require_usable()
+        check_work(self.info(), work, {item.key for rows in self.rows for item in rows.work})
+        for _, items in groupby(work, key=lambda item: (item.group_id, len(item.so_far), item.spec)):
+            self.rows.append(Rows.of(list(items)))
+
+    def advance(self, ticks: int | None = None, seconds: float | None = None) -> Progress:
+        """A tick gives one token to everything in the making; there are no places to wait for."""
+        self._require_usable()
+        until = None if seconds is None else time.monotonic() + seconds
+        finished: dict[WorkKey, Completion] = {}
+        done = tokens = 0
+        while self.rows and (ticks is None or done < ticks) and (until is None or time.monotonic() < until):
+            for rows in self.rows:
+                tokens += int((~rows.finished).sum())
+                self._tick(rows)
+                finished |= self._finish(rows)
+            self.rows = [rows for rows in self.rows if not rows.finished.all()]
+            done += 1
+        return Progress(done, tokens, finished, self._growth())
+
+    def _tick(self, rows: Rows) -> None:
+        """One more token for every row."""
+        spec, offset = rows.work[0].spec, len(rows.work[0].so_far)
+        table = truncate(log_softmax(self.policy.logits(rows.tokens), spec.temperature), spec.top_p)
+        if spec.temperature == 0.0:
+            token = table.argmax(axis=-1)
+        else:
+            # Inverse transform sampling. The target is scaled by the last sum, which is 1 only
+            # up to rounding.
+            cumulative = np.exp(table).cumsum(axis=-1)
+            places = np.full(len(rows.keys), offset + rows.done)
+            target = uniforms(rows.keys, places)[:, None] * cumulative[:, -1:]
+            token = np.minimum((cumulative <= target).sum(axis=-1), self.policy.vocab_size - 1)
+        logprobs = np.take_along_axis(table, token[:, None], axis=-1).astype(np.float32)
+        rows.logprobs = np.concatenate([rows.logprobs, logprobs], axis=1)
+        rows.tokens = np.concatenate([rows.tokens, token[:, None]], axis=1)
+        rows.versions = np.append(rows.versions, np.int32(self.policy_version))
+
+    def _finish(self, rows: Rows) -> dict[WorkKey, Completion]:
+        """The completions that became whole with the last tick."""
+        whole = {}
+        for i in np.flatnonzero(~rows.finished):
+            item = rows.work[i]
+            stop = self.policy.eos_ids | set(item.spec.stop_token_ids)
+            stopped = int(rows.tokens[i, -1]) in stop
+            if not stopped and rows.done < item.left:
+                continue
+            rows.finished[i] = True
+            ids = rows.tokens[i, len(item.prompt.token_ids) :]
+            more = rows.part(i, 0, "stop" if stopped else "length", self.policy.text(ids))
+            whole[item.key] = item.so_far.extend(self._routed(item, rows.tokens[i], more))
+        return whole
+
+    def _routed(self, item: Work, row: np.ndarray, more: Completion) -> Completion:
+        """`more` with the routes of the whole row [T], where the work asks for them."""
+        if not item.spec.record_routing:
+            return more
+        # The last token is sampled and never fed back, so it has no route, as in vLLM.
+        experts = self.policy.routes(row[:-1]).astype(id_dtype(self.policy.num_experts))
+        before = item.so_far.routing
+        if before is None:
+            return replace(more, routing=RoutingTrace.from_engine(experts, len(row), self.policy.num_experts))
+        return replace(more, routing=before.continued(experts[item.known_routes() :], len(row)))
+
+    def _growth(self) -> Growth:
+        parts: dict[WorkKey, Completion] = {}
+        for rows in self.rows:
+            parts |= {rows.work[i].key: rows.part(i, rows.reported) for i in np.flatnonzero(~rows.finished)}
+            rows.reported = rows.done
+        return Growth.of(parts)
+
+    def withdraw(self) -> list[Work]:
+        left = [
+            rows.work[i].extended(self._routed(rows.work[i], rows.tokens[i], rows.part(i, 0)))
+            if rows.done
+            else rows.work[i]
+            for rows in self.rows
+            for i in np.flatnonzero(~rows.finished)
+        ]
+        self.rows = []
+        return left
+
+    def finish_all(self) -> Mapping[WorkKey, Completion]:
+        return self.advance().finished
+
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        self._require_idle()
-        check_request(self.info(), prompts, spec, request_ids)
-        return [
-            self._sample(prompt, spec, request_key(spec.seed, request_id))
-            for prompt, request_id in zip(prompts, request_ids, strict=True)
-        ]
-
-    def _sample(self, prompt: Prompt, spec: SamplingSpec, key: int) -> list[Completion]:
-        """One group side by side. Finished rows are sampled on and cut later, so that all rows
-        have one length.
-        """
-        stop = self.policy.eos_ids | set(spec.stop_token_ids)
-        keys = sample_keys(key, np.arange(spec.n))
-        rows = np.tile(np.array(prompt.token_ids, dtype=np.int64), (spec.n, 1))
-        logprobs = np.zeros((spec.n, spec.max_tokens), dtype=np.float32)
-        length = np.full(spec.n, spec.max_tokens)
-        ended = np.zeros(spec.n, dtype=np.bool_)
-        for t in range(spec.max_tokens):
-            table = truncate(log_softmax(self.policy.logits(rows), spec.temperature), spec.top_p)
-            if spec.temperature == 0.0:
-                token = table.argmax(axis=-1)
-            else:
-                # Inverse transform sampling. The target is scaled by the last sum, which is 1 only
-                # up to rounding.
-                cumulative = np.exp(table).cumsum(axis=-1)
-                target = uniforms(keys, np.full(spec.n, t))[:, None] * cumulative[:, -1:]
-                token = np.minimum((cumulative <= target).sum(axis=-1), self.policy.vocab_size - 1)
-            logprobs[:, t] = np.take_along_axis(table, token[:, None], axis=-1)[:, 0]
-            rows = np.concatenate([rows, token[:, None]], axis=1)
-            now = ~ended & np.isin(token, list(stop))
-            length[now] = t + 1
-            ended |= now
-            if ended.all():
-                break
-        start = len(prompt.token_ids)
-        return [
-            self._completion(
-                prompt, rows[i, : start + length[i]], logprobs[i, : length[i]], bool(ended[i]), spec
-            )
-            for i in range(spec.n)
-        ]
-
-    def _completion(
-        self, prompt: Prompt, row: np.ndarray, logprobs: np.ndarray, ended: bool, spec: SamplingSpec
-    ) -> Completion:
-        """row [P + N] prompt and completion, logprobs [N] -> the record."""
-        ids, n = row[len(prompt.token_ids) :], len(logprobs)
-        trace = None
-        if spec.record_routing:
-            # The last token is sampled and never fed back, so it has no route, as in vLLM.
-            experts = self.policy.routes(row[:-1]).astype(id_dtype(self.policy.num_experts))
-            trace = RoutingTrace.from_engine(experts, len(row), self.policy.num_experts)
-        return Completion(
-            token_ids=ids,
-            loss_mask=np.ones(n, dtype=np.bool_),
-            logprobs=logprobs.astype(np.float32),
-            policy_versions=np.full(n, self.policy_version, dtype=np.int32),
-            finish_reason="stop" if ended else "length",
-            text=self.policy.text(ids),
-            routing=trace,
-        )
+        self._require_idle("generate")
+        return generate(self, prompts, spec, request_ids)
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        self._require_idle()
+        self._require_idle("logprobs_of")
         check_sequences(self.info(), sequences)
         found = []
         for ids in sequences:
@@ -297,11 +390,15 @@ class ReferenceEngine:
             found.append(np.take_along_axis(table, ids[1:, None], axis=-1)[:, 0].astype(np.float32))
         return found
 
-    def _require_idle(self) -> None:
+    def _require_usable(self) -> None:
         if self.arrived is not None:
             raise WeightSyncError(
                 f"{self.name} is in the middle of a weight update: call finish_weight_update first"
             )
+
+    def _require_idle(self, verb: str) -> None:
+        self._require_usable()
+        check_withdrawn(self.name, sum(int((~rows.finished).sum()) for rows in self.rows), verb)
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
         self.source.close()
@@ -309,7 +406,7 @@ class ReferenceEngine:
         self.source = make_source(init_info)
 
     def start_weight_update(self) -> None:
-        self._require_idle()
+        self._require_idle("start_weight_update")
         self.arrived, self.members, self.bytes = {}, set(), 0
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:

@@ -12,8 +12,11 @@ Flood, OOPSLA 2014), vectorised.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
+
+from gspo_dist.types import Work
 
 # splitmix64's constants: the increment of its state, the two multipliers, the shifts.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -53,3 +56,18 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """
     words = mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _GAMMA)
     return (words >> _S11).astype(np.float64) * 2.0**-53
+
+
+def work_keys(work: Sequence[Work]) -> np.ndarray:
+    """Keys [N] uint64 of completions in the making: of the seed, the group and the sample of each.
+
+    They do not depend on what is sampled so far, which is why a completion can go on anywhere.
+    """
+    groups: dict[tuple[int | None, int], int] = {}
+    keys = np.zeros(len(work), dtype=np.uint64)
+    for i, item in enumerate(work):
+        group = item.spec.seed, item.group_id
+        if group not in groups:
+            groups[group] = request_key(*group)
+        keys[i] = sample_keys(groups[group], np.array([item.sample]))[0]
+    return keys

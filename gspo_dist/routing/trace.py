@@ -129,6 +129,21 @@ class RoutingTrace:
         """Some of the tokens: a slice, or an array of row numbers or marks."""
         return RoutingTrace(self.expert_ids[rows], self.known[rows], self.num_experts)
 
+    @property
+    def known_prefix(self) -> int:
+        """Rows from the first on that are known, up to the first that is not."""
+        return len(self.known) if self.known.all() else int(self.known.argmin())
+
+    def continued(self, ids: np.ndarray, total_tokens: int) -> RoutingTrace:
+        """The trace of a sequence that went on: `ids` are the rows after the known ones, as recorded later.
+
+        Rows that are known already stay, because each is the route of its own moment. Example: a trace of 5
+        rows of which 4 are known, continued by 3 rows for 8 tokens, has 7 known rows and a last one that is
+        not. ValueError for more rows than tokens.
+        """
+        known = self.expert_ids[: self.known_prefix]
+        return RoutingTrace.from_engine(np.concatenate([known, ids]), total_tokens, self.num_experts)
+
     @staticmethod
     def from_engine(ids: np.ndarray, total_tokens: int, num_experts: int) -> RoutingTrace:
         """The engine's rows, which are the first of `total_tokens`, with the missing tail marked unknown.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.metrics.sinks import going_on_without
+from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
 from gspo_dist.trainer.run import Run, UnfinishedSave
 
 
@@ -25,9 +26,11 @@ def save(run: Run, step: int) -> None:
     folder = run.store.begin(step)
     with run.store.saving(folder):
         run.learner.save(folder / "learner")
+        rollouts = save_rollouts(run.collector.buffer, folder)
     state = {
         "policy_version": run.learner.policy_version,
-        "cursor": run.cursor.state_dict(),
+        "cursor": run.collector.trained_cursor,
+        "rollouts": rollouts,
         "guard": run.guard.state_dict(),
         "tokens_seen": run.tokens_seen,
         "seconds": run.seconds,
@@ -60,9 +63,12 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     run.learner.load(checkpoint.learner, state["policy_version"])
     accepted = run.config.checkpoint.accept
-    run.cursor.load_state_dict(
-        state["cursor"], accept_other_prompts="data" in accepted or "data.train" in accepted
+    run.collector.continue_from(
+        checkpoint.step,
+        state["cursor"],
+        accept_other_prompts="data" in accepted or "data.train" in accepted,
     )
+    load_rollouts(run.collector, checkpoint.folder, state.get("rollouts", {}))
     run.guard.load_state_dict(state["guard"])
     run.tokens_seen = state["tokens_seen"]
     run.seconds_before = state["seconds"]

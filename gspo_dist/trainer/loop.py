@@ -8,9 +8,10 @@
 `step` counts from 1. What is logged, evaluated and saved under a step is the state after it. Random draws of
 a step take its index, step - 1.
 
-The verbs stand here and in collect.py; their parts have modules of their own: old_logprobs.py and guard.py
-(where old log-probs come from), publisher.py (the weight sync), step_metrics.py (what is reported),
-checkpointing.py, heldout.py. Everything is put together in setup/build.py.
+The verbs stand here and in collect.py; their parts have modules of their own: pipeline.py (rollouts that are
+begun before their step), old_logprobs.py and guard.py (where old log-probs come from), publisher.py (the
+weight sync), step_metrics.py (what is reported), checkpointing.py, heldout.py. Everything is put together in
+setup/build.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def run_step(run: Run, step: int) -> None:
         metrics = learn(run, rollouts, step)
         metrics.sync = publish(run, [(r.prompt, r.completion) for r in rollouts[:PROBE_SEQUENCES]])
         run.tokens_seen += sum(len(r.completion) for r in rollouts)
-        metrics.speed = step_metrics.speed_metrics(run.clock.metrics(), rollouts, run.tokens_seen)
+        metrics.speed = step_metrics.speed_metrics(
+            run.clock.metrics(), rollouts, run.tokens_seen, run.collector.take_speed()
+        )
         if evaluation_due(run, step):
             metrics.evaluation = evaluate(run)
         log(run, metrics, step)
@@ -81,7 +84,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
     policy_version = run.learner.policy_version
     with run.clock("pack"):
         advantages, mini_batches = prepare(run, rollouts, step)
-    with learner_awake(run):
+    with learning(run):
         with run.clock("old_logprobs"):
             mini_batches = run.old_logprobs.prepare(mini_batches, rollouts, step)
         with run.clock("flips"):
@@ -136,9 +139,10 @@ def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[np.ndarra
 
 def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:
     """The learner's weights to every engine, checked; log-probs of `sampled` are compared when a
-    probe is due.
+    probe is due. What the engines have in the making goes on under the new weights with the next `collect`.
     """
     with run.clock("sync"):
+        run.collector.pause()
         return run.publisher.publish(probe_sequences(sampled))
 
 
@@ -151,14 +155,17 @@ def log(run: Run, metrics: StepMetrics, step: int) -> None:
 
 
 @contextlib.contextmanager
-def learner_awake(run: Run) -> Iterator[None]:
-    """While the learner works: colocated engines sleep, and their GPUs' memory is the learner's.
+def learning(run: Run) -> Iterator[None]:
+    """While the learner works: engines on other GPUs sample on for later steps, colocated ones sleep.
 
-    They come out of the block with their weights awake, which the publication overwrites. It wakes the rest.
+    A sleeping engine's memory is the learner's. It comes out of the block with its weights awake, which the
+    publication overwrites. It wakes the rest.
     """
     if not run.config.cluster.colocated:
-        yield
+        with run.collector.beside_learner():
+            yield
         return
+    run.collector.pause()
     run.pool.sleep()
     yield
     run.learner.empty_cache()

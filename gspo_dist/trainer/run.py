@@ -12,7 +12,6 @@ from typing import Any
 
 from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.config import RunConfig
-from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.metrics.sinks import Sinks
 from gspo_dist.objectives.objective import Objective
@@ -22,6 +21,7 @@ from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.old_logprobs import OldLogprobs
+from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.publisher import WeightPublisher
 from gspo_dist.types import Prompt, SamplingSpec
 
@@ -49,8 +49,8 @@ class Run:
     learner: LearnerGroup
     pool: RolloutPool
     rewards: RewardPool
-    cursor: PromptCursor
-    """Hands out the training prompts, in an order that the seed fixes."""
+    collector: Collector
+    """Samples the rollouts of every step, in the order of the prompt cursor."""
     heldout: Sequence[Prompt]
     """Prompts of the evaluation, never trained on; may be empty."""
     probe_prompts: Sequence[Prompt]

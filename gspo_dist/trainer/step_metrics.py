@@ -199,15 +199,19 @@ def replay_metrics(
     }
 
 
-def speed_metrics(times: Metrics, rollouts: Sequence[Rollout], tokens_seen: int) -> dict[str, float]:
+def speed_metrics(
+    times: Metrics, rollouts: Sequence[Rollout], tokens_seen: int, sampled: tuple[int, float]
+) -> dict[str, float]:
     """time/* as given, and perf/*: tokens per second of the step, of sampling and of learning.
 
-    tokens_seen: completion tokens of the whole run so far, this step's included.
+    tokens_seen: completion tokens of the whole run so far, this step's included. sampled: tokens that the
+    engines sampled since the last step, for whichever steps, and the seconds in which they did.
     """
     completion = sum(len(r.completion) for r in rollouts)
+    tokens, seconds = sampled
     return dict(times) | {
         "perf/tokens_per_s": completion / times["time/step_s"],
-        "perf/collect_tokens_per_s": completion / times["time/collect_s"],
+        "perf/collect_tokens_per_s": tokens / seconds if seconds else 0.0,
         "perf/update_tokens_per_s": sum(r.num_tokens for r in rollouts) / times["time/update_s"],
         "rollout/completion_tokens_total": float(tokens_seen),
     }

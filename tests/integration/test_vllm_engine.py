@@ -57,6 +57,11 @@ def test_errors_name_the_prompt_and_the_way_out(generation):
     assert "none started" in errors["finish"]
 
 
+def test_vllm_keeps_the_contract_of_every_engine(tmp_path):
+    """tests/unit/rollout/contract.py: slices, withdrawals, updates in the middle."""
+    assert run_case("contract", tmp_path)["kept"]
+
+
 def test_sampling_follows_the_models_distribution(tmp_path):
     result = run_case("distribution", tmp_path)
     assert result["cells"] > 50

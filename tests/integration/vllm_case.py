@@ -3,6 +3,7 @@
 python vllm_case.py CASE FOLDER     (CASE: a function below; FOLDER: scratch for models)
 """
 
+import copy
 import json
 import os
 import sys
@@ -187,6 +188,36 @@ def generation(folder):
             errors[key] = str(e)
     engine.close()
     return {**result, "errors": errors}
+
+
+def contract(folder):
+    """The laws of every engine's verbs; two engines that know two policies."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.unit.rollout.contract import Contract
+
+    first = make_model(folder, layers=3)
+    second = copy.deepcopy(first)
+    shake(second, 0.05)
+    policies = [first, second]
+    settings = {"record_routing": True, "max_prompt_tokens": 64, "max_completion_tokens": 20}
+    # One has places for three of eight completions, so the others wait.
+    engines = [make_engine(folder, **settings), make_engine(folder, max_num_seqs=3, **settings)]
+
+    def is_empty(engine):
+        sampler = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner.sampler
+        tables = (len(sampler.rows), len(sampler.places), *sampler.tokens.shape, *sampler.versions.shape)
+        return len(engine.flights) == 0 and tables == (0, 0, 1, 1, 1, 1)
+
+    Contract(
+        engines,
+        lambda engine, policy, version: publish(engine, policies[policy], version),
+        lambda policy, ids: hf_logprobs(policies[policy], ids),
+        lambda policy, ids: hf_routes(policies[policy], ids),
+        is_empty,
+    ).check_all()
+    for engine in engines:
+        engine.close()
+    return {"kept": True}
 
 
 def distribution(folder):

@@ -13,20 +13,27 @@ import torch
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.models.shape import read_shape
-from gspo_dist.rollout.engine import EngineInfo, SyncReceipt, check_request, check_sequences
-from gspo_dist.rollout.seeds import request_key
+from gspo_dist.rollout.engine import (
+    EngineInfo,
+    Progress,
+    SyncReceipt,
+    check_sequences,
+    check_withdrawn,
+    check_work,
+    generate,
+)
 from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
+from gspo_dist.rollout.vllm.flights import Flights
 from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.rollout.vllm.shared_memory import unname
-from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.verify import WeightSyncError
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import LLM
 
 CPU_BLOCK = 32
 """Tokens of a KV block on a CPU. vLLM's own (128) is longer than most prompts, which then share nothing."""
@@ -147,9 +154,9 @@ class VllmEngine:
             use_batch_invariant_products()
         self.llm = self._start(self.folder.path, seed)
         unname()
-        self.tokenizer = self.llm.get_tokenizer()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
         self._info = self._describe()
+        self.flights = Flights(self.llm, self._info, self.moe_layers)
         if record_routing and not self.moe_layers:
             raise ValueError(
                 f"model {model_path} has no routed experts to record: set objective.routing_replay=none"
@@ -193,6 +200,9 @@ class VllmEngine:
             "enable_return_routed_experts": self.record_routing,
             "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
             "worker_extension_cls": "gspo_dist.rollout.vllm.worker.WorkerExtension",
+            # vllm 0.30.0 turns it on where there is a GPU. A batch would then still be under way between two
+            # steps: a withdrawal would lose its tokens, and a weight update would race it.
+            "async_scheduling": False,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "hf_overrides": overrides,
@@ -246,90 +256,36 @@ class VllmEngine:
                 f"{self.name} is in the middle of a weight update: call finish_weight_update first"
             )
 
+    def _require_idle(self, verb: str) -> None:
+        """`_require_usable`, and ValueError: completions are in the making."""
+        self._require_usable()
+        check_withdrawn(self.name, len(self.flights), verb)
+
+    def submit(self, work: Sequence[Work]) -> None:
+        self._require_usable()
+        check_work(self._info, work, self.flights.keys)
+        self.flights.submit(work)
+
+    def advance(self, ticks: int | None = None, seconds: float | None = None) -> Progress:
+        """A tick is one step of vLLM's scheduler: prefills and decodes together."""
+        self._require_usable()
+        return self.flights.advance(ticks, seconds)
+
+    def withdraw(self) -> list[Work]:
+        return self.flights.withdraw()
+
+    def finish_all(self) -> Mapping[WorkKey, Completion]:
+        """What `generate` waits for."""
+        return self.advance().finished
+
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        self._require_usable()
-        check_request(self._info, prompts, spec, request_ids)
-        if not prompts:
-            return []
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = [
-            SamplingParams(
-                n=spec.n,
-                max_tokens=spec.max_tokens,
-                temperature=spec.temperature,
-                top_p=spec.top_p,
-                stop_token_ids=list(spec.stop_token_ids) or None,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"gspo": (request_key(spec.seed, request_id), i * spec.n, spec.n)},
-            )
-            for i, request_id in enumerate(request_ids)
-        ]
-        self.llm.collective_rpc("gspo_begin", args=(len(prompts) * spec.n, spec.max_tokens))
-        inputs = [{"prompt_token_ids": list(p.token_ids)} for p in prompts]
-        outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        tokens, logprobs = self.llm.collective_rpc("gspo_take")[0]
-        completions = [
-            self._completions(prompt, output, tokens[i * spec.n :], logprobs[i * spec.n :], spec)
-            for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
-        ]
-        return completions
-
-    def _completions(
-        self,
-        prompt: Prompt,
-        output: RequestOutput,
-        tokens: np.ndarray,
-        logprobs: np.ndarray,
-        spec: SamplingSpec,
-    ) -> list[Completion]:
-        """One prompt's completions.
-
-        tokens, logprobs [at least n, max_tokens] are the sampler's rows from this prompt's first on.
-        """
-        texts = self.tokenizer.batch_decode([o.token_ids for o in output.outputs], skip_special_tokens=True)
-        completions = []
-        for i, (sample, text) in enumerate(zip(output.outputs, texts, strict=True)):
-            ids = np.asarray(sample.token_ids, dtype=np.int64)
-            n = len(ids)
-            if not np.array_equal(tokens[i, :n], ids):
-                raise RuntimeError(
-                    f"{self.name}: sampler and scheduler disagree on the tokens of {prompt.prompt_id!r}"
-                )
-            completions.append(
-                Completion(
-                    token_ids=ids,
-                    loss_mask=np.ones(n, dtype=np.bool_),
-                    logprobs=logprobs[i, :n].copy(),
-                    policy_versions=np.full(n, self.policy_version, dtype=np.int32),
-                    finish_reason=str(sample.finish_reason),
-                    text=text,
-                    routing=self._trace(prompt, sample.routed_experts, n) if spec.record_routing else None,
-                )
-            )
-        return completions
-
-    def _trace(self, prompt: Prompt, rows: np.ndarray | None, completion: int) -> RoutingTrace:
-        """vLLM's ids [P + N - 1, all layers, top_k] as a trace over the MoE layers. The last token
-        has no row.
-
-        Example: a prompt of 3 and a completion of 2 tokens come as 4 rows, of which a model with a dense
-        layer 0 and two MoE layers keeps the columns 1 and 2. The trace has 5 rows, the last unknown.
-        """
-        total = len(prompt.token_ids) + completion
-        if rows is None or len(rows) != total - 1:
-            raise RuntimeError(
-                f"{self.name} returned routes for {0 if rows is None else len(rows)} of the "
-                f"{total - 1} tokens it ran of prompt {prompt.prompt_id!r}"
-            )
-        return RoutingTrace.from_engine(rows[:, self.moe_layers], total, self._info.num_experts)
+        self._require_idle("generate")
+        return generate(self, prompts, spec, request_ids)
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        self._require_usable()
+        self._require_idle("logprobs_of")
         check_sequences(self._info, sequences)
         if not sequences:
             return []
@@ -350,7 +306,7 @@ class VllmEngine:
         self.llm.init_weight_transfer_engine({"init_info": dict(init_info)})
 
     def start_weight_update(self) -> None:
-        self._require_usable()
+        self._require_idle("start_weight_update")
         self.llm.start_weight_update()
         self._updating, self._arrived = True, set()
 
@@ -378,6 +334,7 @@ class VllmEngine:
             self.folder.check_whole(self._arrived, self.name)
             self.llm.finish_weight_update(weight_version=str(policy_version))
             reports = self.llm.collective_rpc("gspo_sync_report")
+            self.llm.collective_rpc("gspo_policy_version", args=(policy_version,))
             # Cached keys and values are the old policy's.
             if self.prefix_caching and not self.llm.reset_prefix_cache():
                 raise WeightSyncError(

@@ -5,10 +5,13 @@ CPU they die when a long prompt is prefilled in chunks, because vllm 0.30.0 rewi
 `Generator.set_offset`, which CPU generators lack. Here one uniform per token is enough: the token is the
 first index whose cumulative probability passes it.
 
-Log-probs stay in a buffer beside the sampler until the batch ends, which spares vLLM's dict of `Logprob`
-objects for every token. Measured on one core (a MoE of 0.56M parameters in fp32, 64 sequences of 32 tokens,
-eager): 12,000 to 13,000 tokens/s, against 9,500 with vLLM's seeds and log-probs and 10,800 without seeds. The
-first call takes 0.2 s instead of 2 to 4 s, since nothing is compiled.
+A completion that goes on in another request, or on another engine, brings the number of tokens that it has
+(`offset`), so its next token draws the uniform of its own place.
+
+Tokens, log-probs and policy versions stay in buffers beside the sampler until the engine reads them, which
+spares vLLM's dict of `Logprob` objects for every token. Measured on one core (a MoE of 0.56M parameters in
+fp32, 64 sequences of 32 tokens, eager): 12,000 to 13,000 tokens/s, against 9,500 with vLLM's seeds and
+log-probs and 10,800 without seeds. The first call takes 0.2 s instead of 2 to 4 s, since nothing is compiled.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from gspo_dist.rollout.seeds import sample_keys, uniforms
+from gspo_dist.rollout.seeds import uniforms
 
 EXTRA = "gspo"
-"""Key in `SamplingParams.extra_args`; its value is (request key, first slot, number of samples)."""
+"""Key in `SamplingParams.extra_args`; its value is (key of the completion's random numbers, its row of the
+buffers, tokens that it has already)."""
+STRAY = (0, -1, 0)
+"""The same of a request that is not ours: what it samples goes to the last row of the buffers."""
 GREEDY_BELOW = 1e-5
 """vLLM's own threshold: a lower temperature means greedy."""
 PROMPT_ROWS = 1024
@@ -39,26 +45,44 @@ class KeyedSampler(Sampler):
         super().__init__(logprobs_mode="processed_logprobs")
         self.runner = runner
         self.prompt_temperature = 1.0
+        self.policy_version = 0
+        """Of the weights that sample now; the engine sets it when an update is finished."""
+        self.clear()  # `logprobs_of` samples too, and may be the first to
+
+    def clear(self) -> None:
+        """Forgets everything: nothing is in the making."""
         self.rows: list[str] = []
+        self.places: dict[str, tuple[int, int, int]] = {}
         self.keys = np.zeros(0, dtype=np.uint64)
-        self.slots = torch.zeros(0, dtype=torch.long)
-        self.begin(0, 1)  # `logprobs_of` samples too, and may be the first to
-
-    def begin(self, slots: int, max_tokens: int) -> None:
-        """Makes room for `slots` completions, and for one more row, which takes what requests
-        of others sample.
-        """
+        self.offsets = np.zeros(0, dtype=np.int64)
         device = self.runner.device
-        self.logprobs = torch.zeros(slots + 1, max_tokens, device=device)
-        self.tokens = torch.zeros(slots + 1, max_tokens, dtype=torch.int32, device=device)
-        self.rows = []
-        self.places: dict[str, tuple[int, int]] = {}
+        self.slots = torch.zeros(0, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        self.logprobs = torch.zeros(1, 1, device=device)
+        self.versions = torch.zeros(1, 1, dtype=torch.int32, device=device)
 
-    def take(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sampled token ids and their log-probs, [slots, max_tokens] each; frees the buffers."""
-        out = self.tokens[:-1].cpu().numpy(), self.logprobs[:-1].cpu().numpy()
-        self.begin(0, 1)
-        return out
+    def room(self, slots: int, max_tokens: int) -> None:
+        """Makes room for `slots` completions of at most `max_tokens` tokens; what is there stays.
+
+        There is one more row, which takes what requests of others sample.
+        """
+        rows, columns = self.tokens.shape
+        for name in ("tokens", "logprobs", "versions"):
+            old = getattr(self, name)
+            if rows < slots + 1 or columns < max_tokens:
+                new = old.new_zeros(max(rows, slots + 1), max(columns, max_tokens))
+                new[: rows - 1, :columns] = old[:-1]
+                setattr(self, name, new)
+
+    def read(self, slots: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, log-probs and policy versions [N] at the places (slots[i], columns[i])."""
+        device = self.tokens.device
+        at = torch.from_numpy(slots).to(device), torch.from_numpy(columns).to(device)
+        return (
+            self.tokens[at].cpu().numpy(),
+            self.logprobs[at].cpu().numpy(),
+            self.versions[at].cpu().numpy(),
+        )
 
     def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, V] of prompt tokens -> log-probs [rows, V] float32, at the
@@ -111,22 +135,23 @@ class KeyedSampler(Sampler):
         return ids.clamp_(max=logprobs.shape[1] - 1)
 
     def positions(self) -> np.ndarray:
-        """Index [rows] of each row's next token in its completion.
+        """Index [rows] of each row's next token in its completion, counted from the end of the first prompt.
 
-        A row that is prefilled in parts draws position 0 again and again, and vLLM discards all draws
-        but the last.
+        A completion that goes on has its first tokens in what vLLM takes for its prompt. A row that is
+        prefilled in parts draws its first position again and again, and vLLM discards all draws but the last.
         """
         batch = self.runner.input_batch
         n = batch.num_reqs
-        return np.maximum(batch.num_tokens_no_spec[:n] - batch.num_prompt_tokens[:n], 0)
+        return np.maximum(batch.num_tokens_no_spec[:n] - batch.num_prompt_tokens[:n], 0) + self.offsets
 
     def note(self, sampled: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Writes tokens [rows] and their log-probs to their slots, without waiting for the device."""
+        """Writes tokens [rows], log-probs and version to their slots, without waiting for the device."""
         self.look_up()
         at = torch.from_numpy(self.positions().astype(np.int64)).clamp_(max=self.tokens.shape[1] - 1)
         at, slots = at.to(sampled.device, non_blocking=True), self.slots
         self.logprobs[slots, at] = logprobs.gather(1, sampled.unsqueeze(1)).squeeze(1)
         self.tokens[slots, at] = sampled.to(torch.int32)
+        self.versions[slots, at] = self.policy_version
 
     def look_up(self) -> None:
         """Finds keys and slots of the rows in their present order, if that has changed."""
@@ -134,23 +159,13 @@ class KeyedSampler(Sampler):
         if req_ids == self.rows:
             return
         self.rows = list(req_ids)
-        for req_id in self.rows:
-            if req_id not in self.places:
-                self.places[req_id] = self._place(req_id)
-        places = [self.places[req_id] for req_id in self.rows]
-        self.keys = np.array([key for key, _ in places], dtype=np.uint64)
-        self.slots = torch.tensor([slot for _, slot in places], dtype=torch.long, device=self.tokens.device)
+        # Made anew, so that it holds the rows of a batch and not every request that ever was.
+        self.places = {req_id: self.places.get(req_id) or self._place(req_id) for req_id in self.rows}
+        keys, slots, offsets = zip(*self.places.values(), strict=True)
+        self.keys = np.array(keys, dtype=np.uint64)
+        self.offsets = np.array(offsets, dtype=np.int64)
+        self.slots = torch.tensor(slots, dtype=torch.long, device=self.tokens.device)
 
-    def _place(self, req_id: str) -> tuple[int, int]:
-        """Key and slot of one row.
-
-        Example: slot 6 and 4 samples of a request whose rows vLLM names 0_r, 1_r, 2_r, 3_r: row 2_r
-        has slot 8.
-        """
-        extra = (self.runner.requests[req_id].sampling_params.extra_args or {}).get(EXTRA)
-        if extra is None:
-            return 0, len(self.tokens) - 1
-        key, slot, samples = extra
-        # vLLM names the children of a request with n > 1 "<index>_<parent>" (parallel_sampling.py).
-        index = int(req_id.partition("_")[0]) if samples > 1 else 0
-        return int(sample_keys(key, np.array([index]))[0]), slot + index
+    def _place(self, req_id: str) -> tuple[int, int, int]:
+        """Key, row of the buffers and offset of one row of the batch."""
+        return (self.runner.requests[req_id].sampling_params.extra_args or {}).get(EXTRA, STRAY)

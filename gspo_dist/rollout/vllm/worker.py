@@ -30,13 +30,21 @@ class WorkerExtension:
         layers = [m.layer_id for m in self.model_runner.get_model().modules() if isinstance(m, MoERunner)]
         return {"moe_layers": sorted(layers)}
 
-    def gspo_begin(self, slots: int, max_tokens: int) -> None:
-        """Makes room for the log-probs of `slots` completions of at most `max_tokens` tokens."""
-        self.model_runner.sampler.begin(slots, max_tokens)
+    def gspo_room(self, slots: int, max_tokens: int) -> None:
+        """Makes room for `slots` completions of at most `max_tokens` tokens."""
+        self.model_runner.sampler.room(slots, max_tokens)
 
-    def gspo_take(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sampled token ids and their log-probs, [slots, max_tokens] each."""
-        return self.model_runner.sampler.take()
+    def gspo_read(self, slots: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, log-probs and policy versions [N] at the places of the sampler's buffers."""
+        return self.model_runner.sampler.read(slots, columns)
+
+    def gspo_clear(self) -> None:
+        """Empties the sampler's tables: nothing is in the making."""
+        self.model_runner.sampler.clear()
+
+    def gspo_policy_version(self, version: int) -> None:
+        """Sets the version that is written beside every token from now on."""
+        self.model_runner.sampler.policy_version = version
 
     def gspo_prompt_temperature(self, temperature: float) -> None:
         """Sets the temperature of the log-probs of prompt tokens."""

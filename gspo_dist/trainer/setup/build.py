@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from gspo_dist.metrics.wandb_sink import choose_mode
 from gspo_dist.models.shape import read_shape
 from gspo_dist.rewards.reward import check_answers, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
+from gspo_dist.trainer.clockwork import Clockwork, open_record, read_record
+from gspo_dist.trainer.collect import sampling_of
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.old_logprobs import OldLogprobs
+from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, WeightPublisher
 from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.checks import (
@@ -51,6 +55,8 @@ def build(config: RunConfig) -> Run:
     checkpoint = (
         CheckpointStore(run_dir, config.checkpoint.keep).newest() if config.checkpoint.resume else None
     )
+    replayed = config.rollout.replay_ticks
+    record = read_record(Path(replayed).expanduser(), config) if replayed else None
     # Before the cold start, which trains: a bad key must not cost minutes.
     wandb_mode = choose_mode(config.logger.wandb)
     model = str(ensure_model(config.model))
@@ -68,27 +74,40 @@ def build(config: RunConfig) -> Run:
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(run_dir))
         prepare_folder(run_dir, config, checkpoint)
+        clockwork = Clockwork(config.rollout, record, run_dir if config.rollout.steps_ahead else None)
+        if config.rollout.steps_ahead:
+            open_record(run_dir, config, checkpoint.step if checkpoint else 0)
         parts = start_parts(config, model, device, run_dir, moe_layers)
         stack.callback(parts.release)
         sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0, wandb_mode)
         learner, replicas, budget = parts.learner, config.learner.data_parallel, config.learner.token_budget
         exact = config.learner.consistency == "exact"
         guard = OffsetGuard(config.objective, objective, learner, config.seed, budget, exact=exact)
+        moe = parts.info.moe_layers or moe_layers
+        flips = FlipMeter(config.flips, learner, config.seed, moe, replicas, budget)
+        sampling = sampling_spec(config, tokenizer, parts.info)
+        collector = Collector(
+            config.rollout,
+            config.steps,
+            parts.pool,
+            parts.rewards,
+            PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
+            functools.partial(sampling_of, sampling, config.objective, flips),
+            clockwork,
+        )
         run = Run(
             config=config,
             run_dir=run_dir,
             learner=learner,
             pool=parts.pool,
             rewards=parts.rewards,
-            cursor=PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
+            collector=collector,
             heldout=list(heldout or ())[: config.evaluation.prompts],
             probe_prompts=list(itertools.islice(heldout or train, PROBE_SEQUENCES)),
             objective=objective,
             guard=guard,
             old_logprobs=OldLogprobs(config.objective, learner, guard),
-            flips=FlipMeter(
-                config.flips, learner, config.seed, parts.info.moe_layers or moe_layers, replicas, budget
-            ),
+            flips=flips,
             publisher=WeightPublisher(
                 resolved_weight_sync(config, device),
                 learner,
@@ -101,7 +120,7 @@ def build(config: RunConfig) -> Run:
                 colocated=config.cluster.colocated,
             ),
             sinks=sinks,
-            sampling=sampling_spec(config, tokenizer, parts.info),
+            sampling=sampling,
             release=lambda: None,
         )
         if checkpoint is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.config import RunConfig
-from gspo_dist.config.mapping import read_mapping, to_mapping
+from gspo_dist.config.mapping import leaves, read_mapping, to_mapping
 from gspo_dist.files import write_text
 from gspo_dist.learners.state_files import check_resume as check_state
 from gspo_dist.metrics.jsonl import write_json
@@ -35,6 +35,8 @@ MATHEMATICS = (
     "rollout.max_completion_tokens",
     "rollout.temperature",
     "rollout.top_p",
+    "rollout.steps_ahead",
+    "rollout.ticks_per_step",
 )
 """Settings and sections that decide what a step computes. A resume with another value would join two
 different runs into one curve, so it is refused unless `checkpoint.accept` names it.
@@ -115,22 +117,13 @@ def changed_settings(
     A key that the old configuration does not know was added by a later version. It had its default then, so
     it counts as changed only when it has another value now.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
-    defaults = dict(_flat(to_mapping(RunConfig())))
+    before, after = dict(leaves(old)), dict(leaves(new))
+    defaults = dict(leaves(to_mapping(RunConfig())))
     return {
         key: (before.get(key, defaults.get(key)), after.get(key))
         for key in sorted({*before, *after})
         if _within(key, sections) and before.get(key, defaults.get(key)) != after.get(key)
     }
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; a list is a leaf."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _within(key: str, sections: Sequence[str]) -> bool:

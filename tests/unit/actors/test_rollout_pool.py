@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -11,46 +13,67 @@ import pytest
 import ray
 
 from gspo_dist.actors import rollout_pool
-from gspo_dist.actors.process import ProcessDied
 from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
+from gspo_dist.rollout.engine import EngineInfo, Growth, Progress, SyncReceipt
+from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
+def completion(text, tokens=1, reason="stop"):
+    return Completion(
+        np.full(tokens, 7, np.int64),
+        np.ones(tokens, bool),
+        np.zeros(tokens, np.float32),
+        np.zeros(tokens, np.int32),
+        reason,
+        text,
+    )
+
+
 class RecordingEngine:
-    """Samples completions that say who made them, and keeps the calls that change it."""
+    """Samples completions that say who made them, and keeps the calls that change it.
+
+    A tick gives a token to each, and a completion has as many as its limit. device: how engine-1 ends.
+    """
 
     def __init__(self, name, device):
-        self.name, self.device, self.calls = name, device, []
+        self.name, self.device, self.calls, self.work, self.ticks = name, device, [], [], 0
 
     def info(self):
         return EngineInfo(self.name, self.device, 64, 100, 0, 0, 0, False, 1)
 
-    def generate(self, prompts, spec, request_ids):
-        return [
-            [self._completion(f"{self.name} {p.prompt_id} {r} {i}") for i in range(spec.n)]
-            for p, r in zip(prompts, request_ids, strict=True)
-        ]
+    def submit(self, work):
+        self.work += work
 
-    @staticmethod
-    def _completion(text):
-        return Completion(
-            np.zeros(1, np.int64),
-            np.ones(1, bool),
-            np.zeros(1, np.float32),
-            np.zeros(1, np.int32),
-            "stop",
-            text,
-        )
+    def advance(self, ticks, seconds):
+        if self.name == "engine-1" and self.ticks == 1:
+            if self.device == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.device == "hangs":
+                time.sleep(60)
+            elif self.device == "breaks":
+                raise OSError("a worker is gone")
+        self.ticks += 1
+        self.work = [item.extended(completion("", 1, "")) for item in self.work]
+        parts = {item.key: completion("", 1, "") for item in self.work if item.left}
+        done = {
+            item.key: completion(f"{self.name} {item.prompt.prompt_id} {item.key}", len(item.so_far))
+            for item in self.work
+            if not item.left
+        }
+        self.work = [item for item in self.work if item.left]
+        return Progress(1, len(done) + len(parts), done, Growth.of(parts))
+
+    def withdraw(self):
+        left, self.work = self.work, []
+        return left
 
     def logprobs_of(self, sequences):
         if self.device == "broken":
-            import os
-
             os._exit(1)
         return [np.full(len(s) - 1, float(self.name[-1]), np.float32) for s in sequences]
 
@@ -93,15 +116,15 @@ def test_completions_come_back_in_the_order_of_the_prompts(pool):
     prompts = [Prompt(f"p{i}", tuple(range(n)), "q") for i, n in enumerate((9, 3, 3))]
     groups = pool.generate(prompts, SamplingSpec(n=2, max_tokens=2), [70, 71, 72])
     assert [[c.text for c in group] for group in groups] == [
-        ["engine-0 p0 70 0", "engine-0 p0 70 1"],
-        ["engine-1 p1 71 0", "engine-1 p1 71 1"],
-        ["engine-1 p2 72 0", "engine-1 p2 72 1"],
+        ["engine-0 p0 (70, 0)", "engine-0 p0 (70, 1)"],
+        ["engine-1 p1 (71, 0)", "engine-1 p1 (71, 1)"],
+        ["engine-1 p2 (72, 0)", "engine-1 p2 (72, 1)"],
     ]
 
 
 def test_one_prompt_leaves_an_engine_without_work(pool):
     groups = pool.generate([Prompt("p", (1, 2), "q")], SamplingSpec(n=1, max_tokens=2), [5])
-    assert [[c.text for c in group] for group in groups] == [["engine-0 p 5 0"]]
+    assert [[c.text for c in group] for group in groups] == [["engine-0 p (5, 0)"]]
 
 
 def test_every_engine_answers_for_its_own_weights(pool):
@@ -142,7 +165,7 @@ def test_an_engine_that_dies_is_named(ray_here, tmp_path):
 
     pool = RayRolloutPool(RolloutConfig(engines=1), make_broken, [{"num_cpus": 0}], tmp_path)
     pool.start()
-    with pytest.raises(ProcessDied, match=r"^engine-0 died: "):
+    with pytest.raises(NoEngineLeft, match=r"^no engine is left \(engine-0: engine-0 died: "):
         pool.logprobs_of([np.arange(3)], timeout=60)
     pool.close()
 
@@ -184,6 +207,36 @@ def test_only_who_shares_the_memory_sees_a_file(tmp_path) -> None:
     assert process.sees(str(tmp_path / "here"), "token")
     assert not process.sees(str(tmp_path / "here"), "another run's token")
     assert not process.sees(str(tmp_path / "there"), "token")
+
+
+@pytest.mark.parametrize("end", ["killed", "hangs", "breaks"])
+def test_the_work_of_an_engine_that_ends_in_the_middle_goes_on_at_the_others(ray_here, tmp_path, end):
+    """SIGKILL, a hang past the deadline, an error inside: every completion is whole, none is lost."""
+
+    def make_ending(name):
+        return make(name, end)
+
+    config = RolloutConfig(engines=2, timeout_s=4.0)
+    pool = RayRolloutPool(config, make_ending, [{"num_cpus": 0}] * 2, tmp_path)
+    pool.start()
+    prompts = [Prompt(f"p{i}", (1, 2), "q") for i in range(4)]
+    groups = pool.generate(prompts, SamplingSpec(n=2, max_tokens=5), range(4))
+    assert [[c.text for c in group] for group in groups] == [
+        [f"engine-0 p{i} ({i}, {j})" for j in range(2)] for i in range(4)
+    ]
+    assert all(len(c) == 5 for group in groups for c in group)
+    assert pool.alive == ["engine-0"]
+    [how] = pool.deaths.values()
+    said = {
+        "killed": "engine-1 died",
+        "hangs": "engine-1 gave no answer within",
+        "breaks": "a worker is gone",
+    }
+    assert said[end] in how
+    pool.start_weight_update(timeout=60)
+    assert list(pool.finish_weight_update(1, timeout=60)) == ["engine-0"]
+    assert list(pool.engines) == ["engine-0"]
+    pool.close()
 
 
 def test_no_verb_comes_before_start(tmp_path, monkeypatch):

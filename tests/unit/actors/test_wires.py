@@ -24,7 +24,7 @@ from gspo_dist.learners.learner import OptimStep
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.packing import MiniBatch
 from gspo_dist.rewards.pool import START_TIMEOUT_S
-from gspo_dist.rollout.engine import EngineInfo
+from gspo_dist.rollout.engine import EngineInfo, Growth, Progress
 from gspo_dist.routing.trace import RoutingTrace
 from gspo_dist.types import Completion, Prompt, SamplingSpec
 from gspo_dist.weights.send import SentReport
@@ -42,7 +42,7 @@ ANSWERS: dict[str, Callable[[], Any]] = {
     "export": lambda: 2,
     "forward_backward": lambda: {},
     "logprobs": lambda: [],
-    "generate": lambda: [[]],
+    "advance": lambda: Progress(1, 2, {(5, 0): Completion(*[np.zeros(0)] * 4, "stop", "")}, Growth.of({})),
     "judge": lambda: [],
 }
 
@@ -79,6 +79,7 @@ def ray_calls(monkeypatch):
     monkeypatch.setattr(ray, "remote", remote)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(Actors, "gather", gather)
+    monkeypatch.setattr(Actors, "each", lambda self, refs, timeout: (gather(self, refs, timeout), {}))
     return calls, waits
 
 
@@ -155,8 +156,13 @@ def test_engine_verbs_wait_as_long_as_the_engines_may_take(ray_calls, tmp_path) 
     pool.generate([Prompt("p", (1,), "q")], SamplingSpec(n=1, max_tokens=2), [5])
     pool.sleep()
     pool.wake_up()
-    assert {seconds for _, seconds in waits} == {ENGINE_S}
-    assert [method for method, _ in waits] == ["start", "generate", "sleep", "wake_up"]
+    assert waits == [
+        ("start", ENGINE_S),
+        ("submit", ENGINE_S),
+        ("advance", ENGINE_S + 1.0),  # a slice is of one second
+        ("sleep", ENGINE_S),
+        ("wake_up", ENGINE_S),
+    ]
 
 
 def test_rewards_are_given_the_time_of_all_their_rollouts_and_no_routes(ray_calls, tmp_path) -> None:

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from gspo_dist.checkpoint import CheckpointStore
-from gspo_dist.config import CheckpointConfig, FlipsConfig, GuardConfig, ObjectiveConfig
+from gspo_dist.config import CheckpointConfig, FlipsConfig, GuardConfig, ObjectiveConfig, RolloutConfig
 from gspo_dist.objectives.objective import get_objective
 from gspo_dist.trainer.checkpointing import checkpoint_due, commit, restore, save, what_is_saved
+from gspo_dist.trainer.clockwork import Clockwork
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
+from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.weights.tolerance import ProbeTolerance
 from tests.unit.trainer.small import BookLearner
 from tests.unit.trainer.test_guard import measured
@@ -42,7 +44,9 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
         run_dir=folder,
         store=CheckpointStore(folder, config.checkpoint.keep),
         learner=learner,
-        cursor=Cursor(),
+        collector=Collector(
+            RolloutConfig(), steps, None, None, Cursor(), lambda step: None, Clockwork(RolloutConfig())
+        ),
         guard=OffsetGuard(objective, get_objective("gspo"), learner, 0, 64),
         flips=FlipMeter(FlipsConfig(every=0), learner, 0, 2, 1, 64),
         publisher=SimpleNamespace(published=1, tolerance=ProbeTolerance("fp32", None)),
@@ -59,7 +63,8 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
 
 def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
     run = run_of(tmp_path)
-    run.learner.policy_version, run.cursor.place, run.tokens_seen, run.seconds = 12, 5, 777, 61.5
+    run.learner.policy_version, run.tokens_seen, run.seconds = 12, 777, 61.5
+    run.collector.trained_cursor = {"place": 5}
     run.publisher.published, run.publisher.tolerance.means = 4, [0.02, 0.03]
     run.first_evaluation, run.last_evaluation = {"eval/x": 0.25}, {"eval/x": 0.5}
     run.guard.observe(measured(-1.5e-3), 0)
@@ -71,13 +76,14 @@ def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
         "load",
         {"folder": tmp_path / "checkpoints" / "step-000003" / "learner"},
     )
-    assert (again.cursor.place, again.tokens_seen, again.seconds_before) == (5, 777, 61.5)
+    assert (again.collector.cursor.place, again.tokens_seen, again.seconds_before) == (5, 777, 61.5)
     assert again.publisher.published == 3  # its first publication repeats the last one
     assert again.publisher.tolerance.own == 0.025
     assert (again.first_evaluation, again.last_evaluation) == ({"eval/x": 0.25}, {"eval/x": 0.5})
     assert again.guard.state_dict() == run.guard.state_dict()
     assert again.guard.decision.offset == pytest.approx(-1.5e-3, rel=1e-5)
-    assert again.completed_steps == 3
+    assert again.completed_steps == again.collector.buffer.begun == 3
+    assert not (tmp_path / "checkpoints" / "step-000003" / "rollouts").exists()  # nothing was begun beyond
     assert again.last_checkpoint == tmp_path / "checkpoints" / "step-000003"
 
 
@@ -99,7 +105,7 @@ def test_other_prompts_are_accepted_by_name(tmp_path, accept, told):
     save(run_of(tmp_path), 1)
     again = run_of(tmp_path, accept=accept)
     restore(again, again.store.newest())
-    assert again.cursor.accepted is told
+    assert again.collector.cursor.accepted is told
 
 
 def test_an_asynchronous_save_becomes_real_a_step_later_and_the_last_one_at_once(tmp_path):

@@ -130,19 +130,25 @@ class Shifted:
 
     def __init__(self, run) -> None:
         self.specs = []
-        generate, forward = run.pool.generate, run.learner.forward_backward
+        advance, forward = run.pool.advance, run.learner.forward_backward
 
-        def shifted(prompts, spec, ids):
-            return [
-                [replace(c, logprobs=c.logprobs + np.float32(0.01)) for c in group]
-                for group in generate(prompts, spec, ids)
-            ]
+        def shifted(ticks, seconds):
+            return {
+                name: replace(
+                    told,
+                    finished={
+                        key: replace(c, logprobs=c.logprobs + np.float32(0.01))
+                        for key, c in told.finished.items()
+                    },
+                )
+                for name, told in advance(ticks, seconds).items()
+            }
 
         def watched(mini, spec):
             self.specs.append(spec)
             return forward(mini, spec)
 
-        run.pool.generate, run.learner.forward_backward = shifted, watched
+        run.pool.advance, run.learner.forward_backward = shifted, watched
 
 
 @pytest.mark.slow

@@ -170,13 +170,15 @@ def test_replay_costs_what_its_traces_weigh():
 
 def test_speeds_are_tokens_over_the_seconds_of_their_part():
     times = {"time/step_s": 4.0, "time/collect_s": 2.0, "time/update_s": 0.5}
-    out = speed_metrics(times, [rollout(0), rollout(1)], tokens_seen=100)
+    out = speed_metrics(times, [rollout(0), rollout(1)], tokens_seen=100, sampled=(90, 5.0))
     assert out == times | {
         "perf/tokens_per_s": 6 / 4.0,  # completion tokens
-        "perf/collect_tokens_per_s": 6 / 2.0,
+        "perf/collect_tokens_per_s": 90 / 5.0,  # whichever steps they were for
         "perf/update_tokens_per_s": 10 / 0.5,  # prompts are learnt on too
         "rollout/completion_tokens_total": 100.0,
     }
+    # A step that a resumed run found whole had nothing to sample.
+    assert speed_metrics(times, [rollout(0)], 1, (0, 0.0))["perf/collect_tokens_per_s"] == 0.0
 
 
 def test_samples_are_spread_over_the_batch():

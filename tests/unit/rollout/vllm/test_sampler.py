@@ -70,18 +70,21 @@ def metadata(n, temperature=1.0, greedy=False, **changes):
 
 def sampler_of(runner, slots, max_tokens):
     keyed = KeyedSampler(runner)
-    keyed.begin(slots, max_tokens)
+    keyed.room(slots, max_tokens)
     keyed.apply_logits_processors = lambda logits, meta, bonus: logits
     return keyed
 
 
 def test_a_token_is_the_first_whose_cumulative_probability_passes_its_uniform() -> None:
-    """Two samples of request key 77 at positions 0 and 3, against the sum written out."""
-    runner = Runner(["0_a", "1_a"], {"0_a": {EXTRA: (77, 0, 2)}, "1_a": {EXTRA: (77, 0, 2)}}, [0, 3])
+    """Places 0 and 3 of two completions, one of which came with 2 tokens, against the sum written out."""
+    keys = sample_keys(77, np.arange(2))
+    runner = Runner(
+        ["a", "b"], {"a": {EXTRA: (int(keys[0]), 0, 0)}, "b": {EXTRA: (int(keys[1]), 1, 2)}}, [0, 1]
+    )
     keyed = sampler_of(runner, 2, 5)
     logits = torch.randn(2, 11, generator=torch.Generator().manual_seed(0))
+    keyed.policy_version = 9
     out = keyed(logits.clone(), metadata(2, temperature=0.7))
-    keys = sample_keys(77, np.arange(2))
     wanted = []
     for row, key, position in zip(logits.double() / 0.7, keys, (0, 3), strict=True):
         u, passed = float(uniforms(np.array([key]), np.array([position]))[0]), 0.0
@@ -91,49 +94,67 @@ def test_a_token_is_the_first_whose_cumulative_probability_passes_its_uniform() 
                 wanted.append(token)
                 break
     assert out.sampled_token_ids.tolist() == [[t] for t in wanted]
-    tokens, logprobs = keyed.take()
-    assert tokens[[0, 1], [0, 3]].tolist() == wanted
+    tokens, logprobs, versions = keyed.read(np.array([0, 1]), np.array([0, 3]))
+    assert tokens.tolist() == wanted
     table = (logits.double() / 0.7).log_softmax(-1)
-    assert logprobs[[0, 1], [0, 3]] == pytest.approx(
-        [float(table[i, t]) for i, t in enumerate(wanted)], abs=1e-6
-    )
-    assert int((tokens != 0).sum() + (logprobs != 0).sum()) <= 4  # every other place is left alone
+    assert logprobs == pytest.approx([float(table[i, t]) for i, t in enumerate(wanted)], abs=1e-6)
+    assert versions.tolist() == [9, 9]
+    # Every other place is left alone.
+    assert int((keyed.tokens != 0).sum() + (keyed.logprobs != 0).sum()) <= 4
+    assert int((keyed.versions != 0).sum()) == 2
 
 
 def test_rows_find_their_slots_in_whatever_order_they_stand() -> None:
-    """Slot 4 and 3 samples of one request; its rows change places, and a stranger takes the last slot."""
-    requests = {f"{i}_b": {EXTRA: (5, 4, 3)} for i in range(3)} | {"s": None, "one": {EXTRA: (6, 2, 1)}}
-    runner = Runner(["2_b", "s", "0_b", "one"], requests, [1, 1, 1, 1])
+    """Rows change places; what a stranger samples goes to the last row; places live as long as their rows."""
+    requests = {"a": {EXTRA: (5, 4, 0)}, "b": {EXTRA: (6, 2, 7)}, "s": None}
+    runner = Runner(["b", "s", "a"], requests, [1, 1, 1])
     keyed = sampler_of(runner, 7, 3)
     keyed.look_up()
-    assert keyed.slots.tolist() == [6, 7, 4, 2]
-    expected = [
-        *sample_keys(5, np.array([2])),
-        0,
-        *sample_keys(5, np.array([0])),
-        *sample_keys(6, np.array([0])),
-    ]
-    assert keyed.keys.tolist() == [int(k) for k in expected]
-    runner.input_batch.req_ids = ["1_b", "2_b"]
+    assert keyed.slots.tolist() == [2, -1, 4]
+    assert keyed.keys.tolist() == [6, 0, 5]
+    assert keyed.positions().tolist() == [8, 1, 1]
+    runner.requests = {"c": SimpleNamespace(sampling_params=SimpleNamespace(extra_args={EXTRA: (9, 0, 0)}))}
+    runner.input_batch.req_ids = ["a", "c"]  # a is remembered, b and s are forgotten
+    runner.input_batch.num_reqs = 2
     keyed.look_up()
-    assert keyed.slots.tolist() == [5, 6]
-    runner.requests = {}  # places are remembered for the length of a batch
-    runner.input_batch.req_ids = ["2_b", "1_b"]
-    keyed.look_up()
-    assert keyed.slots.tolist() == [6, 5]
+    assert keyed.slots.tolist() == [4, 0]
+    assert list(keyed.places) == ["a", "c"]
+
+
+def test_what_a_stranger_samples_touches_no_completion() -> None:
+    runner = Runner(["s"], {"s": None}, [5])
+    keyed = sampler_of(runner, 2, 3)
+    keyed(torch.ones(1, 4), metadata(1))
+    assert not keyed.logprobs[:-1].any()
+    assert keyed.logprobs[-1, 2] == pytest.approx(-np.log(4))
+
+
+def test_room_grows_and_keeps_what_is_there() -> None:
+    keyed = sampler_of(Runner([], {}, []), 2, 2)
+    keyed.tokens[:2] = torch.tensor([[1, 2], [3, 4]])
+    keyed.versions[1, 1], keyed.logprobs[0, 1] = 8, -2.0
+    keyed.room(1, 1)
+    assert keyed.tokens.shape == (3, 2)
+    keyed.room(5, 3)
+    assert keyed.tokens.shape == keyed.logprobs.shape == keyed.versions.shape == (6, 3)
+    assert keyed.tokens.tolist() == [[1, 2, 0], [3, 4, 0], *[[0, 0, 0]] * 4]
+    told = keyed.read(np.array([0, 1]), np.array([1, 1]))
+    assert [column.tolist() for column in told] == [[2, 4], [-2.0, 0.0], [0, 8]]
+    keyed.clear()
+    assert keyed.tokens.shape == (1, 1)
 
 
 def test_greedy_rows_take_the_largest_and_their_log_probs_are_untempered() -> None:
-    runner = Runner(["a"], {"a": {EXTRA: (1, 0, 1)}}, [0])
+    runner = Runner(["a"], {"a": {EXTRA: (1, 0, 0)}}, [0])
     keyed = sampler_of(runner, 1, 1)
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     out = keyed(logits.clone(), metadata(1, temperature=0.0, greedy=True))
     assert out.sampled_token_ids.tolist() == [[1]]
-    assert keyed.take()[1][0, 0] == pytest.approx(float(logits.log_softmax(-1)[0, 1]), abs=1e-6)
+    assert float(keyed.logprobs[0, 0]) == pytest.approx(float(logits.log_softmax(-1)[0, 1]), abs=1e-6)
 
 
 def test_a_greedy_row_among_random_ones_is_greedy() -> None:
-    names = {"a": {EXTRA: (1, 0, 1)}, "b": {EXTRA: (2, 1, 1)}}
+    names = {"a": {EXTRA: (1, 0, 0)}, "b": {EXTRA: (2, 1, 0)}}
     runner = Runner(["a", "b"], names, [0, 0])
     keyed = sampler_of(runner, 2, 1)
     meta = metadata(2, all_random=False)
@@ -149,12 +170,7 @@ def test_vllms_own_log_probs_are_refused() -> None:
 
 
 def test_a_row_that_is_still_prefilled_draws_its_first_token() -> None:
-    runner = Runner(["a", "b"], {"a": {EXTRA: (1, 0, 1)}, "b": {EXTRA: (1, 1, 1)}}, [-3, 2])
-    assert sampler_of(runner, 2, 4).positions().tolist() == [0, 2]
-
-
-def test_taking_frees_the_buffers() -> None:
-    keyed = sampler_of(Runner([], {}, []), 3, 2)
-    tokens, logprobs = keyed.take()
-    assert tokens.shape == logprobs.shape == (3, 2)
-    assert keyed.tokens.shape == (1, 1)
+    runner = Runner(["a", "b"], {"a": {EXTRA: (1, 0, 0)}, "b": {EXTRA: (1, 1, 0)}}, [-3, 2])
+    keyed = sampler_of(runner, 2, 4)
+    keyed.look_up()
+    assert keyed.positions().tolist() == [0, 2]

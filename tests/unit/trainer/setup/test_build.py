@@ -98,7 +98,7 @@ def test_the_parts_are_those_of_the_configuration(model, reward_file, tmp_path, 
         assert len(run.probe_prompts) == 4
         train, _ = load_splits(c.data, load_tokenizer(str(model)), max_prompt_tokens=16, seed=5)
         other = PromptCursor(train, seed=5, shuffle=True)
-        assert [p.prompt_id for p in run.cursor.next(8)] == [p.prompt_id for p in other.next(8)]
+        assert [p.prompt_id for p in run.collector.cursor.next(8)] == [p.prompt_id for p in other.next(8)]
         assert run.guard.learner is run.old_logprobs.learner is run.publisher.learner is run.learner
         assert run.old_logprobs.guard is run.guard
         assert not run.guard.exact

@@ -1,0 +1,152 @@
+"""Several engines as one: which engine has which work, and what becomes of it when an engine dies.
+
+An engine that dies loses what it samples in. Its work is known here up to its last slice, as plain data, and
+goes on at the others with the very tokens that it would have had. Only tokens since that slice are sampled
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gspo_dist.rollout.engine import Growth, Progress, generate
+from gspo_dist.rollout.pool import NoEngineLeft, deal
+from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
+
+Answers = tuple[dict[str, Any], dict[str, Exception]]
+"""Answers by engine, and why the engines that gave none are dead."""
+
+
+class Fleet:
+    """The books of a pool of engines. A subclass calls the engines (`each`) and hears of deaths (`bury`)."""
+
+    runs_beside = True
+
+    def __init__(self, names: Sequence[str], patience_s: float) -> None:
+        """patience_s: seconds that an engine may take for an answer, beyond those that it shall sample."""
+        self.patience_s = patience_s
+        self.names = list(names)
+        """All engines, alive or not."""
+        self.alive = list(names)
+        """Those that sample, in the order of `names`."""
+        self.held: dict[str, dict[WorkKey, Work]] = {name: {} for name in names}
+        """What each has in the making, as it was submitted."""
+        self.growth: dict[str, list[Growth]] = {name: [] for name in names}
+        """What each has told since."""
+        self.stranded: list[Work] = []
+        """Work that no engine is left for."""
+        self.deaths: dict[str, str] = {}
+        """Engines that are not alive -> how they ended."""
+
+    def each(self, method: str, arguments: Mapping[str, tuple[Any, ...]], timeout: float) -> Answers:
+        """Calls `method` of the named engines side by side, each with its arguments."""
+        raise NotImplementedError
+
+    def bury(self, name: str, error: Exception) -> None:
+        """Called once for an engine that died."""
+
+    def ask(self, method: str, *arguments: Any, timeout: float) -> dict[str, Any]:
+        """The same call to every engine that is alive; answers of those that stay so.
+
+        NoEngineLeft: none does.
+        """
+        answers, failures = self.each(method, dict.fromkeys(self.alive, arguments), timeout)
+        self.lose(failures)
+        if not self.alive:
+            raise self.none_left()
+        return answers
+
+    def submit(self, work: Sequence[Work]) -> None:
+        waiting = list(work)
+        while waiting:
+            if not self.alive:
+                self.stranded += waiting
+                raise self.none_left()
+            dealt = dict(zip(self.alive, deal(waiting, len(self.alive)), strict=True))
+            dealt = {name: items for name, items in dealt.items() if items}
+            for name, items in dealt.items():
+                self.held[name] |= {item.key: item for item in items}
+            _, failures = self.each(
+                "submit", {name: (items,) for name, items in dealt.items()}, self.patience_s
+            )
+            waiting = self.lose(failures)
+
+    def advance(
+        self, ticks: int | Mapping[str, int] | None = None, seconds: float | None = None
+    ) -> dict[str, Progress]:
+        asked = {
+            name: (ticks.get(name, 0) if isinstance(ticks, Mapping) else ticks, seconds)
+            for name in self.alive
+            if self.held[name]
+        }
+        told, failures = self.each("advance", asked, self.patience_s + (seconds or 0.0))
+        for name, progress in told.items():
+            self.growth[name].append(progress.growth)
+            for key in progress.finished:
+                del self.held[name][key]
+        orphans = self.lose(failures)
+        if orphans:
+            self.submit(orphans)
+        return told
+
+    def withdraw(self) -> list[Work]:
+        busy = {name: () for name in self.alive if self.held[name]}
+        told, failures = self.each("withdraw", busy, self.patience_s)
+        left = self.stranded + [item for items in told.values() for item in items]
+        for name in told:
+            self._forget(name)
+        left += self.lose(failures)
+        self.stranded = []
+        return sorted(left, key=lambda item: item.key)
+
+    def lose(self, failures: Mapping[str, Exception]) -> list[Work]:
+        """Takes dead engines off the books. Returns their work, as they last reported it."""
+        orphans: list[Work] = []
+        for name, error in failures.items():
+            known = self.held[name]
+            for growth in self.growth[name]:
+                for key, more in growth.parts().items():
+                    if key in known:
+                        known[key] = known[key].extended(more)
+            orphans += known.values()
+            self._forget(name)
+            self.alive.remove(name)
+            self.deaths[name] = str(error).splitlines()[0]
+            self.bury(name, error)
+        return sorted(orphans, key=lambda item: item.key)
+
+    def returned(self, name: str) -> None:
+        """A new engine of this name is up: it takes part from now on."""
+        self.deaths.pop(name, None)
+        self.alive = [other for other in self.names if other in {*self.alive, name}]
+
+    def _forget(self, name: str) -> None:
+        self.held[name], self.growth[name] = {}, []
+
+    def none_left(self) -> NoEngineLeft:
+        how = "; ".join(f"{name}: {end}" for name, end in self.deaths.items())
+        return NoEngineLeft(f"no engine is left ({how})")
+
+    @property
+    def in_the_making(self) -> int:
+        """Completions that the engines hold."""
+        return sum(len(held) for held in self.held.values())
+
+    def finish_all(self, slice_s: float = 1.0) -> Mapping[WorkKey, Completion]:
+        """What `generate` waits for."""
+        finished: dict[WorkKey, Completion] = {}
+        while self.in_the_making:
+            for progress in self.advance(seconds=slice_s).values():
+                finished |= progress.finished
+        return finished
+
+    def generate(
+        self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
+    ) -> list[list[Completion]]:
+        if self.in_the_making:
+            raise ValueError(
+                f"generate needs engines without work: they have {self.in_the_making} completions; "
+                "withdraw them"
+            )
+        return generate(self, prompts, spec, request_ids)

@@ -1,0 +1,215 @@
+"""Begins the rollouts of the next steps, feeds the engines, and hands every step its own.
+
+    cursor ──► begin(step ... step + K) ──► waiting ──► engines: submit, advance ..., withdraw
+                                              ▲                      │ finished
+                                              └── unfinished ◄───────┤
+                                                                     ▼
+                                              judge ──► steps that are begun ──► collect(step)
+
+Groups belong to steps. `rollout.steps_ahead` = K says how many steps before its turn a step may be begun, and
+nothing else: no group is dropped, none is chosen for being quick, every prompt is trained once and in order.
+So no token is older than K publications. K = 0 is the synchronous loop.
+
+At a publication everything unfinished is withdrawn as plain data (`pause`). It goes on with the next
+`sample`, dealt anew over the engines that live. Between the two, evaluations, probes and checkpoints find the
+engines empty, and change no rollout.
+
+What the engines do between two publications is a number of ticks (decode steps) each, so a run by a fixed
+number of ticks repeats itself, and one by the clock is repeated by the numbers that it wrote (clockwork.py).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from gspo_dist.config import RolloutConfig
+from gspo_dist.data.cursor import PromptCursor
+from gspo_dist.rewards.pool import RewardPool
+from gspo_dist.rollout.engine import Progress
+from gspo_dist.rollout.pool import NoEngineLeft, RolloutPool
+from gspo_dist.trainer.buffer import BegunStep, Buffer
+from gspo_dist.trainer.clockwork import Clockwork, Slice
+from gspo_dist.types import Rollout, SamplingSpec
+
+TELL_EVERY_S = 30.0
+"""A collect that takes longer says so often how far it is."""
+
+Tell = Callable[[int, Mapping[str, Mapping[str, int]]], None]
+"""tell(step, engine -> {"completions": ..., "tokens": ...} of this collect)."""
+
+
+class Collector:
+    """The rollouts of a run: begun, in the making, finished, and handed out step by step."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        steps: int,
+        pool: RolloutPool,
+        rewards: RewardPool,
+        cursor: PromptCursor,
+        spec_of: Callable[[int], SamplingSpec],
+        clockwork: Clockwork,
+        tell: Tell = lambda step, row: None,
+    ) -> None:
+        """steps: of the whole run; nothing is begun beyond. spec_of: how a step is sampled."""
+        self.config, self.steps, self.pool, self.rewards, self.cursor = config, steps, pool, rewards, cursor
+        self.spec_of, self.clockwork, self.tell = spec_of, clockwork, tell
+        self.buffer = Buffer()
+        self.trained_cursor = cursor.state_dict()
+        """The cursor's place after the prompts of the last step that was handed out."""
+        self.sampled_tokens, self.sampling_s = 0, 0.0
+        """Since `take_speed` was called last."""
+        self.carried_tokens = 0
+        """Tokens of the unfinished completions that the last publication withdrew."""
+
+    def sample(self, step: int) -> None:
+        """Begins what may be begun, and samples until the groups of `step` are whole.
+
+        Raises what engines raise. TimeoutError: no engine got a token within rollout.timeout_s. NoEngineLeft:
+        all died; what was in the making is in the buffer then.
+        """
+        self.resume(step)
+        done: dict[str, dict[str, int]] = {}
+        last_token = last_told = time.monotonic()
+        while not self.buffer.steps[step].is_sampled():
+            told = self._advance(self.clockwork.slice())
+            for name, progress in told.items():
+                count = done.setdefault(name, {"completions": 0, "tokens": 0})
+                count["completions"] += len(progress.finished)
+                count["tokens"] += progress.tokens
+            now = time.monotonic()
+            if any(progress.tokens for progress in told.values()):
+                last_token = now
+            elif self.clockwork.record is not None:
+                raise self.clockwork.off_the_record()
+            elif now - last_token > self.config.timeout_s:
+                raise TimeoutError(
+                    f"step {step} got no token within rollout.timeout_s = {self.config.timeout_s:.0f} s "
+                    f"from {', '.join(told) or 'any engine'}"
+                )
+            if now - last_told > TELL_EVERY_S:
+                last_told = now
+                self.tell(step, done)
+
+    def resume(self, step: int) -> None:
+        """Begins the steps up to `step` + K, and gives the engines everything that waits."""
+        self.clockwork.begin(step)
+        while self.buffer.begun < min(step + self.config.steps_ahead, self.steps):
+            self.begin()
+        waiting, self.buffer.waiting = self.buffer.waiting, []
+        try:
+            self.pool.submit(waiting)
+        except NoEngineLeft:
+            self.pause()
+            raise
+
+    def begin(self) -> BegunStep:
+        """Takes the next step's prompts from the cursor.
+
+        Group ids count over the whole run and seed the sampling, so a step's rollouts do not depend on how
+        the run got there.
+        """
+        step, count = self.buffer.begun + 1, self.config.prompts_per_step
+        prompts = self.cursor.next(count)
+        begun = BegunStep(prompts, (step - 1) * count, self.spec_of(step), self.cursor.state_dict())
+        self.buffer.begin(begun)
+        return begun
+
+    def continue_from(self, step: int, cursor: Mapping[str, Any], *, accept_other_prompts: bool) -> None:
+        """Goes on after `step`, at the cursor's place of then. Raises what the cursor raises."""
+        self.cursor.load_state_dict(cursor, accept_other_prompts=accept_other_prompts)
+        self.trained_cursor = self.cursor.state_dict()
+        self.buffer.begun = step
+
+    def judged(self, step: int) -> list[Rollout]:
+        """The rollouts of a sampled step, group after group, with their rewards; it leaves the buffer.
+
+        Raises what rewards raise.
+        """
+        self._judge([step])
+        whole = self.buffer.steps.pop(step)
+        self.trained_cursor = whole.cursor
+        return whole.rollouts()
+
+    def _judge(self, steps: Sequence[int]) -> None:
+        for own in (self.buffer.steps[step] for step in steps):
+            items = own.unjudged()
+            if items:
+                own.take(items, self.rewards.judge(items))
+
+    def pause(self) -> None:
+        """Takes everything unfinished out of the engines: for a publication, or before they sleep."""
+        left = self.pool.withdraw()
+        self.carried_tokens = sum(len(item.so_far) for item in left)
+        self.buffer.waiting = sorted([*self.buffer.waiting, *left], key=lambda item: item.key)
+        self.clockwork.close()
+
+    @contextmanager
+    def beside_learner(self) -> Iterator[None]:
+        """While the learner works inside the block, the engines sample on for later steps.
+
+        Where engines are processes, a thread keeps a slice at each of them and has finished completions
+        judged. It alone uses pool and buffer then. In one process nothing runs beside the learner, so a fixed
+        number of ticks is done before it begins.
+        """
+        if not self.config.steps_ahead:
+            yield
+            return
+        if not self.pool.runs_beside:
+            self._sample_beside(lambda: self.clockwork.is_by_the_clock)
+            yield
+            return
+        learned, failures = threading.Event(), list[BaseException]()
+
+        def work() -> None:
+            try:
+                self._sample_beside(learned.is_set)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=work, name="sampling-beside-the-learner")
+        thread.start()
+        try:
+            yield
+        finally:
+            learned.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def _sample_beside(self, is_over: Callable[[], bool]) -> None:
+        """Slices until the learner is done, or until the ticks of this publication are."""
+        while (part := self.clockwork.slice_beside(is_over())) is not None:
+            try:
+                told = self._advance(part)
+            except NoEngineLeft:  # a new engine comes with the next publication, and the learner goes on
+                return
+            self._judge(list(self.buffer.steps))
+            if not any(progress.ticks for progress in told.values()):
+                return  # everything that may be begun is finished
+
+    def _advance(self, part: Slice) -> dict[str, Progress]:
+        """One slice of every engine that has work."""
+        begun = time.perf_counter()
+        try:
+            told = self.pool.advance(part.ticks, part.seconds)
+        except NoEngineLeft:
+            self.pause()
+            raise
+        self.sampling_s += time.perf_counter() - begun
+        for name, progress in told.items():
+            self.buffer.finish(progress.finished)
+            self.sampled_tokens += progress.tokens
+            self.clockwork.note(name, progress.ticks)
+        return told
+
+    def take_speed(self) -> tuple[int, float]:
+        """Tokens sampled since the last call, and the seconds in which engines sampled."""
+        told = self.sampled_tokens, self.sampling_s
+        self.sampled_tokens, self.sampling_s = 0, 0.0
+        return told

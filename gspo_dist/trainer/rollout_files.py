@@ -1,0 +1,163 @@
+"""The rollouts of a checkpoint: finished ones of later steps with their rewards, and unfinished ones.
+
+rollouts.json says what each is, columns.npz holds tokens, log-probs, versions and routes of all, end to end.
+Prompts are not stored: the cursor hands them out again. 17 bytes a token without routes, so 1,024 completions
+of 8,192 tokens are 143 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gspo_dist.files import write_text
+from gspo_dist.rewards.reward import Judged
+from gspo_dist.routing.trace import RoutingTrace, id_dtype
+from gspo_dist.trainer.buffer import Buffer
+from gspo_dist.trainer.pipeline import Collector
+from gspo_dist.types import Completion, WorkKey
+
+log = logging.getLogger(__name__)
+
+ROWS, COLUMNS = "rollouts.json", "columns.npz"
+FOLDER = "rollouts"
+
+
+def save_rollouts(buffer: Buffer, folder: Path) -> dict[str, Any]:
+    """Writes the buffer's rollouts below a checkpoint's folder; returns what the manifest says of them.
+
+    Every engine must be empty. Nothing is written where no step is begun beyond the trained ones.
+    """
+    if not buffer.steps:
+        return {}
+    rows: list[dict[str, Any]] = []
+    parts: list[Completion] = []
+    for step in buffer.steps.values():
+        for key, completion in step.finished.items():
+            verdict = step.verdicts.get(key)
+            rows.append(_row(key, step.prompt(key).token_ids, completion, verdict))
+            parts.append(completion)
+    for item in buffer.waiting:
+        if len(item.so_far):
+            rows.append(_row(item.key, item.prompt.token_ids, item.so_far, None))
+            parts.append(item.so_far)
+    target = folder / FOLDER
+    target.mkdir()
+    write_text(target / ROWS, json.dumps(rows))
+    np.savez(target / COLUMNS, **_columns(parts))
+    files = {name: (target / name).stat().st_size for name in (ROWS, COLUMNS)}
+    return {
+        "begun": buffer.begun,
+        "finished": sum(len(s.finished) for s in buffer.steps.values()),
+        "files": files,
+    }
+
+
+def _row(
+    key: WorkKey, prompt: tuple[int, ...], completion: Completion, verdict: Judged | None
+) -> dict[str, Any]:
+    return {
+        "group": key[0],
+        "sample": key[1],
+        "prompt": list(prompt),
+        "finish_reason": completion.finish_reason,
+        "text": completion.text,
+        "verdict": None if verdict is None else [verdict.reward, dict(verdict.parts)],
+        "experts": None if completion.routing is None else completion.routing.num_experts,
+    }
+
+
+def _columns(parts: list[Completion]) -> dict[str, np.ndarray]:
+    traces = [c.routing for c in parts if c.routing is not None]
+    columns = {
+        "counts": np.array([len(c) for c in parts], np.int64),
+        "token_ids": _joined([c.token_ids for c in parts], np.int64),
+        "loss_mask": _joined([c.loss_mask for c in parts], np.bool_),
+        "logprobs": _joined([c.logprobs for c in parts], np.float32),
+        "policy_versions": _joined([c.policy_versions for c in parts], np.int32),
+    }
+    if traces:
+        columns["route_rows"] = np.array([len(t) for t in traces], np.int64)
+        columns["expert_ids"] = np.concatenate([t.expert_ids for t in traces])
+        columns["known"] = np.concatenate([t.known for t in traces])
+    return columns
+
+
+def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+
+
+def load_rollouts(collector: Collector, folder: Path, entry: Mapping[str, Any]) -> None:
+    """Begins the steps that the checkpoint had begun, and gives them what was sampled and judged.
+
+    entry: what `save_rollouts` said. A group whose prompt was edited since begins anew, which is said.
+    ValueError: a file is missing or torn, or the steps are of another size.
+    """
+    if not entry:
+        return
+    target = folder / FOLDER
+    for name, size in entry["files"].items():
+        path = target / name
+        got = path.stat().st_size if path.is_file() else None
+        if got != size:
+            raise ValueError(
+                f"checkpoint {folder} must have its rollouts whole: {FOLDER}/{name} "
+                f"{'is missing' if got is None else f'has {got} of {size} bytes'}; remove the checkpoint to "
+                "go on from the one before, or start a new run_dir"
+            )
+    buffer = collector.buffer
+    while buffer.begun < entry["begun"]:
+        collector.begin()
+    rows = json.loads((target / ROWS).read_text(encoding="utf-8"))
+    edited: set[int] = set()
+    so_far: dict[WorkKey, Completion] = {}
+    for row, completion in zip(rows, _completions(rows, target / COLUMNS), strict=True):
+        key = row["group"], row["sample"]
+        step = buffer.step_of(key)
+        if step is None or key[1] >= step.spec.n:
+            raise ValueError(
+                f"checkpoint {folder} has rollouts of steps of another size (completion {key[1]} of group "
+                f"{key[0]}): restore rollout.prompts_per_step and rollout.group_size, or start a new run_dir"
+            )
+        if list(step.prompt(key).token_ids) != row["prompt"]:
+            edited.add(key[0])
+        elif row["finish_reason"]:
+            step.finished[key] = completion
+            if row["verdict"] is not None:
+                step.verdicts[key] = Judged(*row["verdict"])
+        else:
+            so_far[key] = completion
+    buffer.go_on(so_far)
+    if edited:
+        log.warning("%d group(s) begin anew: their prompts were edited since the checkpoint", len(edited))
+
+
+def _completions(rows: list[dict[str, Any]], path: Path) -> list[Completion]:
+    with np.load(path) as columns:
+        data = {name: columns[name] for name in columns.files}
+    cuts = np.cumsum(data["counts"])[:-1]
+    split = {
+        name: np.split(data[name], cuts) for name in ("token_ids", "loss_mask", "logprobs", "policy_versions")
+    }
+    traces = iter(_traces(data))
+    out = []
+    for i, row in enumerate(rows):
+        routing = None
+        if row["experts"] is not None:
+            ids, known = next(traces)
+            routing = RoutingTrace(ids.astype(id_dtype(row["experts"])), known, row["experts"])
+        own = {name: arrays[i] for name, arrays in split.items()}
+        out.append(Completion(**own, finish_reason=row["finish_reason"], text=row["text"], routing=routing))
+    return out
+
+
+def _traces(data: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    if "route_rows" not in data:
+        return []
+    cuts = np.cumsum(data["route_rows"])[:-1]
+    return list(zip(np.split(data["expert_ids"], cuts), np.split(data["known"], cuts), strict=True))

@@ -1,0 +1,339 @@
+"""Which prompts a step takes, how its rollouts come out of the engines, and what K steps ahead may change."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from gspo_dist.config import RolloutConfig
+from gspo_dist.metrics.jsonl import read_jsonl
+from gspo_dist.rewards.reward import Judged
+from gspo_dist.rollout.engine import Growth, Progress
+from gspo_dist.rollout.pool import NoEngineLeft
+from gspo_dist.trainer import pipeline
+from gspo_dist.trainer.clock import StepClock
+from gspo_dist.trainer.clockwork import Clockwork
+from gspo_dist.trainer.collect import collect, sampling_of
+from gspo_dist.trainer.pipeline import Collector
+from gspo_dist.types import Completion, SamplingSpec
+from tests.unit.trainer.small import rollout
+
+SAMPLING = SamplingSpec(n=2, max_tokens=8, seed=7, record_routing=True)
+
+
+class Pool:
+    """Engines that give every completion a token a tick, and do three ticks in a slice by the clock.
+
+    Sample i of group g needs lengths(g, i) tokens.
+
+    It writes down what it was asked.
+    """
+
+    runs_beside = False
+
+    def __init__(self, lengths=lambda group, sample: 1, engines=1) -> None:
+        self.lengths, self.names = lengths, [f"engine-{i}" for i in range(engines)]
+        self.work, self.version, self.asked, self.submitted = [], 0, [], []
+
+    def submit(self, work):
+        assert not self.work, "what is in an engine is never submitted again"
+        self.work = list(work)
+        self.submitted.append([item.key for item in work])
+
+    def advance(self, ticks, seconds):
+        self.asked.append((ticks, seconds))
+        count = 3 if ticks is None else ticks if isinstance(ticks, int) else ticks["engine-0"]
+        if not self.work:
+            count = 0
+        told, finished = 0, {}
+        for _ in range(count):
+            for item in list(self.work):
+                told += 1
+                length = len(item.so_far) + 1
+                whole = length == self.lengths(*item.key)
+                more = Completion(
+                    np.full(1, length),
+                    np.ones(1, bool),
+                    np.zeros(1, np.float32),
+                    np.full(1, self.version, np.int32),
+                    "stop" if whole else "",
+                    f"{item.key}" if whole else "",
+                )
+                self.work[self.work.index(item)] = longer = item.extended(more)
+                if whole:
+                    self.work.remove(longer)
+                    finished[item.key] = longer.so_far
+        return {"engine-0": Progress(count, told, finished, Growth.of({}))}
+
+    def withdraw(self):
+        left, self.work = self.work, []
+        return left
+
+
+class Judge:
+    """Pays the rollout's id, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def judge(self, items):
+        self.asked.append([i for i, _, _ in items])
+        return [Judged(float(i), {"part": float(i) / 2}) for i, _, _ in items]
+
+
+class Cursor:
+    """Prompts p0, p1, ... without an end; its place is how many it gave."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def next(self, n):
+        self.place += n
+        return [rollout(i).prompt for i in range(self.place - n, self.place)]
+
+    def state_dict(self):
+        return {"place": self.place}
+
+    def load_state_dict(self, state, *, accept_other_prompts):
+        self.place = state["place"]
+
+
+def collector_of(pool=None, *, steps=99, clockwork=None, tell=lambda step, row: None, **knobs):
+    config = RolloutConfig(prompts_per_step=3, group_size=2, **knobs)
+    return Collector(
+        config,
+        steps,
+        pool or Pool(),
+        Judge(),
+        Cursor(),
+        lambda step: SAMPLING,
+        clockwork or Clockwork(config),
+        tell,
+    )
+
+
+def begun_at(collector, step):
+    """A collector that goes on with `step`."""
+    collector.continue_from(step - 1, {"place": 3 * (step - 1)}, accept_other_prompts=False)
+    return collector
+
+
+def trained(collector, steps, *, learner=lambda step: None):
+    """The rollouts of each step, with a publication (a version more) after it."""
+    out = []
+    for step in steps:
+        collector.sample(step)
+        out.append(collector.judged(step))
+        with collector.beside_learner():
+            learner(step)
+        collector.pause()
+        collector.pool.version += 1
+    return out
+
+
+def test_ids_count_over_the_run_so_that_a_step_repeats_wherever_it_starts():
+    run = SimpleNamespace(collector=begun_at(collector_of(), 5), clock=StepClock())
+    rollouts = collect(run, step=5)  # steps 1 to 4 had groups 0 to 11
+    assert run.collector.pool.submitted == [[(g, i) for g in (12, 13, 14) for i in range(2)]]
+    assert [r.group_id for r in rollouts] == [12, 12, 13, 13, 14, 14]
+    assert [r.rollout_id for r in rollouts] == [24, 25, 26, 27, 28, 29]
+    assert [r.completion.text for r in rollouts] == [f"({g}, {i})" for g in (12, 13, 14) for i in range(2)]
+    assert [r.reward for r in rollouts] == [24.0, 25.0, 26.0, 27.0, 28.0, 29.0]
+    assert rollouts[3].reward_parts == {"part": 13.5}
+    assert [r.prompt.prompt_id for r in rollouts] == ["p12", "p12", "p13", "p13", "p14", "p14"]
+    assert {"time/collect_s", "time/reward_s"} <= set(run.clock.metrics())
+
+
+@pytest.mark.parametrize(
+    ("replay", "measured", "records"),
+    [("none", False, False), ("none", True, True), ("r2", False, False), ("r3", False, True)],
+)
+def test_routes_travel_where_they_are_replayed_or_measured(replay, measured, records):
+    objective = SimpleNamespace(routing_replay=replay)
+    flips = SimpleNamespace(due=lambda step: measured)
+    assert sampling_of(SAMPLING, objective, flips, 1) == replace(SAMPLING, record_routing=records)
+    # An engine that records nothing is not asked to.
+    assert not sampling_of(replace(SAMPLING, record_routing=False), objective, flips, 1).record_routing
+
+
+def test_a_judge_that_loses_a_verdict_is_not_believed():
+    collector = collector_of()
+    collector.sample(1)
+    collector.rewards = SimpleNamespace(judge=lambda items: [Judged(0.0, {})] * (len(items) - 1))
+    with pytest.raises(ValueError, match="shorter"):
+        collector.judged(1)
+
+
+def test_without_steps_ahead_a_step_is_sampled_whole_and_nothing_is_begun_before_its_turn():
+    pool = Pool(lambda g, i: 1 + 5 * (g % 3))
+    collector = collector_of(pool)
+    out = trained(collector, [1, 2, 3])
+    assert pool.submitted == [[(g, i) for g in range(s, s + 3) for i in range(2)] for s in (0, 3, 6)]
+    assert all(set(r.completion.policy_versions) == {s} for s, step in enumerate(out) for r in step)
+    assert collector.rewards.asked == [list(range(6 * s, 6 * s + 6)) for s in range(3)]
+    assert collector.buffer.steps == {}
+    assert collector.cursor.place == 9
+
+
+def lengths_of(group, sample):
+    """Between 1 and 30 tokens; group 1 is as long as can be."""
+    return 30 if group == 1 else 1 + (7 * group + 11 * sample) % 13
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+@pytest.mark.parametrize("ticks", [0, 5, 40])
+def test_steps_ahead_change_when_work_is_done_and_nothing_else(ahead, ticks):
+    """Every group in order, with its own lengths; no token older than K publications; none thrown away."""
+    steps = 7
+    pool = Pool(lengths_of)
+    collector = collector_of(pool, steps=steps, steps_ahead=ahead, ticks_per_step=ticks)
+    ages = []
+    out = []
+    for step in range(1, steps + 1):
+        [rollouts] = trained(collector, [step])
+        out += rollouts
+        ages += [step - 1 - int(v) for r in rollouts for v in r.completion.policy_versions]
+        assert all((np.diff(r.completion.policy_versions) >= 0).all() for r in rollouts)
+    assert [r.rollout_id for r in out] == list(range(6 * steps))
+    assert [r.prompt.prompt_id for r in out] == [f"p{i // 2}" for i in range(6 * steps)]
+    assert [len(r.completion) for r in out] == [lengths_of(i // 2, i % 2) for i in range(6 * steps)]
+    assert [r.completion.token_ids[-1] for r in out] == [len(r.completion) for r in out]
+    # The bound holds, and fast engines reach it.
+    assert max(ages) == ahead
+    assert collector.sampled_tokens == sum(len(r.completion) for r in out)
+    # Nothing is begun beyond the run's end.
+    assert collector.buffer.begun == steps
+    assert collector.cursor.place == 3 * steps
+
+
+def test_the_ticks_beside_the_learner_are_those_that_were_asked_for():
+    pool = Pool(lambda g, i: 1000 if g >= 3 else 1)
+    collector = collector_of(pool, steps=2, steps_ahead=1, ticks_per_step=21)
+    trained(collector, [1])
+    assert pool.asked == [(8, None), (8, None), (8, None), (5, None)]
+    assert {len(item.so_far) for item in collector.buffer.waiting} == {8 + 21}
+    assert collector.carried_tokens == 6 * 29
+
+
+def test_finished_rollouts_are_judged_beside_the_learner():
+    collector = collector_of(Pool(), steps=2, steps_ahead=1, ticks_per_step=1)
+    asked = []
+    trained(collector, [1], learner=lambda step: asked.append(list(collector.rewards.asked)))
+    assert asked == [[list(range(6)), list(range(6, 12))]]
+    trained(collector, [2])
+    assert len(collector.rewards.asked) == 2  # and not again
+
+
+class SlowPool(Pool):
+    """As engines in other processes: they work while the caller waits."""
+
+    runs_beside = True
+
+    def advance(self, ticks, seconds):
+        time.sleep(0.01)
+        return super().advance(1, seconds)
+
+
+def test_by_the_clock_engines_sample_while_the_learner_works_and_stop_with_it():
+    pool = SlowPool(lambda g, i: 100_000 if g >= 3 else 2)
+    collector = collector_of(pool, steps=2, steps_ahead=1)
+    trained(collector, [1], learner=lambda step: time.sleep(0.3))
+    lengths = {len(item.so_far) for item in collector.buffer.waiting}
+    assert lengths.pop() > 10
+    assert not lengths
+    assert pool.work == []
+    before = len(pool.asked)
+    time.sleep(0.05)
+    assert len(pool.asked) == before
+    assert {seconds for _, seconds in pool.asked} == {0.25}
+
+
+def test_what_goes_wrong_beside_the_learner_is_raised_after_it():
+    pool = SlowPool(lambda g, i: 3 if g >= 3 else 1)
+    collector = collector_of(pool, steps=2, steps_ahead=1)
+    collector.sample(1)
+    collector.judged(1)
+
+    def refuse(items):
+        raise ValueError("no such answer")
+
+    collector.rewards = SimpleNamespace(judge=refuse)
+    learned = []
+    beside = collector.beside_learner()
+    beside.__enter__()
+    time.sleep(0.1)
+    learned.append(True)
+    with pytest.raises(ValueError, match="no such answer"):
+        beside.__exit__(None, None, None)
+    assert learned
+    # What the learner raises is not hidden by it.
+    with pytest.raises(FloatingPointError), collector.beside_learner():
+        raise FloatingPointError
+
+
+def test_a_record_of_ticks_is_done_again_tick_by_tick(tmp_path):
+    """By the clock three ticks fit a slice; the run that repeats it cuts its slices otherwise."""
+    config = RolloutConfig(prompts_per_step=3, group_size=2, steps_ahead=2)
+    clockwork = Clockwork(config, folder=tmp_path)
+    pool = Pool(lengths_of)
+    pool.runs_beside = True
+    first = trained(
+        collector_of(pool, steps=4, steps_ahead=2, clockwork=clockwork),
+        range(1, 5),
+        learner=lambda step: time.sleep(0.01 * step),
+    )
+    record = {row["step"]: row["ticks"] for row in read_jsonl(tmp_path / "ticks.jsonl")}
+    assert set(record) == {1, 2, 3, 4}
+    again = trained(
+        collector_of(Pool(lengths_of), steps=4, steps_ahead=2, clockwork=Clockwork(config, record)),
+        range(1, 5),
+    )
+    for one, two in zip(chain(*first), chain(*again), strict=True):
+        assert one.completion.policy_versions.tolist() == two.completion.policy_versions.tolist()
+    short = {step: {"engine-0": 1} for step in record}
+    with pytest.raises(ValueError, match=r"step 1 is not sampled after its recorded ticks .*another run"):
+        collector_of(Pool(lengths_of), steps_ahead=2, clockwork=Clockwork(config, short)).sample(1)
+
+
+def test_a_long_collect_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(pipeline, "TELL_EVERY_S", -1.0)
+    told = []
+
+    def tell(step, row):
+        told.append((step, {name: dict(count) for name, count in row.items()}))
+
+    collector = collector_of(Pool(lambda g, i: 2 + 3 * i), tell=tell)
+    collector.sample(1)
+    assert told == [
+        (1, {"engine-0": {"completions": 3, "tokens": 3 * 2 + 3 * 3}}),
+        (1, {"engine-0": {"completions": 6, "tokens": 3 * 2 + 3 * 5}}),
+    ]
+
+
+def test_a_collect_without_a_token_ends_at_its_deadline():
+    pool = Pool()
+    pool.advance = lambda ticks, seconds: {"engine-0": Progress(1, 0, {}, Growth.of({}))}
+    with pytest.raises(TimeoutError, match=r"step 1 got no token within rollout\.timeout_s = 0 s from en"):
+        collector_of(pool, timeout_s=0.05).sample(1)
+
+
+@pytest.mark.parametrize("verb", ["submit", "advance"])
+def test_when_no_engine_is_left_the_work_is_in_the_buffer(verb):
+    pool = Pool(lambda g, i: 50)
+    collector = collector_of(pool, steps_ahead=1)
+    plain = getattr(pool, verb)
+
+    def dies(*asked):
+        plain(*asked)
+        raise NoEngineLeft("no engine is left (engine-0: killed)")
+
+    setattr(pool, verb, dies)
+    with pytest.raises(NoEngineLeft):
+        collector.sample(1)
+    assert [item.key for item in collector.buffer.waiting] == [(g, i) for g in range(6) for i in range(2)]
+    assert {len(item.so_far) for item in collector.buffer.waiting} == ({3} if verb == "advance" else {0})
