@@ -12,17 +12,11 @@ from typing import Any
 
 import ray
 
+from gspo_dist.failures import ProcessDied as ProcessDied
+from gspo_dist.failures import ProcessTimeout as ProcessTimeout
 from gspo_dist.weights.verify import WeightSyncError
 
 TAIL_LINES = 15
-
-
-class ProcessDied(RuntimeError):
-    """An actor process ended; the message names it and shows its last lines."""
-
-
-class ProcessTimeout(TimeoutError):
-    """An actor did not answer in time; the message names it and shows its last lines."""
 
 
 REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, WeightSyncError)
@@ -105,12 +99,14 @@ class Actors:
                 answers[names[ref]] = self._result(names[ref], ref)
         return {name: answers[name] for name in refs}
 
-    def each(self, refs: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any], dict[str, Exception]]:
+    def each(
+        self, refs: Mapping[str, Any], timeout: float, *, deaths_only: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Exception]]:
         """Waits at most `timeout` seconds for every object; (answers, failures), both by name.
 
         For actors that do not need each other: a failure holds nobody off. It is ProcessDied, ProcessTimeout,
         or what broke in the actor. An actor's refusal (ValueError, WeightSyncError and other errors that are
-        the caller's fault) is raised, once all have answered.
+        the caller's fault) is raised, once all have answered. deaths_only: so is every other error of it.
         """
         _, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout) if refs else ([], [])
         answers, failures, refusals = dict[str, Any](), dict[str, Exception](), list[Exception]()
@@ -124,8 +120,13 @@ class Actors:
                 answers[name] = self._result(name, ref)
             except REFUSALS as error:
                 refusals.append(error)
-            except Exception as error:
+            except (ProcessDied, ProcessTimeout) as error:
                 failures[name] = error
+            except Exception as error:
+                if deaths_only:
+                    refusals.append(error)
+                else:
+                    failures[name] = error
         if refusals:
             raise refusals[0]
         return answers, failures

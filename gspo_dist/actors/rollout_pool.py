@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ START_TIMEOUT_S = 900.0
 
 CLOSE_S = 15.0
 """Longest wait for engines to close. One that is asked ends its workers in order and leaves the learner."""
+SUCCESSORS = 3
+"""So many processes in a row may die in an engine's place before they took part in a publication."""
 
 EngineFactory = Callable[..., RolloutEngine]
 """make(name=) -> RolloutEngine; picklable; imports its engine when called."""
@@ -106,16 +109,22 @@ class RayRolloutPool(Fleet):
         """Creates the actors, which begin to build their engines. options: Ray's, one mapping per engine."""
         names = [f"engine-{i}" for i in range(config.engines)]
         super().__init__(names, config.timeout_s)
-        self.config = config
+        self.config, self.make = config, make
+        self.options = dict(zip(names, options, strict=False))
+        self.actors = Actors({}, log_dir)
+        self.starting: dict[str, Any] = {}
+        """Engines that are coming up -> the answer that they will give."""
+        self.attempts = dict.fromkeys(names, 0)
+        """Successors of each engine that died before they took part in a publication."""
+        for name in names:
+            self._create(name)
+
+    def _create(self, name: str) -> None:
+        """Creates the actor and has it build its engine; nobody waits for it here."""
         remote = ray.remote(EngineProcess)
-        self.actors = Actors(
-            {
-                name: remote.options(**own).remote(name, str(log_dir))
-                for name, own in zip(names, options, strict=False)
-            },
-            log_dir,
-        )
-        self.starting = {name: handle.start.remote(make) for name, handle in self.actors.handles.items()}
+        handle = remote.options(**self.options[name]).remote(name, str(self.actors.log_dir))
+        self.actors.handles[name] = handle
+        self.starting[name] = handle.start.remote(self.make)
 
     def start(self) -> EngineInfo:
         """Waits until every engine is up, and returns what the first one says of itself: they are alike.
@@ -123,6 +132,7 @@ class RayRolloutPool(Fleet):
         The engines start when the pool is made, so that they load while the learner does.
         """
         infos = self.actors.gather(self.starting, max(START_TIMEOUT_S, self.config.timeout_s))
+        self.starting = {}
         return next(iter(infos.values()))
 
     @property
@@ -139,16 +149,44 @@ class RayRolloutPool(Fleet):
     def bury(self, name: str, error: Exception) -> None:
         log.warning("%s is dead, the others go on with its work: %s", name, error)
         ray.kill(self.actors.handles[name])  # what hangs, or broke without ending, must not come back
+        self._replace(name)
+
+    def _replace(self, name: str) -> None:
+        """Starts a successor, unless the last ones came to nothing."""
+        self.attempts[name] += 1
+        if self.attempts[name] > SUCCESSORS:
+            log.error("%s is given up: %d successors in a row died before a publication", name, SUCCESSORS)
+            return
+        self._create(name)
+
+    def newcomers(self, *, wait: bool) -> list[str]:
+        came: list[str] = []
+        deadline = time.monotonic() + (max(START_TIMEOUT_S, self.config.timeout_s) if wait else 0.0)
+        while self.starting and not came:
+            names = {ref: name for name, ref in self.starting.items()}
+            done, _ = ray.wait(
+                list(names),
+                num_returns=len(names) if not wait else 1,
+                timeout=max(0.0, deadline - time.monotonic()),
+            )
+            if not done:
+                break
+            refs = {names[ref]: self.starting.pop(names[ref]) for ref in done}
+            answers, failures = self.actors.each(refs, 0.0)
+            came += answers
+            for name, error in failures.items():
+                log.warning("the successor of %s did not come up: %s", name, error)
+                self._replace(name)
+        return came
 
     def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
         """Log-probs of the same sequences from every engine: each holds weights of its own to be probed."""
         return self.ask("logprobs_of", list(sequences), timeout=timeout)
 
-    def start_weight_update(self, timeout: float) -> None:
-        self.ask("start_weight_update", timeout=timeout)
-
     def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
-        return self.ask("finish_weight_update", policy_version, timeout=timeout)
+        receipts = self.ask("finish_weight_update", policy_version, timeout=timeout)
+        self.attempts |= dict.fromkeys(receipts, 0)
+        return receipts
 
     def sleep(self) -> None:
         self.ask("sleep", timeout=self.config.timeout_s)

@@ -17,15 +17,9 @@ def main(args: Sequence[str]) -> None:
 
 
 def _train(config: RunConfig) -> None:
-    from gspo_dist.trainer.loop import train
-    from gspo_dist.trainer.setup.build import build
+    from gspo_dist.trainer.restarts import train_run
 
-    run = build(config)
-    try:
-        summary = train(run)
-    finally:
-        run.release()
-    print_summary(run.run_dir, summary)
+    print_summary(*train_run(config))
 
 
 def print_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:

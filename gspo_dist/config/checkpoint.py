@@ -19,6 +19,9 @@ class CheckpointConfig:
     """Go on from the newest whole checkpoint of run_dir, if there is one."""
     save_last: bool = True
     """Save after the last step, whatever `every` is. Studies set this to false: they need no weights."""
+    restarts: int = 3
+    """Times that a run whose learner died goes on by itself from its newest checkpoint, without a new one in
+    between. Engines and reward workers that die need none of them."""
     accept: list[str] = field(default_factory=list)
     """Knobs or whole sections (reward, data.train, learner.optimizer.lr) that may differ from the run that is
     resumed. Without it a resume refuses every change that concerns the steps already done."""
@@ -26,3 +29,4 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.restarts", self.restarts, 0)

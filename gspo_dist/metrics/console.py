@@ -69,6 +69,19 @@ class ConsoleSink:
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """SamplesFile has them."""
 
+    def collecting(self, step: int, row: Row) -> None:
+        """Prints completions and tokens of the collect so far."""
+        text = "  ".join(f"{key.removeprefix('progress/')} {value:,.0f}" for key, value in row.items())
+        self.console.print(
+            f"[dim]{step:>5}/{self.total}[/dim]  collecting  {text}", highlight=False, soft_wrap=True
+        )
+
+    def event(self, step: int, text: str) -> None:
+        """Prints the line."""
+        self.console.print(
+            f"[dim]{step:>5}/{self.total}[/dim]  {text}", highlight=False, soft_wrap=True, markup=True
+        )
+
     def image(self, name: str, path: Path) -> None:
         """A terminal shows no pictures."""
 

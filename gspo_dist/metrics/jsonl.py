@@ -49,6 +49,12 @@ class MetricsFile:
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """SamplesFile has them."""
 
+    def collecting(self, step: int, row: Row) -> None:
+        """The step's own numbers say it better, once they are there."""
+
+    def event(self, step: int, text: str) -> None:
+        """events.jsonl has them."""
+
     def image(self, name: str, path: Path) -> None:
         """Pictures lie in the run folder already."""
 
@@ -71,6 +77,12 @@ class SamplesFile:
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """Appends the rows, whatever types their values have. Raises OSError on a full disk."""
         append(self.path, [{"step": step, **plain(row)} for row in rows])
+
+    def collecting(self, step: int, row: Row) -> None:
+        """No samples are ready."""
+
+    def event(self, step: int, text: str) -> None:
+        """events.jsonl has them."""
 
     def image(self, name: str, path: Path) -> None:
         """Pictures lie in the run folder already."""

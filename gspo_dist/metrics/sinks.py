@@ -30,6 +30,12 @@ class Sink(Protocol):
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """Takes a few rollouts of a step, before its numbers. Called at most once per step."""
 
+    def collecting(self, step: int, row: Row) -> None:
+        """Takes how far the collect of a step is, where that takes long."""
+
+    def event(self, step: int, text: str) -> None:
+        """Takes one line about a process that died or came back."""
+
     def image(self, name: str, path: Path) -> None:
         """Takes a picture that lies in the run folder. Called at the end of a run, once per name."""
 
@@ -58,6 +64,18 @@ class Sinks:
         for sink in (self.record, *self.others):
             with self._going_on(sink, "samples"):
                 sink.samples(step, rows)
+
+    def collecting(self, step: int, row: Row) -> None:
+        """Raises nothing."""
+        for sink in (self.record, *self.others):
+            with self._going_on(sink, "progress"):
+                sink.collecting(step, row)
+
+    def event(self, step: int, text: str) -> None:
+        """Raises nothing."""
+        for sink in (self.record, *self.others):
+            with self._going_on(sink, "events"):
+                sink.event(step, text)
 
     def image(self, name: str, path: Path) -> None:
         """Raises nothing."""

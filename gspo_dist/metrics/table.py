@@ -14,6 +14,7 @@ PLACEHOLDERS = {
     "lag": (r"\d+", "optimiser steps from the policy that sampled a token to the step's start"),
     "k": (r"\d+", "number of completions"),
     "percent": (r"\d+", "percent of the sequences at or below the value"),
+    "engine": (r"engine-\d+", "name of an engine"),
     "suite": (r"[^/]+", "name of the evaluation"),
     "part": (r".+", "name that the reward function gives to a part of its reward"),
 }
@@ -52,12 +53,38 @@ GUARDED = "objectives with a clip, unless `objective.guard.action=off`"
 PROBED = "steps whose weight sync is probed (`rollout.weight_sync.probe_every`)"
 EVALUATED = "steps with an evaluation (`evaluation.every`, the first and the last)"
 REFERENCE = "runs with a KL term (`objective.kl_coef`)"
+AHEAD = "runs with `rollout.steps_ahead` above 0"
+LONG = "not in metrics.jsonl: console and W&B, every 30 s of a collect that takes longer"
 STALE = "steps with tokens of an older policy (`rollout.steps_ahead` above 0)"
 CORRECTED = "runs with a mismatch correction (`objective.correction`)"
 
 # One entry is one or two lines here; the formatter would make four of it.
 # fmt: off
 SECTIONS = (
+    Section("Rollouts begun ahead", "trainer/pipeline.py", (
+        Metric("pipeline/finished_ahead", "completions",
+               "Whole completions of later steps, after the publication.", AHEAD),
+        Metric("pipeline/unfinished", "completions",
+               "Completions in the making that the publication withdrew.", AHEAD),
+        Metric("pipeline/carried_tokens", "tokens",
+               "Tokens of those, which go on under the new weights.", AHEAD),
+        Metric("pipeline/ticks", "decode steps",
+               "Of the busiest engine since the publication before.", AHEAD),
+        Metric("progress/completions", "completions", "Finished in the collect under way.", LONG),
+        Metric("progress/tokens", "tokens", "Sampled in the collect under way.", LONG),
+        Metric("progress/{engine}/completions", "completions", "The same, of one engine.", LONG),
+        Metric("progress/{engine}/tokens", "tokens", "The same, of one engine.", LONG),
+    )),
+    Section("Health", "trainer/health.py", (
+        Metric("health/engine_deaths", "events",
+               "Engines that died, hung or broke so far; events.jsonl names each."),
+        Metric("health/engine_returns", "events",
+               "Engines started in a dead one's place that took part in a publication."),
+        Metric("health/reward_deaths", "events",
+               "Reward processes that died; what they judged was judged again."),
+        Metric("health/restarts", "events",
+               "Times that the run went on by itself after its learner had died."),
+    )),
     Section("Step", "metrics/jsonl.py", (
         Metric("step", "steps", "Rollout batches completed. Row 0 is the evaluation before the first step."),
     )),

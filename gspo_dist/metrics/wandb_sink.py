@@ -166,6 +166,7 @@ class WandbSink:
         # step once.
         self.repeated = int(self.run.summary.get("step", -1))
         self.sends_tables = True
+        self.events = 0
 
     def log(self, step: int, row: Row) -> None:
         """Sends the numbers that are finite."""
@@ -186,6 +187,16 @@ class WandbSink:
         self.sends_tables = False  # until this one has gone
         self.run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
         self.sends_tables = True
+
+    def collecting(self, step: int, row: Row) -> None:
+        """Sends the numbers, beside those of the step to come."""
+        if step > self.repeated:
+            self.run.log({"step": step, **row})
+
+    def event(self, step: int, text: str) -> None:
+        """Puts the line into the run's summary."""
+        self.events += 1
+        self.run.summary.update({f"event/{self.events}": f"step {step}: {text}"})
 
     def image(self, name: str, path: Path) -> None:
         """Sends a copy of the picture."""

@@ -22,6 +22,7 @@ from multiprocessing.connection import Pipe, wait
 from typing import Protocol
 
 from gspo_dist.config import RewardConfig
+from gspo_dist.failures import Event
 from gspo_dist.rewards.reward import Item, Judged, RewardError, describe, located
 from gspo_dist.rewards.worker import Answer
 
@@ -57,11 +58,16 @@ class RewardPool(Protocol):
     def judge(self, items: Sequence[Item]) -> list[Judged]:
         """The verdict on every item, in order. May be called any number of times.
 
-        A rollout whose reward misses the deadline gets `reward.timeout_reward` and the part `timeout` = 1;
-        one that ends its process gets the same reward and the part `crash` = 1. Raises RewardError when the
-        reward raises or gives no finite number (unless `reward.error_reward` states what then: the part
-        `error` = 1), and where `reward.timeout_reward` is null; the message names the rollout.
+        A rollout whose reward misses the deadline gets `reward.timeout_reward` and the part `timeout` = 1.
+        One whose process ends is judged again by another; where that ends too, it gets the same reward and
+        the part `crash` = 1. Raises RewardError when the reward raises or gives no finite number (unless
+        `reward.error_reward` states what then: the part `error` = 1), and where `reward.timeout_reward` is
+        null; the message names the rollout.
         """
+        ...
+
+    def take_events(self) -> list[Event]:
+        """Deaths of reward processes since the last call."""
         ...
 
     def close(self) -> None:
@@ -144,12 +150,21 @@ class LocalRewardPool:
         """Rollouts in a row that ended their process."""
         self.errors = 0
         """Rollouts in a row whose reward raised."""
+        self.again: set[int] = set()
+        """Places of the items whose process ended once."""
+        self.has_started = False
+        """Whether the reward was imported before: then a process that ends while it imports was killed."""
+        self.events: list[Event] = []
 
     def start(self) -> None:
         self._run([])
 
     def judge(self, items: Sequence[Item]) -> list[Judged]:
         return self._run(items) if items else []
+
+    def take_events(self) -> list[Event]:
+        told, self.events = self.events, []
+        return told
 
     def close(self) -> None:
         while self.workers:
@@ -158,6 +173,7 @@ class LocalRewardPool:
     def _run(self, items: Sequence[Item]) -> list[Judged]:
         """Judges the items; without any, waits for the workers that are starting."""
         waiting, verdicts = deque(range(len(items))), dict[int, Judged]()
+        self.again = set()
         while len(self.workers) < self.config.workers:  # an earlier call failed, and has ended them
             self.workers.append(Worker(self.config))
         try:
@@ -207,7 +223,15 @@ class LocalRewardPool:
             return
         rollout_id, prompt, _ = items[worker.places[0]]
         if answer is None:
-            verdicts[worker.places.popleft()] = self._unjudged(worker, describe(rollout_id, prompt), late)
+            if late or worker.places[0] in self.again:
+                verdicts[worker.places.popleft()] = self._unjudged(worker, describe(rollout_id, prompt), late)
+            else:  # it may have been killed from outside: somebody else judges it once more
+                self.again.add(worker.places[0])
+                ended = worker.end(EXIT_S)
+                log.warning(
+                    "%s ended its process (%s): it is judged again", describe(rollout_id, prompt), ended
+                )
+                self._note(ended)
             self._replace(worker)
         elif answer.kind == "failed":
             verdicts[worker.places.popleft()] = self._failed(answer)
@@ -234,13 +258,16 @@ class LocalRewardPool:
         where = f"the process of reward.function {self.config.function!r}"
         if late:
             raise ValueError(f"{where} must import it within {START_TIMEOUT_S:.0f} s: it has not answered")
+        if answer is None and self.has_started:
+            self._replace_idle(worker)
+            return
         if answer is None:
             raise ValueError(
                 f"{where} ended ({worker.end(EXIT_S)}) while it imported it; see its output above"
             )
         if answer.kind == "refused":
             raise ValueError(answer.value)
-        worker.ready = True
+        worker.ready = self.has_started = True
 
     def _unjudged(self, worker: Worker, who: str, late: bool) -> Judged:
         """The stated reward of a rollout whose reward gave none. Raises RewardError where none is stated."""
@@ -251,6 +278,7 @@ class LocalRewardPool:
         else:
             what = f"ended its process ({ended})"
             way_out = "bound its work, raise an exception instead of ending the process"
+            self._note(ended)
             self.deaths += 1
             if self.deaths >= DEATHS_IN_A_ROW:
                 raise RewardError(f"{who} {what}, the {self.deaths}th in a row; {way_out}")
@@ -261,12 +289,17 @@ class LocalRewardPool:
 
     def _replace_idle(self, worker: Worker) -> None:
         """A process that died while it had nothing to judge costs no rollout, but somebody should know."""
+        ended = worker.end(EXIT_S)
         log.warning(
             "a process of reward.function %r ended (%s) while it had nothing to judge: another one starts",
             self.config.function,
-            worker.end(EXIT_S),
+            ended,
         )
+        self._note(ended)
         self._replace(worker)
+
+    def _note(self, ended: str) -> None:
+        self.events.append(Event("reward_death", f"a process of {self.config.function}", ended))
 
     def _replace(self, worker: Worker) -> None:
         worker.end()

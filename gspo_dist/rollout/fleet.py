@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gspo_dist.failures import Event
 from gspo_dist.rollout.engine import Growth, Progress, generate
 from gspo_dist.rollout.pool import NoEngineLeft, deal
 from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
 
 Answers = tuple[dict[str, Any], dict[str, Exception]]
 """Answers by engine, and why the engines that gave none are dead."""
+
+
+PING_S = 30.0
+"""An engine that is asked what it is answers at once, unless a bucket of weights keeps it."""
 
 
 class Fleet:
@@ -38,13 +43,23 @@ class Fleet:
         """Work that no engine is left for."""
         self.deaths: dict[str, str] = {}
         """Engines that are not alive -> how they ended."""
+        self.events: list[Event] = []
+        """What happened since `take_events` was called last."""
 
     def each(self, method: str, arguments: Mapping[str, tuple[Any, ...]], timeout: float) -> Answers:
         """Calls `method` of the named engines side by side, each with its arguments."""
         raise NotImplementedError
 
     def bury(self, name: str, error: Exception) -> None:
-        """Called once for an engine that died."""
+        """Called once for an engine that died: ends what is left of it, and may start another."""
+
+    def newcomers(self, *, wait: bool) -> list[str]:
+        """Dead engines whose successor is up, each told once. wait: for the first, if one is coming."""
+        return []
+
+    def take_events(self) -> list[Event]:
+        told, self.events = self.events, []
+        return told
 
     def ask(self, method: str, *arguments: Any, timeout: float) -> dict[str, Any]:
         """The same call to every engine that is alive; answers of those that stay so.
@@ -113,13 +128,33 @@ class Fleet:
             self._forget(name)
             self.alive.remove(name)
             self.deaths[name] = str(error).splitlines()[0]
+            self.events.append(Event("engine_death", name, self.deaths[name]))
             self.bury(name, error)
         return sorted(orphans, key=lambda item: item.key)
 
-    def returned(self, name: str) -> None:
-        """A new engine of this name is up: it takes part from now on."""
-        self.deaths.pop(name, None)
-        self.alive = [other for other in self.names if other in {*self.alive, name}]
+    def start_weight_update(self, timeout: float) -> None:
+        """Opens a publication on every engine, also on those that came up since the last one.
+
+        They hold the weights of the model folder till then, so they sample nothing before.
+        """
+        for name in self.newcomers(wait=not self.alive):
+            self.alive = [other for other in self.names if other in {*self.alive, name}]
+            self.events.append(Event("engine_return", name, f"after: {self.deaths.pop(name)}"))
+        self.ask("start_weight_update", timeout=timeout)
+
+    def abandon_update(self) -> bool:
+        """Whether a publication failed because an engine died.
+
+        Then none is left that was in the middle of it, because such an engine holds half an update. Their
+        successors take part in the next one.
+        """
+        _, failures = self.each("info", dict.fromkeys(self.alive, ()), PING_S)
+        if not failures:
+            return False
+        self.lose(failures)
+        broken = RuntimeError(f"it held half an update when {', '.join(failures)} died")
+        self.lose(dict.fromkeys(self.alive, broken))
+        return True
 
     def _forget(self, name: str) -> None:
         self.held[name], self.growth[name] = {}, []

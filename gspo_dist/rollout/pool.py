@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gspo_dist.failures import Event
 from gspo_dist.partition import longest_first
 from gspo_dist.rollout.engine import EngineInfo, Progress, RolloutEngine, SyncReceipt
 from gspo_dist.types import Completion, Prompt, SamplingSpec, Work
@@ -74,7 +75,13 @@ class RolloutPool(Protocol):
         ...
 
     def start_weight_update(self, timeout: float) -> None:
-        """Opens a publication on every engine. WeightSyncError: one is open already."""
+        """Opens a publication on every engine. WeightSyncError: one is open already. NoEngineLeft: none is
+        alive, and none is coming.
+        """
+        ...
+
+    def abandon_update(self) -> bool:
+        """Whether a publication failed because an engine died; the next attempt may then succeed."""
         ...
 
     def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
@@ -94,6 +101,10 @@ class RolloutPool(Protocol):
 
         ValueError: the engines were not started for it.
         """
+        ...
+
+    def take_events(self) -> list[Event]:
+        """Deaths and returns of engines since the last call."""
         ...
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
@@ -164,6 +175,12 @@ class LocalRolloutPool:
 
     def start_weight_update(self, timeout: float) -> None:
         self.engine.start_weight_update()
+
+    def abandon_update(self) -> bool:
+        return False
+
+    def take_events(self) -> list[Event]:
+        return []
 
     def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
         return {"engine-0": self.engine.finish_weight_update(policy_version)}

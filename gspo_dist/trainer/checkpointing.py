@@ -44,6 +44,16 @@ def save(run: Run, step: int) -> None:
         commit(run)
 
 
+def save_again(run: Run, step: int) -> None:
+    """Saves the state after `step` off the schedule, with the rollouts that were made since.
+
+    Before the first step there is nothing that a new start would not have.
+    """
+    if step:
+        save(run, step)
+        commit(run)
+
+
 def commit(run: Run) -> None:
     """Makes the unfinished checkpoint real, once every rank has written its part; does nothing without one.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gspo_dist.config import ObjectiveConfig
+from gspo_dist.rollout.pool import NoEngineLeft
+from gspo_dist.trainer.checkpointing import save_again
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.run import Run
 from gspo_dist.types import Rollout, SamplingSpec
@@ -15,11 +17,16 @@ def collect(run: Run, step: int) -> list[Rollout]:
     the prompt cursor.
 
     A part of them may have been sampled while the learner worked on earlier steps (`rollout.steps_ahead`).
-    Raises what engines and rewards raise. A resumed run takes the same prompts again, because the checkpoint
-    holds the cursor of the step before, and the rollouts that were begun since.
+    Raises what engines and rewards raise. Where no engine is left, what they had is saved before. A resumed
+    run takes the same prompts again, because the checkpoint holds the cursor of the step before, and the
+    rollouts that were begun since.
     """
     with run.clock("collect"):
-        run.collector.sample(step)
+        try:
+            run.collector.sample(step)
+        except NoEngineLeft:
+            save_again(run, step - 1)
+            raise
     with run.clock("reward"):
         return run.collector.judged(step)
 

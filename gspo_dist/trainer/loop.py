@@ -55,6 +55,7 @@ def run_step(run: Run, step: int) -> None:
         metrics.speed = step_metrics.speed_metrics(
             run.clock.metrics(), rollouts, run.tokens_seen, run.collector.take_speed()
         )
+        metrics.pipeline = run.collector.metrics()
         if evaluation_due(run, step):
             metrics.evaluation = evaluate(run)
         log(run, metrics, step)
@@ -149,7 +150,8 @@ def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:
 def log(run: Run, metrics: StepMetrics, step: int) -> None:
     """The step's numbers and samples to the sinks, with the time that is left at the pace so far."""
     pace = (time.perf_counter() - run.started) / (step - run.completed_steps)
-    row = metrics.row() | {"time/left_s": pace * (run.config.steps - step)}
+    run.health.note(step, [*run.pool.take_events(), *run.rewards.take_events()])
+    row = metrics.row() | run.health.metrics() | {"time/left_s": pace * (run.config.steps - step)}
     run.sinks.samples(step, metrics.samples)
     run.sinks.log(step, row)
 

@@ -42,6 +42,19 @@ Tell = Callable[[int, Mapping[str, Mapping[str, int]]], None]
 """tell(step, engine -> {"completions": ..., "tokens": ...} of this collect)."""
 
 
+def progress_metrics(done: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """progress/* of a collect under way, as a whole and by engine."""
+    out = {
+        f"progress/{what}": float(sum(own[what] for own in done.values()))
+        for what in ("completions", "tokens")
+    }
+    return out | {
+        f"progress/{engine}/{what}": float(count)
+        for engine, own in done.items()
+        for what, count in own.items()
+    }
+
+
 class Collector:
     """The rollouts of a run: begun, in the making, finished, and handed out step by step."""
 
@@ -60,7 +73,7 @@ class Collector:
         self.config, self.steps, self.pool, self.rewards, self.cursor = config, steps, pool, rewards, cursor
         self.spec_of, self.clockwork, self.tell = spec_of, clockwork, tell
         self.buffer = Buffer()
-        self.trained_cursor = cursor.state_dict()
+        self.trained_cursor: Mapping[str, Any] = cursor.state_dict()
         """The cursor's place after the prompts of the last step that was handed out."""
         self.sampled_tokens, self.sampling_s = 0, 0.0
         """Since `take_speed` was called last."""
@@ -207,6 +220,17 @@ class Collector:
             self.sampled_tokens += progress.tokens
             self.clockwork.note(name, progress.ticks)
         return told
+
+    def metrics(self) -> dict[str, float]:
+        """pipeline/* after a publication: what is begun of later steps."""
+        if not self.config.steps_ahead:
+            return {}
+        return {
+            "pipeline/finished_ahead": float(sum(len(s.finished) for s in self.buffer.steps.values())),
+            "pipeline/unfinished": float(len(self.buffer.waiting)),
+            "pipeline/carried_tokens": float(self.carried_tokens),
+            "pipeline/ticks": float(max(self.clockwork.done.values(), default=0)),
+        }
 
     def take_speed(self) -> tuple[int, float]:
         """Tokens sampled since the last call, and the seconds in which engines sampled."""

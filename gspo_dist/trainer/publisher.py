@@ -6,6 +6,7 @@ weights/__init__.py has the map of one publication; this module is its driver.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,11 @@ from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.types import Completion, Prompt
 from gspo_dist.weights.tolerance import ProbeTolerance
 from gspo_dist.weights.verify import probe_difference, verify_receipt
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Of a publication whose engines die in its middle: it begins again with their successors."""
 
 ProbeSequence = tuple[np.ndarray, int]
 """Token ids of prompt and completion, and where the completion starts. Only completions are compared: what
@@ -116,9 +122,16 @@ class WeightPublisher:
         """Streams the weights and verifies every engine's receipt."""
         timeout, version = self.config.timeout_s, self.learner.policy_version
         start = time.perf_counter()
-        self.pool.start_weight_update(timeout)
-        started = time.perf_counter()
-        sent = self.learner.send_weights(self.config, self.pool.engines)
+        for attempt in range(1, ATTEMPTS + 1):
+            self.pool.start_weight_update(timeout)
+            started = time.perf_counter()
+            try:
+                sent = self.learner.send_weights(self.config, self.pool.engines)
+                break
+            except Exception as error:
+                if attempt == ATTEMPTS or not self.pool.abandon_update():
+                    raise
+                log.warning("publication of version %d begins again, an engine died: %s", version, error)
         delivered = time.perf_counter()
         receipts = self.pool.finish_weight_update(version, timeout)
         if self.config.check:

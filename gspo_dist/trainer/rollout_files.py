@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def save_rollouts(buffer: Buffer, folder: Path) -> dict[str, Any]:
     target = folder / FOLDER
     target.mkdir()
     write_text(target / ROWS, json.dumps(rows))
-    np.savez(target / COLUMNS, **_columns(parts))
+    np.savez(target / COLUMNS, **cast(Any, _columns(parts)))
     files = {name: (target / name).stat().st_size for name in (ROWS, COLUMNS)}
     return {
         "begun": buffer.begun,

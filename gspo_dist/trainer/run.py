@@ -20,6 +20,7 @@ from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
+from gspo_dist.trainer.health import Health
 from gspo_dist.trainer.old_logprobs import OldLogprobs
 from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.publisher import WeightPublisher
@@ -62,6 +63,8 @@ class Run:
     flips: FlipMeter
     publisher: WeightPublisher
     sinks: Sinks
+    health: Health
+    """Counts what happens to the processes."""
     sampling: SamplingSpec
     """How training completions are sampled."""
     release: Callable[[], None]

@@ -48,6 +48,8 @@ class StepMetrics:
     """routing/*: live flip rates, and what replay costs in bytes."""
     sync: Metrics = field(default_factory=dict)
     """sync/* and time/sync/*: the publication of the new weights."""
+    pipeline: Metrics = field(default_factory=dict)
+    """pipeline/*: what is begun of later steps."""
     speed: Metrics = field(default_factory=dict)
     """time/* and perf/*."""
     evaluation: Metrics = field(default_factory=dict)

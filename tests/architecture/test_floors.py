@@ -48,6 +48,7 @@ FLOORS = {
     "objectives": 0,
     "models": 0,
     "checks": 0,
+    "failures": 0,
     "files": 0,
     "host": 0,
     "partition": 0,

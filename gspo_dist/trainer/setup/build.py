@@ -20,8 +20,9 @@ from gspo_dist.trainer.clockwork import Clockwork, open_record, read_record
 from gspo_dist.trainer.collect import sampling_of
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
+from gspo_dist.trainer.health import EVENTS, Health
 from gspo_dist.trainer.old_logprobs import OldLogprobs
-from gspo_dist.trainer.pipeline import Collector
+from gspo_dist.trainer.pipeline import Collector, progress_metrics
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, WeightPublisher
 from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.checks import (
@@ -79,6 +80,8 @@ def build(config: RunConfig) -> Run:
             open_record(run_dir, config, checkpoint.step if checkpoint else 0)
         parts = start_parts(config, model, device, run_dir, moe_layers)
         stack.callback(parts.release)
+        if checkpoint is None:
+            (run_dir / EVENTS).unlink(missing_ok=True)
         sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0, wandb_mode)
         learner, replicas, budget = parts.learner, config.learner.data_parallel, config.learner.token_budget
         exact = config.learner.consistency == "exact"
@@ -94,6 +97,7 @@ def build(config: RunConfig) -> Run:
             PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
             functools.partial(sampling_of, sampling, config.objective, flips),
             clockwork,
+            lambda step, done: sinks.collecting(step, progress_metrics(done)),
         )
         run = Run(
             config=config,
@@ -120,6 +124,7 @@ def build(config: RunConfig) -> Run:
                 colocated=config.cluster.colocated,
             ),
             sinks=sinks,
+            health=Health(run_dir, sinks),
             sampling=sampling,
             release=lambda: None,
         )

@@ -10,31 +10,10 @@ import math
 import numpy as np
 import pytest
 
-from gspo_dist.data.cursor import PromptCursor
-from gspo_dist.trainer.heldout import EVALUATION_IDS
 from tests.unit.trainer.small import config, go
 
 STALE_ROWS = slice(2, None)
 """Row 0 is the evaluation, and step 1 has nothing older than itself."""
-
-
-class Delayed:
-    """A pool that samples every step's groups `steps` steps before they are asked for."""
-
-    def __init__(self, run, steps: int = 1) -> None:
-        self.generate, self.queue, self.steps = run.pool.generate, [], steps
-        self.count = run.config.rollout.prompts_per_step
-        self.ahead = PromptCursor(run.cursor._source, seed=run.config.seed, shuffle=run.config.data.shuffle)
-        run.pool.generate = self.delayed
-
-    def delayed(self, prompts, spec, ids):
-        if ids[0] >= EVALUATION_IDS or spec.n == 1:
-            return self.generate(prompts, spec, ids)
-        while len(self.queue) <= self.steps:
-            first = ids[0] + len(self.queue) * self.count
-            ahead = self.ahead.next(self.count)
-            self.queue.append(self.generate(ahead, spec, range(first, first + self.count)))
-        return self.queue.pop(0)
 
 
 class Books:
@@ -66,12 +45,11 @@ def sequences(learner, mini):
 def stale_run(model, reward_file, folder, *extra):
     books = []
 
-    def watch(run):
-        Delayed(run)
-        books.append(Books(run))
-
-    c = config(model, reward_file, folder, "steps=4", f"reward.function='{reward_file}:spread'", *extra)
-    _, rows = go(c, watch)
+    # Enough ticks beside the learner for the whole next step, which is then one publication old.
+    ahead = ("rollout.steps_ahead=1", "rollout.ticks_per_step=64")
+    reward = f"reward.function='{reward_file}:spread'"
+    c = config(model, reward_file, folder, "steps=4", reward, *ahead, *extra)
+    _, rows = go(c, lambda run: books.append(Books(run)))
     return rows, books[0].rows
 
 

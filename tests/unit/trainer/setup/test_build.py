@@ -114,7 +114,7 @@ def test_prompts_come_in_the_order_of_their_file_where_that_is_asked(model, rewa
     files = [f"data.train={data}", "data.heldout=null", "data.shuffle=false"]
     run = build(config(model, reward_file, tmp_path / "run", *files))
     run.release()
-    assert [prompt.text for prompt in run.cursor.next(6)] == [f"{i} + 1 =" for i in range(6)]
+    assert [prompt.text for prompt in run.collector.cursor.next(6)] == [f"{i} + 1 =" for i in range(6)]
 
 
 def test_a_folder_without_a_checkpoint_starts_its_record_over(model, reward_file, tmp_path, started):

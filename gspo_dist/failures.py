@@ -1,0 +1,24 @@
+"""Processes that ended or fell silent, as errors and as news; here, so that a caller need not import ray."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ProcessDied(RuntimeError):
+    """A process ended; the message names it and shows its last lines."""
+
+
+class ProcessTimeout(TimeoutError):
+    """A process did not answer in time; the message names it and shows its last lines."""
+
+
+class Event(NamedTuple):
+    """Something that happened to a process of the run, for whoever keeps the record."""
+
+    kind: str
+    """engine_death, engine_return, reward_death, restart."""
+    who: str
+    """The process, such as engine-1."""
+    what: str
+    """How it happened, in one line."""
