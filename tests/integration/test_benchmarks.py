@@ -112,3 +112,20 @@ def test_replay_is_counted_in_bytes_and_timed(tmp_path):
     assert set(report["step"]["modes"]) == {"none", "r2", "r3"}
     assert report["step"]["max_logprob_change"] <= 1e-5
     assert report["step"]["trace_bytes"] == 2 * 32 * (2 * 2 + 1)  # tokens x (layers x top-k + one mark)
+
+
+def test_a_soak_loses_no_rollout(model, tmp_path):
+    """Half a minute of kills on a run that needs no vLLM: two engines, a learner, a reward worker, the driver."""
+    reward = tmp_path / "mine.py"
+    reward.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / 10\n")
+    told = run(
+        "soak.py", "--minutes", 0.4, "--kill-every", 5, "--seed", 3, "--",
+        "cluster=local", "learner=eager", "rollout=reference", "rollout.engines=2", "model=local",
+        f"model.path={model}", "data=arithmetic", "reward=function", f"reward.function='{reward}:sevens'",
+        "reward.workers=1", "mini_batches=2", "rollout.prompts_per_step=4", "rollout.group_size=2",
+        "rollout.max_prompt_tokens=16", "rollout.max_completion_tokens=12", "learner.token_budget=64",
+        "rollout.steps_ahead=1", "objective=gspo_recompute", "learner.precision=fp32",
+        "rollout.precision=fp32", "flips.every=0",
+    )  # fmt: skip
+    assert "every prompt was trained once, in order" in told
+    assert int(told.split("kills: ")[1].split()[0]) >= 2

@@ -161,33 +161,72 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(whole, model, reward_f
     assert values(run_dir) == values(whole)
 
 
-@pytest.mark.parametrize("victim", ["engine-1", "learner-1"])
-def test_a_process_that_dies_is_named_with_its_last_lines(model, reward_file, tmp_path, victim):
+def kill(process: subprocess.Popen, victim: str) -> None:
+    """SIGKILL to an actor of a run, found by the log that it writes."""
+    kind = "EngineProcess" if victim.startswith("engine") else "LearnerRank"
+    found = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if f"ray::{kind}" in " ".join(p.cmdline())
+    ]
+    assert len(found) == 2
+    next(p for p in found if os.readlink(f"/proc/{p.pid}/fd/1").endswith(f"{victim}.log")).kill()
+
+
+def wait_for_event(process: subprocess.Popen, run_dir: Path, kind: str, timeout: float = 180.0) -> dict:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        for event in read_jsonl(run_dir / "events.jsonl"):
+            if event["kind"] == kind:
+                return event
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.1)
+    raise AssertionError(f"no {kind} in {timeout:.0f} s: {read_jsonl(run_dir / 'events.jsonl')}")
+
+
+def test_a_run_outlives_its_engines_and_its_learner(model, reward_file, tmp_path):
+    """An engine killed: the other goes on, a new one comes. A rank killed: the run goes on by itself.
+
+    Rollouts are begun ahead, so the engine dies with work for two steps. At the end nothing is missing.
+    """
     run_dir = tmp_path / "run"
-    process = start(model, reward_file, run_dir, "steps=400", "evaluation.every=0", "data.heldout=null")
+    process = start(
+        model, reward_file, run_dir, "steps=400", "data.heldout=null", "rollout.steps_ahead=1",
+        "objective=gspo_recompute", "checkpoint.every=1", "logger.samples_per_step=16", "flips.every=0",
+    )  # fmt: skip
     try:
         wait_for_step(process, run_dir, 1)
-        kind = "EngineProcess" if victim.startswith("engine") else "LearnerRank"
-        found = sorted(
-            (
-                p
-                for p in psutil.Process(process.pid).children(recursive=True)
-                if f"ray::{kind}" in " ".join(p.cmdline())
-            ),
-            key=lambda p: p.create_time(),
-        )
-        assert len(found) == 2
-        which = next(p for p in found if any(f.path.endswith(f"{victim}.log") for f in _logs(p)))
-        which.send_signal(signal.SIGKILL)
+        kill(process, "engine-1")
+        death = wait_for_event(process, run_dir, "engine_death")
+        assert death["who"] == "engine-1"
+        assert death["what"].startswith("engine-1 died")
+        returned = wait_for_event(process, run_dir, "engine_return")
+        assert returned["who"] == "engine-1"
+        wait_for_step(process, run_dir, returned["step"] + 1)
+        kill(process, "learner-1")
+        restart = wait_for_event(process, run_dir, "restart")
+        assert "learner-1 died" in restart["what"]
+        last = read_jsonl(run_dir / "metrics.jsonl")[-1]["step"] + 1
+        wait_for_step(process, run_dir, last)
+    finally:
+        end(process)
+    rows = [row for row in read_jsonl(run_dir / "metrics.jsonl") if row["step"] <= last]
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    assert (rows[-1]["health/engine_deaths"], rows[-1]["health/restarts"]) == (1.0, 1.0)
+    trained = [row["rollout_id"] for row in read_jsonl(run_dir / "samples.jsonl") if row["step"] <= last]
+    assert trained == list(range(16 * last))
+
+
+def test_a_learner_that_dies_too_often_is_named_with_its_last_lines(model, reward_file, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(model, reward_file, run_dir, "steps=400", "data.heldout=null", "checkpoint.restarts=0")
+    try:
+        wait_for_step(process, run_dir, 1)
+        kill(process, "learner-1")
         output = finish(process, timeout=120)
     finally:
         end(process)
     assert process.returncode == 1
-    assert f"{victim} died" in output, output
+    assert "learner-1 died" in output, output
     assert "last lines of its log" in output
-
-
-def _logs(process: psutil.Process) -> list:
-    """Where a process's stdout goes, as psutil names open files; not every system lists append-only logs."""
-    target = os.readlink(f"/proc/{process.pid}/fd/1")
-    return [type("Log", (), {"path": target})]

@@ -1,0 +1,266 @@
+"""Kills engines, learner ranks, reward workers and the driver of a run at random, and checks what is left.
+
+    python benchmarks/soak.py --minutes 60 --kill-every 30 --seed 0
+    python benchmarks/soak.py --minutes 5 -- experiment=quickstart rollout.steps_ahead=2
+
+The run is the quickstart with rollouts begun one step ahead, unless overrides follow `--`; it saves after
+every step. A driver that ends is started again, as an operator would. Kills stop after `--minutes`, and the
+run ends at the first step after that. Then these must hold, or the exit status is 1:
+
+* every prompt that the cursor handed out was trained exactly once, in order, and every rollout id once;
+* metrics.jsonl has every step once;
+* no weight bucket is left in /dev/shm, and nothing of the run's processes lives;
+* memory and open descriptors of the run have not grown: means over the last third of the samples against the
+  first, where all processes were up, with a tolerance of a quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+DEFAULT = ["experiment=quickstart", "rollout.steps_ahead=1", "evaluation.every=0", "flips.every=0"]
+KINDS = {
+    "engine": "ray::EngineProcess",
+    "learner": "ray::LearnerRank",
+    "reward actor": "ray::RewardWorker",
+    "reward process": "gspo_dist.rewards.worker",
+    "driver": "",
+}
+GROWTH = 1.25
+END = 10_000
+"""Steps that the command asks for: more than a soak makes. The last driver is told how many there were."""
+
+
+class Soak:
+    """One run, its driver of the moment, and what was seen."""
+
+    def __init__(self, folder: Path, overrides: list[str], rng: random.Random) -> None:
+        self.folder, self.overrides, self.rng = folder, overrides, rng
+        self.kills: collections.Counter[str] = collections.Counter()
+        self.starts = 0
+        self.samples: list[tuple[int, int, int]] = []
+        """(processes, resident bytes, open descriptors) of the run, every few seconds."""
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def start(self, steps: int) -> None:
+        """Starts a driver: the same command every time."""
+        self.starts += 1
+        command = [
+            sys.executable, "-m", "gspo_dist", "train", *self.overrides, f"steps={steps}",
+            f"run_dir={self.folder / 'run'}", "checkpoint.every=1", "checkpoint.keep=2", "logger=quiet",
+            "data.heldout=null", "checkpoint.restarts=1000",
+            "logger.samples_per_step=1000000",  # all of them: they are the record of what was trained
+        ]  # fmt: skip
+        log = open(self.folder / "driver.log", "ab")  # noqa: SIM115 - as long as the driver lives
+        self.driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def tree(self) -> list[psutil.Process]:
+        """The driver and all below it; Ray's daemons and workers are among them."""
+        assert self.driver is not None
+        try:
+            parent = psutil.Process(self.driver.pid)
+            return [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill_one(self) -> str | None:
+        """SIGKILL to a process of a kind that is drawn first; the kind, or None where none was found."""
+        kind = self.rng.choice(list(KINDS))
+        if kind == "driver":
+            return self.kill_driver()
+        victims = []
+        for process in self.tree()[1:]:
+            try:
+                if KINDS[kind] in " ".join(process.cmdline()):
+                    victims.append(process)
+            except psutil.Error:
+                continue
+        if not victims:
+            return None
+        victim = self.rng.choice(sorted(victims, key=lambda p: p.pid))
+        try:
+            victim.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            return None
+        return kind
+
+    def kill_driver(self) -> str | None:
+        """SIGKILL to the driver; what it leaves must end by itself, and is waited for."""
+        left = self.tree()
+        if not left or self.driver is None:
+            return None
+        self.driver.kill()
+        self.driver.wait()
+        _, alive = psutil.wait_procs(left[1:], timeout=60)
+        for process in alive:
+            try:
+                print(f"  still there a minute after its driver: {process.pid} {process.cmdline()[:3]}")
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        return "driver"
+
+    def look(self) -> None:
+        """Counts memory and descriptors, where all is up."""
+        memory = descriptors = 0
+        tree = self.tree()
+        try:
+            for process in tree:
+                memory += process.memory_info().rss
+                descriptors += process.num_fds()
+        except psutil.Error:
+            return
+        self.samples.append((len(tree), memory, descriptors))
+
+    def completed(self) -> int:
+        """The last step in metrics.jsonl."""
+        rows = read(self.folder / "run" / "metrics.jsonl")
+        return int(rows[-1]["step"]) if rows else 0
+
+    def run(self, minutes: float, kill_every: float) -> int:
+        """Kills for `minutes`, then lets the run end; returns its steps."""
+        until = time.monotonic() + 60 * minutes
+        next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
+        self.start(END)
+        while time.monotonic() < until:
+            time.sleep(1.0)
+            assert self.driver is not None
+            if self.driver.poll() is not None:
+                self.start(END)
+            self.look()
+            if time.monotonic() >= next_kill and self.completed() >= 1:
+                kind = self.kill_one()
+                if kind is not None:
+                    self.kills[kind] += 1
+                    print(
+                        f"{sum(self.kills.values()):4d} killed: {kind}, after step {self.completed()}",
+                        flush=True,
+                    )
+                    next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
+        return self.finish()
+
+    def finish(self) -> int:
+        """Ends the run: the last driver is asked for the steps that are done, and one more."""
+        self.kill_driver()
+        steps = self.completed() + 1
+        for _ in range(3):
+            self.start(steps)
+            assert self.driver is not None
+            if self.driver.wait(timeout=900) == 0:
+                return steps
+        raise SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
+
+
+def read(path: Path) -> list[dict]:
+    """The whole rows of a file of JSON lines."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def problems(soak: Soak, steps: int) -> list[str]:
+    """What does not hold of the finished run."""
+    run, found = soak.folder / "run", []
+    metrics = [row["step"] for row in read(run / "metrics.jsonl")]
+    if [step for step in metrics if step] != list(range(1, steps + 1)):
+        found.append(f"metrics.jsonl has the steps {metrics[:5]} ... {metrics[-5:]}, not 1 to {steps}")
+    samples = read(run / "samples.jsonl")
+    ids = [row["rollout_id"] for row in samples]
+    config = json.loads((run / "config.json").read_text())
+    size = config["rollout"]["group_size"]
+    if ids != list(range(steps * config["rollout"]["prompts_per_step"] * size)):
+        wrong = next((i for i, got in enumerate(ids) if got != i), len(ids))
+        found.append(f"{len(ids)} rollouts were trained; the first out of order is number {wrong}")
+    trained = [row["prompt"] for row in samples[::size]]
+    wanted = handed_out(config, len(trained))
+    if trained != wanted:
+        wrong = next(
+            (i for i, (a, b) in enumerate(zip(trained, wanted, strict=False)) if a != b), len(trained)
+        )
+        found.append(f"group {wrong} has another prompt than the cursor handed out")
+    buckets = [path.name for path in Path("/dev/shm").glob("gspo-*") if not lives(path)]
+    if buckets:
+        found.append(f"weight buckets are left in /dev/shm: {buckets}")
+    whole = max((count for count, _, _ in soak.samples), default=0)
+    full = [sample for sample in soak.samples if sample[0] >= whole - 1]
+    third = len(full) // 3
+    if third:
+        for place, what in ((1, "resident bytes"), (2, "open descriptors")):
+            first = statistics.mean(sample[place] for sample in full[:third])
+            last = statistics.mean(sample[place] for sample in full[-third:])
+            print(f"{what}: {first:,.0f} in the first third of {len(full)} samples, {last:,.0f} in the last")
+            if last > GROWTH * first:
+                found.append(f"{what} grew from {first:,.0f} to {last:,.0f}")
+    return found
+
+
+def lives(bucket: Path) -> bool:
+    """Whether the process that wrote a weight bucket lives: then it is another run's."""
+    parts = bucket.name.split("-")
+    return len(parts) > 2 and parts[2].isdigit() and Path("/proc", parts[2]).exists()
+
+
+def handed_out(config: dict, groups: int) -> list[str]:
+    """The prompts of the first groups, by a cursor of our own."""
+    from gspo_dist.coldstart.make import ensure_model
+    from gspo_dist.config import RunConfig
+    from gspo_dist.config.mapping import from_mapping
+    from gspo_dist.data.cursor import PromptCursor
+    from gspo_dist.data.prompts import load_splits
+    from gspo_dist.trainer.setup.checks import load_tokenizer
+
+    run = from_mapping(RunConfig, config)
+    tokenizer = load_tokenizer(str(ensure_model(run.model)))
+    train, _ = load_splits(
+        run.data, tokenizer, max_prompt_tokens=run.rollout.max_prompt_tokens, seed=run.seed
+    )
+    cursor = PromptCursor(train, seed=run.seed, shuffle=run.data.shuffle)
+    return [prompt.text for prompt in cursor.next(groups)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long to kill")
+    parser.add_argument("--kill-every", type=float, default=30.0, help="seconds between kills, on average")
+    parser.add_argument("--seed", type=int, default=0, help="of the victims and their times")
+    parser.add_argument("overrides", nargs="*", default=DEFAULT, help="of gspo train, after --")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gspo-soak-") as folder:
+        soak = Soak(Path(folder), arguments.overrides, random.Random(arguments.seed))
+        began = time.monotonic()
+        try:
+            steps = soak.run(arguments.minutes, arguments.kill_every)
+        finally:
+            for process in soak.tree():
+                process.kill()
+        found = problems(soak, steps)
+        events = collections.Counter(row["kind"] for row in read(soak.folder / "run" / "events.jsonl"))
+    print(f"{steps} steps in {(time.monotonic() - began) / 60:.1f} minutes, seed {arguments.seed}")
+    print(f"kills: {sum(soak.kills.values())} {dict(soak.kills)}; drivers started: {soak.starts}")
+    print(f"events of the run: {dict(events)}")
+    print("PROBLEMS:\n  " + "\n  ".join(found) if found else "every prompt was trained once, in order")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()
