@@ -145,6 +145,8 @@ class Flights:
         self, ended: Mapping[str, RequestOutput], parts: Mapping[str, Completion]
     ) -> dict[WorkKey, Completion]:
         """The whole completions of requests that ended; nothing is left of them here."""
+        if not ended:  # transformers 5 decodes an empty batch as one empty text
+            return {}
         whole: dict[WorkKey, Completion] = {}
         for name, output in ended.items():
             item, more, sample = self._flights[name].work, parts[name], output.outputs[0]
