@@ -54,6 +54,7 @@ class RayRewardPool:
         self.config = located(config)
         self.events: list[Event] = []
         self.env = dict(env or {})
+        self.closed = False
         self.actors = Actors({}, log_dir)
         for i in range(config.workers):
             self._create(f"reward-{i}")
@@ -87,7 +88,7 @@ class RayRewardPool:
                 del waiting[name]
             for name, error in failures.items():
                 deaths += 1
-                if deaths >= DEATHS_IN_A_ROW:
+                if self.closed or deaths >= DEATHS_IN_A_ROW:
                     raise error
                 self._bury(name, error)
         return [verdict for chunk in told.values() for verdict in chunk]
@@ -103,4 +104,5 @@ class RayRewardPool:
         return told
 
     def close(self) -> None:
+        self.closed = True
         self.actors.kill()

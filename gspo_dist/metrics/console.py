@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -79,7 +80,7 @@ class ConsoleSink:
     def event(self, step: int, text: str) -> None:
         """Prints the line."""
         self.console.print(
-            f"[dim]{step:>5}/{self.total}[/dim]  {text}", highlight=False, soft_wrap=True, markup=True
+            f"[dim]{step:>5}/{self.total}[/dim]  {escape(text)}", highlight=False, soft_wrap=True
         )
 
     def image(self, name: str, path: Path) -> None:

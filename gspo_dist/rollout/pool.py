@@ -28,6 +28,9 @@ class RolloutPool(Protocol):
     runs_beside: bool
     """Whether the engines work while this process waits for a learner."""
 
+    events: list[Event]
+    """Deaths and returns of engines that nobody has taken yet."""
+
     @property
     def engines(self) -> Mapping[str, Any]:
         """Name -> what a learner delivers weights to: an engine, or its Ray actor."""
@@ -145,6 +148,7 @@ class LocalRolloutPool:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
+        self.events: list[Event] = []
 
     @property
     def engines(self) -> dict[str, RolloutEngine]:

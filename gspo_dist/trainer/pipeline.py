@@ -160,7 +160,7 @@ class Collector:
         left = self.pool.withdraw()
         self.carried_tokens = sum(len(item.so_far) for item in left)
         self.buffer.waiting = sorted([*self.buffer.waiting, *left], key=lambda item: item.key)
-        self.clockwork.close()
+        self.clockwork.close([event.who for event in self.pool.events if event.kind == "engine_death"])
 
     @contextmanager
     def beside_learner(self) -> Iterator[None]:

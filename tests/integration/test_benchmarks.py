@@ -115,7 +115,7 @@ def test_replay_is_counted_in_bytes_and_timed(tmp_path):
 
 
 def test_a_soak_loses_no_rollout(model, tmp_path):
-    """Half a minute of kills on a run that needs no vLLM: two engines, a learner, a reward worker, the driver."""
+    """Half a minute of kills on a run without vLLM: two engines, a learner, a reward worker, the driver."""
     reward = tmp_path / "mine.py"
     reward.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / 10\n")
     told = run(

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import ray
 
 from gspo_dist.actors.process import ProcessDied
 from gspo_dist.actors.reward_pool import RayRewardPool
@@ -80,6 +81,15 @@ def test_late_and_dead_rewards_cost_their_rollouts_only(pool):
     assert [set(verdict.parts) & {"timeout", "crash"} for verdict in verdicts] == [
         set(), {"timeout"}, set(), {"crash"}, set(),
     ]  # fmt: skip
+
+
+def test_the_rollouts_of_a_killed_worker_are_judged_again(pool):
+    ray.kill(pool.actors.handles["reward-1"])
+    verdicts = pool.judge(items_of("0", "1", "2", "3"))
+    assert [verdict.reward for verdict in verdicts] == [0.0, 1.0, 2.0, 3.0]
+    [event] = [event for event in pool.take_events() if event.who == "reward-1"]
+    assert event.kind == "reward_death"
+    assert pool.take_events() == []
 
 
 def test_a_failing_reward_names_its_rollout_and_its_line(pool):

@@ -43,7 +43,7 @@ ANSWERS: dict[str, Callable[[], Any]] = {
     "forward_backward": lambda: {},
     "logprobs": lambda: [],
     "advance": lambda: Progress(1, 2, {(5, 0): Completion(*[np.zeros(0)] * 4, "stop", "")}, Growth.of({})),
-    "judge": lambda: [],
+    "judge": lambda: ([], []),
 }
 
 

@@ -163,8 +163,48 @@ def test_a_process_that_ends_costs_its_rollout_only(pool_of, items_of, caplog, t
     verdicts = pool_of(timeout_reward=-0.5).judge(items_of("1", text, "2"))
     assert rewards(verdicts) == [1.0, -0.5, 2.0]
     assert parts(verdicts) == [{}, {"crash": 1.0}, {}]
-    said = f"reward of rollout 11 (prompt p1) ended its process ({how}): it counts as -0.5"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    said = f"reward of rollout 11 (prompt p1) ended its process ({how}): "
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [said + "it is judged again", said + "it counts as -0.5"]
+
+
+def test_a_rollout_whose_process_was_killed_is_judged_again(pool_of, items_of, tmp_path):
+    """Killed from outside in the middle of it, once: the rollout keeps its own reward."""
+    mark = tmp_path / "killed"
+    body = f"""
+import os, pathlib, signal
+
+def judge(prompt, completion):
+    mark = pathlib.Path({str(mark)!r})
+    if completion.text == "2" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(completion.text)
+"""
+    pool = pool_of(function=f"{reward_file_of(tmp_path, body)}:judge")
+    verdicts = pool.judge(items_of("1", "2", "3"))
+    assert mark.exists()
+    assert rewards(verdicts) == [1.0, 2.0, 3.0]
+    assert parts(verdicts) == [{}, {}, {}]
+    [event] = pool.take_events()
+    assert (event.kind, event.what) == ("reward_death", "signal SIGKILL")
+    assert pool.take_events() == []
+
+
+def reward_file_of(folder, body):
+    path = folder / "killed_once.py"
+    path.write_text(body)
+    return path
+
+
+def test_a_process_that_is_killed_while_it_starts_is_replaced(pool_of, items_of):
+    """Only the first import of all may say that the reward cannot be imported."""
+    pool = pool_of()
+    pool.start()
+    pool.workers[0].end()
+    pool.workers[0] = Worker(pool.config)
+    pool.workers[0].process.kill()
+    assert rewards(pool.judge(items_of("4"))) == [4.0]
 
 
 def test_what_a_dead_worker_had_not_begun_is_judged_all_the_same(pool_of, items_of):

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RolloutConfig
+from gspo_dist.failures import Event
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.rewards.reward import Judged
 from gspo_dist.rollout.engine import Growth, Progress
 from gspo_dist.rollout.pool import NoEngineLeft
-from gspo_dist.trainer import pipeline
+from gspo_dist.trainer import checkpointing, pipeline
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.clockwork import Clockwork
 from gspo_dist.trainer.collect import collect, sampling_of
@@ -36,8 +37,8 @@ class Pool:
 
     runs_beside = False
 
-    def __init__(self, lengths=lambda group, sample: 1, engines=1) -> None:
-        self.lengths, self.names = lengths, [f"engine-{i}" for i in range(engines)]
+    def __init__(self, lengths=lambda group, sample: 1) -> None:
+        self.lengths, self.events = lengths, []
         self.work, self.version, self.asked, self.submitted = [], 0, [], []
 
     def submit(self, work):
@@ -295,6 +296,15 @@ def test_a_record_of_ticks_is_done_again_tick_by_tick(tmp_path):
     )
     for one, two in zip(chain(*first), chain(*again), strict=True):
         assert one.completion.policy_versions.tolist() == two.completion.policy_versions.tolist()
+    # An engine that died is in the record: ticks alone do not repeat that.
+    pool = Pool()
+    pool.events = [Event("engine_death", "engine-1", "killed"), Event("engine_return", "engine-2", "up")]
+    trained(collector_of(pool, steps_ahead=2, clockwork=Clockwork(config, folder=tmp_path)), [1])
+    assert read_jsonl(tmp_path / "ticks.jsonl")[-1] == {
+        "step": 1,
+        "ticks": {"engine-0": 3},
+        "deaths": ["engine-1"],
+    }
     short = {step: {"engine-0": 1} for step in record}
     with pytest.raises(ValueError, match=r"step 1 is not sampled after its recorded ticks .*another run"):
         collector_of(Pool(lengths_of), steps_ahead=2, clockwork=Clockwork(config, short)).sample(1)
@@ -337,3 +347,19 @@ def test_when_no_engine_is_left_the_work_is_in_the_buffer(verb):
         collector.sample(1)
     assert [item.key for item in collector.buffer.waiting] == [(g, i) for g in range(6) for i in range(2)]
     assert {len(item.so_far) for item in collector.buffer.waiting} == ({3} if verb == "advance" else {0})
+
+
+@pytest.mark.parametrize(("step", "saved"), [(1, []), (4, [3])])
+def test_when_no_engine_is_left_the_state_before_the_step_is_saved(monkeypatch, step, saved):
+    """Before the first step there is nothing to save."""
+    seen = []
+    monkeypatch.setattr(checkpointing, "save", lambda run, at: seen.append(at))
+    monkeypatch.setattr(checkpointing, "commit", lambda run: seen.append("committed"))
+
+    def sample(step):
+        raise NoEngineLeft
+
+    run = SimpleNamespace(collector=SimpleNamespace(sample=sample), clock=StepClock())
+    with pytest.raises(NoEngineLeft):
+        collect(run, step)
+    assert seen == [*saved, "committed"][: 2 * len(saved)]

@@ -114,6 +114,34 @@ def test_a_good_publication_in_order():
     assert publisher.published == 1
 
 
+def test_a_publication_begins_again_where_an_engine_died_in_it_and_nowhere_else():
+    """Twice; a third death, or a failure without a death, is the run's end."""
+    pool = Engines()
+    publisher = make(pool)
+    deaths, send = [True, True], publisher.learner.send_weights
+
+    def dies(sync, engines):
+        report = send(sync, engines)
+        if deaths:
+            raise RuntimeError("engine-1 died: in a bucket")
+        return report
+
+    def abandon_update():
+        pool.verbs.append("abandon")
+        return deaths.pop() if deaths else False
+
+    publisher.learner.send_weights, pool.abandon_update = dies, abandon_update
+    publisher.publish(probe())
+    again = ["start", "send", "abandon"]
+    assert pool.verbs == [*again, *again, "start", "send", "finish", "logprobs_of"]
+    for left, verbs in ([True] * 3, [*again, *again, "start", "send"]), ([False], again):
+        deaths[:] = left
+        pool.verbs.clear()
+        with pytest.raises(RuntimeError, match="engine-1 died"):
+            publisher.publish(probe())
+        assert pool.verbs == verbs
+
+
 def test_the_probe_measures_the_offset_of_learner_and_engines_at_the_same_weights():
     """Learner -1.002; engine 0 says -1, engine 1 says -1.004: +-.002 on four sequences of each, mean 0."""
     pool = Engines()
