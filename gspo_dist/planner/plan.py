@@ -153,7 +153,7 @@ def plan(
     limits: tuple[Timeout, ...] = ()
     if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
         step = step_time(model, learner, engine, work, hardware, sampled.concurrency_mean, assume)
-        limits = timeouts(run, model, engine, work, hardware, step, sampled.concurrency_mean, assume)
+        limits = timeouts(run, work, step)
         if not found.problems:  # the times of a run that does not fit are not worth a timeout
             _check_timeouts(limits, found)
     return Plan(

@@ -1,6 +1,7 @@
 """Would a timeout of the run end it? Each one against the seconds that the plan predicts for what it bounds.
 
-reward.timeout_s and cluster.placement_timeout_s are left out: how long a reward takes and when a cluster
+rollout.timeout_s bounds a slice of sampling and the wait for a token, which no plan makes long.
+reward.timeout_s and cluster.placement_timeout_s are left out too: how long a reward takes and when a cluster
 grants its nodes is no arithmetic.
 """
 
@@ -10,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gspo_dist.config import RunConfig
-from gspo_dist.models.shape import ModelShape
-from gspo_dist.planner.hardware import Gpu
-from gspo_dist.planner.layout import EngineLayout, Workload
-from gspo_dist.planner.throughput import ASSUMPTIONS, Assumptions, StepTime, collect_s
+from gspo_dist.planner.layout import Workload
+from gspo_dist.planner.throughput import StepTime
 
 ROUGH = 2.0
 """A prediction is right within this factor, so a timeout that is nearer than that is told."""
@@ -48,29 +47,14 @@ class Timeout:
         return f"{self.knob}={2 * ROUGH * self.predicted_s:.0f}"
 
 
-def timeouts(
-    run: RunConfig,
-    model: ModelShape,
-    engine: EngineLayout,
-    work: Workload,
-    gpu: Gpu,
-    step: StepTime,
-    concurrency: int,
-    assume: Assumptions = ASSUMPTIONS,
-) -> tuple[Timeout, ...]:
+def timeouts(run: RunConfig, work: Workload, step: StepTime) -> tuple[Timeout, ...]:
     """Every timeout whose call the plan has a time for, each with the longest of its calls."""
-    asked = run.evaluation
-    evaluation_s = collect_s(
-        model, engine, work, gpu, concurrency, assume, prompts=asked.prompts, samples=asked.samples
-    )
-    sampling = {"sampling a step": step.collect_s, "sampling an evaluation": evaluation_s}
     learning = {
         "a mini-batch's update": step.train_s / run.mini_batches,
         "a mini-batch's log-probs": step.logprobs_s / run.mini_batches / max(1, work.forward_passes),
         "the guard's subset": step.guard_s,
     }
     return (
-        _longest("rollout.timeout_s", run.rollout.timeout_s, sampling),
         _longest("learner.timeout_s", run.learner.timeout_s, learning),
         _longest(
             "rollout.weight_sync.timeout_s",
