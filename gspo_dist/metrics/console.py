@@ -86,6 +86,10 @@ class ConsoleSink:
     def image(self, name: str, path: Path) -> None:
         """A terminal shows no pictures."""
 
+    def abandon(self) -> None:
+        """Ends the bar: rich (15.0) shows one at a time."""
+        self.progress.stop()
+
     def close(self, summary: Mapping[str, object]) -> None:
         """Ends the bar; the command prints the summary."""
         self.progress.stop()

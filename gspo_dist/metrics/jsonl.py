@@ -58,6 +58,9 @@ class MetricsFile:
     def image(self, name: str, path: Path) -> None:
         """Pictures lie in the run folder already."""
 
+    def abandon(self) -> None:
+        """Every row is on the disk."""
+
     def close(self, summary: Mapping[str, object]) -> None:
         """Writes summary.json."""
         write_json(self.folder / SUMMARY, plain(summary))
@@ -86,6 +89,9 @@ class SamplesFile:
 
     def image(self, name: str, path: Path) -> None:
         """Pictures lie in the run folder already."""
+
+    def abandon(self) -> None:
+        """Every sample is on the disk."""
 
     def close(self, summary: Mapping[str, object]) -> None:
         """Every sample is on the disk."""

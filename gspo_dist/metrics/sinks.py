@@ -39,6 +39,9 @@ class Sink(Protocol):
     def image(self, name: str, path: Path) -> None:
         """Takes a picture that lies in the run folder. Called at the end of a run, once per name."""
 
+    def abandon(self) -> None:
+        """Ends without last numbers: the run begins again in this process, with sinks of its own."""
+
     def close(self, summary: Mapping[str, object]) -> None:
         """Takes the run's last numbers and ends. Called once, and nothing is called after it."""
 
@@ -82,6 +85,12 @@ class Sinks:
         for sink in (self.record, *self.others):
             with self._going_on(sink, "pictures"):
                 sink.image(name, path)
+
+    def abandon(self) -> None:
+        """Raises nothing."""
+        for sink in (self.record, *self.others):
+            with self._going_on(sink, "an end"):
+                sink.abandon()
 
     def close(self, summary: Mapping[str, object]) -> None:
         """Raises nothing: by then every step is in the record and the last checkpoint is saved."""

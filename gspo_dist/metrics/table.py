@@ -70,6 +70,8 @@ SECTIONS = (
                "Tokens of those, which go on under the new weights.", AHEAD),
         Metric("pipeline/ticks", "decode steps",
                "Of the busiest engine since the publication before.", AHEAD),
+    )),
+    Section("A long collect", "metrics/sinks.py", (
         Metric("progress/completions", "completions", "Finished in the collect under way.", LONG),
         Metric("progress/tokens", "tokens", "Sampled in the collect under way.", LONG),
         Metric("progress/{engine}/completions", "completions", "The same, of one engine.", LONG),

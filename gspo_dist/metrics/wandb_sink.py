@@ -204,6 +204,10 @@ class WandbSink:
 
         self.run.log({name: wandb.Image(str(path))})
 
+    def abandon(self) -> None:
+        """Lets go of the run, which is taken up again under its identity."""
+        self.run.finish()
+
     def close(self, summary: Mapping[str, object]) -> None:
         """Sends the summary's numbers and texts. Waits for the last uploads, FINISH_TIMEOUT_S at most."""
         self.run.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float, str))})

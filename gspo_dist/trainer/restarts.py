@@ -45,6 +45,7 @@ def train_run(config: RunConfig) -> tuple[Path, dict[str, object]]:
             where = saved.name if saved else "the beginning, nothing was saved yet"
             died.append(Event("restart", "run", f"from {where}: {str(error).splitlines()[0]}"))
             log.warning("the run begins again from %s: %s", where, error)
+            run.sinks.abandon()
             # What the failed attempt has saved is this run's own, whatever the first start was told.
             config = replace(config, checkpoint=replace(config.checkpoint, resume=True))
         finally:

@@ -170,7 +170,7 @@ def test_a_run_by_the_clock_repeats_itself_by_its_record(model, reward_file, tmp
 
     def by_chance(run):
         advance, pool = run.pool.engine.advance, run.pool
-        run.pool.engine.advance = lambda ticks, seconds: advance(
+        run.pool.engine.advance = lambda ticks=None, seconds=None: advance(
             ticks if seconds is None else int(rng.integers(1, 9)), None
         )
         pool.runs_beside = True  # a thread samples while the learner works

@@ -13,6 +13,7 @@ import pytest
 from gspo_dist.config import RolloutConfig
 from gspo_dist.failures import Event
 from gspo_dist.metrics.jsonl import read_jsonl
+from gspo_dist.metrics.names import metric_of
 from gspo_dist.rewards.reward import Judged
 from gspo_dist.rollout.engine import Growth, Progress
 from gspo_dist.rollout.pool import NoEngineLeft
@@ -20,7 +21,7 @@ from gspo_dist.trainer import checkpointing, pipeline
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.clockwork import Clockwork
 from gspo_dist.trainer.collect import collect, sampling_of
-from gspo_dist.trainer.pipeline import Collector
+from gspo_dist.trainer.pipeline import Collector, progress_metrics
 from gspo_dist.types import Completion, SamplingSpec
 from tests.unit.trainer.small import rollout
 
@@ -323,6 +324,21 @@ def test_a_long_collect_says_how_far_it_is(monkeypatch):
         (1, {"engine-0": {"completions": 3, "tokens": 3 * 2 + 3 * 3}}),
         (1, {"engine-0": {"completions": 6, "tokens": 3 * 2 + 3 * 5}}),
     ]
+
+
+def test_what_a_long_collect_tells_has_its_entries():
+    row = progress_metrics(
+        {"engine-0": {"completions": 3, "tokens": 7}, "engine-1": {"completions": 1, "tokens": 2}}
+    )
+    assert row == {
+        "progress/completions": 4.0,
+        "progress/tokens": 9.0,
+        "progress/engine-0/completions": 3.0,
+        "progress/engine-0/tokens": 7.0,
+        "progress/engine-1/completions": 1.0,
+        "progress/engine-1/tokens": 2.0,
+    }
+    assert all(metric_of(key) for key in row)
 
 
 def test_a_collect_without_a_token_ends_at_its_deadline():

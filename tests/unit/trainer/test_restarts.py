@@ -30,6 +30,7 @@ class Attempts:
         run = SimpleNamespace(run_dir=Path("run"), completed_steps=4, last_checkpoint=None)
         run.health = SimpleNamespace(note=lambda step, events: self.noted.extend((step, *e) for e in events))
         run.release = self.release
+        run.sinks = SimpleNamespace(abandon=lambda: self.noted.append("abandoned"))
         return run
 
     def release(self):
@@ -62,7 +63,9 @@ def test_a_dead_or_silent_learner_is_started_again_from_the_newest_checkpoint(mo
     assert [c.checkpoint.resume for c in attempts.configs] == [False, True, True]
     assert attempts.released == 3
     assert attempts.noted == [
+        "abandoned",
         (4, "restart", "run", "from the beginning, nothing was saved yet: learner-1 died: killed"),
+        "abandoned",
         (4, "restart", "run", "from step-000004: no answer within 60 s from learner-0"),
     ]
 
