@@ -72,7 +72,8 @@ class Clockwork:
 
     def note(self, engine: str, ticks: int) -> None:
         """Counts ticks that an engine has done."""
-        self.done[engine] = self.done.get(engine, 0) + ticks
+        if ticks:
+            self.done[engine] = self.done.get(engine, 0) + ticks
 
     def slice(self) -> Slice:
         """The next slice while a step is collected. ValueError: the record knows of no more."""
