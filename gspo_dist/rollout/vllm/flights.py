@@ -74,7 +74,7 @@ class Flights:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args={"gspo": (int(key), slot, len(item.so_far))},
                 # Routes are kept from the moment of sampling: a prefix that is read again brings no new ones.
-                routed_experts_prompt_start=item.known_routes() if spec.record_routing else None,
+                routed_experts_prompt_start=item.known_routes(),
             )
             self._requests += 1
             name = f"work-{self._requests}"

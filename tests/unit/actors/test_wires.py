@@ -79,7 +79,7 @@ def ray_calls(monkeypatch):
     monkeypatch.setattr(ray, "remote", remote)
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr(Actors, "gather", gather)
-    monkeypatch.setattr(Actors, "each", lambda self, refs, timeout: (gather(self, refs, timeout), {}))
+    monkeypatch.setattr(Actors, "each", lambda self, refs, timeout, **_: (gather(self, refs, timeout), {}))
     return calls, waits
 
 
@@ -137,6 +137,7 @@ def test_a_publication_waits_as_long_as_the_sync_may_take(ray_calls, tmp_path) -
     sync = WeightSyncConfig(timeout_s=SYNC_S)
     assert learners(tmp_path).send_weights(sync, {"engine-0": "handle"}) is SENT
     pool = engines(tmp_path)
+    pool.starting = {}  # all are up
     pool.start_weight_update(SYNC_S)
     pool.finish_weight_update(3, SYNC_S)
     pool.logprobs_of([np.arange(3)], SYNC_S)

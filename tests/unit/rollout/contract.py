@@ -64,6 +64,9 @@ class Contract:
             self.is_the_policys(self.prompts[g], completion, {5: 0})
             assert completion.finish_reason == ("length" if len(completion) == 20 else "stop")
         assert max(len(c) for c in found.values()) == 20
+        [[bare]] = self.one.generate(self.prompts[:1], replace(SPEC, n=1, record_routing=False), [0])
+        assert bare.routing is None
+        assert bare.token_ids.tolist() == found[0, 0].token_ids.tolist()
         assert self.is_empty(self.one)
         return found
 

@@ -35,6 +35,7 @@ def test_a_start_samples_one_completion_per_probe_prompt_without_routes_and_publ
             sampling=SamplingSpec(n=4, max_tokens=8, seed=7, record_routing=True),
             probe_prompts=[first.prompt, second.prompt],
             pool=SimpleNamespace(generate=generate),
+            collector=SimpleNamespace(pause=lambda: None),
             publisher=SimpleNamespace(publish=published.append),
             clock=StepClock(),
             completed_steps=2,
