@@ -326,7 +326,7 @@ class _Run:
         self.waited += ready - self.now
         learnt = ready + self.machine.learn_s
         if not self.machine.colocated:
-            self._work(learnt, step)
+            self._work(ready, learnt, step)
             learnt = self._quiet(learnt)
             self.kept = self._withdraw()
         self.now = learnt + self.machine.publish_s
@@ -374,12 +374,12 @@ class _Run:
             engine = min(self.engines, key=_NEXT)
             ready = engine.next_finish
             self._finish(engine.run(math.inf, step))
-        self._work(ready, step)
+        self._work(ready, ready, step)
         return ready
 
-    def _work(self, until: float, step: int) -> None:
-        """Every engine does the decode steps that begin before `until`, or the slices that do."""
-        now = max(engine.clock for engine in self.engines)
+    def _work(self, now: float, until: float, step: int) -> None:
+        """From `now` on, every engine does the decode steps that begin before `until`, or the slices that "
+        "do."""
         while self.machine.slice_s and now < until and any(engine.running for engine in self.engines):
             now = self._slice(now, step)
         for engine in self.engines:
