@@ -64,7 +64,7 @@ class LearnerGroup(Protocol):
     def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
         """Publishes the current weights to all engines, and returns when all have loaded every bucket.
 
-        engines: by name, and the same ones at every call, because the first call connects to them.
+        engines: by name. The first call connects to them, and so does one with others or after a failure.
 
         May be called again. Raises WeightSyncError when an engine took something else than was sent, and what
         an engine raised. Then the engines hold a mixture of versions: publish again before they generate.

@@ -181,8 +181,8 @@ class RolloutEngine(Protocol):
         ...
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
-        """Meets the learner. Called once, with what `Transport.init_info` gave for this engine, before
-        the first update.
+        """Meets the learner, with what `Transport.init_info` gave for this engine. Called before the first
+        update's buckets, and again when the learner meets its engines anew; the earlier meeting is left.
 
         Raises what the transport raises; the engine can then take no weights.
         """

@@ -68,7 +68,7 @@ class WeightPublisher:
         begins_equal: bool = False,
         colocated: bool = False,
     ) -> None:
-        """config: its transport is resolved (shm or nccl).
+        """config: its transport may still be auto, which is resolved where the engines are met.
         replicas, token_budget: of the learner, whose log-probs a probe takes.
         begins_equal: policy version 0 has the very weights that the engines loaded, so that its publication
         must change nothing.
