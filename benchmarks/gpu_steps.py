@@ -329,7 +329,9 @@ def eager(step: Step) -> None:
         learner.logprobs([alone])[0].logprobs[alone.loss_mask] - packed.logprobs[rows][batch.loss_mask[rows]]
     )
     step.expect(
-        "packed against alone, mean |difference| nats", float(gap.abs().mean()), most=step.size.logprob_gap
+        "packed against alone, mean size of the difference, nats",
+        float(gap.abs().mean()),
+        most=step.size.logprob_gap,
     )
     train(step, learner)
     if step.device == "cuda":
@@ -354,7 +356,11 @@ def against_eager(step: Step, backend: str) -> None:
         learner = make(step, backend)
     found = train(step, learner)
     gap = torch.cat(found) - torch.cat(wanted)
-    step.expect("against eager, mean |difference| nats", float(gap.abs().mean()), most=step.size.logprob_gap)
+    step.expect(
+        "against eager, mean size of the difference, nats",
+        float(gap.abs().mean()),
+        most=step.size.logprob_gap,
+    )
     learner.close()
 
 
@@ -427,7 +433,9 @@ def vllm(step: Step) -> None:
     wanted = torch.cat([ours[i] for i in range(len(sequences))]).numpy()
     for name, values in (("decoding", theirs), ("prefill", again)):
         gap = float(np.abs(values - wanted).mean())
-        step.expect(f"{name} against the learner, mean |difference| nats", gap, most=step.size.logprob_gap)
+        step.expect(
+            f"{name} against the learner, mean size of the difference, nats", gap, most=step.size.logprob_gap
+        )
 
 
 def routes(step: Step) -> None:
@@ -477,7 +485,11 @@ def run_quickstart(step: Step, name: str, *overrides: str) -> list[dict[str, Any
 
 def check_rows(step: Step, rows: list[dict[str, Any]]) -> None:
     step.expect("steps that were probed", len(rows), least=2)
-    step.expect("probe, mean |difference| nats", rows[-1]["sync/probe_mean_abs"], most=step.size.logprob_gap)
+    step.expect(
+        "probe, mean size of the difference, nats",
+        rows[-1]["sync/probe_mean_abs"],
+        most=step.size.logprob_gap,
+    )
     step.note("sync GiB/s", rows[-1]["sync/gib_per_s"])
     step.note("step s", rows[-1]["time/step_s"])
 
