@@ -14,6 +14,7 @@ from gspo_dist.rollout.vllm.sampler import KeyedSampler
 class WorkerExtension:
     """Mixed into vLLM's worker class; `self` is the worker."""
 
+    rank: int
     model_runner: Any
     weight_transfer_engine: Any
 
@@ -34,9 +35,14 @@ class WorkerExtension:
         """Makes room for `slots` completions of at most `max_tokens` tokens."""
         self.model_runner.sampler.room(slots, max_tokens)
 
-    def gspo_read(self, slots: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids, log-probs and policy versions [N] at the places of the sampler's buffers."""
-        return self.model_runner.sampler.read(slots, columns)
+    def gspo_read(
+        self, slots: np.ndarray, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Token ids, log-probs and policy versions [N] at the places of the sampler's buffers.
+
+        None from every worker but the first: all of them sample the same, and one copy is read.
+        """
+        return None if self.rank else self.model_runner.sampler.read(slots, columns)
 
     def gspo_clear(self) -> None:
         """Empties the sampler's tables: nothing is in the making."""
