@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 _CALCULUS = re.compile(r"\\(?:[io]?int|sum|prod|lim|limsup|liminf)(?![A-Za-z])")
 _OPAQUE = re.compile(r"\\(?:gcd|lcm|max|min|[pb]?mod|inf|sup)(?![A-Za-z])|(?<![A-Za-z])mod(?![A-Za-z])")
@@ -22,6 +25,20 @@ _LARGE = re.compile(
 large factorials, sums to a large power."""
 
 
+def _false_when_it_raises(same: Callable[P, bool]) -> Callable[P, bool]:
+    """Hostile and odd answers make sympy raise anything, a RecursionError too. They must not stop a run."""
+
+    @functools.wraps(same)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> bool:
+        try:
+            return same(*args, **kwargs)
+        except Exception:
+            return False
+
+    return guarded
+
+
+@_false_when_it_raises
 def same_expression(gold: str, found: str) -> bool:
     """One expression each: math-verify's verdict, which numbers must confirm."""
     texts = (gold, found)
@@ -104,6 +121,7 @@ def _near(left: complex, right: complex) -> bool:
     return abs(left - right) <= 1e-6 * max(abs(left), abs(right))
 
 
+@_false_when_it_raises
 def same_equation(gold: tuple[str, str], found: tuple[str, str]) -> bool:
     """Left and right sides: whether one equation is the other times a constant."""
     if any(_refused(text) for text in (*gold, *found)):

@@ -70,6 +70,17 @@ def test_hostile_texts_are_refused_at_once(text):
     assert time.process_time() - begun < 1.5
 
 
+@pytest.mark.parametrize("gold", ["x+1", "2x+z=1"])
+def test_what_sympy_raises_is_a_wrong_answer(monkeypatch, gold):
+    def broken(text):
+        raise TypeError("Mix of Matrix and Scalar symbols")
+
+    monkeypatch.setattr("gspo_dist.rewards.symbolic._parse", broken)
+    assert judge(rf"\boxed{{{gold}}}", gold) == (1.0, {"answered": 1.0})  # as text
+    assert judge(r"\boxed{1 + x = 3 z}", gold) == (0.0, {"answered": 1.0})
+    assert judge(r"\boxed{1 + x}", gold) == (0.0, {"answered": 1.0})
+
+
 def test_what_sympy_does_not_finish_is_undecided(monkeypatch):
     """The alarm is no Exception, so that code that catches those does not swallow it."""
 
