@@ -130,12 +130,14 @@ class ProbeTolerance:
     ) -> None:
         """Log-probs by engine around a publication of the weights that the engines had loaded.
 
-        before, again: the same question asked twice before it; after: once more after it.
+        before, again: the same question asked twice before it; after: once more after it. An engine that
+        died on the way has no answer, and none that came back was asked before.
 
         WeightSyncError where they changed by more than the engine's repeatability. A user who has set a
         tolerance is only warned.
         """
-        for engine, rows in before.items():
+        for engine in [name for name in before if name in again and name in after]:
+            rows = before[engine]
             repeat, _ = probe_difference(rows, again[engine])
             changed, largest = probe_difference(rows, after[engine])
             limit = self.levels.repeat + REPEATS * repeat
