@@ -195,7 +195,7 @@ def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions, lengt
         sampled.concurrency_mean,
         assume,
         lengths or Lengths(p.work.mean_fill * limit, p.run.plan.length_spread, limit),
-        steps_ahead=getattr(p.run.rollout, "steps_ahead", 0),
+        steps_ahead=p.run.rollout.steps_ahead,
         allowed=allowed,
     )
 

@@ -67,6 +67,7 @@ class WeightPublisher:
         tolerance: ProbeTolerance,
         begins_equal: bool = False,
         colocated: bool = False,
+        probe_always: bool = False,
     ) -> None:
         """config: its transport may still be auto, which is resolved where the engines are met.
         replicas, token_budget: of the learner, whose log-probs a probe takes.
@@ -83,6 +84,7 @@ class WeightPublisher:
         self.tolerance = tolerance
         self.begins_equal = begins_equal
         self.colocated = colocated
+        self.probe_always = probe_always
         self.published = 0
         """Publications of the whole run, over its interruptions."""
         self.probed = False
@@ -101,7 +103,7 @@ class WeightPublisher:
         are only read.
         """
         every = self.config.probe_every
-        due = not self.probed or bool(every and self.published % every == 0)
+        due = not self.probed or bool(every and (self.probe_always or self.published % every == 0))
         kept = self._cut(probe) if due else []
         identity = self.begins_equal and not self.probed and self.learner.policy_version == 0
         before = [self._theirs(kept) for _ in range(2)] if identity and kept else []

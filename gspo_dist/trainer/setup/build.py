@@ -30,6 +30,7 @@ from gspo_dist.trainer.setup.checks import (
     check_model,
     check_vocabulary,
     load_tokenizer,
+    name_age,
     resolve_device,
 )
 from gspo_dist.trainer.setup.factories import (
@@ -71,6 +72,7 @@ def build(config: RunConfig) -> Run:
     check_answers(config.reward, prompts)
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
+    name_age(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(run_dir))
@@ -122,6 +124,8 @@ def build(config: RunConfig) -> Run:
                 tolerance=probe_tolerance(config),
                 begins_equal=begins_equal(config),
                 colocated=config.cluster.colocated,
+                # A step may then have no token of the learner's own version to measure the mismatch on.
+                probe_always=config.rollout.steps_ahead > 0,
             ),
             sinks=sinks,
             health=Health(run_dir, sinks),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 from gspo_dist.config import ClusterConfig, RunConfig
 from gspo_dist.models.shape import read_shape
+from gspo_dist.objectives import age_rules
 from gspo_dist.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: str) -> Any:
@@ -153,3 +157,18 @@ def check_model(config: RunConfig, model: str) -> int:
 
         check_model_numerically(model, config)
     return shape.moe_layers
+
+
+def name_age(config: RunConfig) -> None:
+    """Says in the log what the objective's settings mean on tokens of older policies."""
+    ahead, objective = config.rollout.steps_ahead, config.objective
+    if not ahead:
+        return
+    for note in age_rules.notes(
+        objective.name,
+        old_logprobs=objective.old_logprobs,
+        routing_replay=objective.routing_replay,
+        correction=objective.correction.name,
+        guard_action=objective.guard.action,
+    ):
+        log.warning("rollout.steps_ahead=%d: %s: %s", ahead, note.name, note.meaning)

@@ -112,12 +112,15 @@ CONFIGURATIONS = {
     ],
     "r2": ["objective=grpo_r2", "objective.kl_coef=0.1"],
     "r3": ["objective=grpo_r3", "evaluation.samples=3"],
-    "ahead": ["objective=gspo_recompute", "rollout.steps_ahead=1"],
+    "ahead": [
+        *("objective=gspo", "objective.staleness.clip_spreads=1", "steps=2"),
+        *("rollout.steps_ahead=1", "rollout.ticks_per_step=8"),
+    ],
     "correction": ["objective=grpo", "objective.correction.name=token_truncate"],
 }
-NOT_BY_THESE_RUNS = {"learners/megatron/balance.py", "objectives/staleness.py", "metrics/sinks.py"}
-"""Sources of keys that only a Megatron learner logs (tests/parity compares its metrics), or only a run on
-older tokens (tests/unit/trainer/test_staleness.py), or only a collect that takes long (test_pipeline.py)."""
+NOT_BY_THESE_RUNS = {"learners/megatron/balance.py", "metrics/sinks.py"}
+"""Sources of keys that only a Megatron learner logs (tests/parity compares its metrics), or only a collect
+that takes long (test_pipeline.py)."""
 
 
 @pytest.fixture(scope="module")

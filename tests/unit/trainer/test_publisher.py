@@ -142,6 +142,20 @@ def test_a_publication_begins_again_where_an_engine_died_in_it_and_nowhere_else(
         assert pool.verbs == verbs
 
 
+def test_where_rollouts_are_begun_ahead_every_publication_is_probed():
+    pool = Engines()
+    publisher = make(pool, probe_every=10)
+    publisher.probe_always = True
+    for _ in range(3):
+        publisher.publish(probe())
+        assert publisher.probed_offset is not None
+    only_once = make(Engines(), probe_every=0)  # who asked for no probes gets none
+    only_once.probe_always = True
+    only_once.publish(probe())
+    only_once.publish(probe())
+    assert only_once.probed_offset is None
+
+
 def test_the_probe_measures_the_offset_of_learner_and_engines_at_the_same_weights():
     """Learner -1.002; engine 0 says -1, engine 1 says -1.004: +-.002 on four sequences of each, mean 0."""
     pool = Engines()

@@ -56,7 +56,8 @@ def stale_run(model, reward_file, folder, *extra):
 @pytest.mark.slow
 def test_staleness_is_not_taken_for_mismatch(model, reward_file, tmp_path):
     """Laws 20 and 21 on the engine's log-probs: a batch one step old, two mini-batches a step."""
-    rows, books = stale_run(model, reward_file, tmp_path / "run", "flips.every=1")
+    knobs = ("flips.every=1", "rollout.weight_sync.probe_every=50")  # it probes every time all the same
+    rows, books = stale_run(model, reward_file, tmp_path / "run", *knobs)
     assert rows[1]["rollout/staleness"] == 0.0
     assert rows[1]["rollout/versions_per_completion"] == 1.0
     assert rows[1]["mismatch/abs_log_ratio_max"] < 1e-5
@@ -92,3 +93,32 @@ def test_recomputed_log_probs_clip_nothing_in_the_first_mini_batch(model, reward
         assert abs(row["staleness/log_ratio_mean"]) > 3e-4
         assert len(seen) == 8
         assert not [key for key in row if key.startswith("mismatch/")]
+
+
+@pytest.mark.slow
+def test_the_remedies_take_what_the_first_mini_batch_measured(model, reward_file, tmp_path, caplog):
+    """Offsets by age and a clip that follows what is left of the spread, in a run one step old."""
+    specs = []
+
+    def watch(run):
+        forward = run.learner.forward_backward
+
+        def watched(mini, spec):
+            specs.append(spec)
+            return forward(mini, spec)
+
+        run.learner.forward_backward = watched
+
+    knobs = ("steps=3", "objective.staleness.recentre=true", "objective.staleness.clip_spreads=1")
+    ahead = ("rollout.steps_ahead=1", "rollout.ticks_per_step=64", f"reward.function='{reward_file}:spread'")
+    _, rows = go(config(model, reward_file, tmp_path / "run", *ahead, *knobs), watch)
+    for step in (2, 3):
+        row, (first, second) = rows[step], specs[2 * step - 2 : 2 * step]
+        offset = row["staleness/log_ratio_mean/lag_2"]
+        assert second.lag_offsets.known == pytest.approx({2: offset}, rel=1e-12)
+        assert (first.lag_offsets.own, second.lag_offsets.own) == (True, False)
+        scale = min(max(1.0, row["staleness/log_ratio_std"] / 3e-4), 0.01 / 4e-4)
+        assert row["staleness/clip_scale"] == pytest.approx(scale, rel=1e-9)
+        assert second.objective.clip.low == pytest.approx(3e-4 * scale, rel=1e-9)
+    assert specs[4].objective.clip.low == pytest.approx(specs[3].objective.clip.low, rel=1e-12)
+    assert "rollout.steps_ahead=1: the clip sees the age: with the engine's log-probs" in caplog.text
