@@ -34,10 +34,10 @@ def launch(host: Host, script: str, *args: str) -> subprocess.Popen[str]:
 def start_ray_cluster(hosts: Hosts, count: int) -> None:
     """A head on the first host and workers on the next ones, `count` in all. Workers may still be joining."""
     head = launch(hosts[0], "ray_head.sh")
-    wait_until(lambda: joined(hosts) > 0, 60, "the head", [head])
+    wait_until(lambda: joined(hosts) > 0, 120, "the head", [head])
     # the head answers before it has written down what "auto" means on its host
     named = ("cat", "/tmp/ray/ray_current_cluster")
-    wait_until(lambda: hosts[0].address in hosts[0].run(*named).stdout, 60, "the head's address", [head])
+    wait_until(lambda: hosts[0].address in hosts[0].run(*named).stdout, 120, "the head's address", [head])
     for index in range(1, count):
         launch(hosts[index], "ray_worker.sh", "host1:6379")
 
