@@ -8,11 +8,13 @@ GPU cluster runs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -172,16 +174,29 @@ class GlooGroup:
         self.group: Any = ProcessGroupGloo(store, rank, meeting.world_size, options)
         # While connecting, the time that is left; later, each broadcast's own limit comes first.
         self.group.set_timeout(timedelta(seconds=meeting.timeout_s))
+        self.last: GlooBroadcast | None = None
+        atexit.register(_leave, weakref.ref(self))  # a group that lives at exit aborts the process
         self.options = BroadcastOptions()
         self.options.rootRank, self.options.rootTensor = 0, 0
 
     def broadcast(self, buffer: torch.Tensor) -> Broadcast:
-        return GlooBroadcast(self.group.broadcast([buffer], self.options))
+        self.last = GlooBroadcast(self.group.broadcast([buffer], self.options))
+        return self.last
 
     def close(self) -> None:
         kept, self.group = [self.group], None
-        # torch 2.13 waits for unfinished broadcasts when it destroys a group, up to their timeout.
-        threading.Thread(target=kept.clear, daemon=True, name="gloo-close").start()
+        # torch 2.13 waits for an unfinished broadcast when it destroys a group, up to its timeout. A thread
+        # waits there. It is not used without need: an exit that overtakes it would abort the process.
+        if self.last is None or self.last.done():
+            kept.clear()
+        else:
+            threading.Thread(target=kept.clear, daemon=True, name="gloo-close").start()
+
+
+def _leave(group: weakref.ref[GlooGroup]) -> None:
+    left = group()
+    if left is not None and (left.last is None or left.last.done()):
+        left.close()
 
 
 class GlooBroadcast:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -308,3 +310,26 @@ def test_a_bucket_goes_in_one_broadcast(pair) -> None:
     report = send_weights(buckets(iter(weights(1)), 1 << 20), transport, lambda info: None)
     assert [len(buffer) for buffer in sent] == [BucketLayout.of(weights(1)).nbytes]
     assert report.tensors == 5
+
+
+EXIT = """
+import sys
+from tests.unit.weights.test_collective import gloo, meet, weights
+transport = gloo()
+sources = meet(transport)
+staged = transport.stage(weights(1))
+transport.send(staged)
+arriving = [source.begin(staged.update_info) for source in sources]
+assert all(len(arrived()) == 5 for arrived in arriving)
+if "close" in sys.argv:
+    for end in (*sources, transport):
+        end.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["close", "leave it open"])
+def test_a_process_with_a_group_ends_in_order(how) -> None:
+    """torch 2.13's gloo group aborts the process when it lives at exit, or is destroyed by a thread then."""
+    done = subprocess.run([sys.executable, "-c", EXIT, how], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
