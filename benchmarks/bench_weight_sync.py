@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4, "head_dim": 64,
     },
 }  # fmt: skip
-"""Qwen3-MoE shapes in float32. quickstart: about its million parameters. 1gib: 1.0 GiB of weights."""
+"""Qwen3-MoE shapes in float32. quickstart: about its million parameters. 1gib: 0.92 GiB of weights."""
 WAYS = [("tensors", "shm"), ("stacks", "shm"), ("tensors", "gloo"), ("stacks", "gloo")]
 PARTS = ("export", "stage", "sum (sender)", "receive", "sum (engine)", "load", "finish")
 
