@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from gspo_dist.planner import format_plan
 from gspo_dist.planner.ahead import SHOWN, draw, look_ahead, machine_of, steps_needed, steps_of
 from gspo_dist.planner.pipeline import Lengths
@@ -85,14 +83,16 @@ def test_a_plan_shows_the_table_and_names_the_best_split():
     assert f"learner.world_size={best.ranks} rollout.engines={best.engines}, {best.step_s:.0f} s" in text
 
 
-def test_a_split_that_would_not_be_placed_or_does_not_fit_is_not_named():
-    """Engines of two GPUs and whole nodes of learner ranks: with 8 ranks the optimiser states do not fit."""
-    result = plan_of(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4, ahead=True)
-    assert {s.ranks for s in result.ahead.splits} <= {8, 16, 24}
-    alone = plan_of(
-        replace(LEARNER, config=replace(LEARNER.config, world_size=8)), ENGINE, WORK, QWEN, H100, nodes=4
-    )
-    assert (8 in {s.ranks for s in result.ahead.splits}) == alone.learner.fits
+def test_a_split_that_does_not_fit_or_starves_a_replica_is_not_named():
+    """Micro-batches of 65,536 tokens fit 16 ranks and not 8. Eight rollouts feed 8 replicas and not 12."""
+
+    def ranks(learner, work):
+        return {s.ranks for s in plan_of(learner, ENGINE, work, QWEN, H100, nodes=4, ahead=True).ahead.splits}
+
+    assert ranks(LEARNER, WORK) == {8, 16, 24}
+    assert ranks(change(LEARNER, token_budget=65536), WORK) == {16, 24}
+    few = work_of(2, 4, prompt=1024, completion=4096)
+    assert ranks(LEARNER, few) == {8, 16}
 
 
 def test_measured_lengths_replace_the_assumed_ones():
