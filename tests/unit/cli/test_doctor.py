@@ -30,3 +30,16 @@ def test_the_gpu_lock_is_read_for_gpu_hosts_and_torch_comes_with_both(tmp_path: 
     assert "vllm" in doctor.read_pins(tmp_path, gpu=True)
     nowhere = findings.check_packages(doctor.read_pins(tmp_path / "x", gpu=False), {}.get)
     assert [c.status for c in nowhere] == ["warn"]
+
+
+def test_an_a100_is_asked_for_the_flash_attn_that_transformer_engine_takes(monkeypatch) -> None:
+    versions = {"megatron-core": "0.16.1", "transformer-engine": "2.11.0"}
+    monkeypatch.setattr(doctor, "installed", versions.get)
+    monkeypatch.setattr(
+        doctor, "run_probe", lambda: {"torch": "2.13.0", "gpus": ["NVIDIA A100-SXM4-80GB"], "nccl": True}
+    )
+    found = []
+    for version in ("2.8.3.post2", "2.8.3"):
+        versions["flash-attn"] = version
+        found += [c.status for c in doctor.diagnose() if c.name == "Megatron-core"]
+    assert found == ["warn", "ok"]
