@@ -79,10 +79,10 @@ def audit_run(run_dir: Path, sequences: int) -> Audit:
 def audit_folder(folder: Path, config: RunConfig, sequences: int) -> Audit:
     """The same for a model folder and a configuration."""
     tokenizer = load_tokenizer(str(folder))
-    prompts = load_prompts(
+    source = load_prompts(
         config.data, "train", tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )
-    prompts = list(islice(prompts, sequences))
+    prompts = list(islice(source, sequences))
     exact = config.learner.consistency == "exact"
     policy = load_policy(
         folder,
