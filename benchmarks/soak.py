@@ -4,14 +4,15 @@
     python benchmarks/soak.py --minutes 5 -- experiment=quickstart rollout.steps_ahead=2
 
 The run is the quickstart with rollouts begun one step ahead, unless overrides follow `--`; it saves after
-every step. A driver that ends is started again, as an operator would. Kills stop after `--minutes`, and the
-run ends at the first step after that. Then these must hold, or the exit status is 1:
+every step. A driver that ends is started again, as an operator would. Kills begin with the first step and
+stop after `--minutes` or `--kills`, and the run ends at the first step after that. Then these must hold, or
+the exit status is 1:
 
 * every prompt that the cursor handed out was trained exactly once, in order, and every rollout id once;
 * metrics.jsonl has every step once;
 * no weight bucket is left in /dev/shm, and nothing of the run's processes lives;
 * memory and open descriptors of the run have not grown: means over the last third of the samples against the
-  first, where all processes were up, with a tolerance of a quarter.
+  first, where all processes were up, with a tolerance of a quarter. A soak of less than a minute cannot say.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ KINDS = {
     "driver": "",
 }
 GROWTH = 1.25
+START_S = 900.0
+"""Longest wait for the first step: the model may be made first."""
+ENOUGH = 60
+"""Samples of memory and descriptors from which growth is judged."""
 END = 10_000
 """Steps that the command asks for: more than a soak makes. The last driver is told how many there were."""
 
@@ -54,6 +59,7 @@ class Soak:
         self.samples: list[tuple[int, int, int]] = []
         """(processes, resident bytes, open descriptors) of the run, every few seconds."""
         self.driver: subprocess.Popen[bytes] | None = None
+        self.step_at_start = 0
 
     def start(self, steps: int) -> None:
         """Starts a driver: the same command every time."""
@@ -65,6 +71,7 @@ class Soak:
             "logger.samples_per_step=1000000",  # all of them: they are the record of what was trained
         ]  # fmt: skip
         log = open(self.folder / "driver.log", "ab")  # noqa: SIM115 - as long as the driver lives
+        self.step_at_start = self.completed()
         self.driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def tree(self) -> list[psutil.Process]:
@@ -114,7 +121,9 @@ class Soak:
         return "driver"
 
     def look(self) -> None:
-        """Counts memory and descriptors, where all is up."""
+        """Counts memory and descriptors, where all is up: this driver has done a step."""
+        if self.completed() <= self.step_at_start:
+            return
         memory = descriptors = 0
         tree = self.tree()
         try:
@@ -130,18 +139,24 @@ class Soak:
         rows = read(self.folder / "run" / "metrics.jsonl")
         return int(rows[-1]["step"]) if rows else 0
 
-    def run(self, minutes: float, kill_every: float) -> int:
-        """Kills for `minutes`, then lets the run end; returns its steps."""
+    def run(self, minutes: float, kill_every: float, kills: int) -> int:
+        """Kills for `minutes`, `kills` times at most, then lets the run end; returns its steps."""
+        self.start(END)
+        give_up = time.monotonic() + START_S
+        while self.completed() < 1:
+            time.sleep(1.0)
+            assert self.driver is not None
+            if self.driver.poll() is not None or time.monotonic() > give_up:
+                raise SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
         until = time.monotonic() + 60 * minutes
         next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
-        self.start(END)
-        while time.monotonic() < until:
+        while time.monotonic() < until and sum(self.kills.values()) < kills:
             time.sleep(1.0)
             assert self.driver is not None
             if self.driver.poll() is not None:
                 self.start(END)
             self.look()
-            if time.monotonic() >= next_kill and self.completed() >= 1:
+            if time.monotonic() >= next_kill:
                 kind = self.kill_one()
                 if kind is not None:
                     self.kills[kind] += 1
@@ -206,7 +221,7 @@ def problems(soak: Soak, steps: int) -> list[str]:
             first = statistics.mean(sample[place] for sample in full[:third])
             last = statistics.mean(sample[place] for sample in full[-third:])
             print(f"{what}: {first:,.0f} in the first third of {len(full)} samples, {last:,.0f} in the last")
-            if last > GROWTH * first:
+            if last > GROWTH * first and len(full) >= ENOUGH:
                 found.append(f"{what} grew from {first:,.0f} to {last:,.0f}")
     return found
 
@@ -241,6 +256,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to kill")
     parser.add_argument("--kill-every", type=float, default=30.0, help="seconds between kills, on average")
+    parser.add_argument("--kills", type=int, default=1_000_000, help="stop killing after so many")
     parser.add_argument("--seed", type=int, default=0, help="of the victims and their times")
     parser.add_argument("overrides", nargs="*", default=DEFAULT, help="of gspo train, after --")
     arguments = parser.parse_args()
@@ -248,7 +264,7 @@ def main() -> None:
         soak = Soak(Path(folder), arguments.overrides, random.Random(arguments.seed))
         began = time.monotonic()
         try:
-            steps = soak.run(arguments.minutes, arguments.kill_every)
+            steps = soak.run(arguments.minutes, arguments.kill_every, arguments.kills)
         finally:
             for process in soak.tree():
                 process.kill()

@@ -115,11 +115,11 @@ def test_replay_is_counted_in_bytes_and_timed(tmp_path):
 
 
 def test_a_soak_loses_no_rollout(model, tmp_path):
-    """Half a minute of kills on a run without vLLM: two engines, a learner, a reward worker, the driver."""
+    """Three kills on a run without vLLM: two engines, a learner, a reward worker, the driver."""
     reward = tmp_path / "mine.py"
     reward.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / 10\n")
     told = run(
-        "soak.py", "--minutes", 0.4, "--kill-every", 5, "--seed", 3, "--",
+        "soak.py", "--minutes", 5, "--kills", 3, "--kill-every", 4, "--seed", 1, "--",
         "cluster=local", "learner=eager", "rollout=reference", "rollout.engines=2", "model=local",
         f"model.path={model}", "data=arithmetic", "reward=function", f"reward.function='{reward}:sevens'",
         "reward.workers=1", "mini_batches=2", "rollout.prompts_per_step=4", "rollout.group_size=2",
@@ -128,4 +128,4 @@ def test_a_soak_loses_no_rollout(model, tmp_path):
         "rollout.precision=fp32", "flips.every=0",
     )  # fmt: skip
     assert "every prompt was trained once, in order" in told
-    assert int(told.split("kills: ")[1].split()[0]) >= 2
+    assert "kills: 3 {" in told
