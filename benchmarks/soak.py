@@ -43,6 +43,8 @@ KINDS = {
 GROWTH = 1.25
 START_S = 900.0
 """Longest wait for the first step: the model may be made first."""
+DAEMONS_S = 20.0
+"""What a killed driver leaves may take so long to end by itself."""
 ENOUGH = 60
 """Samples of memory and descriptors from which growth is judged."""
 END = 10_000
@@ -111,10 +113,14 @@ class Soak:
             return None
         self.driver.kill()
         self.driver.wait()
-        _, alive = psutil.wait_procs(left[1:], timeout=60)
-        for process in alive:
+        _, alive = psutil.wait_procs(left[1:], timeout=DAEMONS_S)
+        for (
+            process
+        ) in alive:  # daemons of Ray (2.60) that outlive a killed driver by minutes, and what should not
             try:
-                print(f"  still there a minute after its driver: {process.pid} {process.cmdline()[:3]}")
+                command = " ".join(process.cmdline())
+                if any(kind and kind in command for kind in KINDS.values()):
+                    print(f"  still there {DAEMONS_S:.0f} s after its driver: {command[:60]}", flush=True)
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
@@ -165,7 +171,19 @@ class Soak:
                         flush=True,
                     )
                     next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
+        self.outlive()
         return self.finish()
+
+    def outlive(self) -> None:
+        """Waits until the run has gone on from the last kill by itself: one more step than it had."""
+        wanted, give_up = self.completed() + 1, time.monotonic() + START_S
+        while self.completed() < wanted:
+            time.sleep(1.0)
+            assert self.driver is not None
+            if self.driver.poll() is not None:
+                self.start(END)
+            if time.monotonic() > give_up:
+                raise SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
 
     def finish(self) -> int:
         """Ends the run: the last driver is asked for the steps that are done, and one more."""

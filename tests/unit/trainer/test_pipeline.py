@@ -222,6 +222,17 @@ def test_the_ticks_beside_the_learner_are_those_that_were_asked_for():
     assert collector.carried_tokens == 6 * 29
 
 
+def test_what_waits_already_is_kept_where_the_engines_are_emptied_again():
+    """As at the first publication of a resumed run, whose work came from a checkpoint."""
+    collector = collector_of(Pool(lambda g, i: 50), steps_ahead=1)
+    collector.resume(1)
+    collector.pause()
+    keys = [item.key for item in collector.buffer.waiting]
+    collector.pause()
+    assert [item.key for item in collector.buffer.waiting] == keys
+    assert len(keys) == 12
+
+
 def test_finished_rollouts_are_judged_beside_the_learner():
     collector = collector_of(Pool(), steps=2, steps_ahead=1, ticks_per_step=1)
     asked = []
