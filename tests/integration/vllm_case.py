@@ -579,7 +579,7 @@ def sharp_bf16(folder):
 
     def publication(tensors=good, begins_equal=False, means=()):
         """A publication of these tensors as the learner's; what it measured, or what stopped it."""
-        learner.weights = lambda bucket_bytes: buckets(tensors.items(), bucket_bytes)
+        learner.weights = lambda bucket_bytes, **_: buckets(tensors.items(), bucket_bytes)
         tolerance = ProbeTolerance("bf16", None)
         tolerance.means = list(means)
         publisher = WeightPublisher(

@@ -512,7 +512,7 @@ def test_a_learner_that_exports_weights_in_the_wrong_place_stops_before_the_firs
 
     def watch(run):
         weights = run.learner.learner.weights
-        run.learner.learner.weights = lambda bucket_bytes: wrong(weights, bucket_bytes)
+        run.learner.learner.weights = lambda bucket_bytes, **_: wrong(weights, bucket_bytes)
 
     c = config(model, reward_file, tmp_path / "run", "rollout.weight_sync.probe_tolerance=null")
     with pytest.raises(WeightSyncError, match="after a sync of the very weights that it had loaded"):
