@@ -8,14 +8,24 @@ missing=()
 for tool in ip nsenter unshare setpriv slurmctld slurmd sbatch munged; do
     command -v "$tool" >/dev/null || missing+=("$tool")
 done
-if ((${#missing[@]} == 0)); then exit 0; fi
 refuse() {
-    echo "tests of several hosts are skipped: ${missing[*]} not found, and $*" >&2
+    echo "tests of several hosts are skipped: $*" >&2
     exit 1
 }
-((EUID == 0)) || refuse "only root may install packages"
-command -v apt-get >/dev/null || refuse "there is no apt-get (the packages are iproute2, util-linux, slurm-wlm, munge)"
+# A container may lack the right to make hosts, whatever is installed.
+check_rights() {
+    unshare --net --mount --uts --pid --fork true 2>/dev/null || refuse "namespaces cannot be made here"
+    ip link add gspo-try type bridge 2>/dev/null || refuse "a network bridge cannot be made here"
+    ip link delete gspo-try
+}
+if ((${#missing[@]} == 0)); then
+    check_rights
+    exit 0
+fi
+((EUID == 0)) || refuse "${missing[*]} not found, and only root may install packages"
+command -v apt-get >/dev/null || refuse "${missing[*]} not found, and there is no apt-get (the packages are iproute2, util-linux, slurm-wlm, munge)"
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq || refuse "apt-get update failed"
 apt-get install -y -qq --no-install-recommends iproute2 util-linux slurm-wlm munge >/dev/null ||
     refuse "apt-get install failed"
+check_rights
