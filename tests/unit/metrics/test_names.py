@@ -98,8 +98,11 @@ def test_a_unit_that_ends_a_name_is_the_unit_of_the_entry():
 # -- against runs --
 
 REWARD = """
+PARTS = {"format": 1.0, "timeout": 0.0, "crash": 0.0, "error": 0.0}
+
+
 def parts(prompt, completion):
-    return completion.text.count("7") / max(1, len(completion)), {"format": 1.0, "timeout": 0.0, "crash": 0.0}
+    return completion.text.count("7") / max(1, len(completion)), PARTS
 """
 CONFIGURATIONS = {
     "gspo": ["objective=gspo"],
