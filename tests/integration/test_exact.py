@@ -53,8 +53,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def train(tmp_path, model):
+    # The model is random and never right; what it is paid for here, it does now and then.
+    reward = tmp_path / "mine.py"
+    reward.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / 24\n")
+
     def run(*overrides):
         command = [sys.executable, "-m", "gspo_dist", "train", *SMALL, f"model.path={model}"]
+        command += ["reward=function", f"reward.function='{reward}:sevens'"]
         done = subprocess.run(
             [*command, f"run_dir={tmp_path / 'run'}", *overrides],
             check=False,
