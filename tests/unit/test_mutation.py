@@ -120,7 +120,14 @@ def test_an_interrupt_ends_the_tests_that_run_and_reports_what_was_judged(projec
         "        time.sleep(100)\n"
     )
     command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak", "--report", str(page)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+
+    def hear_interrupts() -> None:
+        # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=hear_interrupts
+    ) as running:
         deadline = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text()):
             assert time.monotonic() < deadline

@@ -32,8 +32,7 @@ def test_a_runs_last_lines_say_where_how_well_and_how_fast(capsys):
 
 def test_training_releases_the_run_whether_or_not_it_ends_well(monkeypatch, capsys):
     """Engines and ranks that outlived a failed run would hold its GPUs."""
-    from gspo_dist.trainer import loop
-    from gspo_dist.trainer.setup import build as setup
+    from gspo_dist.trainer import restarts
 
     released = []
 
@@ -46,22 +45,21 @@ def test_training_releases_the_run_whether_or_not_it_ends_well(monkeypatch, caps
     def fail(run: Built) -> dict[str, Any]:
         raise RuntimeError("rank 1 died")
 
-    monkeypatch.setattr(setup, "build", lambda config: Built())
-    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setattr(restarts, "build", lambda config: Built())
+    monkeypatch.setattr(restarts, "train", fail)
     with pytest.raises(SystemExit) as stop:
         main(["train", "steps=1"])
     assert (stop.value.code, released) == (1, [Path("/runs/a")])
     assert "RuntimeError: rank 1 died" in capsys.readouterr().err
     done = {"completion_tokens": 1, "seconds": 1.0, "tokens_per_s_median": 1.0}
-    monkeypatch.setattr(loop, "train", lambda run: done)
+    monkeypatch.setattr(restarts, "train", lambda run: done)
     main(["train", "steps=1"])
     assert len(released) == 2
     assert "run folder   /runs/a" in capsys.readouterr().out
 
 
 def test_a_sweep_trains_once_per_value_and_leaves_its_list(monkeypatch, tmp_path: Path, capsys):
-    from gspo_dist.trainer import loop
-    from gspo_dist.trainer.setup import build as setup
+    from gspo_dist.trainer import restarts
 
     seen = []
 
@@ -76,8 +74,8 @@ def test_a_sweep_trains_once_per_value_and_leaves_its_list(monkeypatch, tmp_path
         return Built()
 
     done = {"completion_tokens": 1, "seconds": 1.0, "tokens_per_s_median": 1.0}
-    monkeypatch.setattr(setup, "build", built)
-    monkeypatch.setattr(loop, "train", lambda run: done)
+    monkeypatch.setattr(restarts, "build", built)
+    monkeypatch.setattr(restarts, "train", lambda run: done)
     monkeypatch.chdir(tmp_path)
     main(["train", "-m", "seed=3,5", "run_dir=runs/seed-${seed}"])
     assert seen == [(3, "runs/seed-3"), (5, "runs/seed-5")]
