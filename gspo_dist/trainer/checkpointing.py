@@ -82,9 +82,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.guard.load_state_dict(state["guard"])
     run.tokens_seen = state["tokens_seen"]
     run.seconds_before = state["seconds"]
-    run.publisher.published = (
-        state["published"] - 1
-    )  # the first publication of a resumed run repeats the last one
+    # The first publication of a resumed run repeats the last one.
+    run.publisher.published = state["published"] - 1
     run.publisher.tolerance.means = list(state.get("probe_means", ()))
     run.first_evaluation = dict(state["first_evaluation"])
     run.last_evaluation = dict(state["last_evaluation"])

@@ -67,8 +67,10 @@ class StalenessRemedies:
         return min(max(1.0, self.config.clip_spreads * self.size / low), self.config.clip_max / high)
 
     def observe(self, stats: Mapping[str, Stat], fresh_offset: float | None) -> None:
-        """Takes in the first mini-batch's statistics. fresh_offset: the mean log ratio of its fresh "
-        "tokens."""
+        """Takes in the first mini-batch's statistics.
+
+        fresh_offset: the mean log ratio of its fresh tokens; None: it has none.
+        """
         self.offsets = {
             int(name.removeprefix(LAG)): stat.result() for name, stat in stats.items() if name.startswith(LAG)
         }
