@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gspo_dist.checkpoint import CheckpointStore, hold
+from gspo_dist.checkpoint import Checkpoint, CheckpointStore, hold
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
-from gspo_dist.data.prompts import load_splits
-from gspo_dist.metrics.wandb_sink import choose_mode
+from gspo_dist.data.prompts import PromptSource, load_splits
+from gspo_dist.metrics.wandb_sink import Mode, choose_mode
 from gspo_dist.models.shape import read_shape
+from gspo_dist.objectives.objective import Objective
 from gspo_dist.rewards.reward import check_answers, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
-from gspo_dist.trainer.clockwork import Clockwork, open_record, read_record
+from gspo_dist.trainer.clockwork import Clockwork, Record, open_record, read_record
 from gspo_dist.trainer.collect import sampling_of
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
@@ -41,22 +44,69 @@ from gspo_dist.trainer.setup.factories import (
     resolved_weight_sync,
     sampling_spec,
 )
-from gspo_dist.trainer.setup.processes import start_parts
+from gspo_dist.trainer.setup.processes import Parts, start_parts
 from gspo_dist.trainer.setup.run_folder import prepare_folder
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of a configuration found and read. No process runs yet."""
+
+    config: RunConfig
+    run_dir: Path
+    objective: Objective
+    checkpoint: Checkpoint | None
+    """The newest of the run folder, where the run goes on from one."""
+    record: Record | None
+    """Ticks of an earlier run that are to be repeated."""
+    wandb_mode: Mode | None
+    """None is without W&B."""
+    model: str
+    """The model's folder."""
+    moe_layers: int
+    tokenizer: Any
+    train: PromptSource
+    heldout: PromptSource | None
+    device: str
+
+    @property
+    def completed_steps(self) -> int:
+        """Steps of the run that its checkpoint holds."""
+        return self.checkpoint.step if self.checkpoint else 0
 
 
 def build(config: RunConfig) -> Run:
     """Checks everything that is cheap to check, then starts the processes and assembles the run.
 
-    Raises ValueError (bad input) before any process starts; RuntimeError when the cluster
-    grants no resources.
+    Raises ValueError (bad input) before any process starts. Raises RuntimeError when the cluster grants no
+    resources.
     """
+    checked = check_run(config)
+    run_dir = checked.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(run_dir))
+        prepare_folder(run_dir, config, checked.checkpoint)
+        if config.rollout.steps_ahead:
+            open_record(run_dir, config, checked.completed_steps)
+        parts = start_parts(config, checked.model, checked.device, run_dir, checked.moe_layers)
+        stack.callback(parts.release)
+        if checked.checkpoint is None:
+            (run_dir / EVENTS).unlink(missing_ok=True)
+        run = assemble(checked, parts)
+        if checked.checkpoint is not None:
+            restore(run, checked.checkpoint)
+        run.release = stack.pop_all().close
+        return run
+
+
+def check_run(config: RunConfig) -> Checked:
+    """Everything that can be found wrong before a process starts, the quickest first. Raises ValueError."""
     objective = make_objective(config)
     resolve_reward(config.reward)
     run_dir = Path(config.run_dir).expanduser().resolve()
-    checkpoint = (
-        CheckpointStore(run_dir, config.checkpoint.keep).newest() if config.checkpoint.resume else None
-    )
+    store = CheckpointStore(run_dir, config.checkpoint.keep)
+    checkpoint = store.newest() if config.checkpoint.resume else None
     replayed = config.rollout.replay_ticks
     record = read_record(Path(replayed).expanduser(), config) if replayed else None
     # Before the cold start, which trains: a bad key must not cost minutes.
@@ -73,66 +123,76 @@ def build(config: RunConfig) -> Run:
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
     name_age(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(hold(run_dir))
-        prepare_folder(run_dir, config, checkpoint)
-        clockwork = Clockwork(config.rollout, record, run_dir if config.rollout.steps_ahead else None)
-        if config.rollout.steps_ahead:
-            open_record(run_dir, config, checkpoint.step if checkpoint else 0)
-        parts = start_parts(config, model, device, run_dir, moe_layers)
-        stack.callback(parts.release)
-        if checkpoint is None:
-            (run_dir / EVENTS).unlink(missing_ok=True)
-        sinks = make_sinks(config, run_dir, checkpoint.step if checkpoint else 0, wandb_mode)
-        learner, replicas, budget = parts.learner, config.learner.data_parallel, config.learner.token_budget
-        exact = config.learner.consistency == "exact"
-        guard = OffsetGuard(config.objective, objective, learner, config.seed, budget, exact=exact)
-        moe = parts.info.moe_layers or moe_layers
-        flips = FlipMeter(config.flips, learner, config.seed, moe, replicas, budget)
-        sampling = sampling_spec(config, tokenizer, parts.info)
-        collector = Collector(
-            config.rollout,
-            config.steps,
-            parts.pool,
-            parts.rewards,
-            PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
-            functools.partial(sampling_of, sampling, config.objective, flips),
-            clockwork,
-            lambda step, done: sinks.collecting(step, progress_metrics(done)),
-        )
-        run = Run(
-            config=config,
-            run_dir=run_dir,
-            learner=learner,
-            pool=parts.pool,
-            rewards=parts.rewards,
-            collector=collector,
-            heldout=list(heldout or ())[: config.evaluation.prompts],
-            probe_prompts=list(itertools.islice(heldout or train, PROBE_SEQUENCES)),
-            objective=objective,
-            guard=guard,
-            old_logprobs=OldLogprobs(config.objective, learner, guard),
-            flips=flips,
-            publisher=WeightPublisher(
-                resolved_weight_sync(config, device),
-                learner,
-                parts.pool,
-                replicas=replicas,
-                token_budget=budget,
-                max_model_len=config.rollout.max_model_len,
-                tolerance=probe_tolerance(config),
-                begins_equal=begins_equal(config),
-                colocated=config.cluster.colocated,
-                # A step may then have no token of the learner's own version to measure the mismatch on.
-                probe_always=config.rollout.steps_ahead > 0,
-            ),
-            sinks=sinks,
-            health=Health(run_dir, sinks),
-            sampling=sampling,
-            release=lambda: None,
-        )
-        if checkpoint is not None:
-            restore(run, checkpoint)
-        run.release = stack.pop_all().close
-        return run
+    return Checked(
+        config,
+        run_dir,
+        objective,
+        checkpoint,
+        record,
+        wandb_mode,
+        model,
+        moe_layers,
+        tokenizer,
+        train,
+        heldout,
+        device,
+    )
+
+
+def assemble(checked: Checked, parts: Parts) -> Run:
+    """The run of started parts, at its first step. `build` says what releases it."""
+    config, run_dir, learner = checked.config, checked.run_dir, parts.learner
+    replicas, budget = config.learner.data_parallel, config.learner.token_budget
+    sinks = make_sinks(config, run_dir, checked.completed_steps, checked.wandb_mode)
+    exact = config.learner.consistency == "exact"
+    guard = OffsetGuard(config.objective, checked.objective, learner, config.seed, budget, exact=exact)
+    moe_layers = parts.info.moe_layers or checked.moe_layers
+    flips = FlipMeter(config.flips, learner, config.seed, moe_layers, replicas, budget)
+    sampling = sampling_spec(config, checked.tokenizer, parts.info)
+    heldout, train = checked.heldout, checked.train
+    collector = Collector(
+        config.rollout,
+        config.steps,
+        parts.pool,
+        parts.rewards,
+        PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
+        functools.partial(sampling_of, sampling, config.objective, flips),
+        Clockwork(config.rollout, checked.record, run_dir if config.rollout.steps_ahead else None),
+        lambda step, done: sinks.collecting(step, progress_metrics(done)),
+    )
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        learner=learner,
+        pool=parts.pool,
+        rewards=parts.rewards,
+        collector=collector,
+        heldout=list(heldout or ())[: config.evaluation.prompts],
+        probe_prompts=list(itertools.islice(heldout or train, PROBE_SEQUENCES)),
+        objective=checked.objective,
+        guard=guard,
+        old_logprobs=OldLogprobs(config.objective, learner, guard),
+        flips=flips,
+        publisher=make_publisher(config, parts, checked.device),
+        sinks=sinks,
+        health=Health(run_dir, sinks),
+        sampling=sampling,
+        release=lambda: None,
+    )
+
+
+def make_publisher(config: RunConfig, parts: Parts, device: str) -> WeightPublisher:
+    """What sends the learner's weights to the engines of a run, and checks them."""
+    return WeightPublisher(
+        resolved_weight_sync(config, device),
+        parts.learner,
+        parts.pool,
+        replicas=config.learner.data_parallel,
+        token_budget=config.learner.token_budget,
+        max_model_len=config.rollout.max_model_len,
+        tolerance=probe_tolerance(config),
+        begins_equal=begins_equal(config),
+        colocated=config.cluster.colocated,
+        # A step may then have no token of the learner's own version to measure the mismatch on.
+        probe_always=config.rollout.steps_ahead > 0,
+    )
