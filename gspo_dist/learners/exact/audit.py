@@ -7,8 +7,8 @@ values; gate and up) is put together from the learner's parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,43 +61,33 @@ def first_difference(engine: Caught, learner: Caught) -> Difference | None:
     return None
 
 
-@contextmanager
-def catching_engine(model: nn.Module) -> Iterator[Caught]:
+def catching_engine(model: nn.Module) -> AbstractContextManager[Caught]:
     """Catches what the operators of a vLLM model give inside the block, where one prefill is expected."""
-    base = cast(Any, model).model
-    with _catching() as (caught, after, before):
-        after(base.embed_tokens, "embedding")
-        for i, layer in enumerate(base.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            after(layer.input_layernorm, f"layer {i} input norm")
-            after(attention.qkv_proj, f"layer {i} queries, keys, values")
-            before(attention.o_proj, f"layer {i} attention")
-            after(attention.o_proj, f"layer {i} attention output")
-            after(layer.post_attention_layernorm, f"layer {i} post-attention norm")
-            if hasattr(mlp, "gate"):
-                after(mlp.gate, f"layer {i} router")
-            after(mlp, f"layer {i} {'experts' if hasattr(mlp, 'gate') else 'mlp'}")
-        after(base.norm, "last norm")
-        yield caught
+    return _catching_layers(cast(Any, model).model, ("qkv_proj",))
+
+
+def catching_learner(hf: nn.Module) -> AbstractContextManager[Caught]:
+    """The same of a transformers model under the same names."""
+    return _catching_layers(cast(Any, hf).base_model, ("q_proj", "k_proj", "v_proj"))
 
 
 @contextmanager
-def catching_learner(hf: nn.Module) -> Iterator[Caught]:
-    """The same of a transformers model under the same names."""
-    base = cast(Any, hf).base_model
+def _catching_layers(base: Any, projections: Sequence[str]) -> Iterator[Caught]:
+    """projections: the modules that make queries, keys and values. What several give is joined in order."""
     with _catching() as (caught, after, before):
         after(base.embed_tokens, "embedding")
         for i, layer in enumerate(base.layers):
             attention, mlp = layer.self_attn, layer.mlp
+            routed = hasattr(mlp, "gate")
             after(layer.input_layernorm, f"layer {i} input norm")
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj):
-                after(part, f"layer {i} queries, keys, values")  # joined as they come
+            for name in projections:
+                after(getattr(attention, name), f"layer {i} queries, keys, values")
             before(attention.o_proj, f"layer {i} attention")
             after(attention.o_proj, f"layer {i} attention output")
             after(layer.post_attention_layernorm, f"layer {i} post-attention norm")
-            if hasattr(mlp, "gate"):
+            if routed:
                 after(mlp.gate, f"layer {i} router")
-            after(mlp, f"layer {i} {'experts' if hasattr(mlp, 'gate') else 'mlp'}")
+            after(mlp, f"layer {i} {'experts' if routed else 'mlp'}")
         after(base.norm, "last norm")
         yield caught
 
