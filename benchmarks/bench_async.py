@@ -1,9 +1,8 @@
 """What rollouts begun ahead gain by wall time, and what driving engines in slices costs.
 
-    python benchmarks/bench_async.py                 # K = 0, 1, 2, 4 on long-tailed lengths, simulated
-    decoding python benchmarks/bench_async.py --slices        # vLLM in slices against one blocking call (a
-    CPU) python benchmarks/bench_async.py --real          # gspo train on the quickstart, real decoding and
-    learning
+    python benchmarks/bench_async.py             # K = 0, 1, 2, 4 on long-tailed lengths, simulated decoding
+    python benchmarks/bench_async.py --slices    # vLLM in slices against one blocking call, on a CPU
+    python benchmarks/bench_async.py --real      # gspo train on the quickstart, real decoding and learning
 
 The first measures the pipeline itself: the real collector, the real pool, two engines in processes of their
 own under Ray, a thread beside the learner, a publication between steps. **Simulated** is the work: a decode

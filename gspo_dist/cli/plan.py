@@ -132,8 +132,7 @@ def _recipe(name: str) -> tuple[Mapping[str, Any], str]:
 
 
 def _measured_lengths(config: RunConfig) -> Lengths | None:
-    """Of the completions in the samples.jsonl of plan.lengths_from. Raises ValueError where there are "
-    "none."""
+    """Those of the completions in samples.jsonl of plan.lengths_from. Raises ValueError without any."""
     if config.plan.lengths_from is None:
         return None
     path = Path(config.plan.lengths_from).expanduser() / "samples.jsonl"

@@ -144,8 +144,7 @@ def load_policy(
     temperature, fp32_head: of the `LogprobHead`.
     activation_checkpointing: layers are computed again in the backward instead of kept.
     consistency: "exact" computes with the engine's operators (`learners.exact`).
-    make: builds the HF model with attention `gspo_packed`, for learners that shard it. None:
-        `from_pretrained`.
+    make: builds the HF model with attention `gspo_packed`, for learners that shard it. None: from_pretrained.
 
     Raises ValueError for a folder that is no HF model, and for an attention that packing would change.
     """

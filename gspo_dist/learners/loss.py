@@ -72,8 +72,9 @@ def trained_index(batch: PackedBatch) -> torch.Tensor:
 
 
 def lags_of(batch: PackedBatch, policy_version: int | None) -> torch.Tensor | None:
-    """[T] int64: optimiser steps from the weights that sampled a token to `policy_version`, 0 for tokens that
-    are not trained. None where every trained token is fresh.
+    """[T] int64: optimiser steps from the weights that sampled a token to `policy_version`.
+
+    Tokens that are not trained have 0. None where every trained token is fresh.
 
     Example: versions [-1, 8, 12] with the last two trained give [0, 4, 0] at version 12.
     """
@@ -86,8 +87,9 @@ def lags_of(batch: PackedBatch, policy_version: int | None) -> torch.Tensor | No
 def fresh_part(
     batch: PackedBatch, lags: torch.Tensor | None, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(which of the tokens at `index` are fresh, bool [N]; their sequences renumbered without gaps; how many
-    sequences those are).
+    """The fresh ones of the tokens at `index`: which, of which sequences, and how many sequences those are.
+
+    Returns a bool [N], the sequences of the fresh tokens renumbered without gaps, and their count.
 
     Every context-parallel rank counts the sequences of the whole batch, so that their numbers agree.
     Example: of sequences 0, 1, 2 only 0 and 2 have fresh tokens: they become 0 and 1, of 2.
@@ -188,8 +190,9 @@ def _against_engine(
     index: torch.Tensor,
     spec: LossSpec,
 ) -> dict[str, Stat]:
-    """Learner at the start of the step against engine, both [N]: mismatch of the fresh tokens, staleness of
-    the batch where others are among them.
+    """Learner at the start of the step against engine, both [N].
+
+    Mismatch of the fresh tokens, and staleness of the batch where others are among them.
     """
     lags = lags_of(batch, spec.policy_version)
     if spec.exact:

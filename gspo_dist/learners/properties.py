@@ -99,8 +99,9 @@ class Pair:
 
     @staticmethod
     def of(config: dict[str, Any], learner: Callable[[PreTrainedModel], Ask]) -> Pair:
-        """Builds both from the config of a model of any size. Raises whatever transformers or the learner
-        raises.
+        """Builds both from the config of a model of any size.
+
+        Raises whatever transformers or the learner raises.
         """
         with torch.random.fork_rng(devices=[]), _one_thread():
             torch.manual_seed(0)
@@ -166,8 +167,7 @@ def small_config(config: dict[str, Any]) -> PretrainedConfig:
 
 
 def _check_small(config: PretrainedConfig) -> None:
-    """ValueError where the config has a size that `miniature` does not know, so that the
-    model stays large."""
+    """ValueError where the miniature is still large: the config has a size that `miniature` does not know."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     parameters = sum(p.numel() for p in model.parameters())
@@ -180,9 +180,11 @@ def _vocabulary(config: PretrainedConfig) -> int:
 
 
 def spread(model: PreTrainedModel) -> None:
-    """Weights wide enough that every layer moves the logits; transformers' 0.02 would hide a fault
-    in a miniature. An embedding that is the head too stays as narrow as a head, since logits of tens of nats
-    would be rounded too coarsely to compare."""
+    """Weights wide enough that every layer moves the logits. Transformers' 0.02 would hide a fault.
+
+    An embedding that is the head too stays as narrow as a head, since logits of tens of nats would be rounded
+    too coarsely to compare.
+    """
     head = model.get_output_embeddings()
     for name, parameter in model.named_parameters():
         expert = _routed(name)
@@ -220,8 +222,7 @@ def _difference(expected: torch.Tensor, got: torch.Tensor) -> tuple[bool, str]:
 
 
 def _alone(pair: Pair) -> tuple[bool, str]:
-    """The learner against transformers' forward; before that, the learner against itself, so that noise is
-    named as such."""
+    """The learner against itself, so that noise is named as such, and then against transformers' forward."""
     first, again = pair.packed([1])[0], pair.packed([1])[0]
     repeats, measured = _difference(first, again)
     if not repeats:

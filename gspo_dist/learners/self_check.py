@@ -1,16 +1,16 @@
 """What a model must pass before a run: the learner computes what transformers computes, packed or not.
 
 A learner lays sequences end to end, replaces the LM head, and streams weights under the names of the
-model folder. Each of these holds for most architectures and fails in silence for some. So each is
-tried with numbers on a miniature of the architecture (`models.miniature`), in float32 on the CPU,
-before any process starts:
+model folder. Each of these holds for most architectures and fails in silence for some. So before any process
+starts each is tried with numbers, on a miniature of the architecture (`models.miniature`), in float32 on the
+CPU:
 
     alone    log-probs of one sequence equal those of transformers' own forward
              (scales after the head, windows, attention sinks, dropout and noise of the training mode)
     packed   log-probs of a sequence do not change when another one lies before it
              (layers with memory, chunked attention)
     names    the weights that the learner streams are those of the model folder, by name and shape
-    routes   the experts of every token are recorded; replayed they give the same log-probs, and other
+    routes   the experts of every token are recorded. Replayed they give the same log-probs, and other
              experts give others
 
 `properties` measures them. The megatron learner builds a model of its own, so it is asked instead of the

@@ -4,9 +4,8 @@ D_t = old_logprobs - rollout_logprobs (learner minus engine, same weights) and r
 samples of the engine. Exponents are held in [-20, 20].
 
 A correction takes D_t whatever it comes from. Where the engine sampled with older weights it also holds how
-far the policy has walked since (`staleness`), and a weight then makes the decoupled objective: the clip
-stands around the policy at the start of the update, and the weight says how likely that policy was to sample
-this.
+far the policy has walked since (`staleness`). A weight then makes the decoupled objective: the clip stands
+around the policy at the start of the update, and the weight says how likely that policy was to sample this.
 """
 
 from __future__ import annotations

@@ -76,8 +76,7 @@ def machine_of(
 
 
 def steps_needed(work: Workload, ahead: int) -> int:
-    """Steps of a simulation: `ahead` + 1 that fill the engines, those that are counted, `ahead` to end "
-    "with."""
+    """Steps of a simulation: `ahead` + 1 to fill the engines, those that count, and `ahead` at the end."""
     return 2 * ahead + 1 + max(FEW, min(MANY, 4096 // work.rollouts))
 
 

@@ -1,9 +1,7 @@
-"""What it buys to begin rollouts ahead of their step: a discrete-event model of engines, learner,
-publications.
+"""What rollouts begun ahead buy: a discrete-event model of engines, learner and publications.
 
     engines    |== step 1 ==|== step 2 (begun early) ==|=publish=|== 2 goes on, 3 begins ==| ...
-    learner                 |== learns step 1 =========|=publish=|  waits for the rest of 2 |== learns step 2
-    ==
+    learner                 |== learns step 1 =========|=publish=|  waits for the rest of 2 |== learns 2 ==
 
 An engine gives every sequence in its places one token per decode step. A step of n sequences takes
 `step_s[n]` seconds. Groups belong to steps: the learner waits until all of its step's completions are whole.
@@ -37,8 +35,7 @@ class Lengths:
     mean: float
     """Tokens of a completion, cut ones included."""
     spread: float
-    """Standard deviation of the logarithm before the cut. At 1.0 the 99th percentile is ten times the "
-    "median."""
+    """Standard deviation of the logarithm before the cut. At 1.0 the 99th percentile is ten medians."""
     limit: int
     """Tokens after which a completion is cut off."""
     group_share: float = 0.3
@@ -64,8 +61,7 @@ class Lengths:
         return out
 
     def _centre(self) -> float:
-        """The mean of the logarithm with which the cut lengths have `mean`: by bisection, which never "
-        "fails."""
+        """The mean of the logarithm with which the cut lengths have `mean`, by bisection."""
         low, high = math.log(self.mean) - 10.0 * self.spread - 1.0, math.log(self.limit) + 10.0 * self.spread
         for _ in range(80):
             middle = (low + high) / 2
@@ -187,8 +183,7 @@ class _Engine:
             self.next_finish = math.inf
 
     def run(self, until: float, version: int) -> list[_Item]:
-        """Does the decode steps that begin before `until`, or those to the next completion, if these are "
-        "fewer."""
+        """Does the decode steps that begin before `until`, or fewer: those to the next completion."""
         running = self.running
         if not running or self.clock >= until:
             return []
@@ -378,8 +373,7 @@ class _Run:
         return ready
 
     def _work(self, now: float, until: float, step: int) -> None:
-        """From `now` on, every engine does the decode steps that begin before `until`, or the slices that "
-        "do."""
+        """From `now` on, every engine does the decode steps, or the slices, that begin before `until`."""
         while self.machine.slice_s and now < until and any(engine.running for engine in self.engines):
             now = self._slice(now, step)
         for engine in self.engines:

@@ -1,5 +1,4 @@
-"""From `LearnerConfig` to DeepSpeed's own configuration; what cannot run is refused before anything
-starts."""
+"""From `LearnerConfig` to DeepSpeed's own configuration. What cannot run is refused before any start."""
 
 from __future__ import annotations
 

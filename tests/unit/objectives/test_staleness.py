@@ -176,8 +176,7 @@ def test_an_offset_of_each_token_must_be_finite_and_of_the_batchs_shape():
 
 @pytest.mark.parametrize(("length", "kl"), [(64, 1e-4), (2048, 7.6e-5)])
 def test_what_a_walk_does_to_the_clip_is_what_the_gaussian_model_says(length, kl):
-    """log s ~ N(-k, 2k / T): long completions lose their negative side, and recentring gives the balance "
-    "back."""
+    """log s ~ N(-k, 2k / T): long completions lose their negative side, and recentring brings it back."""
     rng = np.random.default_rng(length)
     count, clip = 4000, Clip(3e-4, 4e-4)
     k = 4 * kl  # four optimiser steps

@@ -1,5 +1,4 @@
-"""What a plan says of rollouts begun ahead: the planner's own numbers as a machine, the table, the best "
-"split."""
+"""What a plan says of rollouts begun ahead: its numbers as a machine, the table, the best split."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a step does about the age of its tokens: what was measured, and what a mini-batch's loss takes of "
-"it."""
+"""What a step does about the age of its tokens: what was measured, and what a loss takes of it."""
 
 from __future__ import annotations
 
