@@ -77,8 +77,6 @@ class Collector:
         """The cursor's place after the prompts of the last step that was handed out."""
         self.sampled_tokens, self.sampling_s = 0, 0.0
         """Since `take_speed` was called last."""
-        self.carried_tokens = 0
-        """Tokens of the unfinished completions that the last publication withdrew."""
 
     def sample(self, step: int) -> None:
         """Begins what may be begun, and samples until the groups of `step` are whole.
@@ -157,9 +155,8 @@ class Collector:
 
     def pause(self) -> None:
         """Takes everything unfinished out of the engines: for a publication, or before they sleep."""
-        left = self.pool.withdraw()
-        self.carried_tokens = sum(len(item.so_far) for item in left)
-        self.buffer.waiting = sorted([*self.buffer.waiting, *left], key=lambda item: item.key)
+        self.buffer.waiting += self.pool.withdraw()
+        self.buffer.waiting.sort(key=lambda item: item.key)
         self.clockwork.close([event.who for event in self.pool.events if event.kind == "engine_death"])
 
     @contextmanager
@@ -225,10 +222,11 @@ class Collector:
         """pipeline/* after a publication: what is begun of later steps."""
         if not self.config.steps_ahead:
             return {}
+        steps, waiting = self.buffer.steps.values(), self.buffer.waiting
         return {
-            "pipeline/finished_ahead": float(sum(len(s.finished) for s in self.buffer.steps.values())),
-            "pipeline/unfinished": float(len(self.buffer.waiting)),
-            "pipeline/carried_tokens": float(self.carried_tokens),
+            "pipeline/finished_ahead": float(sum(len(step.finished) for step in steps)),
+            "pipeline/unfinished": float(len(waiting)),
+            "pipeline/carried_tokens": float(sum(len(item.so_far) for item in waiting)),
             "pipeline/ticks": float(max(self.clockwork.done.values(), default=0)),
         }
 
