@@ -67,15 +67,13 @@ def start_here(config: RunConfig, model: str, device: str, run_dir: Path, moe_la
 
 def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
     """Learner ranks, engines and reward workers as Ray actors; engines and learner start side by side."""
-    cap_threads(
-        1, "cpu"
-    )  # this process only packs and counts: idle OpenMP threads would spin on the actors' cores
+    # This process only packs and counts: idle OpenMP threads would spin on the actors' cores.
+    cap_threads(1, "cpu")
     with Processes(config, model, device, run_dir, moe_layers) as processes:
         pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
         rewards.start()  # a reward that cannot be imported is told before the learner is built
-        if (
-            config.cluster.colocated
-        ):  # vLLM measures free memory while it starts: one after the other on a GPU
+        if config.cluster.colocated:
+            # vLLM measures free memory while it starts, so the two start one after the other.
             info = pool.start()
             pool.sleep()
             learner.start()
