@@ -22,3 +22,8 @@ class Event(NamedTuple):
     """The process, such as engine-1."""
     what: str
     """How it happened, in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: the first of its message, or its type where it has none (a MemoryError)."""
+    return (str(error).splitlines() or [repr(error)])[0]

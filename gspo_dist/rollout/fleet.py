@@ -1,8 +1,8 @@
 """Several engines as one: which engine has which work, and what becomes of it when an engine dies.
 
 An engine that dies loses what it samples in. Its work is known here up to its last slice, as plain data, and
-goes on at the others with the very tokens that it would have had. Only tokens since that slice are sampled
-again.
+goes on at the others with the very tokens that it would have had. What it sampled since that slice is
+sampled again.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gspo_dist.failures import Event
+from gspo_dist.failures import Event, first_line
 from gspo_dist.rollout.engine import Growth, Progress, generate
 from gspo_dist.rollout.pool import NoEngineLeft, deal
 from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
 
 Answers = tuple[dict[str, Any], dict[str, Exception]]
 """Answers by engine, and why the engines that gave none are dead."""
-
-
 PING_S = 30.0
-"""An engine that is asked what it is answers at once, unless a bucket of weights keeps it."""
+"""Longest wait for an engine's `info`. It answers at once, unless it is loading a bucket of weights."""
 
 
 class Fleet:
@@ -127,7 +125,7 @@ class Fleet:
             orphans += known.values()
             self._forget(name)
             self.alive.remove(name)
-            self.deaths[name] = str(error).splitlines()[0]
+            self.deaths[name] = first_line(error)
             self.events.append(Event("engine_death", name, self.deaths[name]))
             self.bury(name, error)
         return sorted(orphans, key=lambda item: item.key)

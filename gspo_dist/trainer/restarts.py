@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gspo_dist.config import RunConfig
-from gspo_dist.failures import Event, ProcessDied, ProcessTimeout
+from gspo_dist.failures import Event, ProcessDied, ProcessTimeout, first_line
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.setup.build import build
 
@@ -43,7 +43,7 @@ def train_run(config: RunConfig) -> tuple[Path, dict[str, object]]:
                 )
                 raise
             where = saved.name if saved else "the beginning, nothing was saved yet"
-            died.append(Event("restart", "run", f"from {where}: {str(error).splitlines()[0]}"))
+            died.append(Event("restart", "run", f"from {where}: {first_line(error)}"))
             log.warning("the run begins again from %s: %s", where, error)
             run.sinks.abandon()
             # What the failed attempt has saved is this run's own, whatever the first start was told.

@@ -183,6 +183,22 @@ def test_an_update_is_only_abandoned_because_of_a_death():
     assert fleet.alive == ["engine-0", "engine-2"]
 
 
+def test_an_engine_may_break_without_a_word(whole):
+    """MemoryError has no message, and its name stands for one."""
+    fleet = Local(2)
+    fleet.submit(WORK)
+    plain = fleet.each
+
+    def breaks(method, arguments, timeout):
+        answers, failures = plain(method, arguments, timeout)
+        return answers, failures | {"engine-0": MemoryError()} if answers.pop("engine-0", None) else failures
+
+    fleet.each = breaks
+    found = {key: c for told in fleet.advance(2).values() for key, c in told.finished.items()}
+    assert fleet.deaths == {"engine-0": "MemoryError()"}
+    same({**found, **run_out(fleet)}, whole)
+
+
 def test_a_refusal_is_the_callers_fault_and_kills_nobody():
     fleet = Local(2)
     fleet.submit(WORK[:3])
