@@ -122,45 +122,29 @@ def plan(
     None assumes half of the limit, with the spread `plan.length_spread`.
     ahead: also simulate what rollouts begun ahead gain, which takes about a second.
     """
-    learner, engine, work = read_run(run)
-    if lengths is not None:
-        work = replace(work, mean_fill=min(1.0, lengths.mean / run.rollout.max_completion_tokens))
-    if gpus_per_node is None:
-        gpus_per_node = hardware.gpus_per_node if hardware else learner.world_size
-    host_bytes = int((host_gib if host_gib is not None else GPU_HOST_GIB if hardware else CPU_HOST_GIB) * GIB)
-    p = _Planned(run, model, learner, engine, work, hardware, nodes, gpus_per_node, host_bytes, refusals)
-    refused = refusals(learner) + (engine.problems(model) if engine.engines else [])
+    p = _gather(run, model, hardware, nodes, gpus_per_node, host_gib, refusals, lengths)
+    refused = refusals(p.learner) + (p.engine.problems(model) if p.engine.engines else [])
     if refused:  # sizes that do not divide have no memory table worth showing
-        nothing = MemoryTable("learner rank", (), p.capacity), None, MemoryTable("host", (), host_bytes)
-        return Plan(model, hardware, nodes, gpus_per_node, *nothing, problems=tuple(refused))
-    table, offloaded = learner_memory(model, learner, p.capacity, gpu=hardware is not None)
+        nothing = MemoryTable("learner rank", (), p.capacity), None, MemoryTable("host", (), p.host_bytes)
+        return Plan(model, hardware, nodes, p.gpus_per_node, *nothing, problems=tuple(refused))
+    table, offloaded = learner_memory(model, p.learner, p.capacity, gpu=hardware is not None)
     sampled = None
-    if engine.engines:
-        sampled = engine_memory(model, engine, work, p.capacity, gpu=hardware is not None)
+    if p.engine.engines:
+        sampled = engine_memory(model, p.engine, p.work, p.capacity, gpu=hardware is not None)
     host = _host(p, table, sampled, offloaded)
-    found = _Findings()
-    if hardware is not None:
-        found.problems += _check_gpus(p)
-        _check_learner(p, table, found)
-        if sampled is not None:
-            _check_engine(p, sampled, found)
-    else:
-        found.problems += _check_cpu(engine)
-    if not host.fits:
-        found.problems.append(f"host: needs {gib(host.total)} and has {gib(host.capacity)}")
-        found.advice.append(_host_advice(p, offloaded))
+    found = _check_memory(p, table, sampled, host, offloaded)
     step: StepTime | None = None
     limits: tuple[Timeout, ...] = ()
     if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
-        step = step_time(model, learner, engine, work, hardware, sampled.concurrency_mean, assume)
-        limits = timeouts(run, work, step)
+        step = step_time(model, p.learner, p.engine, p.work, hardware, sampled.concurrency_mean, assume)
+        limits = timeouts(run, p.work, step)
         if not found.problems:  # the times of a run that does not fit are not worth a timeout
             _check_timeouts(limits, found)
     return Plan(
         model,
         hardware,
         nodes,
-        gpus_per_node,
+        p.gpus_per_node,
         table,
         sampled,
         host,
@@ -171,6 +155,28 @@ def plan(
         tuple(found.advice),
         tuple(_notes(p, sampled)),
     )
+
+
+def _gather(
+    run: RunConfig,
+    model: ModelShape,
+    gpu: Gpu | None,
+    nodes: int,
+    gpus_per_node: int | None,
+    host_gib: float | None,
+    refusals: Refusals,
+    lengths: Lengths | None,
+) -> _Planned:
+    """The arguments of `plan` with its defaults filled in."""
+    learner, engine, work = read_run(run)
+    if lengths is not None:
+        work = replace(work, mean_fill=min(1.0, lengths.mean / run.rollout.max_completion_tokens))
+    if gpus_per_node is None:
+        gpus_per_node = gpu.gpus_per_node if gpu else learner.world_size
+    if host_gib is None:
+        host_gib = GPU_HOST_GIB if gpu else CPU_HOST_GIB
+    host_bytes = int(host_gib * GIB)
+    return _Planned(run, model, learner, engine, work, gpu, nodes, gpus_per_node, host_bytes, refusals)
 
 
 def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions, lengths: Lengths | None) -> Ahead:
@@ -227,6 +233,24 @@ def _host_advice(p: _Planned, offloaded: list[Item]) -> str:
     if p.gpu is not None:
         return "lower rollout.prompts_per_step, or take hosts with more memory"
     return "lower learner.token_budget, rollout.kv_cache_gib, learner.world_size or rollout.engines"
+
+
+def _check_memory(
+    p: _Planned, table: MemoryTable, sampled: EngineMemory | None, host: MemoryTable, offloaded: list[Item]
+) -> _Findings:
+    """Whether the run finds its GPUs, and room on them and on the fullest host."""
+    found = _Findings()
+    if p.gpu is not None:
+        found.problems += _check_gpus(p)
+        _check_learner(p, table, found)
+        if sampled is not None:
+            _check_engine(p, sampled, found)
+    else:
+        found.problems += _check_cpu(p.engine)
+    if not host.fits:
+        found.problems.append(f"host: needs {gib(host.total)} and has {gib(host.capacity)}")
+        found.advice.append(_host_advice(p, offloaded))
+    return found
 
 
 def _check_gpus(p: _Planned) -> list[str]:
