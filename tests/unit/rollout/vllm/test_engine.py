@@ -8,6 +8,7 @@ import os
 import pytest
 
 from gspo_dist.config import RolloutConfig
+from gspo_dist.rollout.vllm import engine as engine_module
 from gspo_dist.rollout.vllm.engine import VllmEngine, check_architecture, prepare_process
 from gspo_dist.weights.folder import ModelFolder
 from tests.unit.weights.tiny_models import make
@@ -105,3 +106,21 @@ def test_vllm_is_started_with_the_learners_head_and_the_number_of_sequences(
             fp32_head=fp32_head,
         )
     assert started.value.args == told
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(True, ["invariant", "start"]), (False, ["start"])])
+def test_products_are_made_invariant_before_the_engine_packs_a_weight(tmp_path, monkeypatch, asked, steps):
+    """On a CPU with AMX vLLM chooses a product per layer when it starts, and keeps it."""
+    make(tmp_path, "qwen3_moe")
+    seen: list[str] = []
+
+    def start(self, *told):
+        seen.append("start")
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(engine_module, "use_batch_invariant_products", lambda: seen.append("invariant"))
+    monkeypatch.setattr(engine_module, "prepare_process", lambda *told, **more: None)
+    monkeypatch.setattr(VllmEngine, "_start", start)
+    with pytest.raises(RuntimeError, match="far enough"):
+        VllmEngine(RolloutConfig(precision="bf16"), tmp_path, batch_invariant=asked)
+    assert seen == steps
