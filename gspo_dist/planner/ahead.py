@@ -12,7 +12,7 @@ from gspo_dist.planner.pipeline import Lengths, Machine, Outcome, simulate
 from gspo_dist.planner.throughput import Assumptions, StepTime, decode_step_s, step_time
 
 SHOWN = (0, 1, 2, 3, 4)
-"""Values of rollout.steps_ahead that a plan compares."""
+"""Values of rollout.steps_ahead that a plan compares, beside the run's own."""
 FEW, MANY = 3, 8
 """Steps of a simulation that are counted: many where a step has few rollouts, and is soon simulated."""
 
@@ -36,7 +36,7 @@ class Ahead:
     lengths: Lengths
     """Of the completions that were drawn."""
     outcomes: tuple[Outcome, ...]
-    """One for each of SHOWN."""
+    """One for each of SHOWN and for the run's own steps_ahead, the smallest first."""
     split_at: int
     """The steps_ahead of `splits`: the run's own, or 1 where that is 0."""
     splits: tuple[Split, ...]
@@ -106,11 +106,10 @@ def look_ahead(
     steps_ahead: int,
     allowed: Callable[[LearnerLayout, EngineLayout], bool],
 ) -> Ahead:
-    """Simulates the run for every K of SHOWN, and other splits of its GPUs for its own K.
+    """Simulates the run for its own K and every K of SHOWN, and other splits of its GPUs for its own K.
 
     allowed: whether the run would accept a split and it fits.
     """
-
     groups = draw(lengths, work, steps_needed(work, max(*SHOWN, steps_ahead)))
 
     def outcome(ranks: LearnerLayout, engines: EngineLayout, ahead: int) -> Outcome:
@@ -118,7 +117,7 @@ def look_ahead(
         machine = machine_of(model, engines, work, gpu, places, time, assume)
         return steps_of(machine, groups, work, ahead)
 
-    outcomes = tuple(outcome(learner, engine, ahead) for ahead in SHOWN)
+    outcomes = tuple(outcome(learner, engine, ahead) for ahead in sorted({*SHOWN, steps_ahead}))
     split_at = steps_ahead or 1
     found = []
     for ranks, engines in _splits(learner, engine):

@@ -65,7 +65,7 @@ def _format_ahead(ahead: Ahead, gpus: int) -> list[str]:
             f"{found.staleness_mean:>16.1f},{found.staleness_max:>4}{found.engine_idle:>14.0%}"
             f"{found.learner_idle:>14.0%}"
         )
-    own = next(o for o in ahead.outcomes if o.steps_ahead == min(ahead.split_at, len(ahead.outcomes) - 1))
+    own = next(o for o in ahead.outcomes if o.steps_ahead == ahead.split_at)
     if ahead.splits:
         best = ahead.splits[0]
         lines.append(

@@ -67,6 +67,15 @@ def test_splits_are_compared_at_the_runs_own_k_and_only_where_they_are_allowed()
     assert [s.ranks for s in look(allowed=lambda learner, engine: engine.engines == 8).splits] == [16]
 
 
+def test_a_run_that_begins_more_steps_ahead_is_compared_with_itself():
+    """Its own K has a row of the table, and the split that it has is timed at that K."""
+    found = look(ahead=6)
+    assert [o.steps_ahead for o in found.outcomes] == [*SHOWN, 6]
+    own = next(s for s in found.splits if s.ranks == LEARNER.world_size)
+    assert found.split_at == 6
+    assert own.step_s == found.outcomes[-1].step_s
+
+
 def test_colocated_engines_have_no_split():
     assert look(engine=change(ENGINE, colocated=True)).splits == ()
 
