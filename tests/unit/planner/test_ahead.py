@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gspo_dist.planner import format_plan
 from gspo_dist.planner.ahead import SHOWN, draw, look_ahead, machine_of, steps_needed, steps_of
 from gspo_dist.planner.pipeline import Lengths
@@ -27,8 +29,8 @@ def test_a_machine_is_made_of_the_planners_own_numbers():
     assert m.step_s[17] == decode_step_s(QWEN, ENGINE, H100, 17, 512 + 1024, ASSUMPTIONS)
     assert len(m.step_s) == 49
     assert m.prompt_tokens == 512
-    # reading a token costs its forward pass at the rate that decoding reaches: two GPUs of 989 TFLOP/s at
-    # 0.35 assert m.prefill_s == pytest.approx(QWEN.forward_flops(1, 1536) / (2 * 989e12 * 0.35), rel=1e-12)
+    # Reading a token costs its forward pass at the rate that decoding reaches: 0.35 of two GPUs' 989 TFLOP/s.
+    assert m.prefill_s == pytest.approx(QWEN.forward_flops(1, 1536) / (2 * 989e12 * 0.35), rel=1e-12)
     few = machine_of(QWEN, change(ENGINE, max_num_seqs=8), WORK, H100, 48, time, ASSUMPTIONS)
     assert few.places == 8
 
