@@ -271,13 +271,16 @@ class LocalRun:
 
     def close(self) -> None:
         """Ends the guest, and with it everything in the room. A second call does nothing."""
-        if self.process.returncode is None:
-            self.process.kill()
-            self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):
                 pipe.close()
+        if self.process.returncode is None:
+            if self.folder is not None:  # no room that ends with its guest: the guest ends the program first
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(GRACE_S)
+            self.process.kill()
+            self.process.wait()
         self._tidy()
 
     def _tidy(self) -> None:

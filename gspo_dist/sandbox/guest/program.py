@@ -10,6 +10,7 @@ from typing import Any
 
 from gspo_dist.sandbox.guest.calls import PR_SET_DUMPABLE, install_filter, libc
 from gspo_dist.sandbox.guest.frames import receive, send
+from gspo_dist.sandbox.guest.room import NOBODY
 
 KEPT_STDERR = 4000
 MEGA = 1 << 20
@@ -44,7 +45,11 @@ def become_program(files: list[int], limits: dict[str, Any], weak: bool) -> None
 
 
 def threads_of_user() -> int:
-    """What this user already runs on the host: without a namespace of its own RLIMIT_NPROC counts it too."""
+    """What RLIMIT_NPROC already counts without a room: all that this user runs on the host."""
+    with open("/proc/self/uid_map") as file:
+        # The user namespace of drop_rights: the guest is alone in it, and /proc shows everybody as nobody.
+        if file.read().split() == [str(NOBODY), str(NOBODY), "1"]:
+            return 1
     count = 0
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError):

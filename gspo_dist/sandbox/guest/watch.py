@@ -65,8 +65,11 @@ def main() -> None:
         exec(compile(request["preamble"], "preamble.py", "exec"), {})
     send(answers, {"ready": 1})
     guest = Guest(control, request)
-    while (message := receive(control)) is not None:
-        send(answers, guest.test(message["input"]))
+    try:
+        while (message := receive(control)) is not None:
+            send(answers, guest.test(message["input"]))
+    finally:  # the caller is gone or has finished; without a room, nobody else ends what the program left
+        guest.finish()
 
 
 class Guest:
@@ -183,7 +186,7 @@ class Guest:
         while broken is None and not ended:
             for descriptor, _ in poll.poll(max(0.0, (min(deadline, look) - time.monotonic()) * 1000)):
                 if descriptor == self.control:
-                    os._exit(1)
+                    raise SystemExit(1)  # through main, which kills the program first
                 ended = ended or descriptor == pidfd
                 if descriptor in kept and take(descriptor) and descriptor == results:
                     ended = ended or whole(b"".join(kept[results]))
@@ -230,8 +233,8 @@ class Guest:
                 todo += children
         return found
 
-    def finish(self, pid: int) -> int | None:
-        """Kills all that is left of the program. Returns how its first process ended."""
+    def finish(self, pid: int | None = None) -> int | None:
+        """Kills all that is left of the program. Returns how its first process, `pid`, ended."""
         status = None
         while True:
             if not self.weak:

@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +48,13 @@ def named(comm: str) -> list[int]:
             if path.read_text().strip() == comm:
                 found.append(int(path.parent.name))
     return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    until = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return met
 
 
 def unique() -> str:
@@ -204,8 +213,7 @@ def test_shared_pages_count_once(sandbox):
     assert run(sandbox, code, limits=Limits(time_s=10, memory_mb=110)).stdout == "fine\n"
 
 
-def test_the_number_of_processes(sandbox):
-    code = """
+FORKS = """
 import os, time
 made = 0
 try:
@@ -214,7 +222,10 @@ try:
         made += 1
 except OSError: print(made < 8, made > 2)
 """
-    assert run(sandbox, code).stdout == "True True\n"
+
+
+def test_the_number_of_processes(sandbox):
+    assert run(sandbox, FORKS).stdout == "True True\n"
 
 
 def test_a_fork_bomb_ends_and_leaves_nothing(sandbox):
@@ -290,17 +301,44 @@ def test_nothing_is_left_when_the_caller_goes(sandbox):
     opened = sandbox.open(Program(rename(comm) + "import time\ntime.sleep(600)"), Limits(time_s=600))
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(opened.run, "")
-        until = time.monotonic() + 20
-        while not named(comm) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert named(comm)
+        assert wait_for(lambda: bool(named(comm)))
         opened.process.kill()
         assert waiting.result(20).status == "killed"
-    until = time.monotonic() + 10
-    while named(comm) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert named(comm) == []
+    assert wait_for(lambda: not named(comm))
     opened.close()
+
+
+PROGRAMS_THAT_STAY = {
+    "a fork bomb": ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", None),
+    "daemons": ("import os, time\nif os.fork() == 0: os.setsid()\nos.fork()\ntime.sleep(600)", None),
+    "a function at work": ("import os, time\ndef f():\n  os.fork()\n  time.sleep(600)", "f"),
+    "a function at rest": ("import os, time\nif os.fork() == 0: time.sleep(600)\ndef f(): pass", "f"),
+}
+
+
+@pytest.mark.parametrize("what", PROGRAMS_THAT_STAY)
+@pytest.mark.parametrize("name", LOCAL)
+def test_nothing_is_left_when_the_caller_is_killed(name, what):
+    """Killed by SIGKILL, so that nothing of the caller can tidy up: the weak one holds this too."""
+    if why := refusal(name):
+        pytest.skip(f"{name}: {why}")
+    comm = unique()
+    code, function = PROGRAMS_THAT_STAY[what]
+    program = Program(rename(comm) + code, function)
+    caller = (
+        f"import sys, time; sys.path[:] = {sys.path!r}\n"
+        "from gspo_dist.sandbox.local import LOCAL\nfrom gspo_dist.sandbox.protocol import Limits, Program\n"
+        f"run = LOCAL[{name!r}].open({program!r}, Limits(time_s=600, processes=8))\n"
+        "run.run('')\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", caller]) as process:
+        begun = wait_for(lambda: len(named(comm)) > 1)
+        process.kill()
+    assert begun
+    ended = wait_for(lambda: not named(comm))
+    for pid in named(comm):
+        os.kill(pid, signal.SIGKILL)
+    assert ended
 
 
 def test_a_guest_that_hangs_is_killed_from_outside(sandbox, monkeypatch):
@@ -499,6 +537,11 @@ def test_the_weak_one_keeps_limits_filter_and_kills_orphans():
     code = rename(comm) + "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(600)\nprint(1)"
     assert run(weak, code, limits=Limits(time_s=20)).stdout == "1\n"
     assert named(comm) == []
+    with weak.open(Program(rename(comm) + PROGRAMS_THAT_STAY["a function at rest"][0], "f"), SMALL) as opened:
+        assert opened.run("").status == "ok"
+    assert named(comm) == []
+    if os.geteuid() == 0:  # another user's other processes come and go, and are counted
+        assert run(weak, FORKS).stdout == "True True\n"
 
 
 def test_a_host_that_refuses_is_no_verdict(monkeypatch):
