@@ -60,7 +60,7 @@ def packed_attention(
     """
     if packed is None:
         raise ValueError(f"attention {NAME!r} needs the packed layout: call the model through PolicyModel")
-    _refuse(asked, packed)
+    refuse_other_parts(asked, packed)
     if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32 kernel
         out = _flash(query, key, value, scaling, packed)
     else:
@@ -68,8 +68,8 @@ def packed_attention(
     return out, None
 
 
-def _refuse(asked: dict[str, Any], packed: PackedLayout) -> None:
-    """Whatever changes the result and is not done here is an error, never left out in silence."""
+def refuse_other_parts(asked: dict[str, Any], packed: PackedLayout) -> None:
+    """ValueError for whatever changes the result and is not done here. It is never left out in silence."""
     for name, what in (("softcap", "a soft cap of its scores"), ("s_aux", "sinks")):
         if asked.get(name) is not None:
             raise ValueError(

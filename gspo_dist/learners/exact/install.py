@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from gspo_dist.learners.attention import PackedLayout, packed_attention
+from gspo_dist.learners.attention import PackedLayout, packed_attention, refuse_other_parts
 from gspo_dist.learners.exact import operators as engine
 from gspo_dist.rollout.vllm.engine import prepare_process
 from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
@@ -184,6 +184,7 @@ def exact_attention(
     assert scaling is not None
     assert rotary.query is not None
     assert rotary.key is not None
+    refuse_other_parts(asked, packed)  # the reference, which does so too, does not run without gradients
     positions = packed.slots % packed.longest
 
     def turned(x: Tensor, before: Tensor) -> Tensor:

@@ -156,3 +156,10 @@ def test_a_product_that_depends_on_its_rows_is_refused_by_name(folder, monkeypat
         ValueError, match=r"3 rows times the router \[4, \d+\] in torch.float32 differ .* among 256"
     ):
         load_policy(folder, "fp32", consistency="exact")
+
+
+def test_a_part_of_an_attention_that_is_not_computed_is_refused_without_gradients_too(folder):
+    policy = load_policy(folder, "fp32", consistency="exact")
+    policy.hf.base_model.layers[1].self_attn.sliding_window = 16
+    with torch.no_grad(), pytest.raises(ValueError, match="sees 16 tokens, and a sequence has 40"):
+        logprobs(policy)
