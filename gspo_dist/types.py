@@ -1,7 +1,7 @@
 """The records that travel through a step: prompt -> completion -> rollout -> packed batch.
 
-Everything a later step needs is recorded here when it is made (token ids, loss mask, engine log-probs, policy
-version of every token, expert choices); nothing is inferred later from padding ids or from global state.
+Everything that a later step needs is recorded when it is made: token ids, loss mask, engine log-probs, policy
+version of every token, expert choices. Nothing is inferred later from padding ids or from global state.
 """
 
 from __future__ import annotations
@@ -21,36 +21,42 @@ class Prompt:
     """One question: its tokens as the engine receives them, and what a reward needs to judge an answer."""
 
     prompt_id: str
+    """Its name in messages: where its record stands."""
     token_ids: tuple[int, ...]
+    """All that the engine reads before it samples."""
     text: str
+    """The same as text."""
     answer: Any = None
+    """The reference answer, as the reward takes it."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What the record says besides."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens an engine sampled for one prompt, with all that the engine knows about them (N tokens).
-
-    token_ids [N] int64; loss_mask [N] bool, True = trained on (a tool's tokens would be False);
-    logprobs [N] float32, natural logarithm, of the sampling distribution (after the temperature);
-    policy_versions [N] int32, completed optimiser steps of the weights that sampled the token;
-    routing: rows of prompt + completion (P + N), None unless the engine was asked to record.
-    """
+    """The tokens an engine sampled for one prompt, with all that the engine knows about them (N tokens)."""
 
     token_ids: np.ndarray
+    """[N] int64."""
     loss_mask: np.ndarray
+    """[N] bool, True = trained on. A tool's tokens would be False."""
     logprobs: np.ndarray
+    """[N] float32, in nats, of the sampling distribution (after the temperature)."""
     policy_versions: np.ndarray
+    """[N] int32, completed optimiser steps of the weights that sampled the token."""
     finish_reason: str
+    """How it ended, above all stop (a stop token) and length (cut off). "" while it is in the making."""
     text: str
+    """The tokens as text, without special ones. "" while it is in the making."""
     routing: RoutingTrace | None = None
+    """Rows of prompt and completion, P + N. None unless the engine was asked to record."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         for name in ("loss_mask", "logprobs", "policy_versions"):
             got = len(getattr(self, name))
             if got != n:
-                raise ValueError(f"completion.{name} must have one entry a token: got {got} for {n} tokens")
+                raise ValueError(f"completion.{name} must have one entry per token: got {got} for {n} tokens")
         if not np.isfinite(self.logprobs).all():
             at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
             raise ValueError(
@@ -70,7 +76,7 @@ class Completion:
         """
         joined = {
             name: np.concatenate([getattr(self, name), getattr(more, name)]).astype(dtype, copy=False)
-            for name, dtype in _COLUMNS.items()
+            for name, dtype in COLUMNS.items()
         }
         routing = more.routing
         if routing is None and self.routing is not None:
@@ -79,16 +85,17 @@ class Completion:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as bytes: Ray (2.60) ships every small array as a buffer of its own, ten times slower."""
-        arrays = tuple(np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in _COLUMNS.items())
+        arrays = tuple(np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in COLUMNS.items())
         return _completion, (arrays, self.finish_reason, self.text, self.routing)
 
 
-_COLUMNS: dict[str, type[np.generic]] = {
+COLUMNS: dict[str, type[np.generic]] = {
     "token_ids": np.int64,
     "loss_mask": np.bool_,
     "logprobs": np.float32,
     "policy_versions": np.int32,
 }
+"""The arrays of a completion, one entry per token, and their types."""
 
 
 def _completion(
@@ -96,8 +103,7 @@ def _completion(
 ) -> Completion:
     """What `Completion.__reduce__` wrote; its arrays are read-only, like all that Ray delivers."""
     arrays: dict[str, np.ndarray] = {
-        name: np.frombuffer(data, dtype)
-        for (name, dtype), data in zip(_COLUMNS.items(), columns, strict=True)
+        name: np.frombuffer(data, dtype) for (name, dtype), data in zip(COLUMNS.items(), columns, strict=True)
     }
     return Completion(**arrays, finish_reason=finish_reason, text=text, routing=routing)
 
@@ -127,25 +133,31 @@ class PackedBatch:
     before it in its sequence), which a model computes from the hidden state at t - 1. With prompt (5, 6) and
     completion (7, 8): token_ids = [5 6 7 8], position_ids = [0 1 2 3], loss_mask = [F F T T],
     rollout_logprobs = [0 0 lp(7) lp(8)].
-
-    cu_seqlens [S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]. rollout_index [S]: its
-    place in the rollout batch. advantages, rollout_logprobs [T] float32. old_logprobs, ref_logprobs [T]
-    float32 or None. policy_versions [T] int32: completed optimiser steps of the weights that sampled the
-    token, -1 where no engine sampled it (a prompt's tokens, a tool's), or None where nobody recorded them.
-    routing: expert ids by input token, or None; when present, the learner replays it.
     """
 
     token_ids: torch.Tensor
+    """[T] int64."""
     position_ids: torch.Tensor
+    """[T] int64, the place of the token in its sequence."""
     cu_seqlens: torch.Tensor
+    """[S + 1] int32: sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1]."""
     loss_mask: torch.Tensor
+    """[T] bool, True = trained on."""
     advantages: torch.Tensor
+    """[T] float32."""
     rollout_logprobs: torch.Tensor
+    """[T] float32, the engine's."""
     rollout_index: torch.Tensor
+    """[S] the place of each sequence in the rollout batch."""
     old_logprobs: torch.Tensor | None = None
+    """[T] float32."""
     ref_logprobs: torch.Tensor | None = None
+    """[T] float32, of the reference policy."""
     policy_versions: torch.Tensor | None = None
+    """[T] int32, completed optimiser steps of the weights that sampled the token. -1 where no engine sampled
+    it (a prompt's tokens, a tool's). None where nobody recorded them."""
     routing: RoutingTrace | None = None
+    """Expert ids by input token. Where they are present, the learner replays them."""
 
     @property
     def num_tokens(self) -> int:
@@ -160,9 +172,7 @@ class PackedBatch:
         return slice(int(self.cu_seqlens[sequence]), int(self.cu_seqlens[sequence + 1]))
 
     def has_trained_tokens(self, sequence: int) -> bool:
-        """Whether the sequence teaches anything: False for the masked copies that fill
-        idle replicas (`packing.pack`).
-        """
+        """Whether the sequence teaches anything: not the masked copies that fill idle replicas (`pack`)."""
         return bool(self.loss_mask[self.rows(sequence)].any())
 
     def sequence_ids(self) -> torch.Tensor:
@@ -176,30 +186,34 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class LogprobOutput:
-    """What one forward pass says of a packed batch.
-
-    logprobs [T] float32 (0 where loss_mask is False); entropy [T] float32, of the same next-token
-    distributions; routing: the expert ids this pass used, when it was asked to record them.
-    """
+    """What one forward pass says of a packed batch."""
 
     logprobs: torch.Tensor
+    """[T] float32, 0 where loss_mask is False."""
     entropy: torch.Tensor
+    """[T] float32, of the same next-token distributions."""
     routing: RoutingTrace | None = None
+    """The expert ids that this pass used, where it was asked to record them."""
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
-    """How to sample: `n` completions a prompt, at most `max_tokens` each; `seed` makes
-    every completion repeatable.
-    """
+    """How to sample."""
 
     n: int
+    """Completions of each prompt."""
     max_tokens: int
+    """Longest completion."""
     temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """Probability mass of the tokens that may be sampled."""
     seed: int | None = None
+    """Makes every completion repeatable. None: nobody can repeat them."""
     stop_token_ids: tuple[int, ...] = ()
+    """A completion ends with the first of them, besides the model's own."""
     record_routing: bool = False
+    """Whether the completions come with the experts that the engine chose."""
 
 
 UNBEGUN = Completion(
