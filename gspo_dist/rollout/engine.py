@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
+from gspo_dist.types import COLUMNS, Completion, Prompt, SamplingSpec, Work, WorkKey
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,8 @@ class Growth:
         grown = {key: part for key, part in parts.items() if len(part)}
         columns = {
             name: np.concatenate([np.zeros(0, dtype), *(getattr(part, name) for part in grown.values())])
-            for name, dtype in (
-                ("token_ids", np.int64),
-                ("logprobs", np.float32),
-                ("policy_versions", np.int32),
-            )
+            for name, dtype in COLUMNS.items()
+            if name != "loss_mask"  # all of them True: an engine made the tokens
         }
         return Growth(tuple(grown), np.array([len(part) for part in grown.values()], np.int64), **columns)
 

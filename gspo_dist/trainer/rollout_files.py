@@ -20,11 +20,11 @@ from gspo_dist.rewards.reward import Judged
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.trainer.buffer import Buffer
 from gspo_dist.trainer.pipeline import Collector
-from gspo_dist.types import Completion, WorkKey
+from gspo_dist.types import COLUMNS, Completion, WorkKey
 
 log = logging.getLogger(__name__)
 
-ROWS, COLUMNS = "rollouts.json", "columns.npz"
+ROWS_FILE, COLUMNS_FILE = "rollouts.json", "columns.npz"
 FOLDER = "rollouts"
 
 
@@ -48,9 +48,9 @@ def save_rollouts(buffer: Buffer, folder: Path) -> dict[str, Any]:
             parts.append(item.so_far)
     target = folder / FOLDER
     target.mkdir()
-    write_text(target / ROWS, json.dumps(rows))
-    np.savez(target / COLUMNS, **cast(Any, _columns(parts)))
-    files = {name: (target / name).stat().st_size for name in (ROWS, COLUMNS)}
+    write_text(target / ROWS_FILE, json.dumps(rows))
+    np.savez(target / COLUMNS_FILE, **cast(Any, _columns(parts)))
+    files = {name: (target / name).stat().st_size for name in (ROWS_FILE, COLUMNS_FILE)}
     return {
         "begun": buffer.begun,
         "finished": sum(len(s.finished) for s in buffer.steps.values()),
@@ -74,22 +74,15 @@ def _row(
 
 def _columns(parts: list[Completion]) -> dict[str, np.ndarray]:
     traces = [c.routing for c in parts if c.routing is not None]
-    columns = {
-        "counts": np.array([len(c) for c in parts], np.int64),
-        "token_ids": _joined([c.token_ids for c in parts], np.int64),
-        "loss_mask": _joined([c.loss_mask for c in parts], np.bool_),
-        "logprobs": _joined([c.logprobs for c in parts], np.float32),
-        "policy_versions": _joined([c.policy_versions for c in parts], np.int32),
-    }
+    columns = {"counts": np.array([len(c) for c in parts], np.int64)}
+    for name, dtype in COLUMNS.items():
+        joined = np.concatenate([np.zeros(0, dtype), *(getattr(c, name) for c in parts)])
+        columns[name] = joined.astype(dtype, copy=False)
     if traces:
         columns["route_rows"] = np.array([len(t) for t in traces], np.int64)
         columns["expert_ids"] = np.concatenate([t.expert_ids for t in traces])
         columns["known"] = np.concatenate([t.known for t in traces])
     return columns
-
-
-def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
 
 def load_rollouts(collector: Collector, folder: Path, entry: Mapping[str, Any]) -> None:
@@ -113,10 +106,10 @@ def load_rollouts(collector: Collector, folder: Path, entry: Mapping[str, Any]) 
     buffer = collector.buffer
     while buffer.begun < entry["begun"]:
         collector.begin()
-    rows = json.loads((target / ROWS).read_text(encoding="utf-8"))
+    rows = json.loads((target / ROWS_FILE).read_text(encoding="utf-8"))
     edited: set[int] = set()
     so_far: dict[WorkKey, Completion] = {}
-    for row, completion in zip(rows, _completions(rows, target / COLUMNS), strict=True):
+    for row, completion in zip(rows, _completions(rows, target / COLUMNS_FILE), strict=True):
         key = row["group"], row["sample"]
         step = buffer.step_of(key)
         if step is None or key[1] >= step.spec.n:
@@ -141,9 +134,7 @@ def _completions(rows: list[dict[str, Any]], path: Path) -> list[Completion]:
     with np.load(path) as columns:
         data = {name: columns[name] for name in columns.files}
     cuts = np.cumsum(data["counts"])[:-1]
-    split = {
-        name: np.split(data[name], cuts) for name in ("token_ids", "loss_mask", "logprobs", "policy_versions")
-    }
+    split = {name: np.split(data[name], cuts) for name in COLUMNS}
     traces = iter(_traces(data))
     out = []
     for i, row in enumerate(rows):
