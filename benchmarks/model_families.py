@@ -275,9 +275,8 @@ def report(moe: Sequence[Row], dense: Sequence[Row], measured: dict[str, dict[st
         'A number is the largest difference in nats; "no" is an error. A run refuses a model with the first',
         "property that fails, unless it does without it (routes) or `model.self_check=false` is set.\n",
         f"{len(rows)} families: {works} work, {refused} are refused, {len(rows) - works - refused} cannot be "
-        "built",
-        f"from their defaults. The check takes {mean:.1f} s on average on one core, once per model folder.",
-        "With learner=megatron it takes about 7 s, most of them to start a process and import.\n",
+        f"built from their defaults. The check takes {mean:.1f} s on average on one core,",
+        "once per model folder. With learner=megatron it takes longer: it then starts another process.\n",
         "## Mixtures of experts\n",
         *table(moe, measured),
         "\n## Dense models\n",
