@@ -18,11 +18,8 @@ each other, and nothing can be gained: the table then says what K costs.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -52,15 +49,25 @@ class Case:
     """What is simulated. Seconds."""
 
     engines: int = 2
+    """Engines, each in a process of its own."""
     prompts: int = 16
+    """Prompts per step."""
     group: int = 4
+    """Completions per prompt."""
     median: int = 16
+    """Median length of a completion, in tokens."""
     spread: float = 1.2
+    """Standard deviation of the logarithm of the length."""
     tick_s: float = 0.02
+    """A decode step without its sequences."""
     per_sequence_s: float = 0.0004
+    """What each sequence adds to a decode step."""
     learn_s: float = 4.0
+    """The learner's time for one step."""
     publish_s: float = 0.1
+    """A weight sync."""
     steps: int = 10
+    """Steps that are counted."""
 
     @property
     def limit(self) -> int:
@@ -328,7 +335,6 @@ def print_slices(rounds: int, overrides: list[str]) -> dict[str, float]:
                 left = told.ticks if asked else 0
             if turn:  # the first round warms up
                 seconds[way].append((time.perf_counter() - begun) / tokens)
-    base = statistics.median(seconds["one blocking call"])
     print("| way | tokens/s, median (range) | against the blocking call, pair by pair |\n|---|---|---|")
     out = {}
     for way, own in seconds.items():
@@ -339,7 +345,6 @@ def print_slices(rounds: int, overrides: list[str]) -> dict[str, float]:
             f"| {way} | {statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f}) | "
             f"{out[way]:+.1%} |"
         )
-    del base
     engine.close()
     return out
 
@@ -351,18 +356,12 @@ def print_real(ahead: Sequence[int], steps: int, overrides: list[str]) -> None:
         + "|---" * 6
         + "|"
     )
+    from bench_step import measure
+
     for k in ahead:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                *(sys.executable, "-m", "gspo_dist", "train", "experiment=quickstart"),
-                *(f"rollout.steps_ahead={k}", f"steps={steps}", f"run_dir={folder}/run", "logger=quiet"),
-                *("data.heldout=null", "flips.every=0", "checkpoint.save_last=false", "checkpoint.every=0"),
-                *overrides,
-            ]
-            subprocess.run(command, env=dict(os.environ), check=True, capture_output=True)
-            text = Path(folder, "run", "metrics.jsonl").read_text()
-        kept = [json.loads(line) for line in text.splitlines()]
-        kept = [r for r in kept if "time/step_s" in r][max(2, steps // 4) : steps - k]
+        own = ["experiment=quickstart", f"rollout.steps_ahead={k}", "flips.every=0", *overrides]
+        kept = measure(own, steps, threads=None)
+        kept = kept[: len(kept) - k]  # nothing is begun behind the last k steps
         cells = [
             f"{statistics.median(r[f'time/{p}_s'] for r in kept):.2f}"
             for p in ("step", "collect", "update", "sync")
