@@ -25,6 +25,12 @@ def choose(field: str, name: object, options: Iterable[str]) -> str:
     return name
 
 
+def true_or_false(field: str, value: object) -> None:
+    """ValueError that names `field` unless `value` is a bool: a text such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{field} must be true or false: got {value!r}")
+
+
 def divisors(total: int, most: int = 8) -> str:
     """The divisors of `total` as an error message lists them: "1, 2, 3, 6, 12" for 12.
 

@@ -6,7 +6,7 @@ import functools
 import time
 from typing import Any, NamedTuple
 
-from gspo_dist.checks import above, at_least, choose
+from gspo_dist.checks import above, at_least, choose, true_or_false
 from gspo_dist.rewards.code_tests import ProblemTests, read_tests
 from gspo_dist.rewards.livecodebench import BLOCKS, PREAMBLE, same_output, same_result
 from gspo_dist.sandbox.choose import sandbox_named
@@ -163,20 +163,20 @@ def check_answer(answer: Any) -> None:
 
 
 def check_options(
-    sandbox: str = "auto",
-    sandbox_url: str | None = None,
-    sandbox_kind: str = "sandboxfusion",
-    block: str = "livecodebench",
-    partial: bool = False,
-    max_tests: int | None = None,
-    time_s: float = 6.0,
-    memory_mb: int = 512,
-    deadline_s: float = 60.0,
+    *,
+    sandbox: str,
+    sandbox_url: str | None,
+    sandbox_kind: str,
+    block: str,
+    partial: bool,
+    max_tests: int | None,
+    time_s: float,
+    memory_mb: int,
+    deadline_s: float,
 ) -> None:
     """Raises ValueError for values without meaning, and where this host does not give the sandbox."""
     choose("reward.options.block", block, BLOCKS)
-    if not isinstance(partial, bool):
-        raise ValueError(f"reward.options.partial must be true or false: got {partial!r}")
+    true_or_false("reward.options.partial", partial)
     at_least("reward.options.max_tests", max_tests, 1)
     above("reward.options.time_s", time_s, 0)
     at_least("reward.options.memory_mb", memory_mb, 64)

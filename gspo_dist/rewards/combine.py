@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from gspo_dist.checks import nearest
+from gspo_dist.checks import nearest, true_or_false
 from gspo_dist.config import RewardConfig
 from gspo_dist.rewards.calls import Reward, as_one
 from gspo_dist.types import Completion, Prompt
@@ -109,19 +109,18 @@ def check_terms(terms: Any, known: tuple[str, ...], name: str) -> None:
             raise ValueError(f"{field}.{key}: {error}") from error
 
 
-def check_weighted_sum(terms: Any) -> None:
+def check_weighted_sum(*, terms: Any) -> None:
     check_terms(terms, ("function", "options", "weight", "gate"), "terms")
     for key, term in terms.items():
         weight, gate = term.get("weight", 1.0), term.get("gate", False)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ValueError(f"reward.options.terms.{key}.weight must be a number: got {weight!r}")
-        if not isinstance(gate, bool):
-            raise ValueError(f"reward.options.terms.{key}.gate must be true or false: got {gate!r}")
+        true_or_false(f"reward.options.terms.{key}.gate", gate)
     if all(term.get("gate", False) for term in terms.values()):
         raise ValueError("reward.options.terms must have a term that is no gate")
 
 
-def check_by_source(sources: Any, field: str = "data_source") -> None:
+def check_by_source(*, sources: Any, field: str) -> None:
     check_terms(sources, ("function", "options"), "sources")
     if not isinstance(field, str) or not field:
         raise ValueError(f"reward.options.field must be the name of a column: got {field!r}")
@@ -135,7 +134,7 @@ def check_weighted_sum_prompt(prompt: Prompt, *, terms: Terms) -> None:
         prompt_check(config_of(term))(prompt)
 
 
-def check_by_source_prompt(prompt: Prompt, *, sources: Terms, field: str = "data_source") -> None:
+def check_by_source_prompt(prompt: Prompt, *, sources: Terms, field: str) -> None:
     """Raises ValueError for a record without a reward, or that its reward cannot read."""
     from gspo_dist.rewards.reward import prompt_check
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from gspo_dist.checks import true_or_false
 from gspo_dist.rewards.answers import alternatives, is_number, number_in
 from gspo_dist.types import Completion, Prompt
 
@@ -54,15 +55,18 @@ def last_match(pattern: str, text: str) -> str | None:
     return last.group(1) if last.re.groups else last.group(0)
 
 
-def check_options(pattern: str | None = None, strip: bool = True, ignore_case: bool = False) -> None:
+def check_options(*, pattern: str | None, strip: bool, ignore_case: bool) -> None:
     """Raises ValueError for values that `exact_match` could not work with."""
-    for name, value in (("strip", strip), ("ignore_case", ignore_case)):
-        if not isinstance(value, bool):
-            raise ValueError(f"reward.options.{name} must be true or false: got {value!r}")
-    if pattern is None:
-        return
+    true_or_false("reward.options.strip", strip)
+    true_or_false("reward.options.ignore_case", ignore_case)
+    if pattern is not None:
+        check_pattern(pattern)
+
+
+def check_pattern(pattern: str) -> re.Pattern[str]:
+    """The pattern, compiled. Raises ValueError where it is no regular expression."""
     try:
-        re.compile(pattern)
+        return re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(
             f"reward.options.pattern must be a regular expression: got {pattern!r}: {error}"

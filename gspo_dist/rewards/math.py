@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from gspo_dist.checks import true_or_false
 from gspo_dist.rewards import answers
 from gspo_dist.rewards.answers import alternatives, is_number, number_in
 from gspo_dist.rewards.equal import equal, readable
@@ -81,10 +82,9 @@ def check_answer(answer: Any) -> None:
             _gold(one)
 
 
-def check_options(boxed_only: bool = False, deadline_s: float = 5.0) -> None:
+def check_options(*, boxed_only: bool, deadline_s: float) -> None:
     """Raises ValueError when the verifier is not installed or an option has no meaning."""
-    if not isinstance(boxed_only, bool):
-        raise ValueError(f"reward.options.boxed_only must be true or false: got {boxed_only!r}")
+    true_or_false("reward.options.boxed_only", boxed_only)
     if not is_number(deadline_s) or not 0 < deadline_s < 1e9:
         raise ValueError(f"reward.options.deadline_s must be seconds above 0: got {deadline_s!r}")
     math_verify()

@@ -16,6 +16,7 @@ from typing import Any
 
 from gspo_dist.checks import above, at_least
 from gspo_dist.rewards.answers import is_number
+from gspo_dist.rewards.exact import check_pattern
 from gspo_dist.rewards.final_answer import after_thinking
 from gspo_dist.sandbox.http import HttpError, post_json
 from gspo_dist.types import Completion, Prompt
@@ -132,12 +133,7 @@ async def _posted(
     return await loop.run_in_executor(THREADS, lambda: post_json(url, message, request_s, attempts, headers))
 
 
-def check_http(
-    url: str,
-    request_s: float = 10.0,
-    attempts: int = 4,
-    headers: Mapping[str, str] | None = None,
-) -> None:
+def check_http(*, url: str, request_s: float, attempts: int, headers: Mapping[str, str] | None) -> None:
     """Raises ValueError for values without meaning. The service is not asked: it may start later."""
     if not isinstance(url, str) or not re.match(r"https?://\S+$", url):
         raise ValueError(f"reward.options.url must be an address that begins with http: got {url!r}")
@@ -148,30 +144,22 @@ def check_http(
 
 
 def check_judge(
+    *,
     url: str,
-    model: str,
-    template: str = TEMPLATE,
-    pattern: str = VERDICT,
-    scale: float = 1.0,
-    unreadable_reward: float = 0.0,
-    max_tokens: int = 1024,
-    temperature: float = 0.0,
-    request_s: float = 60.0,
-    attempts: int = 4,
-    api_key_env: str = "OPENAI_API_KEY",
-    extra: Mapping[str, Any] | None = None,
+    template: str,
+    pattern: str,
+    scale: float,
+    max_tokens: int,
+    temperature: float,
+    request_s: float,
+    attempts: int,
+    **unchecked: Any,
 ) -> None:
     """Raises ValueError for values without meaning. The service is not asked: it may start later."""
-    check_http(url, request_s, attempts)
+    check_http(url=url, request_s=request_s, attempts=attempts, headers=None)
     if "{completion}" not in template:
         raise ValueError(f"reward.options.template must have {{completion}}: got {template[:80]!r}")
-    try:
-        groups = re.compile(pattern).groups
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"reward.options.pattern must be a regular expression: got {pattern!r}: {error}"
-        ) from error
-    if groups < 1:
+    if check_pattern(pattern).groups < 1:
         raise ValueError(f"reward.options.pattern must have a group around the number: got {pattern!r}")
     above("reward.options.scale", scale, 0)
     at_least("reward.options.max_tokens", max_tokens, 1)

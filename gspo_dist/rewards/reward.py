@@ -40,7 +40,8 @@ class BuiltIn(NamedTuple):
 
     function: str
     check_options: str
-    """(**options): raises ValueError for values that the function could not work with."""
+    """(**options): raises ValueError for values that the function could not work with. It gets all options:
+    the defaults stand at the function alone."""
     check_answer: str | None = None
     """(answer): raises ValueError for a prompt's answer that the function could not read."""
     check_prompt: str | None = None
@@ -84,7 +85,7 @@ def resolve_reward(config: RewardConfig) -> Reward:
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
         bound = _bind(name, _load(name, built_in.function), config.options)
-        _load(name, built_in.check_options)(**config.options)
+        _load(name, built_in.check_options)(**_all_options(config))
         return bound
     if ":" not in name:
         raise ValueError(
@@ -114,10 +115,17 @@ def prompt_check(config: RewardConfig) -> Callable[[Prompt], None]:
     if built_in is not None and built_in.check_prompt:
         check = _load(config.function, built_in.check_prompt)
         wanted = inspect.signature(check).parameters
-        options = {key: value for key, value in config.options.items() if key in wanted}
+        options = {key: value for key, value in _all_options(config).items() if key in wanted}
         return functools.partial(check, **options)
     check_one = answer_check(config)
     return lambda prompt: check_one(prompt.answer)
+
+
+def _all_options(config: RewardConfig) -> dict[str, Any]:
+    """The options of a built-in reward, with its function's defaults for those that are not given."""
+    parameters = inspect.signature(_load(config.function, BUILT_IN[config.function].function)).parameters
+    defaults = {p.name: p.default for p in parameters.values() if p.default is not p.empty}
+    return {**defaults, **config.options}
 
 
 def check_answers(config: RewardConfig, prompts: Iterable[Prompt]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from gspo_dist.checks import above, at_least, choose
-from gspo_dist.rewards.exact import check_options as check_pattern
+from gspo_dist.checks import above, at_least, choose, true_or_false
+from gspo_dist.rewards.exact import check_pattern
 from gspo_dist.types import Completion, Prompt
 
 TAGS = ("think", "answer")
@@ -18,10 +18,9 @@ def regex(prompt: Prompt, completion: Completion, *, pattern: str, whole: bool =
     return float(search(pattern, completion.text, re.DOTALL) is not None)
 
 
-def check_regex(pattern: str, whole: bool = False) -> None:
-    check_pattern(pattern=pattern)
-    if not isinstance(whole, bool):
-        raise ValueError(f"reward.options.whole must be true or false: got {whole!r}")
+def check_regex(*, pattern: str, whole: bool) -> None:
+    check_pattern(pattern)
+    true_or_false("reward.options.whole", whole)
 
 
 def format_tags(
@@ -40,15 +39,14 @@ def format_tags(
     return float(all(once) and re.fullmatch(rf"\s*{inside}\s*", completion.text, re.DOTALL) is not None)
 
 
-def check_format_tags(tags: Sequence[str] = TAGS, shares: bool = False) -> None:
+def check_format_tags(*, tags: Sequence[str], shares: bool) -> None:
     if (
         isinstance(tags, str)
         or not tags
         or not all(isinstance(t, str) and re.fullmatch(r"\w+", t) for t in tags)
     ):
         raise ValueError(f"reward.options.tags must be a list of names: got {tags!r}")
-    if not isinstance(shares, bool):
-        raise ValueError(f"reward.options.shares must be true or false: got {shares!r}")
+    true_or_false("reward.options.shares", shares)
 
 
 UNITS = ("tokens", "words", "characters")
@@ -66,7 +64,7 @@ def length(
     return float(least <= counts[unit] <= most)
 
 
-def check_length(most: int, least: int = 0, unit: str = "tokens") -> None:
+def check_length(*, most: int, least: int, unit: str) -> None:
     at_least("reward.options.least", least, 0)
     at_least("reward.options.most", most, max(least, 1))
     choose("reward.options.unit", unit, UNITS)
@@ -81,6 +79,6 @@ def overlong(prompt: Prompt, completion: Completion, *, max_tokens: int, cache: 
     return -min(1.0, max(0.0, (len(completion) - (max_tokens - cache)) / cache))
 
 
-def check_overlong(max_tokens: int, cache: int) -> None:
+def check_overlong(*, max_tokens: int, cache: int) -> None:
     above("reward.options.cache", cache, 0)
     at_least("reward.options.max_tokens", max_tokens, cache)

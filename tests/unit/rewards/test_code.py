@@ -8,9 +8,11 @@ import time
 import numpy as np
 import pytest
 
+from gspo_dist.config import RewardConfig
 from gspo_dist.rewards import code as module
-from gspo_dist.rewards.code import check_options, check_prompt, code, judge_code
+from gspo_dist.rewards.code import check_prompt, code, judge_code
 from gspo_dist.rewards.code_tests import ProblemTests, read_tests
+from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.sandbox.choose import STRONG, sandbox_named
 from gspo_dist.sandbox.local import refusal
 from gspo_dist.sandbox.protocol import Limits, Outcome, SandboxError
@@ -207,7 +209,7 @@ def test_where_a_program_failed_is_told():
 )
 def test_options_without_meaning_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        check_options(**options)
+        resolve_reward(RewardConfig(function="code", options=options))
 
 
 def test_a_host_without_a_sandbox_refuses_before_the_run(monkeypatch):
@@ -216,5 +218,5 @@ def test_a_host_without_a_sandbox_refuses_before_the_run(monkeypatch):
     with pytest.raises(
         ValueError, match="must be able to run programs on this host: got bubblewrap: not here"
     ):
-        check_options()
+        resolve_reward(RewardConfig(function="code"))
     module._sandbox.cache_clear()

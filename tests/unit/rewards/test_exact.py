@@ -8,8 +8,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from gspo_dist.config import RewardConfig
 from gspo_dist.data.arithmetic import ANSWER_PATTERN
-from gspo_dist.rewards.exact import check_options, exact_match, last_match
+from gspo_dist.rewards.exact import exact_match, last_match
+from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.types import Completion, Prompt
 
 
@@ -73,15 +75,16 @@ def test_an_empty_optional_group_is_no_answer():
 @pytest.mark.parametrize(("name", "value"), [("strip", "no"), ("strip", 1), ("ignore_case", None)])
 def test_switches_are_true_or_false(name, value):
     with pytest.raises(ValueError, match=f"reward.options.{name} must be true or false: got {value!r}"):
-        check_options(**{name: value})
+        resolve_reward(RewardConfig(function="exact_match", options={name: value}))
 
 
 def test_a_pattern_must_be_a_regular_expression():
     for pattern in ("(3", 3):
         with pytest.raises(ValueError, match=r"reward\.options\.pattern must be a regular expression: got"):
-            check_options(pattern=pattern)
-    check_options()
-    check_options(pattern=r"#(\d+)$", strip=False, ignore_case=True)
+            resolve_reward(RewardConfig(function="exact_match", options={"pattern": pattern}))
+    resolve_reward(RewardConfig(function="exact_match"))
+    options = {"pattern": r"#(\d+)$", "strip": False, "ignore_case": True}
+    resolve_reward(RewardConfig(function="exact_match", options=options))
 
 
 def test_the_last_match_counts():

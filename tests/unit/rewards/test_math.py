@@ -8,8 +8,10 @@ import threading
 import numpy as np
 import pytest
 
+from gspo_dist.config import RewardConfig
 from gspo_dist.rewards.final_answer import final_answer
-from gspo_dist.rewards.math import check_answer, check_options, math
+from gspo_dist.rewards.math import check_answer, math
+from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.rewards.symbolic import math_verify
 from gspo_dist.types import Completion, Prompt
 
@@ -113,15 +115,15 @@ def test_answers_that_are_no_mathematics_are_refused_at_load(answer, words):
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_boxed_only_is_true_or_false(value):
     with pytest.raises(ValueError, match=f"reward.options.boxed_only must be true or false: got {value!r}"):
-        check_options(boxed_only=value)
-    check_options()
-    check_options(boxed_only=True)
+        resolve_reward(RewardConfig(function="math", options={"boxed_only": value}))
+    resolve_reward(RewardConfig(function="math"))
+    resolve_reward(RewardConfig(function="math", options={"boxed_only": True}))
 
 
 def test_without_the_verifier_the_options_are_refused_with_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     math_verify.cache_clear()
     with pytest.raises(ValueError, match=r"needs math-verify: pip install 'gspo-dist\[math\]'"):
-        check_options()
+        resolve_reward(RewardConfig(function="math"))
     monkeypatch.undo()
     assert judge("42", "42") == (1.0, {"answered": 1.0})
