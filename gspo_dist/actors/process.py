@@ -17,7 +17,7 @@ from gspo_dist.failures import ProcessTimeout as ProcessTimeout
 from gspo_dist.weights.verify import WeightSyncError
 
 TAIL_LINES = 15
-
+"""Lines of an actor's log that an error shows."""
 
 REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, WeightSyncError)
 """What an actor raises because of what it was asked. Any other error means that it is broken."""
@@ -82,7 +82,6 @@ class Actors:
         """Waits at most `timeout` seconds for every object of `refs` (name -> reference); answers by name.
 
         The first failure is raised at once: the others may wait in a collective for the rank that failed.
-
         Raises ProcessDied, ProcessTimeout, or what the actor raised. Each message names the actor.
         """
         names = {ref: name for name, ref in refs.items()}

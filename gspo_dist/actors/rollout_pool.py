@@ -28,7 +28,7 @@ SUCCESSORS = 3
 """So many processes in a row may die in an engine's place before they took part in a publication."""
 
 EngineFactory = Callable[..., RolloutEngine]
-"""make(name=) -> RolloutEngine; picklable; imports its engine when called."""
+"""make(name=) -> RolloutEngine. It can be pickled, and imports its engine when called."""
 
 
 class EngineProcess(ActorProcess):

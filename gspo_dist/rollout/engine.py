@@ -150,7 +150,7 @@ class RolloutEngine(Protocol):
         ...
 
     def withdraw(self) -> list[Work]:
-        """Takes out everything unfinished, with what it has, in the order of `submit`; nothing is left."""
+        """Takes out everything unfinished, with what it has, in the order of `submit`. Nothing is left."""
         ...
 
     def generate(
@@ -168,42 +168,41 @@ class RolloutEngine(Protocol):
         ...
 
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log-probs [len - 1] float32 of every token after the first, in nats, at the
-        engine's sampling temperature.
+        """Log-probs [len - 1] float32, in nats, of every token after the first.
 
-        They are what the weights say now, computed afresh: the probe of a weight sync. It changes nothing and
-        may be called again. ValueError: a sequence of fewer than 2 or more than max_model_len - 1 tokens, or
-        completions are in the making. WeightSyncError: in the middle of a weight update.
+        They are taken at the engine's sampling temperature. They are what the weights say now, computed
+        afresh: the probe of a weight sync. It changes nothing and may be called again. ValueError: a sequence
+        of fewer than 2 or more than max_model_len - 1 tokens, or completions are in the making.
+        WeightSyncError: in the middle of a weight update.
         """
         ...
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
-        """Meets the learner, with what `Transport.init_info` gave for this engine. Called before the first
-        update's buckets, and again when the learner meets its engines anew; the earlier meeting is left.
+        """Meets the learner, with what `Transport.init_info` gave for this engine.
 
-        Raises what the transport raises; the engine can then take no weights.
+        Called before the first update's buckets, and again when the learner meets its engines anew, which
+        ends the earlier meeting. Raises what the transport raises. The engine can then take no weights.
         """
         ...
 
     def start_weight_update(self) -> None:
-        """Opens a publication. WeightSyncError: one is open already, or an earlier one broke off.
-        ValueError: completions are in the making.
+        """Opens a publication.
+
+        WeightSyncError: one is open already, or an earlier one broke off. ValueError: the engine has work.
         """
         ...
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        """Takes one bucket (the info says where it lies) and loads it. Called once for every
-        bucket, in order.
+        """Takes one bucket and loads it. Called once for every bucket, in order.
 
-        WeightSyncError: no publication is open, a tensor came twice, or the model has no place for one.
-        ValueError: the bucket is not there or is torn. After an error the engine holds half an update and
-        refuses to work.
+        update_info: where the bucket lies. WeightSyncError: no publication is open, a tensor came twice, or
+        the model has no place for one. ValueError: the bucket is not there or is torn. After an error the
+        engine holds half an update and refuses to work.
         """
         ...
 
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
-        """Closes the publication: the new weights count, caches of the old ones are dropped, what
-        arrived is reported.
+        """Closes the publication: the new weights count, and caches of the old ones are dropped.
 
         WeightSyncError: no publication is open, it broke off, or tensors that the model needs did not arrive.
         """
@@ -303,8 +302,7 @@ def check_withdrawn(name: str, count: int, verb: str) -> None:
 
 
 def check_sequences(info: EngineInfo, sequences: Sequence[np.ndarray]) -> None:
-    """Raises ValueError for a sequence that has no log-probs or is too long (see
-    `RolloutEngine.logprobs_of`).
+    """Raises ValueError for a sequence that has no log-probs or is too long.
 
     The limit is one token below the context, because vLLM gives log-probs of a prompt only while it samples
     one token after it.

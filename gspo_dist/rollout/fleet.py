@@ -1,8 +1,7 @@
 """Several engines as one: which engine has which work, and what becomes of it when an engine dies.
 
 An engine that dies loses what it samples in. Its work is known here up to its last slice, as plain data, and
-goes on at the others with the very tokens that it would have had. What it sampled since that slice is
-sampled again.
+goes on at the others with the very tokens that it would have had. What it sampled since is sampled again.
 """
 
 from __future__ import annotations

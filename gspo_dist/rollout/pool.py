@@ -37,43 +37,40 @@ class RolloutPool(Protocol):
         ...
 
     def start(self) -> EngineInfo:
-        """Waits until every engine is up and returns the facts of the first; the others are
-        alike. Called once.
-        """
+        """Waits until every engine is up. Returns the facts of the first, as all are alike. Called once."""
         ...
 
     def submit(self, work: Sequence[Work]) -> None:
         """`RolloutEngine.submit`, with the work dealt over the engines by `deal`.
 
-        NoEngineLeft: none is alive; `withdraw` gives the work back.
+        NoEngineLeft: none is alive. `withdraw` gives the work back.
         """
         ...
 
     def advance(
         self, ticks: int | Mapping[str, int] | None = None, seconds: float | None = None
     ) -> dict[str, Progress]:
-        """`RolloutEngine.advance` of every engine side by side; ticks may be those of each.
+        """`RolloutEngine.advance` of the engines side by side: name -> what it did. Idle ones may be missing.
 
-        The work of an engine that dies goes to the others, as it was last reported. NoEngineLeft: none is
-        alive; `withdraw` gives the work back.
+        ticks: the same for all, or engine name -> its own. The work of an engine that dies goes to the
+        others, as it was last reported. NoEngineLeft: none is alive. `withdraw` gives the work back.
         """
         ...
 
     def withdraw(self) -> list[Work]:
-        """Everything unfinished, in the order of its keys; nothing is left in the engines."""
+        """Takes out everything unfinished, in the order of its keys. Nothing is left in the engines."""
         ...
 
     def generate(
         self, prompts: Sequence[Prompt], spec: SamplingSpec, request_ids: Sequence[int]
     ) -> list[list[Completion]]:
-        """`RolloutEngine.generate` over all engines; answers in the order of the prompts."""
+        """`RolloutEngine.generate` over all engines. The answers are in the order of the prompts."""
         ...
 
     def logprobs_of(self, sequences: Sequence[np.ndarray], timeout: float) -> dict[str, list[np.ndarray]]:
         """Engine name -> log-probs of the same sequences, because each holds weights of its own.
-        May be repeated.
 
-        timeout: seconds to wait for the slowest engine.
+        timeout: seconds to wait for the slowest engine. It may be called again.
         """
         ...
 
@@ -84,18 +81,23 @@ class RolloutPool(Protocol):
         ...
 
     def abandon_update(self) -> bool:
-        """Whether a publication failed because an engine died; the next attempt may then succeed."""
+        """After a failed publication: gives up the engines that it leaves with half an update.
+
+        Whether an engine's death was the reason, so that another attempt may succeed.
+        """
         ...
 
     def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
-        """Closes the publication; engine name -> what arrived there. WeightSyncError: none is open, or
-        it broke off.
+        """Closes the publication. Returns engine name -> what arrived there.
+
+        WeightSyncError: none is open, or it broke off.
         """
         ...
 
     def sleep(self) -> None:
-        """Frees the engines' device memory. Sleeping twice is allowed. ValueError: they were not
-        started for it.
+        """Frees the engines' device memory. Sleeping twice is allowed.
+
+        ValueError: the engines were not started for it.
         """
         ...
 
@@ -120,11 +122,12 @@ class RolloutPool(Protocol):
 
 
 def deal(work: Sequence[Work], engines: int) -> list[list[Work]]:
-    """work of each engine, in its order: whole groups, the heaviest first, each to the least loaded.
+    """The work of each engine: whole groups, dealt from the heaviest to the lightest to the least loaded.
 
-    A group's siblings stay together because they share their prompt in the cache. The work of a group is its
-    prompt, once, and the tokens that its completions may still get. So with equal prompts every engine gets
-    as many groups. It depends on lengths alone, so a run can be repeated exactly.
+    An engine has its work in the order of `work`. A group's siblings stay together because they share their
+    prompt in the cache. The work of a group is its prompt, once, and the tokens that its completions may
+    still get. So with equal prompts every engine gets as many groups. It depends on lengths alone, so a run
+    can be repeated exactly.
 
     Example: prompts of 10, 40 and 20 tokens, one completion of at most 100 tokens each, on two engines are
     works of 110, 140 and 120. Engine 0 gets the prompt of 40, engine 1 those of 10 and 20.
@@ -140,9 +143,7 @@ def deal(work: Sequence[Work], engines: int) -> list[list[Work]]:
 
 
 class LocalRolloutPool:
-    """Implements `RolloutPool` with one engine in this process; a call cannot be ended, so
-    timeouts do nothing.
-    """
+    """Implements `RolloutPool` with one engine in this process. Timeouts do nothing: no call can be ended."""
 
     runs_beside = False
 

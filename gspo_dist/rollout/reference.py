@@ -46,8 +46,9 @@ from gspo_dist.weights.verify import WeightSyncError
 
 
 class Policy(Protocol):
-    """What the reference engine samples from. n rows, T tokens, V vocabulary, L MoE layers, K
-    experts per token.
+    """What the reference engine samples from.
+
+    n rows, T tokens, V vocabulary, L MoE layers, K experts per token.
     """
 
     vocab_size: int
@@ -82,9 +83,7 @@ class Policy(Protocol):
         ...
 
     def check_whole(self, arrived: Iterable[str], engine: str) -> None:
-        """WeightSyncError, with the engine's name: a tensor that the policy needs is not among
-        the arrived names.
-        """
+        """WeightSyncError, with the engine's name: a tensor that the policy needs has not arrived."""
         ...
 
     def text(self, token_ids: np.ndarray) -> str:
@@ -175,8 +174,7 @@ def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def truncate(logprobs: np.ndarray, top_p: float) -> np.ndarray:
-    """Nucleus: keeps the most likely tokens of each row [n, V] until their mass reaches
-    top_p, and renormalises.
+    """Nucleus: keeps the most likely tokens of each row [n, V] up to a mass of top_p, and renormalises.
 
     Example: probabilities 0.5, 0.3, 0.15, 0.05 with top_p = 0.7 keep the first two, as 0.625 and 0.375.
     """

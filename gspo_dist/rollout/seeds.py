@@ -4,9 +4,10 @@ on nothing else.
 So the draws of a completion are the same whichever engine runs it, in whatever batch, before or after a
 preemption, and no generator has a state to save. Equal draws give equal tokens where equal prefixes give
 equal log-probs: on a CPU in fp32. In bf16, on GPUs above all, a kernel's rounding depends on the neighbours
-in the batch, so a draw that falls close to a boundary can give another token; rollout.batch_invariant=true
-asks vLLM for kernels without that. The mixer is splitmix64's finaliser (Steele, Lea,
-Flood, OOPSLA 2014), vectorised.
+in the batch, so a draw that falls close to a boundary can give another token. rollout.batch_invariant=true
+asks vLLM for kernels without that.
+
+The mixer is splitmix64's finaliser (Steele, Lea, Flood, OOPSLA 2014), vectorised.
 """
 
 from __future__ import annotations

@@ -43,11 +43,10 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def prepare_process(device: str, threads: int, precision: str, *, batch_invariant: bool = False) -> None:
-    """Sets what vLLM reads from the environment on import, so call it before; a variable that is set
-    already is kept.
+    """Sets what vLLM reads from the environment on import, so call it before that.
 
-    threads: CPU threads of this engine; 0 leaves them alone. precision: fp32 or bf16. batch_invariant: GPU
-    kernels whose results do not depend on the batch.
+    A variable that is set already is kept. threads: CPU threads of this engine; 0 leaves them alone.
+    precision: fp32 or bf16. batch_invariant: GPU kernels whose results do not depend on the batch.
     """
     defaults = {
         # The engine core runs in this process: no second interpreter to start, no tensors through a socket.
@@ -80,11 +79,9 @@ def prepare_process(device: str, threads: int, precision: str, *, batch_invarian
 
 
 def check_architecture(folder: ModelFolder) -> None:
-    """ValueError, with the architecture's name: vLLM has no model of its own for the folder, or would compute
-    another one.
+    """ValueError: vLLM has no model of its own for the folder, or would compute another one.
 
-    Without a model of its own vLLM would fall back to transformers' modules, for which no weight sync was
-    ever checked.
+    Without a model of its own vLLM would take transformers' modules. No weight sync was checked for those.
     """
     from vllm.model_executor.models import ModelRegistry
 
@@ -111,8 +108,9 @@ class VllmEngine:
 
     With tensor_parallel > 1 its workers are processes of their own. record_routing: vLLM returns routed
     experts. sleep_mode (GPU hosts): prepares `sleep`. fp32_head: logits in float32, as the learner's head
-    computes them. ValueError: the settings do not fit the host or the model, or a weight file of the folder
-    is torn.
+    computes them. batch_invariant: log-probs do not depend on how many sequences run (`vllm.invariant`).
+
+    ValueError: the settings do not fit the host or the model, or a weight file of the folder is torn.
     """
 
     def __init__(
@@ -129,7 +127,6 @@ class VllmEngine:
         fp32_head: bool = True,
         batch_invariant: bool = False,
     ) -> None:
-        """batch_invariant: log-probs do not depend on how many sequences run (`vllm.invariant`)."""
         if device not in ("cpu", "cuda"):
             raise ValueError(f"engine device must be cpu or cuda: got {device!r}")
         if device == "cpu" and sleep_mode:

@@ -1,5 +1,4 @@
-"""The engine's side of a weight sync, inside vLLM's workers: receive a bucket, sum it, load
-it, repair, prove.
+"""The engine's side of a weight sync, inside vLLM's workers: receive, sum, load, repair, prove.
 
 Written for vllm 0.30.0. The receiver is a vLLM weight-transfer engine. Loading goes through vLLM's layerwise
 reload: weights wait until a layer is whole, are processed as at first load, and are then copied into the

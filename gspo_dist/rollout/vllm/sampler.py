@@ -85,8 +85,7 @@ class KeyedSampler(Sampler):
         )
 
     def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, V] of prompt tokens -> log-probs [rows, V] float32, at the
-        temperature of `logprobs_of`.
+        """Logits [rows, V] of prompt tokens -> log-probs [rows, V] float32 at `prompt_temperature`.
 
         vLLM calls it and would leave them untempered. It passes all prompt tokens of a request at once
         (0.30), so the work is done in blocks of rows: no second float32 copy of all logits is held.

@@ -1,6 +1,4 @@
-"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`) and calls
-by name (`collective_rpc`).
-"""
+"""Verbs that `VllmEngine` adds to vLLM's workers (`worker_extension_cls`) and calls by `collective_rpc`."""
 
 from __future__ import annotations
 
