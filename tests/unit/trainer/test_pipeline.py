@@ -182,6 +182,16 @@ def test_without_steps_ahead_a_step_is_sampled_whole_and_nothing_is_begun_before
     assert collector.cursor.place == 9
 
 
+def test_a_checkpoint_goes_on_from_the_prompts_of_the_last_step_that_was_handed_out():
+    """The cursor itself is ahead by then: steps 2 and 3 are begun."""
+    collector = collector_of(steps_ahead=2)
+    assert collector.trained_cursor == {"place": 0}
+    trained(collector, [1])
+    assert (collector.trained_cursor, collector.cursor.place) == ({"place": 3}, 9)
+    # As it is restored, before any step is handed out.
+    assert begun_at(collector_of(steps_ahead=2), 5).trained_cursor == {"place": 12}
+
+
 def lengths_of(group, sample):
     """Between 1 and 30 tokens; group 1 is as long as can be."""
     return 30 if group == 1 else 1 + (7 * group + 11 * sample) % 13
