@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gspo_dist.metrics.jsonl import read_jsonl
+from gspo_dist.metrics.jsonl import append, read_jsonl
 from gspo_dist.trainer.buffer import BegunStep
+from gspo_dist.trainer.clockwork import open_record, read_record
 from gspo_dist.trainer.loop import run_step, start
 from gspo_dist.trainer.setup.build import build
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.trainer.small import config, go, values
 
+BY_THE_CLOCK = ("rollout.steps_ahead=2", "objective=gspo_recompute")
 AHEAD = ("rollout.steps_ahead=2", "rollout.ticks_per_step=3", "objective.old_logprobs=recompute")
 
 
@@ -55,9 +57,7 @@ def test_without_steps_ahead_it_is_the_synchronous_loop_digit_for_digit(
     _, rows = go(config(model, reward_file, tmp_path / "a", *knobs))
     _, plain = go(config(model, reward_file, tmp_path / "b", *knobs), Synchronous)
     assert values(rows) == values(plain)
-    names = ("samples.jsonl",)
-    for name in names:
-        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    assert (tmp_path / "a/samples.jsonl").read_text() == (tmp_path / "b/samples.jsonl").read_text()
     assert not (tmp_path / "a" / "ticks.jsonl").exists()
     manifest = json.loads((tmp_path / "a/checkpoints/step-000002/manifest.json").read_text())
     assert manifest["rollouts"] == {}
@@ -160,12 +160,7 @@ def test_a_run_with_steps_ahead_that_is_stopped_anywhere_equals_one_that_was_not
 @pytest.mark.slow
 def test_a_run_by_the_clock_repeats_itself_by_its_record(model, reward_file, tmp_path):
     """Law 14. Slices by the clock differ from run to run; here they are cut at random."""
-    knobs = [
-        "rollout.steps_ahead=2",
-        "objective=gspo_recompute",
-        "steps=3",
-        "rollout.max_completion_tokens=24",
-    ]
+    knobs = [*BY_THE_CLOCK, "steps=3", "rollout.max_completion_tokens=24"]
     rng = np.random.default_rng(0)
 
     def by_chance(run):
@@ -186,15 +181,30 @@ def test_a_run_by_the_clock_repeats_itself_by_its_record(model, reward_file, tmp
     assert first[0].trained() == again[0].trained()
     assert first[0].versions() == again[0].versions()
     assert read_jsonl(tmp_path / "b" / "ticks.jsonl") == read_jsonl(record)
-    for bad, message in (
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
         (["seed=5"], r"is of another run: seed \(was 0, now 5\)"),
         (["steps=4"], r"has ticks of 3 steps: got steps = 4; set steps"),
-        ([f"rollout.replay_ticks={tmp_path}/none.jsonl"], "which is not there"),
-        ([f"rollout.replay_ticks={tmp_path}/a/metrics.jsonl"], "which has no such record"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(config(model, reward_file, tmp_path / "c", *knobs, replay, *bad))
-    assert not (tmp_path / "c").exists()
+        (["rollout.replay_ticks={}/none.jsonl"], "which is not there"),
+        (["rollout.replay_ticks={}/metrics.jsonl"], "which has no such record"),
+    ],
+)
+def test_a_record_of_another_run_is_refused_before_anything_starts(
+    model, reward_file, tmp_path, bad, message
+):
+    knobs = [*BY_THE_CLOCK, "steps=3", f"rollout.replay_ticks={tmp_path}/ticks.jsonl"]
+    given = config(model, reward_file, tmp_path / "run", *knobs)
+    open_record(tmp_path, given, 0)
+    append(tmp_path / "ticks.jsonl", [{"step": step, "ticks": {"engine-0": 9}} for step in (1, 2, 3)])
+    append(tmp_path / "metrics.jsonl", [{"step": 1, "objective/loss": 0.0}])
+    assert set(read_record(tmp_path / "ticks.jsonl", given)) == {1, 2, 3}
+    other = [knob.format(tmp_path) for knob in bad]
+    with pytest.raises(ValueError, match=message):
+        build(config(model, reward_file, tmp_path / "run", *knobs, *other))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
