@@ -236,6 +236,9 @@ def test_the_ticks_beside_the_learner_are_those_that_were_asked_for():
         "pipeline/carried_tokens": 6 * 29.0,
         "pipeline/ticks": 8.0 + 21.0,
     }
+    # The ticks of the next publication are counted anew: 971 tokens are left, in slices of 8.
+    trained(collector, [2])
+    assert collector.metrics()["pipeline/ticks"] == 976.0
 
 
 def test_what_waits_already_is_kept_where_the_engines_are_emptied_again():
