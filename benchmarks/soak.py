@@ -3,16 +3,17 @@
     python benchmarks/soak.py --minutes 60 --kill-every 30 --seed 0
     python benchmarks/soak.py --minutes 5 -- experiment=quickstart rollout.steps_ahead=2
 
-The run is the quickstart with rollouts begun one step ahead, unless overrides follow `--`; it saves after
-every step. A driver that ends is started again, as an operator would. Kills begin with the first step and
-stop after `--minutes` or `--kills`, and the run ends at the first step after that. Then these must hold, or
-the exit status is 1:
+The run is the quickstart with rollouts begun one step ahead, unless overrides follow `--`. It saves after
+every step. A driver that ends is started again, as an operator would do. Kills begin after the first step and
+stop after `--minutes` or `--kills`. The run then goes on from the last kill by itself, and ends. The exit
+status is 1 unless:
 
-* every prompt that the cursor handed out was trained exactly once, in order, and every rollout id once;
-* metrics.jsonl has every step once;
-* no weight bucket is left in /dev/shm, and nothing of the run's processes lives;
-* memory and open descriptors of the run have not grown: means over the last third of the samples against the
-  first, where all processes were up, with a tolerance of a quarter. A soak of less than a minute cannot say.
+- Every prompt that the cursor handed out was trained exactly once, in order, and every rollout id once.
+- metrics.jsonl has every step once.
+- No weight bucket of a dead process is left in /dev/shm.
+- Memory and open descriptors of the run have not grown by more than a quarter. Compared are the means over
+  the first and the last third of the samples in which all processes were up. With fewer than 60 of them, one
+  a second, growth is shown and not judged.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from pathlib import Path
 
 import psutil
 
+from gspo_dist.metrics.jsonl import METRICS, SAMPLES, read_jsonl
+from gspo_dist.trainer.health import EVENTS
+
 DEFAULT = ["experiment=quickstart", "rollout.steps_ahead=1", "evaluation.every=0", "flips.every=0"]
 KINDS = {
     "engine": "ray::EngineProcess",
@@ -40,9 +44,11 @@ KINDS = {
     "reward process": "gspo_dist.rewards.worker",
     "driver": "",
 }
+"""What can be killed -> what its command line contains."""
 GROWTH = 1.25
+"""Memory and descriptors at the end, as a multiple of those at the start, may be so high."""
 START_S = 900.0
-"""Longest wait for the first step: the model may be made first."""
+"""Longest wait for a step of a new driver: the model may be made first."""
 DAEMONS_S = 20.0
 """What a killed driver leaves may take so long to end by itself."""
 ENOUGH = 60
@@ -59,9 +65,10 @@ class Soak:
         self.kills: collections.Counter[str] = collections.Counter()
         self.starts = 0
         self.samples: list[tuple[int, int, int]] = []
-        """(processes, resident bytes, open descriptors) of the run, every few seconds."""
+        """(processes, resident bytes, open descriptors) of the run, every second."""
         self.driver: subprocess.Popen[bytes] | None = None
         self.step_at_start = 0
+        """Steps that were done when the driver of the moment was started."""
 
     def start(self, steps: int) -> None:
         """Starts a driver: the same command every time."""
@@ -77,7 +84,7 @@ class Soak:
         self.driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def tree(self) -> list[psutil.Process]:
-        """The driver and all below it; Ray's daemons and workers are among them."""
+        """The driver and all below it, Ray's daemons and workers among them."""
         assert self.driver is not None
         try:
             parent = psutil.Process(self.driver.pid)
@@ -86,7 +93,7 @@ class Soak:
             return []
 
     def kill_one(self) -> str | None:
-        """SIGKILL to a process of a kind that is drawn first; the kind, or None where none was found."""
+        """SIGKILL to a process of a kind that is drawn first. Returns the kind; None: it has no process."""
         kind = self.rng.choice(list(KINDS))
         if kind == "driver":
             return self.kill_driver()
@@ -107,16 +114,15 @@ class Soak:
         return kind
 
     def kill_driver(self) -> str | None:
-        """SIGKILL to the driver; what it leaves must end by itself, and is waited for."""
+        """SIGKILL to the driver. What it leaves should end by itself, and is waited for."""
         left = self.tree()
         if not left or self.driver is None:
             return None
         self.driver.kill()
         self.driver.wait()
         _, alive = psutil.wait_procs(left[1:], timeout=DAEMONS_S)
-        for (
-            process
-        ) in alive:  # daemons of Ray (2.60) that outlive a killed driver by minutes, and what should not
+        # Daemons of Ray (2.60) outlive a killed driver by minutes. Nothing else should, and is told.
+        for process in alive:
             try:
                 command = " ".join(process.cmdline())
                 if any(kind and kind in command for kind in KINDS.values()):
@@ -142,34 +148,39 @@ class Soak:
 
     def completed(self) -> int:
         """The last step in metrics.jsonl."""
-        rows = read(self.folder / "run" / "metrics.jsonl")
+        rows = read_jsonl(self.folder / "run" / METRICS)
         return int(rows[-1]["step"]) if rows else 0
 
+    def has_ended(self) -> bool:
+        """Whether the driver of the moment has."""
+        assert self.driver is not None
+        return self.driver.poll() is not None
+
+    def last_words(self) -> SystemExit:
+        """The end of the soak, with the end of the drivers' log."""
+        return SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
+
     def run(self, minutes: float, kill_every: float, kills: int) -> int:
-        """Kills for `minutes`, `kills` times at most, then lets the run end; returns its steps."""
+        """Kills for `minutes`, `kills` times at most, then lets the run end. Returns its steps."""
         self.start(END)
         give_up = time.monotonic() + START_S
         while self.completed() < 1:
             time.sleep(1.0)
-            assert self.driver is not None
-            if self.driver.poll() is not None or time.monotonic() > give_up:
-                raise SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
+            if self.has_ended() or time.monotonic() > give_up:
+                raise self.last_words()
         until = time.monotonic() + 60 * minutes
         next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
         while time.monotonic() < until and sum(self.kills.values()) < kills:
             time.sleep(1.0)
-            assert self.driver is not None
-            if self.driver.poll() is not None:
+            if self.has_ended():
                 self.start(END)
             self.look()
             if time.monotonic() >= next_kill:
                 kind = self.kill_one()
                 if kind is not None:
                     self.kills[kind] += 1
-                    print(
-                        f"{sum(self.kills.values()):4d} killed: {kind}, after step {self.completed()}",
-                        flush=True,
-                    )
+                    count = sum(self.kills.values())
+                    print(f"{count:4d} killed: {kind}, after step {self.completed()}", flush=True)
                     next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
         self.outlive()
         return self.finish()
@@ -179,11 +190,10 @@ class Soak:
         wanted, give_up = self.completed() + 1, time.monotonic() + START_S
         while self.completed() < wanted:
             time.sleep(1.0)
-            assert self.driver is not None
-            if self.driver.poll() is not None:
+            if self.has_ended():
                 self.start(END)
             if time.monotonic() > give_up:
-                raise SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
+                raise self.last_words()
 
     def finish(self) -> int:
         """Ends the run: the last driver is asked for the steps that are done, and one more."""
@@ -192,29 +202,18 @@ class Soak:
         for _ in range(3):
             self.start(steps)
             assert self.driver is not None
-            if self.driver.wait(timeout=900) == 0:
+            if self.driver.wait(timeout=START_S) == 0:
                 return steps
-        raise SystemExit((self.folder / "driver.log").read_text(errors="replace")[-6000:])
-
-
-def read(path: Path) -> list[dict]:
-    """The whole rows of a file of JSON lines."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+        raise self.last_words()
 
 
 def problems(soak: Soak, steps: int) -> list[str]:
-    """What does not hold of the finished run."""
+    """What does not hold of the finished run. Prints what memory and descriptors did."""
     run, found = soak.folder / "run", []
-    metrics = [row["step"] for row in read(run / "metrics.jsonl")]
+    metrics = [row["step"] for row in read_jsonl(run / METRICS)]
     if [step for step in metrics if step] != list(range(1, steps + 1)):
         found.append(f"metrics.jsonl has the steps {metrics[:5]} ... {metrics[-5:]}, not 1 to {steps}")
-    samples = read(run / "samples.jsonl")
+    samples = read_jsonl(run / SAMPLES)
     ids = [row["rollout_id"] for row in samples]
     config = json.loads((run / "config.json").read_text())
     size = config["rollout"]["group_size"]
@@ -287,7 +286,7 @@ def main() -> None:
             for process in soak.tree():
                 process.kill()
         found = problems(soak, steps)
-        events = collections.Counter(row["kind"] for row in read(soak.folder / "run" / "events.jsonl"))
+        events = collections.Counter(row["kind"] for row in read_jsonl(soak.folder / "run" / EVENTS))
     print(f"{steps} steps in {(time.monotonic() - began) / 60:.1f} minutes, seed {arguments.seed}")
     print(f"kills: {sum(soak.kills.values())} {dict(soak.kills)}; drivers started: {soak.starts}")
     print(f"events of the run: {dict(events)}")
