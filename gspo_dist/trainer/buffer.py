@@ -38,11 +38,11 @@ class BegunStep:
         return len(self.finished) == len(self.prompts) * self.spec.n
 
     def unjudged(self) -> list[Item]:
-        """Finished completions without a verdict, as a reward pool takes them."""
+        """Finished completions without a verdict, as a reward pool takes them, group after group."""
+        # It is asked after every slice while engines wait, so it looks at the new ones alone.
         return [
             (key[0] * self.spec.n + key[1], self.prompt(key), self.finished[key])
-            for key in self.all_keys()
-            if key in self.finished and key not in self.verdicts
+            for key in sorted(self.finished.keys() - self.verdicts.keys())
         ]
 
     def take(self, items: Iterable[Item], verdicts: Iterable[Judged]) -> None:
