@@ -36,6 +36,8 @@ START_S = 30.0
 GRACE_S = 2.5
 """What the guest may be late with its answer before it is killed with all that it holds."""
 NOBODY = 65534
+DEVICES = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
+"""Those of the room."""
 
 
 class Python(NamedTuple):
@@ -69,23 +71,34 @@ def open_python() -> Python | None:
     return None
 
 
-def system_folders() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """What a program finds of the host: read-only folders and links of its libraries, nothing of /etc."""
+def guest_python() -> Python:
+    """Ours; as root one that the user nobody may run too. Raises SandboxError where there is none."""
+    python = open_python() if os.geteuid() == 0 else own_python()
+    if python is None:
+        raise SandboxError("no Python that the user nobody may run: install python3 of the system")
+    return python
+
+
+def host_folders(python: Python) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What a program finds of the host: read-only folders and links of its libraries and of its Python.
+
+    There is nothing of /etc.
+    """
     binds, links = [("/usr", "/usr")], []
     for name in ("/lib", "/lib64", "/bin"):
         if os.path.islink(name):
             links.append((os.readlink(name), name))
         elif os.path.isdir(name):
             binds.append((name, name))
+    if python.inside != python.prefix:
+        binds.append((python.prefix, python.inside))
     return binds, links
 
 
 def setup_of(python: Python, build: bool, weak: bool) -> dict[str, Any]:
     """What the guest is told of its room."""
-    binds, links = system_folders()
-    if python.inside != python.prefix:
-        binds.append((python.prefix, python.inside))
-    binds += [(f"/dev/{name}", f"/dev/{name}") for name in ("null", "zero", "full", "random", "urandom")]
+    binds, links = host_folders(python)
+    binds += [(device, device) for device in DEVICES]
     return {
         "build": build,
         "weak": weak,
@@ -98,9 +111,7 @@ def setup_of(python: Python, build: bool, weak: bool) -> dict[str, Any]:
 
 def bubblewrap_command(python: Python, limits: Limits) -> list[str]:
     """The arguments that build the room; without the guest itself."""
-    binds, links = system_folders()
-    if python.inside != python.prefix:
-        binds.append((python.prefix, python.inside))
+    binds, links = host_folders(python)
     command = [
         shutil.which("bwrap") or "bwrap",
         "--unshare-all",
@@ -114,8 +125,8 @@ def bubblewrap_command(python: Python, limits: Limits) -> list[str]:
         command += ["--ro-bind", source, target]
     for target, link in links:
         command += ["--symlink", target, link]
-    for name in ("null", "zero", "full", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for device in DEVICES:
+        command += ["--dev-bind", device, device]
     command += ["--proc", "/proc", "--size", str(limits.files_mb << 20), "--tmpfs", "/work"]
     return [*command, "--symlink", "work", "/tmp", "--remount-ro", "/", "--chdir", "/work"]
 
@@ -132,20 +143,13 @@ class Start(NamedTuple):
 
 def bubblewrap_start(limits: Limits) -> Start:
     # As root, bwrap runs under another user: root's processes are not counted by RLIMIT_NPROC.
-    root = os.geteuid() == 0
-    python = open_python() if root else own_python()
+    user = NOBODY if os.geteuid() == 0 else None
     if shutil.which("bwrap") is None:
         raise SandboxError("bwrap is not installed")
-    if python is None:
-        raise SandboxError("no Python that the user nobody may run: install python3 of the system")
+    python = guest_python()
     guest = [python.inside_executable, "-I", "-S", "-c", BOOTSTRAP]
     command = [*bubblewrap_command(python, limits), *guest]
-    return Start(
-        command,
-        guest_code(python.executable),
-        setup_of(python, build=False, weak=False),
-        NOBODY if root else None,
-    )
+    return Start(command, guest_code(python.executable), setup_of(python, build=False, weak=False), user)
 
 
 def namespaces_start(limits: Limits) -> Start:
@@ -155,12 +159,7 @@ def namespaces_start(limits: Limits) -> Start:
 
 
 def process_start(limits: Limits) -> Start:
-    python = own_python()
-    if os.geteuid() == 0:
-        open_to_all = open_python()
-        if open_to_all is None:
-            raise SandboxError("no Python that the user nobody may run: install python3 of the system")
-        python = open_to_all
+    python = guest_python()
     command = [python.executable, "-I", "-S", "-c", BOOTSTRAP]
     return Start(command, guest_code(python.executable), setup_of(python, build=False, weak=True), None)
 

@@ -6,29 +6,27 @@ files. What it does not answer is no verdict: SandboxError, after retries.
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
+from gspo_dist.sandbox.guest.frames import marked
 from gspo_dist.sandbox.http import HttpError, post_json
 from gspo_dist.sandbox.protocol import Limits, Outcome, Program, Run, SandboxError
 
 CALL = """
 import json as _json, sys as _sys
+_guest = {{}}
+exec({guest!r}, _guest)
 _names = globals()
 _owner = _names["Solution"]() if "Solution" in _names else None
 _function = getattr(_owner, {name!r}) if _owner is not None else _names[{name!r}]
 _arguments = [_json.loads(_line) for _line in _sys.stdin.read().split("\\n") if _line.strip()]
 _value = _function(*_arguments)
-def _marked(value):
-    if type(value) is tuple:
-        return ["\\x00tuple", *map(_marked, value)]
-    if type(value) is list:
-        return list(map(_marked, value))
-    if type(value) is dict:
-        return {{key: _marked(one) for key, one in value.items()}}
-    return value
-print("\\n" + {mark!r} + _json.dumps(_marked(list(_value) if isinstance(_value, tuple) else _value)))
+print("\\n" + {mark!r} + _json.dumps(_guest["marked"](list(_value) if isinstance(_value, tuple) else _value)))
 """
+GUEST = "from __future__ import annotations\n" + inspect.getsource(marked)
+"""In names of its own: the program may have a function `marked`, too."""
 MARK = "gspo-result:"
 SETTINGS = "import sys\nsys.setrecursionlimit(50_000)\nsys.set_int_max_str_digits(50_000)\n"
 
@@ -53,7 +51,7 @@ class ServiceRun:
         self.sandbox, self.program, self.limits = sandbox, program, limits
         code = SETTINGS + program.preamble + "\n" + program.code
         if program.function is not None:
-            code += "\n" + CALL.format(name=program.function, mark=MARK)
+            code += "\n" + CALL.format(name=program.function, guest=GUEST, mark=MARK)
         self.code = code
 
     def __enter__(self) -> ServiceRun:

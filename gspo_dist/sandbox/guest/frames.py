@@ -54,3 +54,14 @@ def decoded(body: bytes) -> dict[str, str]:
         found.append(body[at + 4 : at + 4 + size].decode("utf-8", "replace"))
         at += 4 + size
     return dict(zip(found[::2], found[1::2], strict=False))
+
+
+def marked(value: Any) -> Any:
+    """A result with its tuples as lists that say so (protocol.TUPLE). A service is sent this very text."""
+    if isinstance(value, tuple):
+        return ["\x00tuple", *map(marked, value)]
+    if type(value) is list:
+        return list(map(marked, value))
+    if type(value) is dict:
+        return {key: marked(one) for key, one in value.items()}
+    return value

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from gspo_dist.sandbox.guest.calls import PR_SET_DUMPABLE, install_filter, libc
-from gspo_dist.sandbox.guest.frames import receive, send
+from gspo_dist.sandbox.guest.frames import marked, receive, send
 from gspo_dist.sandbox.guest.room import NOBODY
 
 KEPT_STDERR = 4000
@@ -128,12 +128,3 @@ def function_program(request: dict[str, Any], requests: int, results: int) -> No
             send(results, {"result": json.dumps(marked(value))})
         except BaseException as error:
             send(results, {"error": f"{type(error).__name__}: {str(error)[:500]}"})
-
-
-def marked(value: Any) -> Any:
-    """The value with its inner tuples as lists that say so (protocol.TUPLE)."""
-    if type(value) is list:
-        return [["\x00tuple", *map(marked, one)] if isinstance(one, tuple) else marked(one) for one in value]
-    if type(value) is dict:
-        return {key: marked(one) for key, one in value.items()}
-    return value

@@ -19,7 +19,7 @@ from gspo_dist.rewards.pool import LocalRewardPool
 from gspo_dist.rewards.reward import RewardError, judge_rollout, resolve_reward
 from gspo_dist.sandbox import http
 from gspo_dist.sandbox.choose import sandbox_named
-from gspo_dist.sandbox.protocol import Limits, Program, SandboxError
+from gspo_dist.sandbox.protocol import TUPLE, Limits, Program, SandboxError
 from gspo_dist.types import Completion, Prompt
 
 
@@ -278,6 +278,9 @@ def test_programs_behind_a_service(serve, kind, respond):
     assert judge_code(method, tests, sandbox, limits).solved
     assert judge_code("def add(a, b): return (a + b, (1,))", tests, sandbox, limits).why == "wrong"
     assert judge_code("import os\ndef add(a, b): os._exit(0)", tests, sandbox, limits).why == "error"
+    tuples = "def marked(x): return {'t': (x, (2,)), 'l': [(3, 4)]}"  # marked as in the rooms of this host
+    result = outcome(tuples, "1", function="marked").result
+    assert json.loads(result or "") == {"t": [TUPLE, 1, [TUPLE, 2]], "l": [[TUPLE, 3, 4]]}
 
 
 @pytest.mark.parametrize(
