@@ -274,7 +274,7 @@ def summary(
 
 def print_simulated(case: Case, ahead: Sequence[int]) -> list[Measured]:
     """The table of the simulated runs."""
-    from gspo_dist.actors.placement import start_ray, stop_ray
+    from gspo_dist.actors.session import start_ray, stop_ray
     from gspo_dist.config import ClusterConfig
 
     print(

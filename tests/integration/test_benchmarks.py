@@ -91,6 +91,19 @@ def test_a_step_is_split_into_its_parts(model):
     assert sum(number(rows[part][1]) for part in parts) == pytest.approx(100.0, abs=0.5)
 
 
+def test_rollouts_begun_ahead_go_through_the_pipeline_that_runs_have():
+    rows = table(run("bench_async.py", "--ahead", 1, "--steps", 2, "--learn", 0.2, "--tick", 0.001))
+    seconds, _, engines_idle, learner_idle, oldest, versions, _, model, off = rows["1"]
+    assert number(seconds) > 0.2 + 0.1  # learning and the publication, one after the other
+    assert 0 <= number(engines_idle) < 100
+    assert 0 <= number(learner_idle) < 100
+    assert number(oldest) == 1
+    assert 1 <= number(versions) <= 2
+    assert number(seconds) / number(model) - 1 == pytest.approx(
+        number(off) / 100, abs=0.04
+    )  # two decimals each
+
+
 def test_a_learner_is_timed_as_a_run_starts_it(model):
     sizes = ["--sequences", 8, "--mean", 8, "--repeats", 1]
     rows = table(run("bench_learner.py", "--only", "eager", "--model", model, *sizes))
