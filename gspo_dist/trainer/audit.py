@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from gspo_dist.learners.hf_model import PolicyModel, load_policy
 from gspo_dist.rollout.vllm.engine import VllmEngine
 from gspo_dist.trainer.export import export_run, run_config_of
 from gspo_dist.trainer.setup.checks import load_tokenizer
-from gspo_dist.types import Completion, Prompt, SamplingSpec
+from gspo_dist.trainer.setup.factories import engine_factory, sampling_spec
+from gspo_dist.types import Completion, Prompt
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,6 @@ def audit_folder(folder: Path, config: RunConfig, sequences: int) -> Audit:
         config.data, "train", tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )
     prompts = list(islice(source, sequences))
-    exact = config.learner.consistency == "exact"
     policy = load_policy(
         folder,
         config.learner.precision,
@@ -91,17 +92,12 @@ def audit_folder(folder: Path, config: RunConfig, sequences: int) -> Audit:
         fp32_head=config.learner.fp32_head,
         consistency=config.learner.consistency,
     )
-    engine = VllmEngine(config.rollout, folder, batch_invariant=exact, fp32_head=config.learner.fp32_head)
+    alone = replace(config, cluster=replace(config.cluster, colocated=False))  # it never has to sleep
+    engine = engine_factory(alone, str(folder), "cpu", 0)(name="audit")
     try:
-        spec = SamplingSpec(
-            n=1,
-            max_tokens=config.rollout.max_completion_tokens,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            stop_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
-        )
+        spec = replace(sampling_spec(config, tokenizer, engine.info()), n=1, record_routing=False)
         groups = engine.generate(prompts, spec, range(len(prompts)))
-        return compare(engine, policy, prompts, [group[0] for group in groups])
+        return compare(cast(VllmEngine, engine), policy, prompts, [group[0] for group in groups])
     finally:
         engine.close()
 
