@@ -73,8 +73,7 @@ def _time_of(actor: Any) -> float:
 def clock_offset(remote_time: Callable[[], float], clock: Callable[[], float] = time.time) -> float:
     """Seconds by which another clock is ahead of `clock`, from the fastest of a few answers.
 
-    Example: asked at 10.0, answered 15.1, heard at 10.2: the answer was given at about 10.1, so it is 5.0
-    ahead.
+    Example: asked at 10.0, answered 15.1, heard at 10.2. The answer was given at about 10.1: 5.0 ahead.
     """
     found = []
     for _ in range(PINGS):

@@ -50,8 +50,7 @@ def start_ray(cluster: ClusterConfig, batch_bytes: int = 0) -> bool:
 
     batch_bytes: what the rollouts of a step weigh, for which the object store must have room.
 
-    True when this process must stop it. May be called again. Raises RuntimeError when the cluster cannot be
-    joined.
+    True when this process must stop it. May be called again. RuntimeError: the cluster cannot be joined.
     """
     if not ray.is_initialized():
         prepare_token(joins=cluster.address is not None)
@@ -206,8 +205,8 @@ def _number(address: str) -> tuple[int, int]:
 def await_nodes(cluster: ClusterConfig, *, gpus: bool) -> None:
     """Waits until `cluster.nodes` hosts have joined and, with `gpus`, one of them offers a GPU.
 
-    A cluster whose hosts are all there has the GPUs that it will ever have. Raises RuntimeError after
-    `cluster.placement_timeout_s` seconds.
+    A cluster whose hosts are all there has the GPUs that it will ever have. RuntimeError, with the way out:
+    that took more than `cluster.placement_timeout_s` seconds.
     """
     begin, told, way_out = time.monotonic(), False, "set cluster.device=cpu"
     while True:

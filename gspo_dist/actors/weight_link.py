@@ -125,12 +125,12 @@ def _left(deadline: float) -> float:
 
 
 def hear_all(engines: Actors, refs: Mapping[str, Any], deadline: float) -> None:
-    """Waits for every engine's answer to one bucket; raises the failure that explains the others.
+    """Waits for every engine's answer to one bucket. Raises the failure that explains the others.
 
     A bucket passes from engine to engine, so one that died makes others fail, and they may be heard first.
     Therefore an engine that died comes before one that failed by itself, that one before those that did not
     answer, and last come those that say what they missed. Raises ProcessDied, ProcessTimeout or what an
-    engine raised; notes name the others.
+    engine raised, with notes that name the others.
     """
     pending = {ref: name for name, ref in refs.items()}
     failures: dict[str, Exception] = {}

@@ -47,15 +47,15 @@ def code(
     memory_mb: int = 512,
     deadline_s: float = 60.0,
 ) -> tuple[float, dict[str, float]]:
-    """Runs the completion's code against the tests in the prompt's answer; compares as LiveCodeBench does.
+    """Runs the completion's code against the tests in the prompt's answer. Compares as LiveCodeBench does.
 
     sandbox, sandbox_url, sandbox_kind: gspo_dist/sandbox/README.md. block: `livecodebench` takes the lines
     between the last two fences, `last_block` the last block that was closed. partial: the reward is the share
     of tests passed, and all tests run. max_tests: only the first so many. time_s, memory_mb: per test.
-    deadline_s: for all tests together; a program that has not passed by then fails.
+    deadline_s: for all tests together. A program that has not passed by then fails.
 
-    Parts: `answered`, whether there was code; `tests_passed`, the share; `time_limit` and `crashed`, 1 where
-    the first failure was one. A sandbox that fails raises SandboxError: that is no verdict on the program.
+    Parts: `answered` (whether there was code), `tests_passed` (the share), `time_limit` and `crashed` (1
+    where the first failure was one). A sandbox that fails raises SandboxError: that is no verdict.
     """
     tests = read_tests(prompt.answer, function_name(prompt))
     source = BLOCKS[block](completion.text)

@@ -47,9 +47,9 @@ def by_source(
 ) -> tuple[float, dict[str, float]]:
     """The reward that the record's source asks for.
 
-    sources: pattern (as in file names: "openai/*") -> {function, options}; the first that fits, "*" for the
-    rest. field: the record's column. Parts: those of the reward; and under the pattern, `share` (1) and
-    `reward`, whose means are the share of the source and its part of the reward.
+    sources: pattern (as in file names: "openai/*") -> {function, options}. The first that fits is taken, and
+    "*" fits the rest. field: the record's column. Parts: those of the reward. Under the pattern also `share`
+    (1) and `reward`, whose means are the share of the source and its part of the reward.
     """
     pattern = pattern_for(prompt, sources, field)
     reward, inner = part_of(_function(sources[pattern]), prompt, completion)

@@ -3,8 +3,8 @@ r"""Whether a completion's final answer equals the right one, as mathematics.
 By kind, from the outside in: numbers exactly (numerals.py), then lists, sets, tuples, intervals, matrices and
 equations by their parts, then words. What is left is one expression, and math-verify compares it.
 
-math-verify 0.9.0 alone is not enough. Its tolerance is absolute, so 2.88e-19 equals 3.88e-19; it drops the
-base of 4210_5; it compares lists with dots by too little; it reads "2 2/3" as 4/3; and no percent in a box.
+math-verify 0.9.0 alone is not enough. Its tolerance is absolute, so 2.88e-19 equals 3.88e-19. It drops the
+base of 4210_5 and compares lists with dots by too little. It reads "2 2/3" as 4/3, and no percent in a box.
 """
 
 from __future__ import annotations
@@ -294,10 +294,10 @@ def _thousands_or_list(gold: str, found: str, depth: int) -> bool | None:
     a, b = joined_thousands(gold), joined_thousands(found)
     if (a, b) == (gold, found):
         return None
-    if numeral(a) is not None or numeral(b) is not None:
-        as_numbers = numeral(a) is not None and numeral(b) is not None
-        return None if not as_numbers else _list(gold, found, depth) or False
-    return _parts_equal(a, b, depth)
+    numbers = [numeral(text) is not None for text in (a, b)]
+    if all(numbers):
+        return _list(gold, found, depth) or False
+    return None if any(numbers) else _parts_equal(a, b, depth)
 
 
 def _prose(text: str) -> bool:

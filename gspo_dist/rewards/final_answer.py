@@ -42,7 +42,7 @@ _TAIL = 20_000
 
 
 def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
-    r"""The final answer as the completion writes it; None when there is none.
+    r"""The final answer as the completion writes it. None when there is none.
 
     Example: r"so \boxed{\frac{1}{2}}." gives r"\frac{1}{2}"; "Answer: 42\n\nI hope it helps!" gives "42".
     """

@@ -47,7 +47,7 @@ BLOCKS = {"livecodebench": code_of, "last_block": last_block}
 def same_output(printed: str, expected: str) -> bool:
     """Line by line, each stripped: equal as text, or as lists of decimals, exactly.
 
-    "7" equals "007" and "7.0"; "0.333333333" is not "0.3333333333"; "Yes" is not "YES"; no line may be added.
+    "7" equals "007" and "7.0". "0.333333333" is not "0.3333333333", nor "Yes" "YES". No line may be added.
     """
     ours, theirs = ([line.strip() for line in text.strip().split("\n")] for text in (printed, expected))
     return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))

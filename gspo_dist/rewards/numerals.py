@@ -36,7 +36,7 @@ class Numeral(NamedTuple):
 
 
 def numeral(text: str) -> Numeral | None:
-    r"""The number that cleaned LaTeX is; None when it is something else, or too large to compare.
+    r"""The number that cleaned LaTeX is. None when it is something else, or too large to compare.
 
     Examples: "25.0" is 25; r"2\frac{1}{2}" and "2 1/2" are 5/2, never 2 times 1/2.
     """

@@ -1,8 +1,8 @@
 """Judging the rollouts of a run: the protocol, and the pool that runs rewards in processes of this host.
 
 A deadline must lie outside the process that it bounds. A reward may set or cancel alarms, hang in C code,
-call exit or crash; here the parent holds the clock, kills the process, starts another one and goes on with
-the next rollout.
+call exit or crash. So the parent holds the clock, kills the process, starts another one and goes on with the
+next rollout.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ class RewardPool(Protocol):
         """The verdict on every item, in order. May be called any number of times.
 
         A rollout whose reward misses the deadline gets `reward.timeout_reward` and the part `timeout` = 1.
-        One whose process ends is judged again by another; where that ends too, it gets the same reward and
-        the part `crash` = 1. Raises RewardError when the reward raises or gives no finite number (unless
-        `reward.error_reward` states what then: the part `error` = 1), and where `reward.timeout_reward` is
-        null; the message names the rollout.
+        One whose process ends is judged again by another. Where that ends too, it gets the same reward and
+        the part `crash` = 1. One whose reward raises or gives no finite number gets `reward.error_reward` and
+        the part `error` = 1. Raises RewardError, naming the rollout, where the config states none of these.
         """
         ...
 

@@ -77,7 +77,7 @@ BUILT_IN = {
 def resolve_reward(config: RewardConfig) -> Reward:
     """The function that `config` names, with its options bound.
 
-    Names: a built-in; `package.module:name`; `path/to/file.py:name` (relative to the working
+    Names: a built-in, `package.module:name`, or `path/to/file.py:name` (relative to the working
     directory). Raises ValueError when it cannot be found, is no plain function of (prompt, completion),
     or refuses the options.
     """

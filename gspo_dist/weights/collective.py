@@ -3,9 +3,8 @@
 One implementation for nccl (GPU to GPU) and gloo (between hosts without GPUs). A whole bucket goes in one
 call, because the 18,000 expert tensors of a 30B model one by one would pay for 18,000 launches.
 
-Who waits for how long: an engine gives a bucket up first (`seconds` of its update info), then the exporter
-gives up on the engines, and last the trainer on the learner. So the side that failed is the one that is
-named.
+An engine gives a bucket up first (`seconds` of its update info), then the exporter gives up on the engines,
+and last the trainer on the learner. So the side that failed is the one that is named.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class CollectiveTransport:
         }
 
     def connect(self) -> None:
-        """Joins as rank 0; returns once every engine has joined, which they do in `init_weight_sync`."""
+        """Joins as rank 0. Returns once every engine has joined, which they do in `init_weight_sync`."""
         try:
             self.group = join(self.meeting, 0, self.store)
         except MissingRanks as missing:
@@ -117,16 +116,14 @@ class CollectiveTransport:
         return Staged({"layout": layout.to_dict()}, checksums, nbytes, seconds, Flight(flat))
 
     def send(self, staged: Staged) -> None:
-        """Starts the broadcast; it completes when the engines, told by `deliver`, have entered theirs."""
+        """Starts the broadcast. It completes when the engines, told by `deliver`, have entered theirs."""
         staged.handle.broadcast = self._connected().broadcast(staged.handle.buffer)
 
     def release(self, staged: Staged) -> None:
         """Nothing to do: a broadcast holds its buffer until it has read it."""
 
     def close(self) -> None:
-        """Leaves the group and gives the port back, whatever became of the others. A second call
-        does nothing.
-        """
+        """Leaves the group and gives the port back, whatever became of the others. May be called again."""
         group, self.group, self.store = self.group, None, None
         if group is not None:
             group.close()

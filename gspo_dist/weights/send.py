@@ -41,7 +41,7 @@ def send_weights(
     two are alive.
 
     Raises WeightSyncError for a tensor that is sent twice, and whatever `weights`, `transport` or `deliver`
-    raise. Whatever fails, nothing staged is left behind; the engines then hold a part of the update and must
+    raise. Whatever fails, nothing staged is left behind. The engines then hold a part of the update and must
     not be used.
     """
     checksums: dict[str, int] = {}
