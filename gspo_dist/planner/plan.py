@@ -137,7 +137,7 @@ def plan(
     limits: tuple[Timeout, ...] = ()
     if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
         step = step_time(model, p.learner, p.engine, p.work, hardware, sampled.concurrency_mean, assume)
-        limits = timeouts(run, p.work, step)
+        limits = timeouts(run, step)
         if not found.problems:  # the times of a run that does not fit are not worth a timeout
             _check_timeouts(limits, found)
     return Plan(

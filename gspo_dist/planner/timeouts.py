@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gspo_dist.config import RunConfig
-from gspo_dist.planner.layout import Workload
 from gspo_dist.planner.throughput import StepTime
 
 ROUGH = 2.0
@@ -47,11 +46,11 @@ class Timeout:
         return f"{self.knob}={2 * ROUGH * self.predicted_s:.0f}"
 
 
-def timeouts(run: RunConfig, work: Workload, step: StepTime) -> tuple[Timeout, ...]:
+def timeouts(run: RunConfig, step: StepTime) -> tuple[Timeout, ...]:
     """Every timeout whose call the plan has a time for, each with the longest of its calls."""
+    # The log-probs of a mini-batch are one forward pass, always shorter than its update.
     learning = {
         "a mini-batch's update": step.train_s / run.mini_batches,
-        "a mini-batch's log-probs": step.logprobs_s / run.mini_batches / max(1, work.forward_passes),
         "the guard's subset": step.guard_s,
     }
     return (
