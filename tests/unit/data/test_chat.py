@@ -185,3 +185,11 @@ def test_a_template_argument_that_the_template_does_not_have_is_said_once(caplog
         for _ in range(2):
             rendered("hi", DUMP, template_args={"enable_thinkng": False})
     assert caplog.text.count("has no enable_thinkng, so it changes nothing") == 1
+
+
+def test_a_template_argument_is_not_looked_for_in_a_template_that_is_replaced(caplog) -> None:
+    chat._tell_unused.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        args = {"chat_template": "{{ greeting }}{{ messages[0].content }}", "greeting": "hello "}
+        assert rendered("hi", DUMP, template_args=args) == "hello hi"
+    assert caplog.text == ""

@@ -65,6 +65,13 @@ def test_own_offsets_are_means_over_the_sequences_that_hold_the_lag():
         assert got[k == lag].tolist() == pytest.approx([wanted] * int((k == lag).sum()), rel=1e-12), lag
 
 
+@pytest.mark.parametrize(("count", "own"), [(15, False), (16, True)])
+def test_sixteen_sequences_are_enough_for_a_mean_of_their_own(count, own):
+    d, lags, ids = torch.arange(count, dtype=torch.float64), torch.full((count,), 4), torch.arange(count)
+    got = offsets_by_lag(d, lags, Segments(ids, count), [4], LagOffsets({4: 9.0}, own=True))
+    assert set(got.tolist()) == {(count - 1) / 2 if own else 9.0}
+
+
 def test_a_lag_that_few_sequences_hold_takes_what_was_measured_before_or_nothing():
     delta, lags, ids = walk(6)
     d, k, i = tensors(delta, lags, ids)
