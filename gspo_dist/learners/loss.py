@@ -142,11 +142,6 @@ def micro_batch_loss(
         high=spec.correction.high,
         logprobs=logprobs.detach(),
     )
-    offset: float | torch.Tensor = spec.offset
-    if spec.own_mean:
-        offset = float(segments.mean(logprobs.detach() - old).mean())
-    if spec.lag_offsets is not None:
-        offset = offset + _offset_by_lag(logprobs.detach() - old, segments, batch, index, spec)
     result = spec.objective.loss(
         logprobs,
         old,
@@ -155,7 +150,7 @@ def micro_batch_loss(
         spec.denominators,
         ref_logprobs=ref,
         correction=correction,
-        offset=offset,
+        offset=_offset(logprobs.detach(), old, segments, batch, index, spec),
     )
     if not torch.isfinite(result.loss):
         raise FloatingPointError(
@@ -168,17 +163,24 @@ def micro_batch_loss(
     return result.loss, stats
 
 
-def _offset_by_lag(
-    log_ratio: torch.Tensor, segments: Segments, batch: PackedBatch, index: torch.Tensor, spec: LossSpec
-) -> torch.Tensor:
-    """What recentring by age takes out of each log ratio, [N]."""
-    assert spec.lag_offsets is not None
+def _offset(
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    segments: Segments,
+    batch: PackedBatch,
+    index: torch.Tensor,
+    spec: LossSpec,
+) -> float | torch.Tensor:
+    """What is taken out of the log ratios before clipping, in nats: one number, or [N] by age."""
+    offset = float(segments.mean(logprobs - old).mean()) if spec.own_mean else spec.offset
+    if spec.lag_offsets is None:
+        return offset
     lags = lags_of(batch, spec.policy_version)
     if lags is None:
         lags = torch.zeros_like(batch.token_ids)
     known = torch.unique(lags[batch.loss_mask]).tolist()
-    return staleness.offsets_by_lag(
-        log_ratio, lags[index].to(log_ratio.device), segments, known, spec.lag_offsets
+    return offset + staleness.offsets_by_lag(
+        logprobs - old, lags[index].to(logprobs.device), segments, known, spec.lag_offsets
     )
 
 

@@ -92,7 +92,7 @@ def _renew_buffers(hf: PreTrainedModel, weights: ModelFolder | None) -> set[str]
         own = dict(module.named_buffers(recurse=False))
         kept = {leaf for leaf in own if f"{name}.{leaf}" in stored}
         for leaf in sorted(kept):
-            buffer = own[leaf].float() if leaf.endswith(precise) and precise else own[leaf]
+            buffer = own[leaf].float() if leaf.endswith(precise) else own[leaf]
             if weights is not None and f"{name}.{leaf}" in weights.tensors:
                 buffer.copy_(weights.read(f"{name}.{leaf}"))
             dist.broadcast(buffer, 0)
