@@ -50,7 +50,7 @@ PLANS = (
     Plan("megatron", "the same, with Transformer Engine 2.9 to 2.11", 5),
     Plan("vllm", "starts; its log-probs are the learner's to 0.1 nats, decoding and prefill", 4),
     Plan("routes", "5% of the experts differ at most, and a replay leaves none out", 4),
-    Plan("sync", "two steps over NCCL; the first sync changes nothing, probe below 0.1 nats", 5),
+    Plan("sync", "two steps over NCCL; both are probed, the last below 0.1 nats", 5),
     Plan("colocation", "the same on one GPU, with the engine asleep while the learner works", 5),
 )
 """In the order of what most likely breaks, and of what the later steps stand on."""
