@@ -38,14 +38,21 @@ def watched(owner: object, books: Books, *verbs: str) -> None:
 
 @pytest.mark.slow
 def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> None:
-    run = build(config(model, reward_file, tmp_path / "run"))
+    """With rollouts begun ahead, which the engine must not hold while it sleeps."""
+    ahead = ["rollout.steps_ahead=1", "rollout.ticks_per_step=0", "objective.old_logprobs=recompute"]
+    run = build(config(model, reward_file, tmp_path / "run", *ahead, "rollout.max_completion_tokens=24"))
     books = Books()
     engine: ReferenceEngine = run.pool.engine
-    engine.sleep = books.awake.clear
+
+    def sleep() -> None:
+        assert engine.rows == []
+        books.awake.clear()
+
+    engine.sleep = sleep
     engine.wake_up = lambda weights_only=False: books.awake.update(
         {"weights"} if weights_only else {"weights", "cache"}
     )
-    watched(engine, books, "generate", "logprobs_of", "update_weights")
+    watched(engine, books, "submit", "advance", "logprobs_of", "update_weights")
     watched(run.learner, books, "logprobs", "forward_backward", "optim_step", "empty_cache")
     run.config = replace(run.config, cluster=replace(run.config.cluster, colocated=True))
     run.publisher.colocated = True
@@ -54,7 +61,8 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
     finally:
         run.release()
     everything, weights = frozenset({"weights", "cache"}), frozenset({"weights"})
-    assert books.seen["generate"] == books.seen["logprobs_of"] == {everything}
+    for verb in ("submit", "advance", "logprobs_of"):
+        assert books.seen[verb] == {everything}
     assert books.seen["forward_backward"] == books.seen["optim_step"] == {frozenset()}
     assert books.seen["update_weights"] == {everything, weights}  # all awake before the first step only
     assert weights in books.seen["logprobs"]  # the probe: before the KV cache takes its memory back

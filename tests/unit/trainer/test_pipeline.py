@@ -217,7 +217,10 @@ def test_steps_ahead_change_when_work_is_done_and_nothing_else(ahead, ticks):
     assert [r.completion.token_ids[-1] for r in out] == [len(r.completion) for r in out]
     # The bound holds, and fast engines reach it.
     assert max(ages) == ahead
-    assert collector.sampled_tokens == sum(len(r.completion) for r in out)
+    tokens, seconds = collector.take_speed()
+    assert tokens == sum(len(r.completion) for r in out)
+    assert seconds > 0
+    assert collector.take_speed() == (0, 0.0)
     # Nothing is begun beyond the run's end.
     assert collector.buffer.begun == steps
     assert collector.cursor.place == 3 * steps
