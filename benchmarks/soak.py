@@ -69,6 +69,8 @@ class Soak:
         self.driver: subprocess.Popen[bytes] | None = None
         self.step_at_start = 0
         """Steps that were done when the driver of the moment was started."""
+        self.left_before = set(left_buckets())
+        """Dead buckets of earlier runs are not this one's."""
 
     def start(self, steps: int) -> None:
         """Starts a driver: the same command every time."""
@@ -227,7 +229,7 @@ def problems(soak: Soak, steps: int) -> list[str]:
             (i for i, (a, b) in enumerate(zip(trained, wanted, strict=False)) if a != b), len(trained)
         )
         found.append(f"group {wrong} has another prompt than the cursor handed out")
-    buckets = [path.name for path in Path("/dev/shm").glob("gspo-*") if not lives(path)]
+    buckets = sorted(set(left_buckets()) - soak.left_before)
     if buckets:
         found.append(f"weight buckets are left in /dev/shm: {buckets}")
     whole = max((count for count, _, _ in soak.samples), default=0)
@@ -241,6 +243,11 @@ def problems(soak: Soak, steps: int) -> list[str]:
             if last > GROWTH * first and len(full) >= ENOUGH:
                 found.append(f"{what} grew from {first:,.0f} to {last:,.0f}")
     return found
+
+
+def left_buckets() -> list[str]:
+    """Weight buckets in /dev/shm whose writer is dead."""
+    return [path.name for path in Path("/dev/shm").glob("gspo-*") if not lives(path)]
 
 
 def lives(bucket: Path) -> bool:

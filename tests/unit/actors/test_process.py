@@ -101,8 +101,9 @@ def test_a_killed_actor_answers_no_more(ray_here, logs):
     assert group.call_all("echo", 1, timeout=60) == {"three": ("three", 1)}
     group.kill()
     group.kill()
+    # A long call: Ray kills from beside, and a short one may be answered before the signal comes.
     with pytest.raises(ProcessDied, match=r"^three died: "):
-        group.call_all("echo", 1, timeout=60)
+        group.call_all("nap", 60, timeout=90)
 
 
 def test_a_process_says_where_it_can_be_met_and_what_it_took(actors):

@@ -54,7 +54,7 @@ def test_a_torn_file_is_refused(transport):
 
 
 def test_no_room_is_an_error_with_a_way_out_not_a_crash(tmp_path):
-    shm = Path("/dev/shm") / f"gspo-test-no-room-{os.getpid()}"  # tests may run side by side
+    shm = Path("/dev/shm") / f"no-room-{os.getpid()}"  # tests may run side by side
     with pytest.raises(
         ValueError,
         match=r"no room for a weight bucket: 1073741824 MiB wanted, \d+ MiB free; lower .*bucket_mib",
