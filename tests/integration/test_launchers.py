@@ -39,6 +39,7 @@ case "$*" in
     ;;
 '-m pytest '*)
     echo "1 passed in 0.01s"
+    case "$*" in *-n*) exit "${FAKE_QUICK:-0}" ;; esac
     exit "${FAKE_PYTEST:-0}"
     ;;
 esac
@@ -130,8 +131,13 @@ def test_launchers_run_gspo_with_the_users_overrides() -> None:
         "gspo train experiment=quickstart steps=2 data.options=\\{size:\\ 3\\} \n"
     )
     assert dry("single_node.sh", "seed=1") == "gspo train cluster.address=null seed=1 \n"
-    assert dry("test.sh") == "python -m pytest -q \n"
     assert dry("test.sh", "-x", "tests/unit") == "python -m pytest -x tests/unit \n"
+    quick, slow = dry("test.sh").splitlines(keepends=True)
+    cores = min(8, len(os.sched_getaffinity(0)))
+    assert quick == f"python -m pytest -q -m not\\ slow -n {cores} --dist worksteal \n"
+    assert slow == "python -m pytest -q -m slow \n"
+    assert dry("test.sh", "quick") == quick
+    assert dry("test.sh", "slow", "-x") == "python -m pytest -q -m slow -x \n"
     assert dry("../.ci/run", "-x") == "python -m pytest -x \n"
     start = r"ray start --disable-usage-stats --block --object-store-memory \d+ "
     assert re.fullmatch(start + r"--head --port 7000 \n", dry("ray_head.sh", GSPO_RAY_PORT="7000"))
@@ -171,7 +177,7 @@ def test_first_call_installs_and_the_second_does_nothing(host: dict[str, str], t
         "check",
     ]
     again = run(clone / "launch/test.sh", env=host, cwd=Path("/"))
-    assert again.stdout == "1 passed in 0.01s\n"
+    assert again.stdout == 2 * "1 passed in 0.01s\n"
     assert again.stderr == ""
     assert len(log(host)) == 5
 
@@ -317,10 +323,15 @@ def test_an_old_python_and_a_full_disk_are_named(host: dict[str, str], tmp_path:
     assert log(host) == []
 
 
-def test_tests_end_with_pytests_own_status(host: dict[str, str], tmp_path: Path) -> None:
-    done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_PYTEST": "5"})
-    assert done.returncode == 5
-    assert done.stdout.endswith("1 passed in 0.01s\n")
+@pytest.mark.parametrize(("quick", "slow", "status"), [("0", "5", 5), ("3", "5", 3), ("3", "0", 3), ("0", "0", 0)])
+def test_tests_end_with_the_first_bad_status_and_all_run(
+    host: dict[str, str], tmp_path: Path, quick: str, slow: str, status: int
+) -> None:
+    done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_QUICK": quick, "FAKE_PYTEST": slow})
+    assert done.returncode == status
+    assert done.stdout == 2 * "1 passed in 0.01s\n"
+    one = run(tmp_path / "clone/launch/test.sh", "-k", "loop", env={**host, "FAKE_PYTEST": slow})
+    assert (one.returncode, one.stdout) == (int(slow), "1 passed in 0.01s\n")
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 8])
