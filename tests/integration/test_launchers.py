@@ -323,7 +323,9 @@ def test_an_old_python_and_a_full_disk_are_named(host: dict[str, str], tmp_path:
     assert log(host) == []
 
 
-@pytest.mark.parametrize(("quick", "slow", "status"), [("0", "5", 5), ("3", "5", 3), ("3", "0", 3), ("0", "0", 0)])
+@pytest.mark.parametrize(
+    ("quick", "slow", "status"), [("0", "5", 5), ("3", "5", 3), ("3", "0", 3), ("0", "0", 0)]
+)
 def test_tests_end_with_the_first_bad_status_and_all_run(
     host: dict[str, str], tmp_path: Path, quick: str, slow: str, status: int
 ) -> None:
