@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Usage: launch/test.sh [quick | slow | pytest arguments]
+# Usage: launch/test.sh [quick | pytest arguments]
 #
 # Makes the Python environment (minutes, once) and runs the tests; paths count from the root of the repository.
 #
-#   quick      the unit tests, a process a core (at most eight)
-#   slow       real engines, Ray and several processes, one test at a time: they share the cores already
-#   (nothing)  both, one after the other, whatever the first finds
-#   ...        pytest with these arguments; they may follow `quick` and `slow` too
+#   (nothing)  all of them: tests/architecture, unit and parity with a process a core (at most eight), then
+#              tests/integration one at a time, because each of them starts enough processes by itself
+#   quick      those that are not slow, a process a core; pytest arguments may follow
+#   ...        pytest with these arguments
 #
-# Ends with pytest's own exit status, of both runs with the first that is not 0. The tests run the real engines on the
+# Ends with pytest's own exit status, of two runs with the first that is not 0. The tests run the real engines on the
 # CPU, on a host with GPUs too, where they have an environment of their own.
 set -euo pipefail
 if [[ ${GSPO_ACCELERATOR:-cpu} != cpu ]]; then unset GSPO_VENV; fi # that one holds the other lock
@@ -18,18 +18,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 cd "$GSPO_ROOT"
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which counts OpenMP's threads where these are set
-quick=(python -m pytest -q -m "not slow" -n "$((cores < 8 ? cores : 8))" --dist worksteal)
-slow=(python -m pytest -q -m slow)
+pytest=(python -m pytest -q)
+beside=("${pytest[@]}" -n "$((cores < 8 ? cores : 8))" --dist worksteal)
 case ${1:-} in
-quick) run=("${quick[@]}" "${@:2}") ;;
-slow) run=("${slow[@]}" "${@:2}") ;;
-*) run=(python -m pytest "$@") ;;
+"")
+    status=0
+    (gspo_exec "${beside[@]}" tests/architecture tests/unit tests/parity) || status=$?
+    (gspo_exec "${pytest[@]}" tests/integration) || status=$((status ? status : $?))
+    exit $status
+    ;;
+quick) gspo_exec "${beside[@]}" -m "not slow" "${@:2}" ;;
+*) gspo_exec python -m pytest "$@" ;;
 esac
-if (($#)); then
-    gspo_exec "${run[@]}"
-    exit
-fi
-status=0
-(gspo_exec "${quick[@]}") || status=$?
-(gspo_exec "${slow[@]}") || status=$((status ? status : $?))
-exit $status

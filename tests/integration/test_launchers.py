@@ -39,7 +39,7 @@ case "$*" in
     ;;
 '-m pytest '*)
     echo "1 passed in 0.01s"
-    case "$*" in *-n*) exit "${FAKE_QUICK:-0}" ;; esac
+    case "$*" in *-n*) exit "${FAKE_BESIDE:-0}" ;; esac
     exit "${FAKE_PYTEST:-0}"
     ;;
 esac
@@ -132,12 +132,15 @@ def test_launchers_run_gspo_with_the_users_overrides() -> None:
     )
     assert dry("single_node.sh", "seed=1") == "gspo train cluster.address=null seed=1 \n"
     assert dry("test.sh", "-x", "tests/unit") == "python -m pytest -x tests/unit \n"
-    quick, slow = dry("test.sh").splitlines(keepends=True)
     cores = min(8, len(os.sched_getaffinity(0)))
-    assert quick == f"python -m pytest -q -m not\\ slow -n {cores} --dist worksteal \n"
-    assert slow == "python -m pytest -q -m slow \n"
-    assert dry("test.sh", "quick") == quick
-    assert dry("test.sh", "slow", "-x") == "python -m pytest -q -m slow -x \n"
+    beside = f"python -m pytest -q -n {cores} --dist worksteal "
+    assert dry("test.sh").splitlines() == [
+        f"{beside}tests/architecture tests/unit tests/parity ",
+        "python -m pytest -q tests/integration ",
+    ]
+    folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert set(re.findall(r"tests/(\w+)", dry("test.sh"))) == folders
+    assert dry("test.sh", "quick", "-x") == f"{beside}-m not\\ slow -x \n"
     assert dry("../.ci/run", "-x") == "python -m pytest -x \n"
     start = r"ray start --disable-usage-stats --block --object-store-memory \d+ "
     assert re.fullmatch(start + r"--head --port 7000 \n", dry("ray_head.sh", GSPO_RAY_PORT="7000"))
@@ -324,16 +327,16 @@ def test_an_old_python_and_a_full_disk_are_named(host: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("quick", "slow", "status"), [("0", "5", 5), ("3", "5", 3), ("3", "0", 3), ("0", "0", 0)]
+    ("first", "second", "status"), [("0", "5", 5), ("3", "5", 3), ("3", "0", 3), ("0", "0", 0)]
 )
 def test_tests_end_with_the_first_bad_status_and_all_run(
-    host: dict[str, str], tmp_path: Path, quick: str, slow: str, status: int
+    host: dict[str, str], tmp_path: Path, first: str, second: str, status: int
 ) -> None:
-    done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_QUICK": quick, "FAKE_PYTEST": slow})
+    done = run(tmp_path / "clone/launch/test.sh", env={**host, "FAKE_BESIDE": first, "FAKE_PYTEST": second})
     assert done.returncode == status
     assert done.stdout == 2 * "1 passed in 0.01s\n"
-    one = run(tmp_path / "clone/launch/test.sh", "-k", "loop", env={**host, "FAKE_PYTEST": slow})
-    assert (one.returncode, one.stdout) == (int(slow), "1 passed in 0.01s\n")
+    one = run(tmp_path / "clone/launch/test.sh", "-k", "loop", env={**host, "FAKE_PYTEST": second})
+    assert (one.returncode, one.stdout) == (int(second), "1 passed in 0.01s\n")
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 8])
