@@ -15,8 +15,10 @@ usage: gspo COMMAND [arguments]
                 gspo train experiment=quickstart [overrides]
   compare     arms times seeds, with a report
                 gspo compare study=gspo_vs_grpo [overrides]
-  evaluate    held-out accuracy of a model
+  evaluate    held-out accuracy of a model, or benchmarks; two results compared
                 gspo evaluate model=local model.path=DIR data=file data.heldout=FILE reward=math
+                gspo evaluate suite=aime24,livecodebench model=local model.path=DIR data.root=DATA
+                gspo evaluate --compare RESULT RESULT
   plan        what a run needs and whether it fits, before paying for GPUs
                 gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
                 gspo plan ... --kuberay > job.yaml      the same run for Kubernetes

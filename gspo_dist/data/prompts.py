@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 from gspo_dist.config import DataConfig
 from gspo_dist.data import procedural
 from gspo_dist.data.chat import render
-from gspo_dist.data.records import Record, read_file
+from gspo_dist.data.formats import SUFFIXES, is_data
+from gspo_dist.data.records import BadRows, Record, read_file
 from gspo_dist.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -109,12 +109,25 @@ def check_disjoint(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
 def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Record]:
     if procedural.is_procedural(source):
         return procedural.make(source, split, config.options, seed)
-    if Path(source).suffix not in (".jsonl", ".parquet"):
+    if not is_data(source):
         raise ValueError(
             f"data.{split} must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK: "
-            f"got {source!r}"
+            f"got {source!r}; files may also end in {', '.join(SUFFIXES)}, a folder is one of save_to_disk, "
+            "hub:NAME a data set of the hub"
         )
-    return read_file(source, config.prompt_key, config.answer_key)
+    bad = BadRows(skip=config.bad_rows == "skip")
+    records = read_file(
+        source, config.prompt_key, config.answer_key, split="train" if split == "train" else "test", bad=bad
+    )
+    if bad.skipped:
+        log.warning(
+            "%s: %d rows are left out, as they are no records: %s%s",
+            source,
+            len(bad.skipped),
+            "; ".join(bad.skipped[:NAMED]),
+            "; ..." if len(bad.skipped) > NAMED else "",
+        )
+    return records
 
 
 def _render_all(

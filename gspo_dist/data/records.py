@@ -1,13 +1,13 @@
-"""Reading questions from .jsonl and .parquet files. Every error names the file and the line (or row)."""
+"""Records from the rows of a file. Every error names the file and the line (or row)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from gspo_dist.data import schemas
+from gspo_dist.data.formats import BadRow, rows
 from gspo_dist.data.plain import plain
 
 Message = dict[str, Any]
@@ -28,98 +28,83 @@ class Record:
     """The other fields of the record."""
 
 
-def read_file(path: str, prompt_key: str, answer_key: str) -> list[Record]:
+@dataclass
+class BadRows:
+    """What is done about rows that are no records: stop at the first, or skip and count them."""
+
+    skip: bool = False
+    skipped: list[str] = field(default_factory=list)
+    """The messages of those that were skipped."""
+
+    def take(self, error: ValueError) -> None:
+        """Raises `error`, or notes it."""
+        if not self.skip:
+            raise error
+        self.skipped.append(str(error))
+
+
+def read_file(
+    path: str, prompt_key: str, answer_key: str, *, split: str = "train", bad: BadRows | None = None
+) -> list[Record]:
     """The records of a file. A key with dots reaches into nested objects ("reward_model.ground_truth").
 
-    Raises ValueError for a missing, empty or malformed file, or a record without its keys.
+    Raises ValueError for a missing, empty or malformed file, or a record without its keys (see `bad`).
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"data file must exist: {file} does not; give a .jsonl or .parquet file")
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
-    records = [_record(where, row, prompt_key, answer_key) for where, row in rows]
+    records = list(read_records(path, prompt_key, answer_key, split=split, bad=bad))
     if not records:
-        raise ValueError(f"data file must hold at least one record: {file} is empty")
+        skipped = (
+            f": all {len(bad.skipped)} rows are bad, the first: {bad.skipped[0]}"
+            if bad and bad.skipped
+            else ""
+        )
+        raise ValueError(f"data file must hold at least one record: {path} is empty{skipped}")
     return records
 
 
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_UTF8_MARK = b"\xef\xbb\xbf"
+def read_records(
+    path: str, prompt_key: str, answer_key: str, *, split: str = "train", bad: BadRows | None = None
+) -> Iterator[Record]:
+    """`read_file`, one record at a time."""
+    bad = bad or BadRows()
+    for where, row in rows(path, split):
+        try:
+            yield to_record(where, row, prompt_key, answer_key)
+        except ValueError as error:
+            bad.take(error)
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    # Bytes, not text: only so does an error of the encoding know its line.
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}:{number}"
-            if number == 1:
-                if line.startswith(_UTF16):
-                    raise ValueError(f"{file} must be UTF-8: it is UTF-16; {_convert(file, 'UTF-16')}")
-                line = line.removeprefix(_UTF8_MARK)
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where}: the line must be UTF-8: byte 0x{line[error.start]:02x} at column "
-                    f"{error.start + 1} is not; {_convert(file, 'LATIN1')}, if that is what the file is in"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}"
-                ) from error
-
-
-def _convert(file: Path, encoding: str) -> str:
-    return f"convert it: iconv -f {encoding} -t UTF-8 {file.name} > utf8.jsonl"
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            for chunk in table.iter_batches():
-                for row in chunk.to_pylist():
-                    yield f"{file}:row {number}", row
-                    number += 1
-    except (ArrowException, OSError) as error:
-        cause = " ".join(str(error).split())  # pyarrow's messages have several lines
-        raise ValueError(
-            f"{file} must be a parquet file: it cannot be read from row {number} on ({cause}); copy it "
-            "again, or give a .jsonl file"
-        ) from error
-
-
-def _lookup(where: str, row: Mapping[str, Any], key: str, option: str) -> Any:
-    if key in row:
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(f"{where}: no field {key!r}: has {sorted(row)}; set {option} to the right one")
-        value = value[part]
-    return value
-
-
-def _record(where: str, row: Any, prompt_key: str, answer_key: str) -> Record:
+def to_record(where: str, row: Any, prompt_key: str, answer_key: str) -> Record:
+    """The record that a row holds. Raises ValueError that names its place."""
+    if isinstance(row, BadRow):
+        raise row
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a record must be a JSON object: got {type(row).__name__}")
     row = {key: plain(f"{where}: {key!r}", value) for key, value in row.items()}
-    question = _lookup(where, row, prompt_key, "data.prompt_key")
-    answer = _lookup(where, row, answer_key, "data.answer_key")
+    question_at = _field(where, row, schemas.question_key(row, prompt_key), prompt_key, "data.prompt_key")
+    question = schemas.as_messages(schemas.lookup(row, question_at)[1])
+    answer_at = schemas.answer_key(row, answer_key)
+    if answer_at is None and question_at == "messages" and answer_key == schemas.DEFAULT_ANSWER:
+        question, answer = schemas.split_conversation(question)
+        answer_at = answer_key if answer is not None else None
+    else:
+        answer = schemas.lookup(row, answer_at)[1] if answer_at else None
+    answer_at = _field(where, row, answer_at, answer_key, "data.answer_key")
     if answer is None:
         raise ValueError(
-            f"{where}: the answer ({answer_key!r}) is null; a reward would have nothing to compare with"
+            f"{where}: the answer ({answer_at!r}) is null; a reward would have nothing to compare with"
         )
     if not isinstance(question, str):
-        question = _messages(where, question, prompt_key)
+        question = _messages(where, question, question_at)
     elif not question.strip():
-        raise ValueError(f"{where}: the question ({prompt_key!r}) is an empty text")
-    rest = {k: v for k, v in row.items() if k not in (prompt_key, answer_key)}
-    return Record(where, question, answer, rest)
+        raise ValueError(f"{where}: the question ({question_at!r}) is an empty text")
+    rest = {k: v for k, v in row.items() if k not in (question_at, answer_at)}
+    return Record(where, question, schemas.answer_of(answer_at, answer), rest)
+
+
+def _field(where: str, row: Mapping[str, Any], found: str | None, wanted: str, option: str) -> str:
+    if found is None:
+        raise ValueError(f"{where}: no field {wanted!r}: has {sorted(row)}; set {option} to the right one")
+    return found
 
 
 def _messages(where: str, value: Any, prompt_key: str) -> list[Message]:

@@ -51,6 +51,7 @@ MEASURED = "steps of which flips are measured (`flips.every`)"
 REPLAYED = "runs with Routing Replay"
 GUARDED = "objectives with a clip, unless `objective.guard.action=off`"
 PROBED = "steps whose weight sync is probed (`rollout.weight_sync.probe_every`)"
+SUITES = "steps with an evaluation of `evaluation.suites`"
 EVALUATED = "steps with an evaluation (`evaluation.every`, the first and the last)"
 REFERENCE = "runs with a KL term (`objective.kl_coef`)"
 AHEAD = "runs with `rollout.steps_ahead` above 0"
@@ -349,6 +350,7 @@ SECTIONS = (
     )),
     Section("Time outside the steps", "trainer/loop.py", (
         Metric("time/evaluation_s", "seconds", "The held-out evaluation after the step.", EVALUATED),
+        Metric("time/suites_s", "seconds", "What the run waited for benchmark suites.", SUITES),
         Metric("time/left_s", "seconds", "Estimate of the time to the last step."),
     )),
     Section("Speed", "trainer/step_metrics.py", (
@@ -371,6 +373,16 @@ SECTIONS = (
                "Mean length of a completion.", EVALUATED),
         Metric("eval/{suite}/truncated_fraction", "share",
                "Completions cut off at the token limit.", EVALUATED),
+        Metric("eval/at_step", "steps",
+               "Whose policy the suites of this row are of: the step before, where engines answer beside the "
+               "learner.", SUITES),
+        Metric("eval/{suite}/problems", "problems", "Problems of the suite.", SUITES),
+        Metric("eval/{suite}/elo", "rating", "CodeForces rating: mean over contests with standings.", SUITES),
+        Metric("eval/{suite}/elo_standard_error", "rating",
+               "Standard error of it over contests.", SUITES + ", with two contests or more"),
+        Metric("eval/{suite}/elo_percentile", "percent",
+               "People in the table of ratings whose rating is lower.", SUITES + ", with a table"),
+        Metric("eval/{suite}/elo_contests", "contests", "Contests that the rating is a mean of.", SUITES),
     )),
 )
 # fmt: on

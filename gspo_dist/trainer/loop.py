@@ -10,8 +10,8 @@ a step take its index, step - 1.
 
 The verbs stand here and in collect.py; their parts have modules of their own: pipeline.py (rollouts that are
 begun before their step), old_logprobs.py and guard.py (where old log-probs come from), publisher.py (the
-weight sync), step_metrics.py (what is reported), checkpointing.py, heldout.py. Everything is put together in
-setup/build.py.
+weight sync), step_metrics.py (what is reported), checkpointing.py, heldout.py, suites.py. Everything is put
+together in setup/build.py.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def run_step(run: Run, step: int) -> None:
         run.clock.restart()
         rollouts = collect(run, step)
         metrics = learn(run, rollouts, step)
+        metrics.evaluation = run.suites.finish()
         metrics.sync = publish(run, [(r.prompt, r.completion) for r in rollouts[:PROBE_SEQUENCES]])
         run.tokens_seen += sum(len(r.completion) for r in rollouts)
         metrics.speed = step_metrics.speed_metrics(
@@ -57,7 +58,8 @@ def run_step(run: Run, step: int) -> None:
         )
         metrics.pipeline = run.collector.metrics()
         if evaluation_due(run, step):
-            metrics.evaluation = evaluate(run)
+            metrics.evaluation |= evaluate(run)
+        metrics.evaluation |= run.suites.after_step(step)
         log(run, metrics, step)
         commit(run)
         if checkpoint_due(run, step):
@@ -73,8 +75,11 @@ def start(run: Run) -> None:
     spec = replace(run.sampling, n=1, record_routing=False)
     groups = run.pool.generate(run.probe_prompts, spec, range(len(run.probe_prompts)))
     publish(run, [(prompt, group[0]) for prompt, group in zip(run.probe_prompts, groups, strict=True)])
-    if run.completed_steps == 0 and run.heldout:
-        run.sinks.log(0, evaluate(run))
+    row = run.suites.start(run.completed_steps)
+    if run.completed_steps == 0:
+        row |= evaluate(run) if run.heldout else {}
+        if row:
+            run.sinks.log(0, row)
 
 
 def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
@@ -158,13 +163,14 @@ def log(run: Run, metrics: StepMetrics, step: int) -> None:
 
 @contextlib.contextmanager
 def learning(run: Run) -> Iterator[None]:
-    """While the learner works: engines on other GPUs sample on for later steps, colocated ones sleep.
+    """While the learner works: engines on other GPUs sample on for later steps or answer suites, colocated
+    ones sleep.
 
     A sleeping engine's memory is the learner's. It comes out of the block with its weights awake, which the
     publication overwrites. It wakes the rest.
     """
     if not run.config.cluster.colocated:
-        with run.collector.beside_learner():
+        with run.collector.beside_learner(), run.suites.beside_learner():
             yield
         return
     run.collector.pause()

@@ -24,6 +24,7 @@ from gspo_dist.trainer.health import Health
 from gspo_dist.trainer.old_logprobs import OldLogprobs
 from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.publisher import WeightPublisher
+from gspo_dist.trainer.suites import RunSuites
 from gspo_dist.types import Prompt, SamplingSpec
 
 
@@ -52,6 +53,8 @@ class Run:
     rewards: RewardPool
     collector: Collector
     """Samples the rollouts of every step, in the order of the prompt cursor."""
+    suites: RunSuites
+    """Benchmarks; there may be none."""
     heldout: Sequence[Prompt]
     """Prompts of the evaluation, never trained on; may be empty."""
     probe_prompts: Sequence[Prompt]

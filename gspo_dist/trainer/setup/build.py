@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import PromptSource, load_splits
+from gspo_dist.evaluation.problem import Suite
+from gspo_dist.evaluation.samplers import EngineSampler
+from gspo_dist.evaluation.tasks.table import load_suites
 from gspo_dist.metrics.wandb_sink import Mode, choose_mode
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives.objective import Objective
@@ -21,6 +24,7 @@ from gspo_dist.rewards.reward import check_answers, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.clockwork import Clockwork, Record, open_record, read_record
 from gspo_dist.trainer.collect import sampling_of
+from gspo_dist.trainer.evaluate import FOLDER, SUITE_IDS, model_setting, suite_prompts
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.health import EVENTS, Health
@@ -46,6 +50,8 @@ from gspo_dist.trainer.setup.factories import (
 )
 from gspo_dist.trainer.setup.processes import Parts, start_parts
 from gspo_dist.trainer.setup.run_folder import prepare_folder
+from gspo_dist.trainer.suites import RunSuites
+from gspo_dist.types import SamplingSpec
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Checked:
     tokenizer: Any
     train: PromptSource
     heldout: PromptSource | None
+    suites: list[Suite]
     device: str
 
     @property
@@ -94,6 +101,7 @@ def build(config: RunConfig) -> Run:
         if checked.checkpoint is None:
             (run_dir / EVENTS).unlink(missing_ok=True)
         run = assemble(checked, parts)
+        stack.callback(run.suites.close)
         if checked.checkpoint is not None:
             restore(run, checked.checkpoint)
         run.release = stack.pop_all().close
@@ -120,6 +128,9 @@ def check_run(config: RunConfig) -> Checked:
     prompts = [*train, *(heldout or ())]
     check_vocabulary(prompts, read_shape(model).vocab, model)
     check_answers(config.reward, prompts)
+    suites = load_suites(config.evaluation, config.data.root)
+    if suites:
+        suite_prompts(config, tokenizer).check(suites)
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
     name_age(config)
@@ -135,6 +146,7 @@ def check_run(config: RunConfig) -> Checked:
         tokenizer,
         train,
         heldout,
+        suites,
         device,
     )
 
@@ -167,6 +179,7 @@ def assemble(checked: Checked, parts: Parts) -> Run:
         pool=parts.pool,
         rewards=parts.rewards,
         collector=collector,
+        suites=make_suites(checked, parts, sampling),
         heldout=list(heldout or ())[: config.evaluation.prompts],
         probe_prompts=list(itertools.islice(heldout or train, PROBE_SEQUENCES)),
         objective=checked.objective,
@@ -178,6 +191,26 @@ def assemble(checked: Checked, parts: Parts) -> Run:
         health=Health(run_dir, sinks),
         sampling=sampling,
         release=lambda: None,
+    )
+
+
+def make_suites(checked: Checked, parts: Parts, sampling: SamplingSpec) -> RunSuites:
+    """The benchmarks of a run.
+
+    Engines are free beside the learner where they are processes that neither sleep nor sample ahead then.
+    """
+    config = checked.config
+    spec = replace(sampling, seed=config.seed + 1)
+    prompts = suite_prompts(config, checked.tokenizer)
+    free = parts.pool.runs_beside and not config.cluster.colocated and not config.rollout.steps_ahead
+    return RunSuites(
+        checked.suites,
+        EngineSampler(parts.pool, prompts, spec, name=checked.model, first_id=SUITE_IDS),
+        checked.run_dir / FOLDER,
+        model_setting(config, checked.model),
+        every=config.evaluation.every,
+        steps=config.steps,
+        beside=free,
     )
 
 

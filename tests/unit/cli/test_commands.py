@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,44 @@ def test_evaluate_prints_a_line_per_metric_in_order(monkeypatch, capsys):
         ["eval/b", "0.2500"],
     ]
     assert seen == [3]
+
+
+def test_suites_are_named_without_a_sweep_and_shown_as_a_table(monkeypatch, tmp_path, capsys):
+    from gspo_dist.evaluation.bench import SuiteResult
+    from gspo_dist.trainer import evaluate
+
+    seen = []
+    numbers = {"problems": 30.0, "avg@32": 0.25, "pass@32": 0.5, "truncated_fraction": 0.125}
+
+    def evaluated(config, tell) -> list[SuiteResult]:
+        seen.append((config.evaluation.suites, config.data.root, config.evaluation.options))
+        tell("aime24: 5 of 960 samples graded")
+        return [SuiteResult("aime24", numbers, {}, ("file x.jsonl",), {"samples": 32}, ())]
+
+    monkeypatch.setattr(evaluate, "evaluate_suites", evaluated)
+    main(["evaluate", "suite=aime24,gsm8k", "data.root=/d", "+evaluation.options.all.samples=32"])
+    assert seen == [(["aime24", "gsm8k"], "/d", {"all": {"samples": 32}})]
+    progress, head, row, note, where = capsys.readouterr().out.splitlines()
+    assert progress == "aime24: 5 of 960 samples graded"
+    assert head.split()[:2] == ["suite", "problems"]
+    assert row.split() == ["aime24", "30", "@32", "0.250", "-", "0.500", "12.5%"]
+    assert note == "aime24: file x.jsonl"
+    assert where.startswith("results      runs/default/evaluation/SUITE/")
+
+
+def test_two_results_are_compared(tmp_path, capsys):
+    for name, right in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        samples = [{"problem": f"p{i}", "correct": i <= right} for i in range(4)]
+        (tmp_path / name / "result.json").write_text(json.dumps({"suite": "gsm8k", "samples": samples}))
+    main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert "gsm8k" in out
+    assert "+0.2500 [-0.5456, +1.0456]" in out  # 1/4 +- 3.182 x 1/4
+    assert "better 1, worse 0" in out
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "none")])
+    assert stop.value.code == 2
 
 
 def test_export_takes_the_run_and_the_folder(monkeypatch, capsys, tmp_path: Path):

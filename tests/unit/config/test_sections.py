@@ -73,6 +73,9 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "evaluation.prompts": [(1, 0, "at least 1")],
     "evaluation.samples": [(1, 0, "at least 1")],
     "evaluation.temperature": [(0.0, -1e-9, "at least 0")],
+    "evaluation.endpoint_concurrency": [(1, 0, "at least 1")],
+    "evaluation.suites": [(["aime24", "gsm8k"], ["aime24", "aime24"], "suites without repeats")],
+    "evaluation.endpoint": [("http://h/v1", "h:8000", "an address that begins with http")],
     "evaluation.top_p": [(1.0, 1.001, "in (0, 1]"), (1e-9, 0.0, "in (0, 1]")],
     "flips.every": [(0, -1, "at least 0")],
     "flips.sequences": [(1, 0, "at least 1")],
@@ -80,6 +83,7 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "plan.gpus_per_node": [(1, 0, "at least 1"), (None, -8, "at least 1")],
 }
 CHOICES = {
+    "data.bad_rows": ["stop", "skip"],
     "model.recipe": ["quickstart", "peer"],
     "learner.backend": ["eager", "deepspeed", "megatron"],
     "learner.precision": ["fp32", "bf16"],

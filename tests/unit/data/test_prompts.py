@@ -108,12 +108,21 @@ def test_repeated_prompts_are_left_out_and_counted(write, plain):
     assert source.duplicates == 2
 
 
-@pytest.mark.parametrize("name", ["data.csv", "arithmatic", "reasoning"])
+@pytest.mark.parametrize("name", ["data.txt", "arithmatic", "reasoning"])
 def test_unknown_sources_are_refused(plain, name):
     with pytest.raises(
         ValueError, match=r"must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK"
     ):
         load(name, plain)
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_and_said(write, plain, caplog):
+    path = write({"prompt": "a", "answer": 1}, {"prompt": "b"}, {"prompt": "c", "answer": 3})
+    with pytest.raises(ValueError, match=":2: no field 'answer'"):
+        load(path, plain)
+    assert [p.text for p in load(path, plain, bad_rows="skip")] == ["a", "c"]
+    assert "1 rows are left out, as they are no records" in caplog.text
+    assert ":2: no field 'answer'" in caplog.text
 
 
 def test_a_missing_file_is_named(plain, tmp_path):

@@ -39,6 +39,7 @@ def test_a_start_samples_one_completion_per_probe_prompt_without_routes_and_publ
             publisher=SimpleNamespace(publish=published.append),
             clock=StepClock(),
             completed_steps=2,
+            suites=SimpleNamespace(start=lambda completed: {}),
             heldout=[first.prompt],
         )
     )

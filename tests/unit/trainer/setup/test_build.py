@@ -29,7 +29,7 @@ def started(monkeypatch) -> list[str]:
 
     def start(*told) -> Parts:
         said.append("started")
-        pool, rewards = SimpleNamespace(), SimpleNamespace()
+        pool, rewards = SimpleNamespace(runs_beside=False), SimpleNamespace()
         return Parts(BookLearner(), pool, rewards, info(), lambda: said.append("ended"))
 
     monkeypatch.setattr(module, "start_parts", start)

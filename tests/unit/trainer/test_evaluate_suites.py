@@ -1,0 +1,113 @@
+"""`gspo evaluate suite=...` without the command line: an endpoint, a model's engines, what it leaves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gspo_dist.config import DataConfig, EvaluationConfig, LoggerConfig, RunConfig, WandbConfig
+from gspo_dist.rollout.reference import ReferenceEngine
+from gspo_dist.trainer import evaluate
+from gspo_dist.trainer.evaluate import evaluate_suites, weights_of
+from tests.unit.evaluation.small import write_jsonl
+from tests.unit.evaluation.test_samplers import server  # noqa: F401 (a fixture)
+from tests.unit.trainer.small import config as small_config
+
+
+def config(tmp_path, url=None, **options) -> RunConfig:
+    file = write_jsonl(tmp_path / "own.jsonl", [{"problem": w, "answer": w} for w in ("a", "b", "c")])
+    return RunConfig(
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(root=str(tmp_path)),
+        logger=LoggerConfig(wandb=WandbConfig(mode="off")),
+        evaluation=EvaluationConfig(
+            suites=("own",),
+            endpoint=url,
+            options={"own": {"file": str(file), "reward": "exact_match", "samples": 2, **options}},
+        ),
+    )
+
+
+def test_an_endpoint_is_graded_and_asked_once(tmp_path, server):  # noqa: F811
+    (result,) = evaluate_suites(config(tmp_path, server["url"]))
+    assert result.metrics["avg@2"] == 1.0  # the server says what it is asked
+    assert result.setting["model"] == f"default at {server['url'].rstrip('/')}"
+    asked = len(server["seen"])
+    (again,) = evaluate_suites(config(tmp_path, server["url"]))
+    assert len(server["seen"]) == asked == 6
+    assert again.metrics == result.metrics
+    wrong = config(tmp_path, server["url"], instruction="!")
+    with pytest.raises(ValueError, match="temperature"):
+        evaluate_suites(config(tmp_path, server["url"], temperature=0.7))
+    (other,) = evaluate_suites(replace(wrong, run_dir=str(tmp_path / "other")))
+    assert other.metrics["avg@2"] == 0.0
+
+
+def test_wandb_gets_figures_and_failures_in_one_run(tmp_path, server, monkeypatch):  # noqa: F811
+    told = []
+
+    class Sink:
+        def samples(self, step, rows):
+            told.append(("samples", step, rows))
+
+        def log(self, step, row):
+            told.append(("log", step, row))
+
+        def close(self, summary):
+            told.append(("close",))
+
+    identities = []
+
+    def opened(mode, wandb, folder, run_config, identity):
+        identities.append(identity)
+        return Sink()
+
+    monkeypatch.setattr(evaluate, "choose_mode", lambda wandb: "offline")
+    monkeypatch.setattr(evaluate, "open_wandb", opened)
+    wrong = config(tmp_path, server["url"], instruction="!")
+    evaluate_suites(wrong)
+    evaluate_suites(wrong)
+    assert identities[0] == identities[1]
+    kind, step, rows = told[0]
+    assert (kind, step, len(rows)) == ("samples", 0, 6)
+    assert {row["why"] for row in rows} == {"wrong"}
+    assert told[1][2]["eval/own/avg@2"] == 0.0
+    assert told[2] == ("close",)
+
+
+def test_another_model_in_the_same_place_is_not_this_one(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = weights_of(tmp_path)
+    assert before[0][:2] == ["model.safetensors", 1]
+    (tmp_path / "model.safetensors").write_bytes(b"22")
+    assert weights_of(tmp_path) != before
+
+
+@pytest.mark.slow
+def test_a_models_engine_answers_the_same_after_an_interruption(model, reward_file, tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "own.jsonl", [{"problem": f"{i}+1=", "answer": "1"} for i in range(3)])
+    chosen = small_config(
+        model,
+        reward_file,
+        tmp_path / "run",
+        "evaluation.suites=[own]",
+        f"+evaluation.options.own={{file: {file}, reward: exact_match, samples: 2, temperature: 1.0}}",
+    )
+    (whole,) = evaluate_suites(chosen)
+    texts = [sample["completion"] for sample in whole.samples]
+    assert len(set(texts)) > 3
+    path = tmp_path / "run/evaluation/own/samples.jsonl"
+    kept = path.read_text().splitlines()[:2]
+    path.write_text("\n".join(kept) + "\n")
+    seen = []
+    submit = ReferenceEngine.submit
+    monkeypatch.setattr(
+        ReferenceEngine, "submit", lambda self, work: (seen.append(len(work)), submit(self, work))[1]
+    )
+    (again,) = evaluate_suites(chosen)
+    assert seen == [4]
+    assert [sample["completion"] for sample in again.samples] == texts
+    result = json.loads((tmp_path / "run/evaluation/own/result.json").read_text())
+    assert result["setting"]["weights"] == weights_of(model)

@@ -1,0 +1,143 @@
+"""Suites inside a run: when, of whose policy, beside what, and what a failure costs."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from gspo_dist.metrics.jsonl import read_jsonl
+from gspo_dist.metrics.names import metric_of
+from gspo_dist.trainer.suites import RunSuites
+from tests.unit.evaluation.small import Table, suite, write_jsonl
+from tests.unit.trainer.small import config, go
+
+RIGHT = {(f"p{i}", j): "1" for i in range(3) for j in range(2)}
+
+
+def of(folder, sampler=None, *, beside=False, every=2, steps=5, suites=None):
+    chosen = [suite()] if suites is None else suites
+    sampler = sampler or Table(RIGHT)
+    return RunSuites(chosen, sampler, folder, {"model": "m"}, every=every, steps=steps, beside=beside)
+
+
+@pytest.mark.parametrize(("every", "due"), [(2, [0, 2, 4, 5]), (0, [0, 5]), (5, [0, 5])])
+def test_suites_are_due_at_the_start_on_the_schedule_and_at_the_end(tmp_path, every, due):
+    assert [step for step in range(6) if of(tmp_path, every=every).due(step)] == due
+    assert not of(tmp_path, suites=[]).due(0)
+
+
+def test_where_engines_are_not_free_the_run_waits_and_the_row_is_the_steps_own(tmp_path):
+    run = of(tmp_path)
+    assert run.after_step(1) == {}
+    row = run.after_step(2)
+    assert (row["eval/own/avg@2"], row["eval/at_step"]) == (1.0, 2.0)
+    assert 0.0 < row["time/suites_s"] < 60.0
+    assert json.loads((tmp_path / "step_000002/own/setting.json").read_text())["step"] == 2
+    assert run.finish() == {}  # given once
+    with run.beside_learner():
+        assert threading.active_count() == threading.active_count()
+    assert all(metric_of(key) for key in row)
+
+
+class Slow(Table):
+    """Tells when it was asked."""
+
+    def answers(self, suite, asks):
+        for answers in super().answers(suite, asks):
+            time.sleep(0.02)
+            yield answers
+
+
+def test_free_engines_answer_beside_the_learner_and_the_rest_before_the_publication(tmp_path):
+    sampler = Slow(RIGHT)
+    run = of(tmp_path, sampler, beside=True)
+    assert run.after_step(2) == {}
+    assert sampler.asked == []  # the collect of step 3 has the engines for itself
+    with run.beside_learner():
+        time.sleep(0.07)
+    beside = len(sampler.asked)
+    assert 1 <= beside < 6
+    row = run.finish()
+    assert len(sampler.asked) == 6
+    assert (row["eval/own/avg@2"], row["eval/at_step"]) == (1.0, 2.0)
+
+
+def test_a_learner_that_takes_longer_waits_for_nothing(tmp_path):
+    sampler = Slow(RIGHT)
+    run = of(tmp_path, sampler, beside=True)
+    run.after_step(4)
+    with run.beside_learner():
+        time.sleep(0.6)
+    assert len(sampler.asked) == 6
+    assert run.finish()["time/suites_s"] < 0.1
+
+
+def test_the_last_step_is_waited_for(tmp_path):
+    assert of(tmp_path, beside=True).after_step(5)["eval/at_step"] == 5.0
+
+
+def test_what_fails_ends_the_evaluation_and_not_the_run(tmp_path, caplog):
+    run = of(tmp_path, Table(RIGHT, breaks_after=2))
+    assert run.after_step(2) == {}
+    assert "goes on without the suites of step 2: RuntimeError: the power is gone" in caplog.text
+    run.sampler = Table(RIGHT)
+    assert run.after_step(4)["eval/own/avg@2"] == 1.0
+
+
+def test_a_run_that_goes_on_takes_up_what_was_interrupted_and_forgets_later_steps(tmp_path):
+    first = of(tmp_path, Table(RIGHT, breaks_after=4), beside=True)
+    first.after_step(2)
+    with first.beside_learner():
+        time.sleep(0.3)
+    of(tmp_path).after_step(4)
+    graded = len((tmp_path / "step_000002/own/samples.jsonl").read_text().splitlines())
+    again = of(tmp_path, beside=True)
+    assert again.start(2) == {}
+    assert not (tmp_path / "step_000004").exists()
+    row = again.finish()
+    assert row["eval/at_step"] == 2.0
+    assert len(again.sampler.asked) == 6 - graded
+    third = of(tmp_path, beside=True)
+    third.start(2)
+    assert third.finish() == {}  # it is whole
+
+
+def test_a_run_that_begins_forgets_an_earlier_one(tmp_path):
+    of(tmp_path).start(0)
+    fresh = of(tmp_path)
+    assert fresh.start(0)["eval/at_step"] == 0.0
+    assert len(fresh.sampler.asked) == 6
+
+
+def test_graders_are_closed_with_the_run(tmp_path):
+    run = of(tmp_path)
+    run.close()
+    assert run.suites[0].grader.closed == 1
+
+
+@pytest.mark.slow
+def test_a_whole_run_evaluates_its_suites(model, reward_file, tmp_path):
+    file = write_jsonl(
+        tmp_path / "own.jsonl", [{"problem": f"{i}+1=", "answer": str(i + 1)} for i in range(3)]
+    )
+    chosen = [
+        "evaluation.suites=[own]",
+        "evaluation.every=2",
+        f"+evaluation.options.own={{file: {file}, reward: exact_match, samples: 2, temperature: 1.0}}",
+    ]
+    go(config(model, reward_file, tmp_path / "run", *chosen))
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [row["eval/at_step"] for row in rows if "eval/at_step" in row] == [0.0, 2.0, 3.0]
+    assert [row["step"] for row in rows if "eval/own/avg@2" in row] == [0, 2, 3]
+    result = json.loads((tmp_path / "run/evaluation/step_000002/own/result.json").read_text())
+    assert len(result["samples"]) == 6
+    assert {sample["tokens"] > 0 for sample in result["samples"]} == {True}
+    texts = {
+        step: [s["completion"] for s in json.loads(path.read_text())["samples"]]
+        for step in (0, 3)
+        for path in [tmp_path / f"run/evaluation/step_{step:06d}/own/result.json"]
+    }
+    assert texts[0] != texts[3]  # another policy
