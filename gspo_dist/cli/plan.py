@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +30,10 @@ IMAGE = "gspo:gpu"
 SHM_GPU_GIB, SHM_CPU_GIB = 64, 2
 """Size of /dev/shm (launch/README.md, section 1)."""
 KUBERAY_NOTES = """\
-# Made by `gspo plan --kuberay`. It needs KubeRay 1.5.1 or later, and a volume claim gspo-shared with many
-# writers (ReadWriteMany), in which relative paths lie. On several hosts, add the resource of your RDMA device
-# plug-in to the requests and limits of both pods: without it NCCL uses TCP.
+# Made by: {command}
+# It needs KubeRay 1.5.1 or later, and a volume claim gspo-shared with many writers (ReadWriteMany), in which
+# relative paths lie. On several hosts, add the resource of your RDMA device plug-in to the requests and limits
+# of both pods: without it NCCL uses TCP.
 """
 
 
@@ -83,7 +85,8 @@ def kuberay_text(config: RunConfig, overrides: Sequence[str], image: str) -> str
         memory_gib=-(-result.host.total // GIB),
         shm_gib=SHM_GPU_GIB if gpus else SHM_CPU_GIB,
     )
-    return KUBERAY_NOTES + yaml.safe_dump(manifest, sort_keys=False, width=1000).rstrip()
+    notes = KUBERAY_NOTES.format(command=shlex.join(["gspo", "plan", *overrides, f"--kuberay={image}"]))
+    return notes + yaml.safe_dump(manifest, sort_keys=False, width=1000).rstrip()
 
 
 def planned(config: RunConfig) -> Plan:

@@ -15,6 +15,7 @@ from gspo_dist.cli.compose import run_config
 from gspo_dist.cli.plan import kuberay_text, main, planned
 from gspo_dist.planner.kuberay import job_name
 
+ROOT = Path(__file__).resolve().parents[3]
 SCHEMA = json.loads((Path(__file__).parent / "kuberay_rayjob.json").read_text())
 LARGE = ["experiment=qwen3_30b_a3b/gspo", "model.path=/shared/model", "run_dir=runs/My_Run"]
 
@@ -105,3 +106,19 @@ def test_the_schema_refuses_a_field_that_kubernetes_would_drop(path) -> None:
     part["notAField"] = "x"
     with pytest.raises(jsonschema.ValidationError, match="notAField"):
         jsonschema.validate(wrong, SCHEMA)
+
+
+def test_the_manifest_in_launch_is_what_its_command_prints(capsys, monkeypatch) -> None:
+    """Its first line names the command. Made again by that command, with its output as the file."""
+    path = ROOT / "launch/kuberay_qwen3_30b_a3b_4x8.yaml"
+    text = path.read_text()
+    gspo, plan, *words = shlex.split(text.splitlines()[0].removeprefix("# Made by: "))
+    assert (gspo, plan) == ("gspo", "plan")
+    monkeypatch.setattr("sys.argv", ["gspo"])
+    main(words)
+    assert capsys.readouterr().out == text
+    made = yaml.safe_load(text)
+    jsonschema.validate(made, SCHEMA)
+    cluster = made["spec"]["rayClusterSpec"]
+    assert cluster["workerGroupSpecs"][0]["replicas"] == 3
+    assert "layout=qwen3_30b_a3b_4x8" in made["spec"]["entrypoint"]
