@@ -32,8 +32,8 @@ SHM_GPU_GIB, SHM_CPU_GIB = 64, 2
 KUBERAY_NOTES = """\
 # Made by: {command}
 # It needs KubeRay 1.5.1 or later, and a volume claim gspo-shared with many writers (ReadWriteMany), in which
-# relative paths lie. On several hosts, add the resource of your RDMA device plug-in to the requests and limits
-# of both pods: without it NCCL uses TCP.
+# relative paths lie. On several hosts, add the resource of your RDMA device plug-in to the requests and
+# limits of both pods: without it NCCL uses TCP.
 """
 
 
