@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from gspo_dist.cli import findings
@@ -136,10 +137,17 @@ def test_the_wandb_key_is_noticed_and_never_shown(tmp_path: Path) -> None:
     assert findings.check_wandb(None, {}, netrc).status == "missing"
 
 
-def test_the_gpu_image_pins_what_the_doctor_asks_for() -> None:
+def test_the_gpu_image_has_what_the_doctor_asks_for() -> None:
     image = (Path(__file__).parents[3] / "docker" / "Dockerfile.gpu").read_text()
     assert f'"flash-attn=={FLASH_ATTN}"' in image
     assert f'"transformer-engine[core_cu13,pytorch]{TRANSFORMER_ENGINE}"' in image
+    installed = re.search(r"apt-get install (.*?)&&", image, re.DOTALL)[1].split()
+    remedy = findings.check_rdma(["mlx5_0"], ["librdmacm.so.1"], gpus=True).remedy
+    libraries = re.search(r"Ubuntu: (.*)\)", remedy)[1].split()
+    assert "librdmacm1" in libraries
+    assert {*libraries, "g++", "python3.12-dev"} <= {*installed}  # a compiler and Python.h are Triton's
+    size = re.search(r"--shm-size=\w+", findings.check_shm(16 * GIB, gpus=True).remedy)[0]
+    assert f"--gpus all {size} --ulimit memlock=-1" in image
 
 
 def test_triton_needs_a_c_compiler_and_pythons_headers_on_gpus_only(tmp_path: Path) -> None:
