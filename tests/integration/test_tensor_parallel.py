@@ -26,6 +26,8 @@ def test_an_engine_of_two_workers_from_start_to_end(tmp_path: Path) -> None:
     assert seen["gap"] < 1e-5
     assert seen["moved"] > 0.1
     assert seen["gap after a sync"] < 1e-5
+    # vLLM itself says "cancelled".
+    assert "engine-0 lost one of its 2 tensor-parallel workers" in seen["says of a worker that was killed"]
     # No name while it runs means none after any end, also after a kill.
     assert seen["names while it runs"] == []
     assert (seen["names after its end"], seen["processes after its end"]) == ([], 0)

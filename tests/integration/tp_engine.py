@@ -38,10 +38,10 @@ def names() -> list[str]:
     return sorted(name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "vllm_")))
 
 
-def workers() -> int:
+def workers() -> list[psutil.Process]:
     """vLLM's worker processes on this host."""
-    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
-    return sum("VLLM::Worker" in command for command in commands)
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if "VLLM::Worker" in " ".join(process.info["cmdline"] or ())]
 
 
 def publish(model: torch.nn.Module, handle: Any) -> None:
@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}
     pool = RayRolloutPool(CONFIG, make, [{"num_cpus": 0, "runtime_env": environment}], folder / "logs")
     seen: dict[str, Any] = {"workers": pool.start().workers, "names while it runs": names()}
-    seen["processes"] = workers()
+    seen["processes"] = len(workers())
 
     def gap() -> float:
         (ours,) = pool.logprobs_of(IDS, timeout=60)["engine-0"]
@@ -80,9 +80,15 @@ def main(folder: Path) -> None:
     seen["moved"] = gap()
     publish(model, pool.engines["engine-0"])
     seen["gap after a sync"] = gap()
+    running = workers()
+    running[-1].kill()
+    try:
+        ray.get(pool.engines["engine-0"].logprobs_of.remote(IDS))
+    except ray.exceptions.RayTaskError as error:
+        seen["says of a worker that was killed"] = str(error.cause)
     pool.close()
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=3)
-    seen["names after its end"], seen["processes after its end"] = names(), workers()
+    psutil.wait_procs(running, timeout=5)
+    seen["names after its end"], seen["processes after its end"] = names(), len(workers())
     (folder / "seen.json").write_text(json.dumps(seen))
 
 

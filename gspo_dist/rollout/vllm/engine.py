@@ -27,6 +27,7 @@ from gspo_dist.rollout.vllm.flights import Flights
 from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.rollout.vllm.shared_memory import unname
+from gspo_dist.rollout.vllm.workers import names_lost_workers
 from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.folder import ModelFolder
@@ -263,6 +264,7 @@ class VllmEngine:
         check_work(self._info, work, self.flights.keys)
         self.flights.submit(work)
 
+    @names_lost_workers
     def advance(self, ticks: int | None = None, seconds: float | None = None) -> Progress:
         """A tick is one step of vLLM's scheduler: prefills and decodes together."""
         self._require_usable()
@@ -281,6 +283,7 @@ class VllmEngine:
         self._require_idle("generate")
         return generate(self, prompts, spec, request_ids)
 
+    @names_lost_workers
     def logprobs_of(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         self._require_idle("logprobs_of")
         check_sequences(self._info, sequences)
@@ -302,11 +305,13 @@ class VllmEngine:
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
         self.llm.init_weight_transfer_engine({"init_info": dict(init_info)})
 
+    @names_lost_workers
     def start_weight_update(self) -> None:
         self._require_idle("start_weight_update")
         self.llm.start_weight_update()
         self._updating, self._arrived = True, set()
 
+    @names_lost_workers
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         if not self._updating:
             raise WeightSyncError(
@@ -322,6 +327,7 @@ class VllmEngine:
             self._broken = repr(e)
             raise
 
+    @names_lost_workers
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
         if not self._updating or self._broken is not None:
             raise WeightSyncError(
