@@ -27,6 +27,8 @@ from gspo_dist.weights.verify import WeightSyncError
 
 POLL_S = 0.0005
 """Seconds between two looks at a broadcast on a GPU."""
+EXIT_S = 5.0
+"""Longest that the end of a process waits for a gloo group whose last broadcast is under way."""
 
 
 class TransferFailed(WeightSyncError):
@@ -186,17 +188,28 @@ class GlooGroup:
     def close(self) -> None:
         kept, self.group = [self.group], None
         # torch 2.13 waits for an unfinished broadcast when it destroys a group, up to its timeout. A thread
-        # waits there. It is not used without need: an exit that overtakes it would abort the process.
+        # waits there, and the end of the process for the thread: overtaken by it, gloo aborts the process.
         if self.last is None or self.last.done():
             kept.clear()
         else:
-            threading.Thread(target=kept.clear, daemon=True, name="gloo-close").start()
+            _closing.append(threading.Thread(target=kept.clear, daemon=True, name="gloo-close"))
+            _closing[-1].start()
+
+
+_closing: list[threading.Thread] = []
 
 
 def _leave(group: weakref.ref[GlooGroup]) -> None:
     left = group()
-    if left is not None and (left.last is None or left.last.done()):
+    if left is not None and left.group is not None:
         left.close()
+
+
+@atexit.register  # runs after every _leave: the last one registered comes first
+def _wait_for_closing() -> None:
+    deadline = time.monotonic() + EXIT_S
+    for thread in _closing:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class GlooBroadcast:

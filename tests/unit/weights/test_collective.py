@@ -333,3 +333,34 @@ def test_a_process_with_a_group_ends_in_order(how) -> None:
     """torch 2.13's gloo group aborts the process when it lives at exit, or is destroyed by a thread then."""
     done = subprocess.run([sys.executable, "-c", EXIT, how], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+SEND_AND_END = """
+import sys
+import torch
+from gspo_dist.weights.group import Meeting, join, open_store
+store = open_store("127.0.0.1", 30.0)
+print(store.port, flush=True)
+group = join(Meeting("gloo", "127.0.0.1", store.port, 2, 30.0), 0, store)
+under_way = group.broadcast(torch.ones(1 << 26, dtype=torch.uint8))  # more than a connection's buffers hold
+assert not under_way.done()
+if "close" in sys.argv:
+    group.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["close", "leave it open"])
+def test_the_end_of_a_process_waits_for_the_broadcast_under_way(how) -> None:
+    command = [sys.executable, "-c", SEND_AND_END, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sender:
+        assert sender.stdout is not None
+        assert sender.stderr is not None
+        group = groups.join(Meeting("gloo", HERE, int(sender.stdout.readline()), 2, 30.0), 1)
+        time.sleep(1.0)
+        assert sender.poll() is None
+        taken = torch.zeros(1 << 26, dtype=torch.uint8)
+        group.broadcast(taken).wait(30.0)
+        assert sender.wait(30) == 0, sender.stderr.read()
+        assert bool(taken.all())
+        group.close()
