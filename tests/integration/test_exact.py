@@ -77,7 +77,6 @@ def train(tmp_path, model):
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param([*IN_PROCESS, "rollout.temperature=0.7"], id="eager, fp32, tempered"),
         # With 3 sequences at once vLLM would take a kernel for few rows, which rounds otherwise (AMX hosts).
         pytest.param([*IN_PROCESS, *BF16, "rollout.max_num_seqs=3"], id="eager, bf16, few rows"),
         pytest.param(
@@ -99,6 +98,23 @@ def test_engine_and_learner_give_every_token_the_same_log_prob(train, overrides)
         assert row["guard/offset"] == 0.0
         assert row["sync/probe_max_abs"] == 0.0
     assert rows[1]["learner/grad_norm"] > 0
+
+
+def test_so_does_a_run_that_samples_ahead_wherever_versions_agree(train):
+    """fp32, tempered. The third step's completions are cut by a weight update in their middle.
+
+    What they have of the newer version was sampled after a prefill of the older one's tokens.
+    """
+    ahead = ["rollout.steps_ahead=1", "rollout.ticks_per_step=10", "rollout.temperature=0.7", "steps=3"]
+    first, second, third = train(*IN_PROCESS, *ahead)
+    for row in (first, second, third):
+        assert row["guard/offset"] == 0.0
+        assert row["sync/probe_max_abs"] == 0.0
+    assert first["mismatch/abs_log_ratio_max"] == third["mismatch/abs_log_ratio_max"] == 0.0
+    assert second["staleness/token_fraction"] == 1.0
+    assert 0.3 < third["staleness/token_fraction"] < 0.7
+    assert third["rollout/versions_per_completion"] > 1.5
+    assert third["staleness/log_ratio_std"] > 0
 
 
 def test_an_audit_names_the_first_operator_that_parts_engine_and_learner(tmp_path):
