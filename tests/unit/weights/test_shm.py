@@ -29,6 +29,15 @@ def test_the_source_may_change_while_a_bucket_flies(transport):
     transport.release(staged)
 
 
+def test_a_copy_that_went_wrong_has_another_checksum_than_was_sent(transport, monkeypatch):
+    """Sums are of what the learner holds, so the engine, which sums what it reads, refuses a torn copy."""
+    monkeypatch.setattr(shm.BucketLayout, "fill", lambda layout, buffer, bucket: buffer.zero_())
+    staged = transport.stage([("w", torch.ones(4))])
+    [(_, read)] = map_bucket(staged.update_info)
+    assert staged.checksums["w"] == host_checksum(torch.ones(4)) != host_checksum(read)
+    transport.release(staged)
+
+
 def test_a_mapping_outlives_its_file(transport):
     staged = transport.stage([("w", torch.arange(5.0))])
     [(_, mapped)] = map_bucket(staged.update_info)
