@@ -21,6 +21,9 @@ from gspo_dist.types import LogprobOutput, PackedBatch, Rollout
 MicroBatches: TypeAlias = Sequence[Sequence[PackedBatch]]
 """`micro_batches[replica][i]`: what each data-parallel replica computes, one forward pass per micro-batch."""
 
+Advantage: TypeAlias = float | np.ndarray
+"""Of one rollout: a number for all of its tokens, or [N] with one for each token of the completion."""
+
 ORDER_STREAM = 0x9ACC
 """Keeps the draws that shuffle groups apart from every other use of the run's seed and step."""
 
@@ -74,6 +77,7 @@ class MiniBatch:
                     batch.with_(
                         old_logprobs=output.logprobs,
                         routing=output.routing if keep_routing else batch.routing,
+                        old_router=output.router,
                     )
                     for batch, output in zip(batches, outs, strict=True)
                 ]
@@ -153,7 +157,7 @@ def balanced_bins(lengths: Sequence[int], replicas: int, budget: int) -> list[li
 
 
 def pack_sequences(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], index: Sequence[int]
+    rollouts: Sequence[Rollout], advantages: Sequence[Advantage], index: Sequence[int]
 ) -> PackedBatch:
     """Lays `rollouts[i] for i in index` end to end, with each one's advantage on its tokens;
     no routing traces.
@@ -175,11 +179,14 @@ def pack_sequences(
     mask = np.zeros(total, np.bool_)
     engine = np.zeros(total, np.float32)
     versions = np.full(total, NO_VERSION, np.int32)
-    advantage = np.repeat(np.asarray([advantages[i] for i in index], np.float32), lengths)
-    for rollout, start, stop in zip(chosen, cu[:-1], cu[1:], strict=True):
+    advantage = np.zeros(total, np.float32)
+    own = [advantages[i] for i in index]
+    for rollout, given, start, stop in zip(chosen, own, cu[:-1], cu[1:], strict=True):
         completion = rollout.completion
         answer = start + len(rollout.prompt.token_ids)
         tokens[start:answer] = rollout.prompt.token_ids
+        # One number is laid on the prompt too, where nothing reads it.
+        advantage[answer if isinstance(given, np.ndarray) else start : stop] = given
         tokens[answer:stop] = completion.token_ids
         mask[answer:stop] = completion.loss_mask
         engine[answer:stop] = np.where(completion.loss_mask, completion.logprobs, 0.0)
@@ -232,7 +239,7 @@ def masked_copy(batch: PackedBatch) -> PackedBatch:
 
 def pack(
     rollouts: Sequence[Rollout],
-    advantages: Sequence[float],
+    advantages: Sequence[Advantage],
     *,
     replicas: int,
     token_budget: int,
@@ -240,7 +247,8 @@ def pack(
     max_completion_length: int,
     seed: Sequence[int],
 ) -> list[MiniBatch]:
-    """The mini-batches of one rollout batch. `advantages`: one number per rollout.
+    """The mini-batches of one rollout batch. `advantages`: of each rollout one number, or one per token of
+    its completion.
 
     `seed` (numbers, for example the run's seed and the step's index) fixes the order of the groups. Routing
     traces stay with the rollouts; `MiniBatch.with_traces` attaches them for the time of their use.
@@ -265,7 +273,7 @@ def pack(
 
 def _mini_batch(
     rollouts: Sequence[Rollout],
-    advantages: Sequence[float],
+    advantages: Sequence[Advantage],
     members: Sequence[int],
     replicas: int,
     token_budget: int,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gspo_dist.routing.scores import RouterScores
 from gspo_dist.routing.trace import RoutingTrace
 
 
@@ -158,6 +159,8 @@ class PackedBatch:
     it (a prompt's tokens, a tool's). None where nobody recorded them."""
     routing: RoutingTrace | None = None
     """Expert ids by input token. Where they are present, the learner replays them."""
+    old_router: RouterScores | None = None
+    """What the old policy's routers thought of its experts, by input token (objective rspo)."""
 
     @property
     def num_tokens(self) -> int:
@@ -194,6 +197,8 @@ class LogprobOutput:
     """[T] float32, of the same next-token distributions."""
     routing: RoutingTrace | None = None
     """The expert ids that this pass used, where it was asked to record them."""
+    router: RouterScores | None = None
+    """What its routers thought of them, where it was asked to record that."""
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,12 @@ class RayLearnerGroup:
         return self.actors.gather(refs, self.config.timeout_s)
 
     def logprobs(
-        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
+        self,
+        micro_batches: MicroBatches,
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[list[LogprobOutput]]:
         # The ranks of a replica would all give the same answer, and routes (R2) are gigabytes: one is asked.
         first: dict[int, str] = {}
@@ -190,6 +195,7 @@ class RayLearnerGroup:
             micro_batches,
             answering=tuple(first.values()),
             record_routing=record_routing,
+            record_scores=record_scores,
             reference=reference,
         )
         return [answers[first[replica]] for replica in range(len(micro_batches))]

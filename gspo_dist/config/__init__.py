@@ -5,6 +5,7 @@
     learner.py    the learner, its optimiser, DeepSpeed, Megatron
     rollout.py    the engines, sampling, the weight sync
     objective.py  the loss, the advantages, the correction (the guard's knobs are in objectives/offset.py)
+    selection.py  which rollouts of a batch train
     data.py, reward.py, evaluation.py, cluster.py, logger.py, checkpoint.py, flips.py
     plan.py       what `gspo plan` assumes
     mapping.py    a config from plain mappings, and back
@@ -16,7 +17,7 @@ frozen `RunConfig`. Errors are `ValueError`: the rule, what was got, the way out
 
 from gspo_dist.config.checkpoint import CheckpointConfig
 from gspo_dist.config.cluster import ClusterConfig
-from gspo_dist.config.data import DataConfig
+from gspo_dist.config.data import DataConfig, RenewalConfig
 from gspo_dist.config.evaluation import EvaluationConfig
 from gspo_dist.config.flips import FlipsConfig
 from gspo_dist.config.learner import DeepSpeedConfig, LearnerConfig, MegatronConfig, OptimizerConfig
@@ -27,6 +28,7 @@ from gspo_dist.config.plan import PlanConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig, WeightSyncConfig
 from gspo_dist.config.run import RunConfig
+from gspo_dist.config.selection import SelectionConfig
 from gspo_dist.objectives.offset import GuardConfig
 
 __all__ = [
@@ -45,9 +47,11 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "RenewalConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "SelectionConfig",
     "WandbConfig",
     "WeightSyncConfig",
 ]

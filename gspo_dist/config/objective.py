@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gspo_dist.checks import above, at_least, choose
+from gspo_dist.config.selection import SelectionConfig
 from gspo_dist.objectives import age_rules, legality, specs
 from gspo_dist.objectives.offset import GuardConfig
 
@@ -48,8 +49,8 @@ class ObjectiveConfig:
     """The loss, the advantages, and where old log-probs come from."""
 
     name: str = "gspo"
-    """gspo | gspo_token | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce,
-    or an objective of yours: package.module:name."""
+    """gspo | gspo_token | luspo | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce |
+    dppo_tv | dppo_kl | vespo | m2po | rspo, or an objective of yours: package.module:name."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. Others keep the paper's values."""
     aggregation: str | None = None
@@ -57,7 +58,15 @@ class ObjectiveConfig:
     allow_wide_clip: bool = False
     """Insist on a clip range of GRPO's size for a sequence-level ratio."""
     advantage: str | None = None
-    """group_std | group_mean | leave_one_out | none. Null: the objective's own."""
+    """group_std | group_mean | leave_one_out | batch_std | maxrl | gdpo | none. Null: the objective's own."""
+    credit: str = "episode"
+    """What the advantage of a completion's tokens is: episode (one number) | position (of each token, from
+    what is paid at it and after it). position is for objectives with advantages per token, not for gspo. A
+    reward pays at a position by parts named NAME@TOKEN, counted from the completion's first token."""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """Parts of the reward that advantage=gdpo normalises apart, with weights: {right: 1, shape: 0.1}."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Which rollouts of a batch train."""
     kl_coef: float = 0.0
     """Weight of the KL to the frozen starting policy. Above 0 the learner also keeps that reference."""
     kl_estimator: str = "k3"
@@ -78,6 +87,13 @@ class ObjectiveConfig:
         choose("objective.routing_replay", self.routing_replay, specs.ROUTING_REPLAY)
         choose("objective.kl_estimator", self.kl_estimator, specs.KL_ESTIMATORS)
         at_least("objective.kl_coef", self.kl_coef, 0.0)
+        self._check_credit()
+        if (self.advantage_name == "gdpo") != bool(self.reward_parts):
+            raise ValueError(
+                "objective.advantage=gdpo normalises the parts of a reward apart, and nothing else reads "
+                f"objective.reward_parts: got advantage {self.advantage_name} and {dict(self.reward_parts)}; "
+                "give gdpo the parts with their weights, {right: 1, shape: 0.1}, or leave them out"
+            )
         legality.check(
             self.name,
             params=self.params,
@@ -99,6 +115,24 @@ class ObjectiveConfig:
             clip_max=self.staleness.clip_max,
             allow_wide_clip=self.allow_wide_clip,
         )
+
+    def _check_credit(self) -> None:
+        choose("objective.credit", self.credit, specs.CREDITS)
+        if self.credit == "episode":
+            return
+        spec = specs.OBJECTIVE_SPECS.get(self.name)
+        if spec is not None and not spec.token_advantages:
+            others = [name for name, one in specs.OBJECTIVE_SPECS.items() if one.token_advantages]
+            raise ValueError(
+                f"objective.credit={self.credit} gives tokens advantages of their own, and {self.name} has "
+                f"one per sequence (its ratio is the sequence's): got {self.name}; use one of "
+                f"{', '.join(others)}, or objective.credit=episode"
+            )
+        if self.advantage_name not in ("group_std", "group_mean"):
+            raise ValueError(
+                "objective.credit=position normalises what is paid within a group: got advantage "
+                f"{self.advantage_name}; use group_std or group_mean"
+            )
 
     @property
     def advantage_name(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from gspo_dist.checks import above, at_least, choose
 
@@ -68,6 +69,10 @@ class RolloutConfig:
     """Longest prompt, in tokens."""
     max_completion_tokens: int = 8192
     """Tokens after which a completion is cut off."""
+    length_schedule: list[Any] = field(default_factory=list)
+    """Lengthens generation: [[1, 1024], [100, 4096]] cuts completions off at 1,024 tokens from step 1 on, and
+    at 4,096 from step 100 on. Engines, budgets and dr_grpo's constant keep max_completion_tokens, which no
+    entry may exceed. Empty: max_completion_tokens throughout."""
     temperature: float = 1.0
     """Sampling temperature. Log-probs of engine and learner are of the distribution at this temperature."""
     top_p: float = 1.0
@@ -122,6 +127,7 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.batch_invariant chooses kernels of vLLM: got engine {self.engine}; leave it out"
             )
+        self._check_schedule()
         above("rollout.temperature", self.temperature, 0.0)
         if self.top_p != 1.0:
             raise ValueError(
@@ -154,6 +160,36 @@ class RolloutConfig:
                 "rollout.ticks_per_step and rollout.replay_ticks are two ways to fix the decode steps: got "
                 f"{self.ticks_per_step} and {self.replay_ticks!r}; unset one of them"
             )
+
+    def _check_schedule(self) -> None:
+        steps = []
+        for entry in self.length_schedule:
+            pair = list(entry) if isinstance(entry, (list, tuple)) else []
+            if len(pair) != 2 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in pair):
+                raise ValueError(
+                    "rollout.length_schedule must be pairs [step, tokens] of whole numbers from 1 on: got "
+                    f"{entry!r}; for example [[1, 1024], [100, 4096]]"
+                )
+            if pair[1] > self.max_completion_tokens:
+                raise ValueError(
+                    "rollout.length_schedule must stay within rollout.max_completion_tokens, for which the "
+                    f"engines' context and the token budget are made: got {pair[1]} tokens from step "
+                    f"{pair[0]} on and {self.max_completion_tokens}; raise max_completion_tokens, as far as "
+                    "the model's context allows, or shorten the schedule"
+                )
+            steps.append(pair[0])
+        if steps and (steps[0] != 1 or steps != sorted(set(steps))):
+            raise ValueError(
+                f"rollout.length_schedule must begin with step 1 and go up: got the steps {steps}"
+            )
+
+    def completion_tokens(self, step: int) -> int:
+        """Tokens after which a completion of `step` is cut off.
+
+        Example: [[1, 8], [3, 16]] gives 8 for steps 1 and 2, and 16 from step 3 on.
+        """
+        known = [tokens for first, tokens in self.length_schedule if first <= step]
+        return known[-1] if known else self.max_completion_tokens
 
     @property
     def max_model_len(self) -> int:

@@ -64,6 +64,7 @@ class RunConfig:
         self._check_batches()
         self._check_in_process()
         self._check_ahead()
+        self._check_router_shift()
         self._check_accepted()
         check_consistency(self.learner, self.rollout)
 
@@ -113,6 +114,14 @@ class RunConfig:
                 "rollout.ticks_per_step must be 0 or null with cluster.colocated: got "
                 f"{self.rollout.ticks_per_step}, and colocated engines sleep while the learner works; set it "
                 "to 0 for a run that repeats itself"
+            )
+
+    def _check_router_shift(self) -> None:
+        if self.objective.name == "rspo" and self.learner.backend != "eager":
+            raise ValueError(
+                "objective rspo weighs tokens by their routers' shift, which the eager learner alone "
+                f"measures: got learner.backend {self.learner.backend}; use learner=eager, or gmpo, the same "
+                "without it"
             )
 
     def _check_accepted(self) -> None:

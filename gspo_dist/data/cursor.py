@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,15 +32,28 @@ class PromptCursor:
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts; a prompt comes again only when its epoch is over."""
+        return self.prompts(self.draw(n))
+
+    @property
+    def size(self) -> int:
+        """Prompts of the source."""
+        return len(self._source)
+
+    def prompts(self, indices: Sequence[int]) -> list[Prompt]:
+        """The prompts at these places of the source."""
+        return [self._source[i] for i in indices]
+
+    def draw(self, n: int) -> list[int]:
+        """The places in the source of the next `n` prompts."""
         if n < 1:
             raise ValueError(f"a batch must hold at least one prompt: got {n}")
-        batch: list[Prompt] = []
+        batch: list[int] = []
         while len(batch) < n:
             if self.position == len(self._order):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._order_of(self.epoch)
             taken = self._order[self.position : self.position + n - len(batch)]
-            batch += [self._source[int(i)] for i in taken]
+            batch += [int(i) for i in taken]
             self.position += len(taken)
         return batch
 
@@ -62,7 +75,7 @@ class PromptCursor:
         warning. Another number of prompts has another order: that raises ValueError, as another seed or
         shuffling does, unless `accept_other_prompts` says to begin a new epoch with them.
         """
-        for name, now in (("seed", self._seed), ("shuffle", self._shuffle)):
+        for name, now in (("seed", self._seed), ("shuffle", self._shuffle), ("renewal", None)):
             if state.get(name) != now:
                 raise ValueError(
                     f"data cursor: {name} must be what the checkpoint was made with: got {now!r}, it has "

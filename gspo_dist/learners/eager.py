@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
+from gspo_dist.routing.scores import ScoreRecorder, ShiftMeter
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.names import hf_named_weights
 from gspo_dist.weights.stream import buckets
@@ -96,7 +98,12 @@ class EagerLearner:
 
     @torch.no_grad()
     def logprobs(
-        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[LogprobOutput]:
         policy = self.policy
         if reference:
@@ -104,15 +111,29 @@ class EagerLearner:
                 raise ValueError("no reference is kept: set objective.kl_coef above 0")
             policy = self.reference
             batches = [b.with_(routing=None) for b in batches]  # the reference routes by itself
-        return [hf_logprobs(policy, policy.hf, batch, self.device, record_routing) for batch in batches]
+        outputs = []
+        for batch in batches:
+            recorder = ScoreRecorder()
+            with routers.watch(policy.hf, recorder) if record_scores else contextlib.nullcontext():
+                output = hf_logprobs(policy, policy.hf, batch, self.device, record_routing)
+            outputs.append(replace(output, router=recorder.scores()) if record_scores else output)
+        return outputs
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         parts = []
         for batch in batches:
             index = trained_index(batch)
-            with replaying(self.policy.hf, batch):
+            meter = None if batch.old_router is None else ShiftMeter(batch.old_router)
+            with (
+                replaying(self.policy.hf, batch),
+                contextlib.nullcontext() if meter is None else routers.watch(self.policy.hf, meter),
+            ):
                 logprobs, entropy = self.policy(**model_inputs(batch, index, self.device))
-                loss, stats = micro_batch_loss(logprobs, entropy, batch, spec, index=index)
+                # The router that helps to predict token t sees token t - 1.
+                shift = None if meter is None else meter.shift()[index.to(self.device) - 1]
+                loss, stats = micro_batch_loss(
+                    logprobs, entropy, batch, spec, index=index, router_shift=shift
+                )
                 loss.backward()
             parts.append(stats)
         return merge_stats(parts)

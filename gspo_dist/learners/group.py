@@ -38,7 +38,12 @@ class LearnerGroup(Protocol):
         ...
 
     def logprobs(
-        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
+        self,
+        micro_batches: MicroBatches,
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[list[LogprobOutput]]:
         """`Learner.logprobs` of every replica: outputs[replica][i] is of micro_batches[replica][i].
 
@@ -140,10 +145,19 @@ class LocalLearnerGroup:
         """The learner was built with the group."""
 
     def logprobs(
-        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
+        self,
+        micro_batches: MicroBatches,
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[list[LogprobOutput]]:
         (batches,) = micro_batches
-        return [self.learner.logprobs(batches, record_routing=record_routing, reference=reference)]
+        return [
+            self.learner.logprobs(
+                batches, record_routing=record_routing, record_scores=record_scores, reference=reference
+            )
+        ]
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
         (batches,) = mini.micro_batches

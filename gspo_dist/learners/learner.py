@@ -35,6 +35,12 @@ class OptimStep:
     """The version that the step made."""
 
 
+def refuse_scores(asked: bool) -> None:
+    """ValueError where a learner that cannot record router scores is asked for them."""
+    if asked:
+        raise ValueError("the eager learner alone records router scores (objective rspo): use learner=eager")
+
+
 class Learner(Protocol):
     """One rank of the process group that owns the trainable weights."""
 
@@ -52,11 +58,17 @@ class Learner(Protocol):
         ...
 
     def logprobs(
-        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[LogprobOutput]:
         """Log-probs and entropies of the trained tokens, without gradients, one output per micro-batch.
 
         record_routing: also return the expert choices of this pass (R2).
+        record_scores: also return what the routers thought of them (rspo). The eager learner alone can.
         reference: under the frozen starting policy, which was kept if kl_coef is above 0.
 
         A batch that carries a routing trace is computed under its experts (R3), except by the reference.

@@ -43,6 +43,9 @@ class LossSpec:
     policy_version: int | None = None
     """The learner's at the start of the step: tokens of this version are fresh, and only they measure the
     mismatch. The others measure staleness. None: every token counts as fresh."""
+    second_moment_cut: float | None = None
+    """m2po's mask: the largest squared log ratio that it keeps, found over the whole mini-batch before the
+    first micro-batch (trainer/whole_batch.py). None for other objectives."""
     exact: bool = False
     """Raise `InexactError` where `measure_mismatch` sees a fresh token on which engine and learner differ."""
 
@@ -109,13 +112,15 @@ def micro_batch_loss(
     *,
     index: torch.Tensor | None = None,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    router_shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Stat]]:
     """This rank's share of the mini-batch loss, and its stats.
 
     Sums of the losses and merges of the stats, over micro-batches and ranks, give those of the mini-batch.
     logprobs: [N] float32 nats, with gradient; entropy: [N] nats. Both belong to the tokens at `index`, by
     default all trained tokens. Under context parallelism `index` holds this rank's trained tokens, and
-    `all_reduce` sums over the ranks that share the sequences.
+    `all_reduce` sums over the ranks that share the sequences. router_shift: [N], how little the routers have
+    moved since the old policy, where the learner measured that.
     Raises FloatingPointError naming the rollout of a log-prob that is not finite, or those of such a loss.
     Raises InexactError as `spec.exact` says.
     """
@@ -151,16 +156,34 @@ def micro_batch_loss(
         ref_logprobs=ref,
         correction=correction,
         offset=_offset(logprobs.detach(), old, segments, batch, index, spec),
+        extra=_extra(spec, router_shift),
     )
     if not torch.isfinite(result.loss):
         raise FloatingPointError(
             f"loss is {result.loss.item()} in a micro-batch of rollouts {batch.rollout_index.tolist()}"
         )
     stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)}
+    if router_shift is not None:
+        stats["objective/router_shift"] = Stat.mean(router_shift)
     if spec.measure_mismatch:
         learner = logprobs.detach() if batch.old_logprobs is None else old
         stats |= _against_engine(learner, rollout_logprobs, segments, batch, index, spec)
     return result.loss, stats
+
+
+def _extra(spec: LossSpec, router_shift: torch.Tensor | None) -> dict[str, float | torch.Tensor]:
+    """What the objective's surrogate reads beside log-probs."""
+    found: dict[str, float | torch.Tensor] = {}
+    if "router_shift" in spec.objective.spec.reads and router_shift is not None:
+        found["router_shift"] = router_shift
+    if "second_moment_cut" in spec.objective.spec.reads:
+        if spec.second_moment_cut is None:
+            raise ValueError(
+                f"{spec.objective.spec.name} masks over the whole mini-batch, of which a micro-batch knows a "
+                "part: LossSpec.second_moment_cut must be given (trainer/whole_batch.py finds it)"
+            )
+        found["second_moment_cut"] = spec.second_moment_cut
+    return found
 
 
 def _offset(

@@ -57,6 +57,9 @@ REFERENCE = "runs with a KL term (`objective.kl_coef`)"
 AHEAD = "runs with `rollout.steps_ahead` above 0"
 LONG = "not in metrics.jsonl: console and W&B, every 30 s of a collect that takes longer"
 STALE = "steps with tokens of an older policy (`rollout.steps_ahead` above 0)"
+SELECTED = "runs with `objective.selection.degenerate=drop` or `mask_truncated`"
+REFILLED = "runs with `objective.selection.degenerate=refill`"
+RENEWED = "runs with `data.renewal`"
 CORRECTED = "runs with a mismatch correction (`objective.correction`)"
 
 # One entry is one or two lines here; the formatter would make four of it.
@@ -96,6 +99,8 @@ SECTIONS = (
         Metric("rollout/reward_std", "reward", "Population standard deviation of the rewards."),
         Metric("rollout/completion_tokens_mean", "tokens", "Mean length of a completion."),
         Metric("rollout/completion_tokens_max", "tokens", "Length of the longest completion."),
+        Metric("rollout/max_completion_tokens", "tokens", "Token limit of the step's completions.",
+               "runs with `rollout.length_schedule`"),
         Metric("rollout/truncated_fraction", "share", "Completions cut off at the token limit."),
         Metric("rollout/degenerate_group_fraction", "share",
                "Groups whose rewards are all equal. Such a group has zero advantages and teaches nothing."),
@@ -120,6 +125,31 @@ SECTIONS = (
         Metric("reward/error_fraction", "share",
                "Rollouts whose reward function raised, or gave no finite number.",
                "steps with such a rollout, where `reward.error_reward` is set"),
+    )),
+    Section("Selection", "trainer/selection.py", (
+        Metric("selection/left_out_fraction", "share",
+               "Rollouts that do not train: groups of equal rewards, completions cut off.", SELECTED),
+        Metric("selection/filled_fraction", "share",
+               "Of these, rollouts that came back without advantage, because too few were left.", SELECTED),
+        Metric("selection/overlong_penalty_mean", "reward",
+               "Mean penalty on long completions, which the logged rewards do not contain.",
+               "runs with `objective.selection.overlong_penalty`"),
+    )),
+    Section("Dynamic sampling", "trainer/refill.py", (
+        Metric("selection/tries", "tries", "Times that the step asked for groups.", REFILLED),
+        Metric("selection/asked_groups", "groups", "Groups that it asked for.", REFILLED),
+        Metric("selection/asked_degenerate_fraction", "share",
+               "Of those, groups whose rewards are all equal.", REFILLED),
+        Metric("selection/asked_reward_mean", "reward",
+               "Mean reward over all groups asked for. `rollout/reward_mean` is of those that train.",
+               REFILLED),
+    )),
+    Section("The query set", "data/renewal.py", (
+        Metric("data/in_play", "prompts", "Training prompts that may be drawn.", RENEWED),
+        Metric("data/waiting", "prompts", "Prompts that have not come into play yet.", RENEWED),
+        Metric("data/retired", "prompts", "Prompts that left for their solve rate.", RENEWED),
+        Metric("data/solve_rate", "share",
+               "Mean over the prompts in play of their solve rate so far; null before a visit.", RENEWED),
     )),
     Section("Advantages and lengths", "objectives/diagnostics.py", (
         Metric("advantage/mean", "advantage", "Mean over rollouts; near 0 by construction."),
@@ -186,6 +216,8 @@ SECTIONS = (
         Metric("objective/entropy", "nats per token", "Mean entropy of the policy at trained tokens."),
         Metric("objective/tokens", "tokens", "Trained tokens of the step."),
         Metric("objective/sequences", "sequences", "Trained sequences of the step."),
+        Metric("objective/router_shift", "ratio",
+               "Mean over trained tokens of rspo's gamma: 1 where no router has moved.", "objective rspo"),
         Metric("objective/offset", "nats per token", "What recentring took out of every log ratio."),
         Metric("objective/correction_weight_mean", "weight", "Mean weight of a trained token.", CORRECTED),
         Metric("objective/correction_keep_fraction", "share",
@@ -340,7 +372,8 @@ SECTIONS = (
         Metric("time/collect_s", "seconds", "Sampling the rollouts."),
         Metric("time/reward_s", "seconds", "Judging them."),
         Metric("time/pack_s", "seconds", "Advantages and packing."),
-        Metric("time/old_logprobs_s", "seconds", "Old and reference log-probs, and the guard's subset."),
+        Metric("time/old_logprobs_s", "seconds",
+               "Old and reference log-probs, the guard's subset, m2po's pass."),
         Metric("time/attach_routes_s", "seconds",
                "Copying recorded routes into mini-batches (`routing_replay=r3`)."),
         Metric("time/update_s", "seconds", "Forward, backward and optimiser of all mini-batches."),

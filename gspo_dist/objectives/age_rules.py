@@ -18,7 +18,8 @@ RULES = (
     "objective.staleness.recentre goes without guard_action=recentre: both would take an offset out of the "
     "same log ratios",
     "objective.staleness.recentre needs a clip, which is what an offset moves the ratio away from",
-    "objective.staleness.clip_spreads needs a clip on a sequence ratio (gspo, gspo_token), the one whose "
+    "objective.staleness.clip_spreads needs a clip on a sequence ratio "
+    f"({', '.join(name for name, spec in OBJECTIVE_SPECS.items() if spec.sequence_level)}), the one whose "
     "spread shrinks with the length and grows with the age",
     f"objective.staleness.clip_max lies between clip_high and {WIDE_SEQUENCE_CLIP}, unless "
     "allow_wide_clip=true: a wider clip never binds on a sequence ratio",

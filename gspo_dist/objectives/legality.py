@@ -63,14 +63,28 @@ class Rule:
     """The axes that it reads, which the message shows."""
 
 
-def _one_value_per_sequence(objective: str) -> bool:
-    """Whether a known objective has one value per sequence: gspo, gspo_token, gmpo. A user's own: False."""
+def _geometric_mean(objective: str) -> bool:
+    """Whether a known objective's ratio is a geometric mean over a sequence: gspo and its kin. A user's own:
+    False.
+    """
     spec = OBJECTIVE_SPECS.get(objective)
-    return spec is not None and spec.aggregations == ("sequence_mean",)
+    return spec is not None and spec.geometric_mean
+
+
+def _weighs_engine(objective: str) -> bool:
+    """Whether a known objective's kernel weighs sequences against the engine: vespo. A user's own: False."""
+    spec = OBJECTIVE_SPECS.get(objective)
+    return spec is not None and spec.weighs_engine
+
+
+def _reads(objective: str, what: str) -> bool:
+    """Whether a known objective reads `what` beside log-probs. A user's own: False."""
+    spec = OBJECTIVE_SPECS.get(objective)
+    return spec is not None and what in spec.reads
 
 
 def without_clip(objective: str) -> bool:
-    """Whether a known objective has no hard clip: sapo, reinforce. A user's own: False."""
+    """Whether a known objective has no clip on a ratio: sapo, reinforce, dppo. A user's own: False."""
     spec = OBJECTIVE_SPECS.get(objective)
     return spec is not None and spec.clip is None
 
@@ -104,7 +118,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "guard needs a clip",
-        "the guard measures the offset in clip widths, and this objective has no clip",
+        "the guard measures the offset in clip widths, and this objective has no clip on a ratio",
         "set guard_action=off or warn",
         lambda c: c.guard_action in ("recentre", "recompute") and without_clip(c.objective),
         ("guard_action", "objective"),
@@ -114,15 +128,30 @@ RULES: tuple[Rule, ...] = (
         "the weight exp(sum) of a sequence shrinks like exp(-KL * length) while the objective's ratio is a "
         "geometric mean: at KL 1.5e-3 and 8,192 tokens it is about 5e-6, and the loss is gone",
         "set correction=geometric_truncate, geometric_reject, token_truncate or token_mask",
-        lambda c: (
-            c.correction in ("sequence_truncate", "sequence_mask") and _one_value_per_sequence(c.objective)
-        ),
+        lambda c: c.correction in ("sequence_truncate", "sequence_mask") and _geometric_mean(c.objective),
         ("correction", "objective"),
+    ),
+    Rule(
+        "one weight on a sequence",
+        "the objective's kernel is itself the weight of a sequence by its likelihood, and a second weight "
+        "beside it is not the paper's: its ratio is to the engine, which old_logprobs=rollout makes it",
+        "set correction=none and old_logprobs=rollout, or a correction that only drops (geometric_reject, "
+        "veto, opsm)",
+        lambda c: c.correction.endswith(("_truncate", "_mask")) and _weighs_engine(c.objective),
+        ("correction", "objective"),
+    ),
+    Rule(
+        "router shift needs recompute",
+        "the old policy's router probabilities are recorded while the learner recomputes old_logprobs, and "
+        "an engine gives none",
+        "set old_logprobs=recompute",
+        lambda c: _reads(c.objective, "router_shift") and c.old_logprobs == "rollout",
+        ("objective", "old_logprobs"),
     ),
 )
 
 _AGGREGATION_REASON = (
-    "a token mean or sum weighs a sequence by its length, which is not the objective of the paper"
+    "any other aggregation weighs a sequence by its length otherwise, which is not the objective of the paper"
 )
 
 
@@ -272,8 +301,13 @@ def format_table() -> str:
     lines = ["Rules"]
     for number, rule in enumerate(RULES, 1):
         lines.append(f"{number}. {rule.name}: {rule.reason}. Way out: {rule.way_out}.")
-    own = [name for name, spec in OBJECTIVE_SPECS.items() if spec.aggregations != AGGREGATIONS]
-    lines.append(f"{len(RULES) + 1}. {', '.join(own)} keep sequence_mean: {_AGGREGATION_REASON}.")
+    own = [spec.aggregations for spec in OBJECTIVE_SPECS.values() if spec.aggregations != AGGREGATIONS]
+    kept = [
+        f"{', '.join(name for name, spec in OBJECTIVE_SPECS.items() if spec.aggregations == some)} with "
+        f"{' or '.join(some)}"
+        for some in dict.fromkeys(own)
+    ]
+    lines.append(f"{len(RULES) + 1}. Aggregations are kept: {'; '.join(kept)}: {_AGGREGATION_REASON}.")
     ratio = ", ".join(name for name, spec in OBJECTIVE_SPECS.items() if spec.sequence_level)
     lines.append(
         f"{len(RULES) + 2}. {ratio}: clips below {WIDE_SEQUENCE_CLIP}, unless allow_wide_clip=true: a wider "

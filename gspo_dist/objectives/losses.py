@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from gspo_dist.objectives.aggregate import Segments
+from gspo_dist.objectives.second_moment import trust_region
 
 LOG_RATIO_LIMIT = 20.0
 """Log ratios are held within this size. exp(20) = 4.9e8 is finite in float32 and beyond any ratio that still
 carries information. Outside of it the gradient is 0."""
+
+
+LEAST_REST = 1e-8
+"""Least probability that a logarithm is taken of, where float32 rounds a probability to 1 or to 0."""
 
 
 # --- what the objectives share ---
@@ -77,7 +82,7 @@ def no_clip(ratio: Tensor) -> Tensor:
     return torch.zeros_like(ratio, dtype=torch.bool)
 
 
-# --- one value per sequence: GSPO, GMPO ---
+# --- one value per sequence: GSPO, LUSPO, VESPO, GMPO ---
 
 
 def gspo(
@@ -118,6 +123,55 @@ def gspo_token(
     return clipped_surrogate(ratio, advantages, clip_low, clip_high)
 
 
+def luspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
+    """LUSPO, arXiv 2602.05261: |y| min(s A, clip(s) A) with GSPO's s. `sequence_sum` makes the factor |y|.
+
+    GSPO divides the gradient of a token by the length of its sequence, and so moves a long answer less. The
+    factor |y| takes that back: the gradient where unclipped is s A sum_t grad log pi(y_t).
+    Raises ValueError if A varies within a sequence.
+    """
+    require_constant(advantages, segments, "luspo")
+    ratio = segments.expand(bounded_exp(segments.mean(logprobs - old_logprobs)))
+    return clipped_surrogate(ratio, advantages, clip_low, clip_high)
+
+
+def vespo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    k_positive: float,
+    lambda_positive: float,
+    k_negative: float,
+    lambda_negative: float,
+) -> Surrogate:
+    """VESPO, arXiv 2602.10693: sg[phi(W)] A log pi(y), phi(W) = W^k exp(lambda (1 - W)), k and lambda by A.
+
+    W = exp(sum_t (log pi - log pi_old)) is the whole sequence's probability ratio, no geometric mean. phi is
+    1 at W = 1, has its maximum at W = k / lambda, and falls to 0 on both sides. With pi_old from the engine
+    it also weighs the mismatch.
+    Raises ValueError if A varies within a sequence.
+    """
+    require_constant(advantages, segments, "vespo")
+    total = segments.sum((logprobs - old_logprobs).detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio = segments.expand(total)
+    ratio, positive = log_ratio.exp(), advantages >= 0
+    k = torch.full_like(ratio, k_negative).masked_fill(positive, k_positive)
+    decay = torch.full_like(ratio, lambda_negative).masked_fill(positive, lambda_positive)
+    # In the logarithm: W^k alone would overflow float32 where the product is 0.
+    weight = (k * log_ratio + decay * (1.0 - ratio)).exp()
+    return Surrogate(-weight * advantages * logprobs, ratio, no_clip(ratio), no_clip(ratio))
+
+
 def gmpo(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -139,6 +193,32 @@ def gmpo(
     used = log_ratio.masked_fill(low, -clip_low).masked_fill(high, clip_high)
     ratio = segments.expand(bounded_exp(segments.mean(used)))
     return Surrogate(-ratio * advantages, ratio.detach(), low, high)
+
+
+def rspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    clip_low: float,
+    clip_high: float,
+    shift_floor: float,
+    router_shift: Tensor,
+) -> Surrogate:
+    """RSPO, arXiv 2510.23027: GMPO with the token ratio r_t sg[max(gamma_t, shift_floor)].
+
+    gamma_t = exp(-mean over MoE layers and the old policy's experts of |log p - log p_old|) of the routers'
+    probabilities p, `router_shift` [N] (routing/scores.py). It takes part in the clip, so that a token whose
+    experts have moved gains less where A > 0 and is clipped sooner where A < 0. Without the stopped gradient
+    training collapses (the paper). Public sources differ in two points: whether gamma enters before the clip
+    or after it, and whether layers are averaged or multiplied. Here it is before, and averaged.
+    Raises ValueError if A varies within a sequence.
+    """
+    # max(0) is -inf in the logarithm, which no ratio of a trained token should become.
+    weight = router_shift.detach().to(logprobs.dtype).clamp(min=max(shift_floor, LEAST_REST)).log()
+    require_constant(advantages, segments, "rspo")
+    return gmpo(logprobs + weight, old_logprobs, advantages, segments, clip_low=clip_low, clip_high=clip_high)
 
 
 # --- token ratios: GRPO and its kin ---
@@ -257,3 +337,93 @@ def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segmen
     """REINFORCE with importance weight: sg[r_t] A_t log pi(y_t). arXiv 2402.14740 with leave_one_out."""
     ratio = bounded_exp((logprobs - old_logprobs).detach())
     return Surrogate(-ratio * advantages * logprobs, ratio, no_clip(ratio), no_clip(ratio))
+
+
+# --- trust regions that are no ratio: DPPO, M2PO ---
+
+
+def dppo_tv(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    delta_low: float,
+    delta_high: float,
+) -> Surrogate:
+    """DPPO-Binary-TV, arXiv 2602.04879: M_t sg[r_t] A_t log pi(y_t).
+
+    M_t = 0 where A_t > 0 and pi - pi_old > delta_high, or A_t < 0 and pi - pi_old < -delta_low, else 1. These
+    are probabilities of the sampled token: a rare token may change its ratio a lot. The paper's pi_old is the
+    engine's.
+    """
+    moved = logprobs.detach().exp() - old_logprobs.exp()
+    return _masked_reinforce(logprobs, old_logprobs, advantages, moved, delta_low, delta_high)
+
+
+def dppo_kl(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    delta_low: float,
+    delta_high: float,
+) -> Surrogate:
+    """DPPO-Binary-KL, arXiv 2602.04879: as `dppo_tv`, by the KL of "this token or another", old from new.
+
+    D = p log(p / q) + (1 - p) log((1 - p) / (1 - q)) with p = pi_old and q = pi of the sampled token. It
+    counts as upwards where q > p.
+    """
+    current, old = logprobs.detach(), old_logprobs
+    # expm1 keeps the digits of 1 - p where p is near 1.
+    rest_old, rest = (-torch.expm1(x) for x in (old, current))
+    divergence = old.exp() * (old - current) + rest_old * (
+        rest_old.clamp(min=LEAST_REST).log() - rest.clamp(min=LEAST_REST).log()
+    )
+    moved = divergence * torch.sign(current - old)
+    return _masked_reinforce(logprobs, old_logprobs, advantages, moved, delta_low, delta_high)
+
+
+def _masked_reinforce(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    moved: Tensor,
+    delta_low: float,
+    delta_high: float,
+) -> Surrogate:
+    """-sg[r_t] A_t log pi(y_t) without the tokens that have `moved` too far in the direction of A_t."""
+    low, high = (moved < -delta_low) & (advantages < 0), (moved > delta_high) & (advantages > 0)
+    ratio = bounded_exp((logprobs - old_logprobs).detach())
+    weight = ratio.masked_fill(low | high, 0.0)
+    return Surrogate(-weight * advantages * logprobs, ratio, low, high)
+
+
+def m2po(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    second_moment: float,
+    second_moment_cut: float,
+) -> Surrogate:
+    """M2PO, arXiv 2510.01161 eq 5: M_t r_t A_t, in which M_t drops the tokens that moved most.
+
+    second_moment_cut: the square of a log ratio above which a trust-region token is dropped, found over the
+    whole mini-batch by `second_moment.cut`, so that the mask does not depend on how it is split.
+    second_moment: the mean square that the kept ones may have. Tokens below it are always kept.
+    Dropped tokens stay in the denominators (the paper's footnote 2).
+    """
+    if not second_moment_cut >= second_moment:
+        raise ValueError(
+            f"m2po keeps every token whose square is below second_moment={second_moment:g}: got the cut "
+            f"{second_moment_cut:g}; find it with second_moment.cut"
+        )
+    log_ratio = logprobs - old_logprobs
+    region = trust_region(log_ratio.detach(), advantages)
+    dropped = region & (log_ratio.detach().double().square() > second_moment_cut)
+    ratio = bounded_exp(log_ratio)
+    loss = (-ratio * advantages).masked_fill(dropped, 0.0)
+    return Surrogate(loss, ratio.detach(), dropped & (advantages < 0), dropped & (advantages > 0))

@@ -89,14 +89,17 @@ class Objective:
         ref_logprobs: Tensor | None = None,
         correction: Correction | None = None,
         offset: float | Tensor = 0.0,
+        extra: Mapping[str, float | Tensor] | None = None,
     ) -> ObjectiveResult:
         """This call's share of aggregate(weights * keep * surrogate) + kl_coef * aggregate(KL).
 
         All tensors are [N], and log-probs are in nats. Only logprobs gets a gradient. The correction gives
         weights and keep. A token that is not kept has no policy loss, but still counts in the denominators.
         The offset, in nats, is subtracted from every log ratio: one number, or [N], one for each token. The
-        KL term against ref_logprobs is neither weighted nor masked.
-        Raises ValueError naming the argument that has a wrong shape or type, or a number that is not finite.
+        KL term against ref_logprobs is neither weighted nor masked. extra: what the surrogate reads besides
+        (`spec.reads`): numbers, or tensors [N].
+        Raises ValueError naming the argument that has a wrong shape or type, or a number that is not finite,
+        and for an extra that is missing or that nobody reads.
         """
         old, advantages = old_logprobs.detach(), advantages.detach()
         _check_inputs(segments, logprobs, old, advantages, ref_logprobs, correction, offset)
@@ -106,7 +109,13 @@ class Objective:
             )
         # To subtract from the log ratio is to add to the old log-probs. 0 makes no copy of them.
         centred = old + offset if isinstance(offset, Tensor) or offset else old
-        surrogate = self.surrogate(logprobs, centred, advantages, segments, **self.resolved)
+        read = dict(extra or {})
+        if set(read) != set(self.spec.reads):
+            raise ValueError(
+                f"objective {self.spec.name} reads {sorted(self.spec.reads)} beside log-probs: got "
+                f"{sorted(read)}; a learner fills them in from its LossSpec and its batch"
+            )
+        surrogate = self.surrogate(logprobs, centred, advantages, segments, **self.resolved, **read)
         per_token = surrogate.loss
         if correction is not None:
             per_token = per_token * correction.weights.detach().to(per_token.dtype)

@@ -15,7 +15,8 @@ from gspo_dist.checks import choose, nearest
 # --- the names on every axis ---
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant_length")
-ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "none")
+ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std", "maxrl", "gdpo", "none")
+CREDITS = ("episode", "position")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 OLD_LOGPROBS = ("rollout", "recompute")
 ROUTING_REPLAY = ("none", "r2", "r3")
@@ -58,7 +59,7 @@ class ObjectiveSpec:
     aggregation: str
     """Its own: token_mean | sequence_mean | sequence_sum | constant_length (`aggregate`)."""
     advantage: str = "group_std"
-    """The estimator it was published with: group_std | group_mean | leave_one_out | none."""
+    """The estimator it was published with, one of ADVANTAGES."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The parameters of its surrogate and their values."""
     sequence_level: bool = False
@@ -68,6 +69,14 @@ class ObjectiveSpec:
     (bounds -low and high on the log ratio), or None (no hard clip). The guard's offset is measured in it."""
     aggregations: tuple[str, ...] = AGGREGATIONS
     """Those with which the value keeps the meaning of the paper."""
+    geometric_mean: bool = False
+    """Whether its ratio is a geometric mean over the tokens of a sequence."""
+    token_advantages: bool = True
+    """Whether every token may have an advantage of its own."""
+    weighs_engine: bool = False
+    """Whether its kernel already weighs a sequence by how likely the engine was to sample it."""
+    reads: tuple[str, ...] = ()
+    """What its surrogate takes beside log-probs and parameters (`Objective.loss`, extra)."""
     source: str = ""
     """Paper and equation."""
 
@@ -85,6 +94,8 @@ _SPECS = (
         defaults={"clip_low": 3e-4, "clip_high": 4e-4},
         sequence_level=True,
         aggregations=("sequence_mean",),
+        geometric_mean=True,
+        token_advantages=False,
         source="arXiv 2507.18071 eq 5-7",
     ),
     ObjectiveSpec(
@@ -93,7 +104,18 @@ _SPECS = (
         defaults={"clip_low": 3e-4, "clip_high": 4e-4},
         sequence_level=True,
         aggregations=("sequence_mean",),
+        geometric_mean=True,
         source="arXiv 2507.18071 eq 13-14",
+    ),
+    ObjectiveSpec(
+        "luspo",
+        "sequence_sum",
+        defaults={"clip_low": 2e-3, "clip_high": 2.5e-3},
+        sequence_level=True,
+        aggregations=("sequence_sum",),
+        geometric_mean=True,
+        token_advantages=False,
+        source="arXiv 2602.05261; clip of its section 5.1",
     ),
     ObjectiveSpec(
         "grpo",
@@ -126,6 +148,8 @@ _SPECS = (
         defaults={"clip_low": 0.4, "clip_high": 0.4},
         clip="log",
         aggregations=("sequence_mean",),
+        geometric_mean=True,
+        token_advantages=False,
         source="arXiv 2507.20673",
     ),
     ObjectiveSpec(
@@ -149,12 +173,63 @@ _SPECS = (
         clip=None,
         source="arXiv 2402.14740 (RLOO)",
     ),
+    ObjectiveSpec(
+        "dppo_tv",
+        "constant_length",
+        "group_mean",
+        defaults={"delta_low": 0.15, "delta_high": 0.15},
+        clip=None,
+        source="arXiv 2602.04879 (DPPO-Binary-TV)",
+    ),
+    ObjectiveSpec(
+        "dppo_kl",
+        "constant_length",
+        "group_mean",
+        defaults={"delta_low": 0.05, "delta_high": 0.05},
+        clip=None,
+        source="arXiv 2602.04879 (DPPO-Binary-KL)",
+    ),
+    ObjectiveSpec(
+        "vespo",
+        "token_mean",
+        defaults={"k_positive": 2.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 2.0},
+        clip=None,
+        aggregations=("token_mean", "sequence_sum", "constant_length"),
+        token_advantages=False,
+        weighs_engine=True,
+        source="arXiv 2602.10693 section 3.4",
+    ),
+    ObjectiveSpec(
+        "m2po",
+        "sequence_mean",
+        defaults={"second_moment": 0.04},
+        clip=None,
+        reads=("second_moment_cut",),
+        source="arXiv 2510.01161 eq 4-5, algorithm 1",
+    ),
+    ObjectiveSpec(
+        "rspo",
+        "sequence_mean",
+        defaults={"clip_low": 0.4, "clip_high": 0.4, "shift_floor": 0.7},
+        clip="log",
+        aggregations=("sequence_mean",),
+        geometric_mean=True,
+        token_advantages=False,
+        reads=("router_shift",),
+        source="arXiv 2510.23027 (router shift, on GMPO)",
+    ),
 )
 OBJECTIVE_SPECS: dict[str, ObjectiveSpec] = {spec.name: spec for spec in _SPECS}
 """The built-in objectives by name."""
 
 
 # --- parameter rules ---
+
+POSITIVE = (
+    *("tau_positive", "tau_negative", "delta_low", "delta_high", "second_moment"),
+    *("k_positive", "k_negative", "lambda_positive", "lambda_negative"),
+)
+"""Parameters that must be above 0 wherever an objective has them."""
 
 
 def resolve_params(owner: str, defaults: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +284,11 @@ def check_params(owner: str, params: Mapping[str, Any], *, clip: str | None) -> 
             raise ValueError(
                 f"{owner}.dual_clip must be > 1 + clip_high = {floor:g}: got {dual:g}; usual is 3"
             )
-    for name in ("tau_positive", "tau_negative"):
+    if "shift_floor" in params and not 0 <= _number(owner, "shift_floor", params["shift_floor"]) <= 1:
+        raise ValueError(
+            f"{owner}.shift_floor must lie between 0 and 1, as the shift does: got {params['shift_floor']}"
+        )
+    for name in POSITIVE:
         if name in params and _number(owner, name, params[name]) <= 0:
             raise ValueError(f"{owner}.{name} must be > 0: got {params[name]}")
 

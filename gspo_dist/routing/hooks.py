@@ -24,6 +24,7 @@ from gspo_dist.routing.replay import (
     RoutingReplayError,
     feeding,
 )
+from gspo_dist.routing.scores import Watcher
 from gspo_dist.routing.trace import RoutingTrace
 
 
@@ -33,6 +34,7 @@ class RouterHook(ABC):
     def __init__(self, router: nn.Module) -> None:
         self.replay: LayerReplay | None = None
         self.recorders: list[tuple[RouteRecorder, int]] = []
+        self.watchers: list[tuple[Watcher, int]] = []
         self.handles = [router.register_forward_hook(self)]
 
     @abstractmethod
@@ -42,7 +44,7 @@ class RouterHook(ABC):
     @property
     def idle(self) -> bool:
         """True when nobody records or replays here, so that the hooks can go."""
-        return self.replay is None and not self.recorders
+        return self.replay is None and not self.recorders and not self.watchers
 
     def choose(self, ids: torch.Tensor) -> torch.Tensor:
         """The router's own ids [T, K] -> the ids to use: those of the replay where there is one.
@@ -132,6 +134,19 @@ class RouterHooks(Generic[H]):
 
         with self._hooked(model, attach, detach):
             yield recorder
+
+    @contextmanager
+    def watch(self, model: nn.Module, watcher: Watcher) -> Iterator[None]:
+        """Shows `watcher` the logits and the experts of every router while forwards run inside the block."""
+
+        def attach(hook: H, layer: int) -> None:
+            hook.watchers.append((watcher, layer))
+
+        def detach(hook: H) -> None:
+            hook.watchers[:] = [entry for entry in hook.watchers if entry[0] is not watcher]
+
+        with self._hooked(model, attach, detach):
+            yield
 
     @contextmanager
     def replay(

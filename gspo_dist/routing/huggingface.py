@@ -191,6 +191,8 @@ class _TopKHook(RouterHook):
     ) -> tuple[Tensor, ...] | None:
         native = output[self.kind.ids_at]
         ids = self.choose(native)
+        for watcher, layer in self.watchers:
+            watcher.see(layer, output[self.kind.logits_at], ids)
         if self.replay is None:
             return None
         weights = self.kind.weights(router, output[self.kind.logits_at], ids).to(output[1].dtype)
@@ -241,4 +243,4 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 
 _ROUTERS = RouterHooks(find_routers, _TopKHook, router_size, is_checkpointed)
-record, replay = _ROUTERS.record, _ROUTERS.replay
+record, replay, watch = _ROUTERS.record, _ROUTERS.replay, _ROUTERS.watch

@@ -23,6 +23,10 @@ class BegunStep:
     spec: SamplingSpec
     cursor: Mapping[str, Any]
     """The cursor's place after the step's prompts."""
+    drawn: list[int] = field(default_factory=list)
+    """Places of the prompts in their source, where the cursor could not hand them out again."""
+    tries: int = 1
+    """Times that the step asked for groups."""
     finished: dict[WorkKey, Completion] = field(default_factory=dict)
     verdicts: dict[WorkKey, Judged] = field(default_factory=dict)
 
@@ -49,6 +53,17 @@ class BegunStep:
         """Notes the verdicts of items that `unjudged` gave."""
         for (rollout_id, _, _), verdict in zip(items, verdicts, strict=True):
             self.verdicts[divmod(rollout_id, self.spec.n)] = verdict
+
+    def add(self, prompts: Sequence[Prompt], drawn: Sequence[int]) -> list[Work]:
+        """Another try: more groups, with the ids after the step's own. Returns what is to be sampled."""
+        begin = self.first_group + len(self.prompts)
+        self.prompts, self.drawn = [*self.prompts, *prompts], [*self.drawn, *drawn]
+        self.tries += 1
+        return [
+            Work(begin + i, sample, prompt, self.spec)
+            for i, prompt in enumerate(prompts)
+            for sample in range(self.spec.n)
+        ]
 
     def rollouts(self) -> list[Rollout]:
         """The whole step, once it is sampled and judged.

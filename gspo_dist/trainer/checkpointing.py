@@ -29,7 +29,7 @@ def save(run: Run, step: int) -> None:
         rollouts = save_rollouts(run.collector.buffer, folder)
     state = {
         "policy_version": run.learner.policy_version,
-        "cursor": run.collector.trained_cursor,
+        "cursor": run.collector.saved_cursor(),
         "rollouts": rollouts,
         "guard": run.guard.state_dict(),
         "tokens_seen": run.tokens_seen,

@@ -37,6 +37,10 @@ SAME = (
     "rollout.group_size",
     "rollout.max_prompt_tokens",
     "rollout.max_completion_tokens",
+    "rollout.length_schedule",
+    "objective.selection.degenerate",
+    "objective.selection.over_asked",
+    "objective.selection.tries",
     "rollout.temperature",
     "mini_batches",
 )

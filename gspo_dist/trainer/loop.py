@@ -21,9 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from gspo_dist.objectives.advantages import group_advantages
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.trainer import step_metrics
 from gspo_dist.trainer.checkpointing import checkpoint_due, commit, save, what_is_saved
@@ -31,8 +28,10 @@ from gspo_dist.trainer.collect import collect
 from gspo_dist.trainer.heldout import evaluate, evaluation_due
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, probe_sequences
 from gspo_dist.trainer.run import Run
+from gspo_dist.trainer.selection import Selected, select
 from gspo_dist.trainer.step_metrics import Metrics, StepMetrics
 from gspo_dist.trainer.summary import finish
+from gspo_dist.trainer.whole_batch import with_second_moment_cut
 from gspo_dist.types import Completion, Prompt, Rollout
 
 
@@ -89,17 +88,21 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
     """
     policy_version = run.learner.policy_version
     with run.clock("pack"):
-        advantages, mini_batches = prepare(run, rollouts, step)
+        selected, mini_batches = prepare(run, rollouts, step)
+        trained, advantages = selected.trained, selected.advantages
     with learning(run):
         with run.clock("old_logprobs"):
-            mini_batches = run.old_logprobs.prepare(mini_batches, rollouts, step)
+            mini_batches = run.old_logprobs.prepare(mini_batches, trained, step)
         with run.clock("flips"):
-            run.flips.begin(step, mini_batches, rollouts)
+            run.flips.begin(step, mini_batches, trained)
         stats, optim = [], []
         for index, mini in enumerate(mini_batches):
             spec = run.guard.loss_spec(mini, index, recomputed=run.old_logprobs.recomputed)
             with run.clock("attach_routes"):
-                routed = run.old_logprobs.with_routes(mini, rollouts)
+                routed = run.old_logprobs.with_routes(mini, trained)
+            with run.clock("old_logprobs"):
+                unmoved = run.old_logprobs.recomputed and index == 0
+                spec = with_second_moment_cut(spec, routed, run.learner, unmoved=unmoved)
             with run.clock("update"):
                 stats.append(run.learner.forward_backward(routed, spec))
                 optim.append(run.learner.optim_step())
@@ -110,9 +113,11 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
         run.flips.finish_step()
 
     mode = run.config.objective.routing_replay
-    replay = step_metrics.replay_metrics(mode, mini_batches, rollouts, recomputed=run.old_logprobs.recomputed)
+    replay = step_metrics.replay_metrics(mode, mini_batches, trained, recomputed=run.old_logprobs.recomputed)
     return StepMetrics(
-        rollouts=step_metrics.rollout_metrics(rollouts, advantages, policy_version, run.config.mini_batches),
+        rollouts=step_metrics.rollout_metrics(rollouts, advantages, policy_version, run.config.mini_batches)
+        | selected.metrics
+        | step_metrics.length_metrics(run.config.rollout, step),
         packing=step_metrics.packing_metrics(mini_batches, run.config.learner.token_budget),
         update=step_metrics.update_metrics(stats, optim),
         old_logprobs=run.old_logprobs.metrics() | run.guard.metrics(),
@@ -121,26 +126,27 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
     )
 
 
-def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[np.ndarray, list[MiniBatch]]:
-    """(advantages [rollouts], mini-batches packed with them)."""
+def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[Selected, list[MiniBatch]]:
+    """(which rollouts train and with what advantages, mini-batches packed with them)."""
     config = run.config
-    advantages = np.asarray(
-        group_advantages(
-            np.array([r.reward for r in rollouts]),
-            np.array([r.group_id for r in rollouts]),
-            run.objective.spec.advantage,
-        )
+    selected = select(
+        rollouts,
+        config.objective,
+        run.objective.spec.advantage,
+        max_tokens=config.rollout.completion_tokens(step),
+        mini_batches=config.mini_batches,
+        replicas=config.learner.data_parallel,
     )
     mini_batches = pack(
-        rollouts,
-        advantages.tolist(),
+        selected.trained,
+        selected.given,
         replicas=config.learner.data_parallel,
         token_budget=config.learner.token_budget,
         mini_batches=config.mini_batches,
         max_completion_length=config.rollout.max_completion_tokens,
         seed=(config.seed, step - 1),
     )
-    return advantages, mini_batches
+    return selected, mini_batches
 
 
 def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:

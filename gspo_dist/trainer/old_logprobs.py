@@ -42,9 +42,13 @@ class OldLogprobs:
         if not self.recomputed:
             return ready
         record = self.config.routing_replay == "r2"
+        # Only where they are read: other learners than the eager one cannot record them.
+        scores = {"record_scores": True} if "router_shift" in self.guard.objective.spec.reads else {}
         return [
             m.with_outputs(
-                self.learner.logprobs(self.with_routes(m, rollouts).micro_batches, record_routing=record),
+                self.learner.logprobs(
+                    self.with_routes(m, rollouts).micro_batches, record_routing=record, **scores
+                ),
                 keep_routing=record,
             )
             for m in ready

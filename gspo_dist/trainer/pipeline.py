@@ -7,7 +7,8 @@
                                               judge ──► steps that are begun ──► collect(step)
 
 Groups belong to steps. `rollout.steps_ahead` = K says how many steps before its turn a step may be begun, and
-nothing else: no group is dropped, none is chosen for being quick, every prompt is trained once and in order.
+nothing else: none is chosen for being quick, and every prompt is trained once and in order. Only dynamic
+sampling leaves groups out, by their rewards (refill.py).
 So no token is older than K publications. K = 0 is the synchronous loop.
 
 At a publication everything unfinished is withdrawn as plain data (`pause`). It goes on with the next
@@ -26,14 +27,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from gspo_dist.config import RolloutConfig
+from gspo_dist.config import RolloutConfig, SelectionConfig
 from gspo_dist.data.cursor import PromptCursor
+from gspo_dist.data.renewal import RenewedCursor
 from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rollout.engine import Progress
 from gspo_dist.rollout.pool import NoEngineLeft, RolloutPool
 from gspo_dist.trainer.buffer import BegunStep, Buffer
 from gspo_dist.trainer.clockwork import Clockwork, Slice
-from gspo_dist.types import Rollout, SamplingSpec
+from gspo_dist.trainer.refill import Refill
+from gspo_dist.types import Prompt, Rollout, SamplingSpec
 
 TELL_EVERY_S = 30.0
 """A collect that takes longer says so often how far it is."""
@@ -64,14 +67,19 @@ class Collector:
         steps: int,
         pool: RolloutPool,
         rewards: RewardPool,
-        cursor: PromptCursor,
+        cursor: PromptCursor | RenewedCursor,
         spec_of: Callable[[int], SamplingSpec],
         clockwork: Clockwork,
         tell: Tell = lambda step, row: None,
+        selection: SelectionConfig | None = None,
     ) -> None:
-        """steps: of the whole run; nothing is begun beyond. spec_of: how a step is sampled."""
+        """steps: of the whole run; nothing is begun beyond. spec_of: how a step is sampled.
+
+        selection: which groups of a step train; None trains all.
+        """
         self.config, self.steps, self.pool, self.rewards, self.cursor = config, steps, pool, rewards, cursor
         self.spec_of, self.clockwork, self.tell = spec_of, clockwork, tell
+        self.refill = Refill(selection or SelectionConfig(), config.prompts_per_step)
         self.buffer = Buffer()
         self.trained_cursor: Mapping[str, Any] = cursor.state_dict()
         """The cursor's place after the prompts of the last step that was handed out."""
@@ -85,6 +93,9 @@ class Collector:
         all died; what was in the making is in the buffer then.
         """
         self.resume(step)
+        self._sample_on(step)
+
+    def _sample_on(self, step: int) -> None:
         done: dict[str, dict[str, int]] = {}
         last_token = last_told = time.monotonic()
         while not self.buffer.steps[step].is_sampled():
@@ -112,6 +123,10 @@ class Collector:
         self.clockwork.begin(step)
         while self.buffer.begun < min(step + self.config.steps_ahead, self.steps):
             self.begin()
+        self._submit()
+
+    def _submit(self) -> None:
+        """Gives the engines everything that waits."""
         waiting, self.buffer.waiting = self.buffer.waiting, []
         try:
             self.pool.submit(waiting)
@@ -125,11 +140,32 @@ class Collector:
         Group ids count over the whole run and seed the sampling, so a step's rollouts do not depend on how
         the run got there.
         """
-        step, count = self.buffer.begun + 1, self.config.prompts_per_step
-        prompts = self.cursor.next(count)
-        begun = BegunStep(prompts, (step - 1) * count, self.spec_of(step), self.cursor.state_dict())
+        prompts, drawn = self._draw()
+        return self.begin_with(prompts, drawn)
+
+    def begin_with(self, prompts: Sequence[Prompt], drawn: Sequence[int]) -> BegunStep:
+        """Begins the next step with these prompts: drawn now, or restored from a checkpoint."""
+        step = self.buffer.begun + 1
+        first = (step - 1) * self.refill.ids_per_step
+        begun = BegunStep(prompts, first, self.spec_of(step), self.cursor.state_dict(), list(drawn))
         self.buffer.begin(begun)
         return begun
+
+    @property
+    def keeps_draws(self) -> bool:
+        """Whether a checkpoint must name the prompts of steps that are begun.
+
+        Otherwise the cursor's place after the last trained step hands them out again. It cannot where a step
+        may draw more, or where rewards decide what is drawn.
+        """
+        return self.refill.config.refills or isinstance(self.cursor, RenewedCursor)
+
+    def _draw(self) -> tuple[list[Prompt], list[int]]:
+        """The prompts of one try, and their places in the source where they must be kept."""
+        if not self.keeps_draws:
+            return self.cursor.next(self.refill.asked), []
+        drawn = self.cursor.draw(self.refill.asked)
+        return self.cursor.prompts(drawn), drawn
 
     def continue_from(self, step: int, cursor: Mapping[str, Any], *, accept_other_prompts: bool) -> None:
         """Goes on after `step`, at the cursor's place of then. Raises what the cursor raises."""
@@ -137,15 +173,35 @@ class Collector:
         self.trained_cursor = self.cursor.state_dict()
         self.buffer.begun = step
 
-    def judged(self, step: int) -> list[Rollout]:
-        """The rollouts of a sampled step, group after group, with their rewards; it leaves the buffer.
+    def saved_cursor(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps of the cursor: its place of now where begun steps keep their prompts."""
+        return self.cursor.state_dict() if self.keeps_draws else self.trained_cursor
 
-        Raises what rewards raise.
+    def try_again(self, step: int) -> None:
+        """Asks for more groups of a step that has too few, and samples them. Raises as `sample` does."""
+        prompts, drawn = self._draw()
+        self.buffer.waiting += self.buffer.steps[step].add(prompts, drawn)
+        self._submit()
+        self._sample_on(step)
+
+    def judged(self, step: int) -> list[Rollout] | None:
+        """The rollouts of a sampled step that train, group after group, with their rewards.
+
+        The step leaves the buffer then. None: too few of its groups teach, and it must `try_again`. Raises
+        what rewards raise, and NothingToLearn after the last try.
         """
         self._judge([step])
-        whole = self.buffer.steps.pop(step)
-        self.trained_cursor = whole.cursor
-        return whole.rollouts()
+        whole = self.buffer.steps[step]
+        rollouts = whole.rollouts()
+        chosen = self.refill.choose(rollouts, whole.tries, step)
+        if chosen is None:
+            return None
+        del self.buffer.steps[step]
+        if isinstance(self.cursor, RenewedCursor):
+            self.cursor.note(rollouts)
+        # With nothing begun beyond this step the cursor stands where the step left it.
+        self.trained_cursor = whole.cursor if self.buffer.steps else self.cursor.state_dict()
+        return chosen
 
     def _judge(self, steps: Sequence[int]) -> None:
         for own in (self.buffer.steps[step] for step in steps):
@@ -219,7 +275,13 @@ class Collector:
         return told
 
     def metrics(self) -> dict[str, float]:
-        """pipeline/* after a publication: what is begun of later steps."""
+        """After a publication: pipeline/* (what is begun of later steps), selection/* and data/*."""
+        out = dict(self.refill.told)
+        if isinstance(self.cursor, RenewedCursor):
+            out |= self.cursor.metrics()
+        return out | self._ahead()
+
+    def _ahead(self) -> dict[str, float]:
         if not self.config.steps_ahead:
             return {}
         steps, waiting = self.buffer.steps.values(), self.buffer.waiting

@@ -1,8 +1,8 @@
 """The rollouts of a checkpoint: finished ones of later steps with their rewards, and unfinished ones.
 
 rollouts.json says what each is, columns.npz holds tokens, log-probs, versions and routes of all, end to end.
-Prompts are not stored: the cursor hands them out again. 17 bytes a token without routes, so 1,024 completions
-of 8,192 tokens are 143 MB.
+Prompts are not stored: the cursor hands them out again, or their places in the source are kept. 17 bytes a
+token without routes, so 1,024 completions of 8,192 tokens are 143 MB.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def save_rollouts(buffer: Buffer, folder: Path) -> dict[str, Any]:
     write_text(target / ROWS_FILE, json.dumps(rows))
     np.savez(target / COLUMNS_FILE, **cast(Any, _columns(parts)))
     files = {name: (target / name).stat().st_size for name in (ROWS_FILE, COLUMNS_FILE)}
+    drawn = {str(number): step.drawn for number, step in buffer.steps.items() if step.drawn}
+    tries = {str(number): step.tries for number, step in buffer.steps.items() if step.drawn}
     return {
+        **({"drawn": drawn, "tries": tries} if drawn else {}),
         "begun": buffer.begun,
         "finished": sum(len(s.finished) for s in buffer.steps.values()),
         "files": files,
@@ -105,7 +108,13 @@ def load_rollouts(collector: Collector, folder: Path, entry: Mapping[str, Any]) 
             )
     buffer = collector.buffer
     while buffer.begun < entry["begun"]:
-        collector.begin()
+        number = str(buffer.begun + 1)
+        drawn = entry.get("drawn", {}).get(number)
+        if drawn and max(drawn) < collector.cursor.size:
+            begun = collector.begin_with(collector.cursor.prompts(drawn), drawn)
+            begun.tries = entry["tries"][number]
+        else:
+            collector.begin()
     rows = json.loads((target / ROWS_FILE).read_text(encoding="utf-8"))
     edited: set[int] = set()
     so_far: dict[WorkKey, Completion] = {}

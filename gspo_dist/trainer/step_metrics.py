@@ -6,12 +6,14 @@ Names, units and meanings of all keys are in metrics/names.py.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from gspo_dist.config import RolloutConfig
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.stat import Stat, merge_stats, results
 from gspo_dist.objectives.advantages import degenerate_group_share
@@ -26,6 +28,8 @@ Metrics = Mapping[str, float]
 COUNTS = ("objective/tokens", "objective/sequences")
 """Sums that are meant over the whole step; every other sum is of one mini-batch and is averaged over them."""
 BY_MINI_BATCH = ("clip_fraction", "clip_fraction_positive", "clip_fraction_negative", "approx_kl_k3")
+AT_TOKEN = re.compile(r"@\d+$")
+"""How the name of a part ends that is paid at a token."""
 CORRECT_AT = 1.0
 """The reward from which a completion counts as right where its length is reported (all built-in rewards pay
 0 or 1).
@@ -92,7 +96,8 @@ def rollout_metrics(
     out |= age_metrics(rollouts, policy_version, mini_batches)
     out |= advantage_statistics(advantages)
     out |= length_by_outcome(lengths, rewards >= CORRECT_AT)
-    for key in sorted({key for r in rollouts for key in r.reward_parts}):
+    # What is paid at positions (objective.credit) has a name per token, which makes no curve.
+    for key in sorted({key for r in rollouts for key in r.reward_parts if not AT_TOKEN.search(key)}):
         # These three come from the reward pool, and mean the share of rollouts that have them.
         name = f"reward/{key}_fraction" if key in ("timeout", "crash", "error") else f"reward/{key}"
         out[name] = float(np.mean([r.reward_parts.get(key, 0.0) for r in rollouts]))
@@ -116,6 +121,13 @@ def age_metrics(rollouts: Sequence[Rollout], policy_version: int, mini_batches: 
         "rollout/versions_per_completion": float(np.mean(each)),
         "rollout/versions_per_completion_max": float(max(each)),
     }
+
+
+def length_metrics(config: RolloutConfig, step: int) -> dict[str, float]:
+    """The token limit of the step's completions, in runs whose limit changes."""
+    if not config.length_schedule:
+        return {}
+    return {"rollout/max_completion_tokens": float(config.completion_tokens(step))}
 
 
 def packing_metrics(mini_batches: Sequence[MiniBatch], token_budget: int) -> dict[str, float]:

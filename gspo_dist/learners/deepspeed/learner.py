@@ -20,7 +20,7 @@ from gspo_dist.learners.deepspeed.load import load_partitioned
 from gspo_dist.learners.eager import hf_logprobs, replaying
 from gspo_dist.learners.hf_folder import check_model_folder
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
-from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.learner import OptimStep, WeightBucket, refuse_scores
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state, writing
@@ -136,8 +136,14 @@ class DeepSpeedLearner:
 
     @torch.no_grad()
     def logprobs(
-        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[LogprobOutput]:
+        refuse_scores(record_scores)
         engine = self.engine
         if reference:
             if self.reference is None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
-from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.learner import OptimStep, WeightBucket, refuse_scores
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss
 from gspo_dist.learners.megatron import balance, checkpoint, cpu_shim
 from gspo_dist.learners.megatron import model as builder
@@ -255,8 +255,14 @@ class MegatronLearner:
 
     @torch.no_grad()
     def logprobs(
-        self, batches: Sequence[PackedBatch], *, record_routing: bool = False, reference: bool = False
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[LogprobOutput]:
+        refuse_scores(record_scores)
         if reference and self.reference is None:
             raise ValueError("no reference is kept: set objective.kl_coef above 0")
         chunks: list[Any] = self.reference if reference and self.reference is not None else self.ddp

@@ -14,6 +14,7 @@ from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.data.cursor import PromptCursor
 from gspo_dist.data.prompts import PromptSource, load_splits
+from gspo_dist.data.renewal import RenewedCursor
 from gspo_dist.evaluation.problem import Suite
 from gspo_dist.evaluation.samplers import EngineSampler
 from gspo_dist.evaluation.tasks.table import load_suites
@@ -38,6 +39,7 @@ from gspo_dist.trainer.setup.checks import (
     check_vocabulary,
     load_tokenizer,
     name_age,
+    name_selection,
     resolve_device,
 )
 from gspo_dist.trainer.setup.factories import (
@@ -133,7 +135,9 @@ def check_run(config: RunConfig) -> Checked:
         suite_prompts(config, tokenizer).check(suites)
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
+    make_cursor(config, train)  # refuses a query set that is larger than its source
     name_age(config)
+    name_selection(config)
     return Checked(
         config,
         run_dir,
@@ -167,10 +171,11 @@ def assemble(checked: Checked, parts: Parts) -> Run:
         config.steps,
         parts.pool,
         parts.rewards,
-        PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle),
-        functools.partial(sampling_of, sampling, config.objective, flips),
+        make_cursor(config, train),
+        functools.partial(sampling_of, sampling, config.objective, flips, rollout=config.rollout),
         Clockwork(config.rollout, checked.record, run_dir if config.rollout.steps_ahead else None),
         lambda step, done: sinks.collecting(step, progress_metrics(done)),
+        config.objective.selection,
     )
     return Run(
         config=config,
@@ -212,6 +217,13 @@ def make_suites(checked: Checked, parts: Parts, sampling: SamplingSpec) -> RunSu
         steps=config.steps,
         beside=free,
     )
+
+
+def make_cursor(config: RunConfig, train: PromptSource) -> PromptCursor | RenewedCursor:
+    """What hands out the training prompts. Raises ValueError where more shall be in play than there are."""
+    if config.data.renewal.is_on:
+        return RenewedCursor(train, config.data.renewal, seed=config.seed, shuffle=config.data.shuffle)
+    return PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle)
 
 
 def make_publisher(config: RunConfig, parts: Parts, device: str) -> WeightPublisher:

@@ -147,6 +147,11 @@ def check_model(config: RunConfig, model: str) -> int:
             f"objective.routing_replay={config.objective.routing_replay} needs a mixture-of-experts model: "
             f"{shape.architecture} has no experts; set it to none"
         )
+    if not shape.moe_layers and config.objective.name == "rspo":
+        raise ValueError(
+            f"objective rspo needs a mixture-of-experts model, whose routers move: {shape.architecture} has "
+            "no experts; use gmpo, the same without the shift"
+        )
     if config.learner.backend == "megatron":
         from gspo_dist.learners.megatron.architecture import read_architecture
         from gspo_dist.learners.megatron.layout import check_layout
@@ -172,3 +177,9 @@ def name_age(config: RunConfig) -> None:
         guard_action=objective.guard.action,
     ):
         log.warning("rollout.steps_ahead=%d: %s: %s", ahead, note.name, note.meaning)
+
+
+def name_selection(config: RunConfig) -> None:
+    """Says in the log which rollouts of a batch train, where that is not all of them."""
+    for words in config.objective.selection.words(config.rollout.prompts_per_step):
+        log.warning("objective.selection (%s): %s", config.objective.name, words)

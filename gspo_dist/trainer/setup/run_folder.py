@@ -33,6 +33,7 @@ MATHEMATICS = (
     "rollout.group_size",
     "rollout.max_prompt_tokens",
     "rollout.max_completion_tokens",
+    "rollout.length_schedule",
     "rollout.temperature",
     "rollout.top_p",
     "rollout.steps_ahead",

@@ -44,6 +44,8 @@ def batch(versions=VERSIONS, **changes):
 
 def spec(name="gspo", version=VERSION, **changes):
     changes = {"measure_mismatch": True, **changes}
+    if name == "m2po":
+        changes["second_moment_cut"] = 0.05
     return LossSpec(get_objective(name), Denominators(3, 7, 8), policy_version=version, **changes)
 
 
@@ -133,7 +135,7 @@ def test_recomputed_log_probs_measure_both_from_the_start_of_the_step():
     assert out["mismatch/abs_log_ratio_max"] == pytest.approx(0.029, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"rspo"}))  # which reads a learner's routers
 def test_value_and_gradient_depend_on_versions_not_at_all(name):
     """Law 19: the ratio is to the policy that sampled each token, whichever that was."""
     plain = run(batch(None), spec(name))

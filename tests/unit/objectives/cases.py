@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gspo_dist.objectives import Denominators, Segments
+from gspo_dist.objectives.second_moment import cut, squares
 
 F64 = torch.float64
 LIMIT = 40
@@ -26,9 +27,38 @@ def of_lengths(*lengths):
     return Segments(torch.repeat_interleave(torch.arange(len(counts)), counts), len(counts))
 
 
-def run(objective, t, count, **kwargs):
+def shift_of(tokens):
+    """A shift for every token, between 0.5 and 1: on both sides of rspo's floor of 0.7."""
+    return 0.5 + 0.5 * torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=F64)
+
+
+def part_of(extra, index):
+    """The same of some tokens."""
+    return {name: x[index] if isinstance(x, torch.Tensor) else x for name, x in extra.items()}
+
+
+def extra_of(name, t, offset=0.0, second_moment=0.04):
+    """What the objective reads beside log-probs, of a whole mini-batch `t`."""
+    if name == "rspo":
+        return {"router_shift": shift_of(len(t.ids))}
+    if name != "m2po":
+        return {}
+    values = squares(t.logprobs, t.old + offset, t.advantages)
+    return {"second_moment_cut": cut(values, second_moment)}
+
+
+def run(objective, t, count, *, offset=0.0, **kwargs):
     denominators = Denominators(count, t.ids.numel(), LIMIT)
-    return objective.loss(t.logprobs, t.old, t.advantages, Segments(t.ids, count), denominators, **kwargs)
+    return objective.loss(
+        t.logprobs,
+        t.old,
+        t.advantages,
+        Segments(t.ids, count),
+        denominators,
+        offset=offset,
+        extra=extra_of(objective.spec.name, t, offset, objective.resolved.get("second_moment")),
+        **kwargs,
+    )
 
 
 def same_numbers(a: dict[str, float], b: dict[str, float]) -> None:
@@ -106,6 +136,16 @@ def _token_terms(name: str, lp: float, old: float, a: float, p: dict) -> tuple[f
         return m * r * a * lp, m * r * a
     if name == "reinforce":
         return r * a * lp, r * a
+    if name in ("dppo_tv", "dppo_kl"):
+        new, was = math.exp(lp), math.exp(old)
+        if name == "dppo_tv":
+            far = abs(new - was)
+        else:
+            far = was * math.log(was / new) + (1 - was) * math.log((1 - was) / max(1 - new, 1e-8))
+        too_high = a > 0 and new > was and far > p["delta_high"]
+        too_low = a < 0 and new < was and far > p["delta_low"]
+        m = 0.0 if too_high or too_low else 1.0
+        return m * r * a * lp, m * r * a
     if name == "sapo":
         tau = p["tau_positive"] if a > 0 else p["tau_negative"]
         gate = 4 / tau / (1 + math.exp(-tau * (r - 1)))
@@ -114,19 +154,45 @@ def _token_terms(name: str, lp: float, old: float, a: float, p: dict) -> tuple[f
 
 
 def _sequence_terms(
-    name: str, lp: list[float], old: list[float], a: float, p: dict
+    name: str, lp: list[float], old: list[float], a: float, p: dict, shift: list[float]
 ) -> tuple[float, list[float]]:
     """(value of the sequence, d value / d logprob_t)."""
     n = len(lp)
     logs = [x - y for x, y in zip(lp, old, strict=True)]
+    if name == "rspo":
+        logs = [x + math.log(max(g, p["shift_floor"])) for x, g in zip(logs, shift, strict=True)]
+    if name == "vespo":
+        w = math.exp(min(max(sum(logs), -20.0), 20.0))
+        k, c = (p["k_positive"], p["lambda_positive"]) if a >= 0 else (p["k_negative"], p["lambda_negative"])
+        phi = w**k * math.exp(c * (1 - w))
+        return phi * a * sum(lp), [phi * a] * n
+    if name == "luspo":
+        s = math.exp(sum(logs) / n)
+        value = min(s * a, _clip(s, 1 - p["clip_low"], 1 + p["clip_high"]) * a)
+        return n * value, [s * a if value == s * a else 0.0] * n
     if name in ("gspo", "gspo_token"):
         s = math.exp(sum(logs) / n)
         value = min(s * a, _clip(s, 1 - p["clip_low"], 1 + p["clip_high"]) * a)
         return value, [s * a / n if value == s * a else 0.0] * n
-    assert name == "gmpo"
+    assert name in ("gmpo", "rspo")
     kept = [min(x, p["clip_high"]) if a > 0 else max(x, -p["clip_low"]) for x in logs]
     g = math.exp(sum(kept) / n)
     return g * a, [g * a / n if k == x else 0.0 for k, x in zip(kept, logs, strict=True)]
+
+
+def _dropped_by_m2po(batch: Ragged, limit: float) -> set[tuple[int, int]]:
+    """(sequence, token) of those that algorithm 1 drops, one by one from the largest."""
+    region = []
+    for i, (lp, old, a) in enumerate(zip(batch.lp, batch.old, batch.adv, strict=True)):
+        for t, (x, y) in enumerate(zip(lp, old, strict=True)):
+            if (x - y) * a > 0:
+                region.append(((x - y) ** 2, (i, t)))
+    out = set()
+    while region and sum(square for square, _ in region) / len(region) > limit:
+        worst = max(region)
+        region.remove(worst)
+        out.add(worst[1])
+    return out
 
 
 def reference(
@@ -135,11 +201,19 @@ def reference(
     """(loss, gradient per token) of the whole batch by loops."""
     sequences, tokens = len(batch.lp), sum(batch.lengths)
     loss, grads = 0.0, []
-    for lp, old, a in zip(batch.lp, batch.old, batch.adv, strict=True):
+    dropped = _dropped_by_m2po(batch, params["second_moment"]) if name == "m2po" else set()
+    shifts = [part.tolist() for part in shift_of(tokens).split(batch.lengths)]
+    for i, (lp, old, a) in enumerate(zip(batch.lp, batch.old, batch.adv, strict=True)):
         n = len(lp)
-        if name in ("gspo", "gspo_token", "gmpo"):
-            assert aggregation == "sequence_mean"
-            value, grad = _sequence_terms(name, lp, old, a, params)
+        if name == "vespo":
+            assert aggregation == "token_mean"
+            value, grad = _sequence_terms(name, lp, old, a, params, shifts[i])
+            loss -= value / tokens
+            grads += [-g / tokens for g in grad]
+            continue
+        if name in ("gspo", "gspo_token", "luspo", "gmpo", "rspo"):
+            assert aggregation == ("sequence_sum" if name == "luspo" else "sequence_mean")
+            value, grad = _sequence_terms(name, lp, old, a, params, shifts[i])
             loss -= value / sequences
             grads += [-g / sequences for g in grad]
             continue
@@ -149,8 +223,11 @@ def reference(
             "sequence_sum": 1 / sequences,
             "constant_length": 1 / (limit * sequences),
         }[aggregation]
-        for x, y in zip(lp, old, strict=True):
-            value, grad = _token_terms(name, x, y, a, params)
+        for t, (x, y) in enumerate(zip(lp, old, strict=True)):
+            if name == "m2po":
+                value = grad = 0.0 if (i, t) in dropped else math.exp(x - y) * a
+            else:
+                value, grad = _token_terms(name, x, y, a, params)
             loss -= scale * value
             grads.append(-scale * grad)
     return loss, grads

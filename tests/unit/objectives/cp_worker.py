@@ -38,7 +38,13 @@ def main() -> None:
         segments = Segments(data["ids"][mine], data["count"], SumOverRanks.apply)
         denominators = Denominators(data["count"], data["ids"].numel(), 64)
         result = get_objective(name).loss(
-            lp, data["old"][mine], data["advantages"][mine], segments, denominators, offset=data["offset"]
+            lp,
+            data["old"][mine],
+            data["advantages"][mine],
+            segments,
+            denominators,
+            offset=data["offset"],
+            extra={k: x[mine] if isinstance(x, torch.Tensor) else x for k, x in data["extra"][name].items()},
         )
         result.loss.backward()
         out[name] = {"loss": result.loss.detach(), "grad": lp.grad, "stats": result.stats}

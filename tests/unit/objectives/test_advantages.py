@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gspo_dist.objectives.advantages import degenerate_group_share, group_advantages
+from gspo_dist.objectives.advantages import degenerate_group_share, group_advantages, position_advantages
 
 GROUP_KINDS = ("group_std", "group_mean", "leave_one_out")
 
@@ -95,3 +95,94 @@ def test_leave_one_out_is_the_mean_of_the_others():
 def test_bad_advantage_inputs_name_the_field(rewards, groups, kind, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(np.array(rewards), np.array(groups), kind)
+
+
+# --- over the mean, over the batch, part by part ---
+
+
+def test_maxrl_of_a_group_by_hand():
+    """K = 1 of 4 solved: (1 - K/N) / (K/N) = 3, and -1 for the rest. K = 3 of 4: 1/3 and -1."""
+    rewards, ids = np.array([0.0, 1.0, 0, 0, 1, 1, 1, 0, 0, 0]), np.array([5] * 4 + [6] * 4 + [7] * 2)
+    got = group_advantages(rewards, ids, "maxrl", eps=0.0)
+    assert got.tolist() == pytest.approx([-1, 3, -1, -1, 1 / 3, 1 / 3, 1 / 3, -1, 0, 0], rel=1e-15)
+
+
+def test_maxrl_refuses_a_reward_below_zero_and_names_it():
+    with pytest.raises(ValueError, match=r"maxrl divides by the mean.*got -0\.5 for rollout 1 of group 3"):
+        group_advantages(np.array([1.0, -0.5]), np.array([3, 3]), "maxrl")
+
+
+def test_batch_std_scales_all_groups_by_one_number():
+    """Centred: .5 -.5 | .75 -.25 -.25 -.25; the mean square is (.5 + .75) / 6, its root .456435."""
+    rewards, ids = np.array([1.0, 0, 1, 0, 0, 0]), np.array([0, 0, 1, 1, 1, 1])
+    got = group_advantages(rewards, ids, "batch_std", eps=0.0)
+    assert got.tolist() == pytest.approx([x / 0.4564354646 for x in (0.5, -0.5, 0.75, -0.25, -0.25, -0.25)])
+    assert np.mean(got**2) == pytest.approx(1.0)
+    assert group_advantages(np.ones(4), np.array([0, 0, 1, 1]), "batch_std").tolist() == [0.0] * 4
+
+
+def test_gdpo_normalises_each_part_apart_and_then_over_the_batch():
+    """Two groups of two. Part a: +-1 in the first group, 0 in the second; part b: -+1 and +-1.
+
+    With the weights 1 and 0.5 the sums are .5, -.5, .5, -.5, whose deviation is .5.
+    """
+    ids = np.array([0, 0, 1, 1])
+    parts = np.array([[3.0, 0.0], [1.0, 0.2], [7.0, 9.0], [7.0, 8.0]])
+    got = group_advantages(np.zeros(4), ids, "gdpo", eps=0.0, parts=parts, weights=[1.0, 0.5])
+    assert got.tolist() == pytest.approx([1.0, -1.0, 1.0, -1.0], rel=1e-12)
+    # Summed first, the small part of the second group would be lost in the large one of the first.
+    summed = group_advantages(parts @ [1.0, 0.5], ids, "group_mean")
+    assert summed.tolist() == pytest.approx([0.95, -0.95, 0.25, -0.25])
+    same = group_advantages(np.zeros(4), ids, "gdpo", parts=np.ones((4, 2)), weights=[1.0, 1.0])
+    assert same.tolist() == [0.0] * 4
+
+
+def test_gdpo_of_one_part_is_group_std_over_its_deviation_in_the_batch():
+    rewards, ids = np.array([1.0, 0, 0, 1, 1, 0, 2, 2]), np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    one = group_advantages(rewards, ids, "group_std")
+    got = group_advantages(rewards, ids, "gdpo", parts=rewards[:, None], weights=[3.0])
+    assert got == pytest.approx(one / np.sqrt(np.mean(one**2)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kind": "gdpo"}, r"gdpo needs parts \[R=2, n\] and n weights, n >= 1: got \[0, 0\] and 0"),
+        ({"kind": "gdpo", "parts": np.ones((2, 2)), "weights": [1.0]}, r"got \[2, 2\] and 1"),
+        ({"kind": "gdpo", "parts": np.ones((2, 0))}, "at least one part"),
+        ({"kind": "group_std", "parts": np.ones((2, 1)), "weights": [1.0]}, "for gdpo alone"),
+    ],
+)
+def test_parts_are_for_gdpo_alone(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(np.zeros(2), np.zeros(2), **kwargs)
+
+
+# --- token by token ---
+
+
+def test_what_is_paid_at_positions_goes_to_the_tokens_before_it():
+    """Group 0 pays 1, 0 and 0.5: mean .5, deviation sqrt(1/6). Group 1 pays alike, and so nothing."""
+    paid = [[(1, 1.0), (3, 0.0)], [(1, 0.5)], [(0, 2.0)], [(2, 2.0)]]
+    ids = np.array([0, 0, 1, 1])
+    got = position_advantages(paid, [4, 2, 1, 3], ids, "group_mean")
+    assert [x.tolist() for x in got] == [[0.0, 0.0, -0.5, -0.5], [0.0, 0.0], [0.0], [0.0] * 3]
+    scaled = position_advantages(paid, [4, 2, 1, 3], ids, "group_std", eps=0.0)
+    assert scaled[0].tolist() == pytest.approx([0.0, 0.0, -(1.5**0.5), -(1.5**0.5)])
+
+
+def test_one_payment_at_the_last_token_is_the_advantage_of_the_whole_completion():
+    rewards, ids = np.array([1.0, 0, 0, 3, 3, 1]), np.array([0, 0, 0, 1, 1, 1])
+    for kind in ("group_std", "group_mean"):
+        paid = [[(n, r)] for n, r in enumerate(rewards)]
+        got = position_advantages(paid, range(1, 7), ids, kind)
+        whole = group_advantages(rewards, ids, kind)
+        for n, (values, one) in enumerate(zip(got, whole, strict=True), 1):
+            assert values.tolist() == [one] * n
+
+
+def test_a_payment_beyond_its_completion_is_refused():
+    with pytest.raises(ValueError, match=r"got 1\.0 at token 2 of 2 in rollout 0 of group 7"):
+        position_advantages([[(2, 1.0)]], [2], np.array([7]), "group_mean")
+    with pytest.raises(ValueError, match="advantage of positions must be a known name: got 'maxrl'"):
+        position_advantages([[(1, 1.0)]], [2], np.array([7]), "maxrl")

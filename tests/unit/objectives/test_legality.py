@@ -35,6 +35,28 @@ from gspo_dist.objectives import legality
         ),
         ({"objective": "sapo", "old_logprobs": "rollout", "guard_action": "recentre"}, ["no clip"]),
         ({"objective": "gspo", "correction": "sequence_truncate"}, ["exp(sum)", "geometric_reject"]),
+        ({"objective": "rspo", "correction": "sequence_mask"}, ["exp(sum)", "geometric_reject"]),
+        ({"objective": "luspo", "correction": "sequence_mask"}, ["exp(sum)", "geometric_reject"]),
+        (
+            {"objective": "vespo", "correction": "token_truncate"},
+            ["itself the weight", "old_logprobs=rollout"],
+        ),
+        (
+            {"objective": "vespo", "correction": "geometric_truncate"},
+            ["itself the weight", "geometric_reject"],
+        ),
+        (
+            {"objective": "rspo", "old_logprobs": "rollout"},
+            ["router probabilities", "old_logprobs=recompute"],
+        ),
+        ({"objective": "m2po", "old_logprobs": "rollout", "guard_action": "recentre"}, ["no clip"]),
+        ({"objective": "dppo_tv", "old_logprobs": "rollout", "guard_action": "recompute"}, ["no clip"]),
+        ({"objective": "luspo", "aggregation": "sequence_mean"}, ["weighs a sequence", "sequence_sum"]),
+        ({"objective": "vespo", "aggregation": "sequence_mean"}, ["weighs a sequence", "constant_length"]),
+        (
+            {"objective": "luspo", "params": {"clip_low": 0.2, "clip_high": 0.28}},
+            ["never binds", "allow_wide"],
+        ),
         (
             {"objective": "gspo", "aggregation": "token_mean"},
             ["weighs a sequence by its length", "sequence_mean"],
@@ -71,6 +93,9 @@ def test_illegal_combinations_are_refused_with_reason_and_way_out(kwargs, words)
         {"objective": "grpo", "routing_replay": "r2", "correction": "sequence_mask"},
         {"objective": "gmpo", "params": {"clip_low": 0.4, "clip_high": 0.4}},
         {"objective": "gspo", "old_logprobs": "rollout", "correction": "opsm"},
+        {"objective": "vespo", "old_logprobs": "recompute", "correction": "geometric_reject"},
+        {"objective": "vespo", "old_logprobs": "rollout", "aggregation": "sequence_sum"},
+        {"objective": "dppo_kl", "old_logprobs": "recompute", "correction": "token_truncate"},
         {"objective": "grpo", "aggregation": "token_mean"},
         {"objective": "my.module:loss", "params": {"anything": 1}},
     ],

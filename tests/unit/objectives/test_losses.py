@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from gspo_dist.objectives import OBJECTIVE_SPECS, Denominators, Segments, get_objective
-from tests.unit.objectives.cases import F64, LIMIT, make_batch, of_lengths, reference, run
+from tests.unit.objectives.cases import F64, LIMIT, extra_of, make_batch, of_lengths, reference, run
 
 NAMES = list(OBJECTIVE_SPECS)
 
 
+STOPPED_OF_2026 = ("dppo_tv", "dppo_kl", "vespo")
+
 VARIANTS = [(name, {}) for name in NAMES] + [
+    ("luspo", {"clip_low": 0.01, "clip_high": 0.012}),
+    ("dppo_tv", {"delta_low": 0.02, "delta_high": 0.05}),
+    ("dppo_kl", {"delta_low": 0.002, "delta_high": 0.005}),
+    ("vespo", {"k_positive": 1.0, "lambda_positive": 0.5, "k_negative": 0.3, "lambda_negative": 1.7}),
+    ("m2po", {"second_moment": 0.01}),
     ("gspo", {"clip_low": 0.01, "clip_high": 0.012}),
     ("grpo", {"dual_clip": 1.4, "clip_low": 0.1, "clip_high": 0.15}),
     ("cispo", {"clip_low": 0.2, "clip_high": 0.2}),
@@ -36,7 +43,7 @@ def test_value_and_gradient_equal_the_loops_of_the_paper(name, params, seed):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n not in ("cispo", "minirl", "reinforce", "gspo_token")]
+    "name", [n for n in NAMES if n not in ("cispo", "minirl", "reinforce", "gspo_token", *STOPPED_OF_2026)]
 )
 def test_gradcheck(name):
     batch = make_batch(11, sequences=4, longest=5)
@@ -45,7 +52,12 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(
         lambda lp: (
             objective.loss(
-                lp, t.old, t.advantages, Segments(t.ids, 4), Denominators(4, t.ids.numel(), LIMIT)
+                lp,
+                t.old,
+                t.advantages,
+                Segments(t.ids, 4),
+                Denominators(4, t.ids.numel(), LIMIT),
+                extra=extra_of(name, t),
             ).loss
         ),
         (t.logprobs,),
@@ -148,7 +160,7 @@ def test_unclipped_gradients_are_equations_10_and_12():
 
 
 # One sequence of one token: token and sequence ratios coincide, so one table serves every clipped objective.
-@pytest.mark.parametrize("name", ["gspo", "gspo_token", "grpo", "dapo", "dr_grpo", "gmpo", "minirl"])
+@pytest.mark.parametrize("name", ["gspo", "gspo_token", "luspo", "grpo", "dapo", "dr_grpo", "gmpo", "minirl"])
 @pytest.mark.parametrize("side", [-1, 1])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_the_clip_takes_the_gradient_only_where_the_sign_says_so(name, side, sign):
@@ -213,13 +225,17 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
 def test_zero_advantage_gives_zero_gradient_and_a_broken_token_stays_finite(name):
     lp = torch.tensor([-0.1, -0.1, -0.1], dtype=torch.float32, requires_grad=True)
     old = torch.tensor([-0.2, -0.2, -400.0])
-    result = get_objective(name).loss(lp, old, torch.zeros(3), of_lengths(1, 2), Denominators(2, 3, 4))
+    reads = {"second_moment_cut": math.inf, "router_shift": torch.tensor([1.0, 0.9, 0.2])}
+    extra = {read: reads[read] for read in OBJECTIVE_SPECS[name].reads}
+    result = get_objective(name).loss(
+        lp, old, torch.zeros(3), of_lengths(1, 2), Denominators(2, 3, 4), extra=extra
+    )
     result.loss.backward()
     assert result.loss.item() == 0.0
     assert lp.grad.abs().max().item() == 0.0
     lp = lp.detach().requires_grad_()
     adv = torch.tensor([1.0, -1.0, -1.0])
-    result = get_objective(name).loss(lp, old, adv, of_lengths(1, 2), Denominators(2, 3, 4))
+    result = get_objective(name).loss(lp, old, adv, of_lengths(1, 2), Denominators(2, 3, 4), extra=extra)
     result.loss.backward()
     assert math.isfinite(result.loss.item())
     assert bool(torch.isfinite(lp.grad).all())

@@ -26,7 +26,16 @@ from gspo_dist.objectives import (
 )
 from gspo_dist.objectives.offset import GuardConfig, make_guard
 from gspo_dist.objectives.specs import OBJECTIVE_SPECS
-from tests.unit.objectives.cases import F64, Ranks, make_batch, of_lengths, run, same_numbers
+from tests.unit.objectives.cases import (
+    F64,
+    Ranks,
+    extra_of,
+    make_batch,
+    of_lengths,
+    part_of,
+    run,
+    same_numbers,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = list(OBJECTIVE_SPECS)
@@ -194,7 +203,13 @@ def test_missing_reference_and_bad_offset_are_refused():
 def whole(name, t, count):
     lp = t.logprobs.detach().clone().requires_grad_()
     result = get_objective(name).loss(
-        lp, t.old, t.advantages, Segments(t.ids, count), Denominators(count, t.ids.numel(), 64), offset=0.01
+        lp,
+        t.old,
+        t.advantages,
+        Segments(t.ids, count),
+        Denominators(count, t.ids.numel(), 64),
+        offset=0.01,
+        extra=extra_of(name, t, 0.01),
     )
     result.loss.backward()
     return result.loss.item(), lp.grad, results(result.stats)
@@ -214,6 +229,7 @@ def test_packing_order_does_not_matter(name):
         Segments(relabel[t.ids[order]], 9),
         Denominators(9, t.ids.numel(), 64),
         offset=0.01,
+        extra=part_of(extra_of(name, t, 0.01), order),
     )
     result.loss.backward()
     assert result.loss.item() == pytest.approx(loss, rel=1e-12, abs=1e-14)
@@ -242,6 +258,7 @@ def test_micro_batches_and_data_parallel_ranks_add_up(name, layout):
             Segments(local, len(sequences)),
             Denominators(9, t.ids.numel(), 64),
             offset=0.01,
+            extra=part_of(extra_of(name, t, 0.01), take),
         )
         result.loss.backward()
         total += result.loss.item()
@@ -272,6 +289,7 @@ def test_a_context_parallel_cut_does_not_matter(name, world):
             Segments(t.ids[mine], 9, ranks.differentiable(rank)),
             Denominators(9, t.ids.numel(), 64),
             offset=0.01,
+            extra=part_of(extra_of(name, t, 0.01), mine),
         )
         result.loss.backward()
         return mine, result, lp.grad
@@ -302,6 +320,7 @@ def test_a_rank_without_a_single_token_takes_part(name):
             Segments(t.ids[mine], 9, ranks.differentiable(rank)),
             Denominators(9, t.ids.numel(), 64),
             offset=0.01,
+            extra=part_of(extra_of(name, t, 0.01), mine),
         )
         result.loss.backward()
         return result, lp.grad
@@ -328,6 +347,7 @@ def test_two_real_processes_with_cut_sequences_give_the_same_loss_gradient_and_s
         "owner": (place >= half).long(),
         "objectives": NAMES,
         "offset": 0.01,
+        "extra": {name: extra_of(name, t, 0.01) for name in NAMES},
     }
     torch.save(data, tmp_path / "in.pt")
     worker = Path(__file__).with_name("cp_worker.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +140,17 @@ def test_a_spec_checks_its_names(kwargs, message):
 
 @pytest.mark.parametrize("name", OBJECTIVE_SPECS)
 def test_a_configuration_file_holds_the_published_values(name):
-    config = run_config([f"objective={name}"]).objective
+    config = run_config([f"objective={name}", "learner=eager"]).objective  # which serves them all
     assert config.name == name
     assert {**OBJECTIVE_SPECS[name].defaults, **config.params} == OBJECTIVE_SPECS[name].defaults
+
+
+def test_the_readme_lists_every_objective_with_what_is_fixed_about_it():
+    readme = (Path(__file__).parents[3] / "gspo_dist" / "objectives" / "README.md").read_text()
+    table = readme.split("## The objectives")[1].split("\n\n")[2]
+    rows = {row.split(" | ")[0].strip("| "): row for row in table.splitlines()[2:]}
+    assert list(rows) == list(OBJECTIVE_SPECS)
+    for name, spec in OBJECTIVE_SPECS.items():
+        parameters = ", ".join(f"{k} off" if v is None else f"{k} {v:g}" for k, v in spec.defaults.items())
+        told = f" | {spec.aggregation} | {spec.advantage} | {parameters or '-'} | {spec.source} |"
+        assert rows[name].endswith(told)

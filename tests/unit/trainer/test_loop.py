@@ -86,12 +86,17 @@ def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "objective", ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo", "sapo", "minirl"]
+    "objective",
+    ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo_loss", "sapo", "minirl", "m2po", "rspo"],
 )
 def test_every_path_of_old_logprobs_and_replay_runs(model, reward_file, tmp_path, objective):
     _, rows = go(config(model, reward_file, tmp_path / "run", f"objective={objective}", "steps=2"))
     last = rows[-1]
     assert last["learner/policy_version"] == 4.0
+    if objective == "rspo":
+        assert 0.7 < last["objective/router_shift"] < 1.0  # the policy has moved before the second mini-batch
+    if objective == "m2po":
+        assert last["old_logprobs/recomputed"] == 0.0
     if objective in ("grpo_r2", "grpo_r3", "gspo_recompute"):
         assert last["old_logprobs/recomputed"] == 1.0
         assert last["objective/mini_batch_0/approx_kl_k3"] == 0.0  # the same pass twice, bit for bit
@@ -112,10 +117,26 @@ def test_two_runs_with_one_seed_agree(model, reward_file, tmp_path):
     assert values(a) != values(c)
 
 
+RENEWED = (
+    "objective=dapo",
+    "objective.selection.over_asked=1",
+    "data.options.size=40",
+    "data.renewal={active: 12, arrivals: 1.5, retire_at: 0.5, solved_at: 0.1}",
+    "rollout.length_schedule=[[1, 5], [3, 8]]",
+)
+"""Dynamic sampling, a query set that is renewed, and completions that grow."""
+
+
 @pytest.mark.slow
-def test_a_resumed_run_equals_one_that_was_not_stopped(model, reward_file, tmp_path):
-    _, whole = go(config(model, reward_file, tmp_path / "whole", "steps=4"))
-    stopped = config(model, reward_file, tmp_path / "parts", "steps=4", "checkpoint.every=2")
+@pytest.mark.parametrize("more", [(), RENEWED])
+def test_a_resumed_run_equals_one_that_was_not_stopped(model, reward_file, tmp_path, more):
+    _, whole = go(config(model, reward_file, tmp_path / "whole", "steps=4", *more))
+    if more:
+        assert [row["rollout/max_completion_tokens"] for row in whole[1:]] == [5, 5, 8, 8]
+        assert whole[-1]["data/retired"] > 0
+        assert whole[-1]["data/waiting"] < 28
+        assert whole[-1]["selection/asked_groups"] >= 5
+    stopped = config(model, reward_file, tmp_path / "parts", "steps=4", "checkpoint.every=2", *more)
     run = build(stopped)
     try:
         start(run)
