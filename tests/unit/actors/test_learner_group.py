@@ -36,11 +36,11 @@ class CountingLearner:
         self.data_parallel_rank, self.is_exporter = rank // 2, rank == 2
         self.policy_version, self.saved = 0, []
 
-    def logprobs(self, batches, *, record_routing=False, reference=False):
+    def logprobs(self, batches, *, record_routing=False, record_scores=False, reference=False):
         if self.world_size != RANKS or (reference and self.rank == 3):
             print("the last words of a rank", flush=True)
             os._exit(1)
-        mark = torch.tensor([float(record_routing), float(self.address[1])])
+        mark = torch.tensor([record_routing + 2.0 * record_scores, float(self.address[1])])
         return [LogprobOutput(batch.token_ids.float(), mark) for batch in batches]
 
     def forward_backward(self, batches, spec):
@@ -127,6 +127,8 @@ def test_every_rank_says_which_replica_it_is_of(group):
 
 def test_every_replica_computes_its_own_micro_batches_in_order(group):
     outputs = group.logprobs(MINI.micro_batches, record_routing=True)
+    scores = group.logprobs(MINI.micro_batches, record_scores=True)
+    assert {float(output.entropy[0]) for replica in scores for output in replica} == {2.0}
     assert [[o.logprobs.tolist() for o in replica] for replica in outputs] == [
         [[1.0, 2.0], [3.0]],
         [[40.0], [50.0, 60.0]],

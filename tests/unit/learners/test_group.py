@@ -30,8 +30,15 @@ class Recorder:
         self.asked: list[Any] = []
         self.stacked: list[bool] = []
 
-    def logprobs(self, batches: Any, *, record_routing: bool = False, reference: bool = False) -> list[Any]:
-        self.asked.append((batches, record_routing, reference))
+    def logprobs(
+        self,
+        batches: Any,
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
+    ) -> list[Any]:
+        self.asked.append((batches, record_routing, reference, *(["scores"] if record_scores else [])))
         return ["output"]
 
     def forward_backward(self, batches: Any, spec: Any) -> dict[str, Stat]:
@@ -99,6 +106,8 @@ def test_it_is_a_learner_group_around_a_learner() -> None:
 
 
 def test_the_one_replicas_batches_and_options_reach_the_learner(group: LocalLearnerGroup) -> None:
+    assert group.logprobs((("z",),), record_scores=True) == [["output"]]
+    assert group.learner.asked.pop() == (("z",), False, False, "scores")
     assert group.logprobs((("x", "y"),), record_routing=True) == [["output"]]
     group.logprobs((("x",),), reference=True)
     stats = group.forward_backward(mini(("z",)), "spec")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import pytest
 from gspo_dist.cli.compose import run_config
 from gspo_dist.config import ObjectiveConfig, SelectionConfig
 from gspo_dist.metrics.names import metric_of
+from gspo_dist.objectives import get_objective
 from gspo_dist.packing import pack
+from gspo_dist.trainer.loop import prepare
 from gspo_dist.trainer.refill import NothingToLearn, Refill
 from gspo_dist.trainer.selection import overlong_penalty, payments, select
 from gspo_dist.trainer.setup.checks import name_selection
@@ -253,3 +256,24 @@ def test_the_overlong_penalty_is_paid_at_the_last_token():
 def test_credit_that_means_nothing_is_refused(knobs, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveConfig(**knobs)
+
+
+def test_a_step_charges_length_by_its_own_limit():
+    """Four tokens are the limit of step 1, and half of that of step 2, where the buffer only begins."""
+    config = run_config(
+        [
+            "rollout.max_completion_tokens=8",
+            "rollout.length_schedule=[[1, 4], [2, 8]]",
+            "objective.selection={overlong_penalty: 1.0, overlong_buffer: 0.5}",
+            "mini_batches=1",
+            "rollout.max_prompt_tokens=16",
+            "learner.token_budget=64",
+            "learner.world_size=1",
+        ]
+    )
+    run = SimpleNamespace(config=config, objective=get_objective("gspo"))
+    rollouts = batch([1, 0], tokens=[4, 4])
+    for step, penalty in ((1, 1.0), (2, 0.0)):
+        selected, (mini,) = prepare(run, rollouts, step)
+        assert selected.metrics["selection/overlong_penalty_mean"] == penalty
+        assert mini.denominators.max_completion_length == 8  # dr_grpo's constant stays
