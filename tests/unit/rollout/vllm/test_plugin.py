@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from gspo_dist.rollout.vllm.plugin import BACKEND, mend_cpu_rotary, register
+from gspo_dist.rollout.vllm.plugin import BACKEND, mend_cpu_rotary, mend_cpu_router, register
 
 
 def test_vllm_finds_the_receiver() -> None:
@@ -42,3 +42,23 @@ def test_heads_given_one_by_one_are_rotated_by_the_angle_of_their_position(inter
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     torch.testing.assert_close(key, want[:, :1], rtol=0, atol=1e-6)
     torch.testing.assert_close(flat.view(5, 3, 8), want, rtol=0, atol=1e-6)
+
+
+def test_a_router_without_groups_chooses_by_its_bias_and_weighs_without_it() -> None:
+    """Logits 0, 1, 2, 3 and a bias of 1 for expert 0: it is chosen with expert 3, and their softmax is
+    1 / (1 + e^3) and e^3 / (1 + e^3). Unmended, the CPU router of vllm 0.30.0 takes experts 2 and 3."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    mend_cpu_router()
+    mend_cpu_router()  # twice is once
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+
+    def chosen(**settings) -> dict[int, float]:
+        weights, ids = CPURouter(2, 4, **settings)._compute_routing(logits, logits, None)
+        return dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+
+    share = 1 / (1 + torch.e**3)
+    biased = chosen(e_score_correction_bias=torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert biased == pytest.approx({0: share, 3: 1 - share})
+    plain = 1 / (1 + torch.e)
+    assert chosen() == pytest.approx({2: plain, 3: 1 - plain})
