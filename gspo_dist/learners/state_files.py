@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_dist.config import LearnerConfig
 
@@ -75,17 +76,20 @@ def check_resume(folder: Path, config: LearnerConfig) -> None:
 def writing(path: Path) -> Iterator[None]:
     """Around whatever writes a state to `path`, a file or a folder.
 
-    Raises OSError with the errno of a full disk, the path and what is free there, where torch and DeepSpeed
-    raise a RuntimeError without a place. Other errors pass.
+    Raises OSError with the errno of a full disk, the path and what is free there, where torch, DeepSpeed and
+    megatron-core raise an error without a place. Other errors pass, as an Exception: what torch raises for
+    several ranks is none (2.13), and would end a process past everything that tells how a run ended.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, OSError):
             code = error.errno
         else:
             code = errno.ENOSPC if any(text in str(error) for text in _SHORT_WRITES) else None
         if code not in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, CheckpointException):
+                raise RuntimeError(f"the learner's state was not written to {path}: {error}") from error
             raise
         disk = os.statvfs(path if path.is_dir() else path.parent)
         free = disk.f_bavail * disk.f_frsize / 2**20

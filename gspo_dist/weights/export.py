@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gspo_dist.weights.checksum import host_checksum
@@ -44,8 +46,9 @@ def write_hf_folder(weights: Iterable[NamedTensor], source: Path, target: Path) 
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
-        sent = _write_shards(weights, folder, partial)
+        with _room(target.parent):
+            shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+            sent = _write_shards(weights, folder, partial)
         verify_folder(partial, sent)
         if target.exists():
             target.rmdir()
@@ -54,6 +57,23 @@ def write_hf_folder(weights: Iterable[NamedTensor], source: Path, target: Path) 
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return len(sent) - len(set(sent) - folder.streamed)
+
+
+@contextlib.contextmanager
+def _room(parent: Path) -> Iterator[None]:
+    """Around whatever writes below `parent`. Raises ValueError on a full disk; other errors pass."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # copytree collects its files' errors as texts, and safetensors (0.8) keeps no errno.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        free = shutil.disk_usage(parent).free
+        raise ValueError(
+            f"no room for the export: {parent} has {free / 2**20:.0f} MiB free; make room or export to "
+            "another disk"
+        ) from error
 
 
 def _write_shards(weights: Iterable[NamedTensor], folder: ModelFolder, target: Path) -> dict[str, int]:

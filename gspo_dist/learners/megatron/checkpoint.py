@@ -27,7 +27,9 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_dist.learners.state_files import writing
 from gspo_dist.models.shape import ModelShape
 
 # fully_reshardable: optimiser state in the shape of its parameter, not in the buffers of one layout.
@@ -62,10 +64,12 @@ class CheckpointWriter:
     def __init__(self, asynchronous: bool) -> None:
         """asynchronous: whether a forked process writes while training goes on."""
         self.queue = AsyncCallsQueue() if asynchronous else None
+        self.folder = Path()  # of the save that is under way
 
     def save(self, learner: LearnerState, policy_version: int, folder: Path) -> None:
         """Returns once the state is staged for the forked process or, without one, written. Collective.
 
+        Raises OSError on a full disk, as `writing` does.
         An earlier save is finished first, so one is under way at most.
         """
         self.wait()
@@ -78,14 +82,20 @@ class CheckpointWriter:
             "policy_version": policy_version,
             "architecture": dataclasses.asdict(learner.architecture),
         }
-        request = dist_checkpointing.save(state, str(folder), async_sharded_save=self.queue is not None)
+        self.folder = folder
+        with writing(folder):
+            request = dist_checkpointing.save(state, str(folder), async_sharded_save=self.queue is not None)
         if self.queue is not None and request is not None:
             self.queue.schedule_async_request(request)
 
     def wait(self) -> None:
-        """Returns when every started save is on disk, its metadata last. Collective; may be called again."""
+        """Returns when every started save is on disk, its metadata last. Collective; may be called again.
+
+        Raises OSError on a full disk, as `writing` does.
+        """
         if self.queue is not None:
-            self.queue.maybe_finalize_async_calls(blocking=True)
+            with writing(self.folder):
+                self.queue.maybe_finalize_async_calls(blocking=True)
 
     def close(self) -> None:
         """Ends the writing process. Call `wait` first."""
@@ -127,7 +137,12 @@ def load(learner: LearnerState, folder: Path) -> int:
     folder = Path(folder)
     state = sharded_state(learner, loading=True)
     check(state, folder)
-    loaded = dist_checkpointing.load(state, str(folder))
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except CheckpointException as error:  # no Exception (torch 2.13): nothing would tell how the run ended
+        raise ValueError(
+            f"{folder} cannot be read: {error}; remove this checkpoint to go on from the one before"
+        ) from error
     for i, chunk in enumerate(learner.chunks):
         # Not strict, because the extra state was left out. `check` has seen every tensor.
         chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)

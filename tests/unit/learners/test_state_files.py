@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig
 from gspo_dist.learners.state_files import (
@@ -65,6 +67,22 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as raised, writing(tmp_path):
             raise error
         assert raised.value is error
+
+
+def failed_ranks(said: str) -> CheckpointException:
+    """What torch.distributed.checkpoint raises where rank 0 said something: no Exception (torch 2.13)."""
+    return CheckpointException("save", {0: (RuntimeError(said), StackSummary.from_list([]))})
+
+
+def test_what_ranks_raise_together_is_an_exception_and_a_full_disk_an_error_of_the_disk(tmp_path) -> None:
+    with pytest.raises(OSError, match="no room for the learner's state") as raised, writing(tmp_path):
+        raise failed_ranks("Worker failure: unexpected pos 704 vs 598")
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with (
+        pytest.raises(RuntimeError, match=rf"(?s)not written to {tmp_path}: .*shapes differ"),
+        writing(tmp_path),
+    ):
+        raise failed_ranks("shapes differ")
 
 
 def test_the_same_layout_may_be_resumed(tmp_path: Path) -> None:

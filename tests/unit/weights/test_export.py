@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gspo_dist.weights import export
@@ -150,6 +152,40 @@ def test_a_full_disk_is_said_with_both_numbers_and_leaves_nothing(tmp_path, monk
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need))
     assert write_hf_folder(hf_named_weights(hf), tmp_path / "source", tmp_path / "out") == 25
+
+
+def test_a_disk_that_fills_under_way_is_said_alike_whoever_meets_it(tmp_path, monkeypatch):
+    """safetensors meets it in an error of its own, and copytree in a list of texts."""
+    hf, copytree = make(tmp_path / "source", "qwen3"), shutil.copytree
+
+    def onto_full(tensors, path, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    def copy(source, target, ignore):
+        return copytree(source, target, ignore=ignore, copy_function=full)
+
+    for owner, name, put in ((export, "save_file", onto_full), (shutil, "copytree", copy)):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, put)
+            with pytest.raises(
+                ValueError, match=rf"no room for the export: {tmp_path} has \d+ MiB free; make"
+            ):
+                write_hf_folder(hf_named_weights(hf), tmp_path / "source", tmp_path / "out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_other_errors_of_an_export_pass(tmp_path, monkeypatch):
+    hf = make(tmp_path / "source", "qwen3")
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(export, "save_file", denied)
+    with pytest.raises(PermissionError):
+        write_hf_folder(hf_named_weights(hf), tmp_path / "source", tmp_path / "out")
 
 
 def test_a_disk_that_gives_back_other_bytes_is_seen(tmp_path, monkeypatch):

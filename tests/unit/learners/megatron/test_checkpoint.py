@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from traceback import StackSummary
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_dist.learners.megatron import checkpoint
+from gspo_dist.models.shape import ModelShape
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["distributed", "plain"])
@@ -54,3 +57,44 @@ def test_every_extra_state_of_a_grouped_linear_is_left_out() -> None:
 def test_a_missing_tensor_is_named_with_its_way_out(key: str, message: str) -> None:
     assert re.search(rf"it has no {re.escape(key)}", checkpoint._absent(Path("saved"), key, [8, 64]))
     assert re.search(message, checkpoint._absent(Path("saved"), key, [8, 64]))
+
+
+def fails(*args: object, **kwargs: object) -> None:
+    said = (RuntimeError("Worker failure: unexpected pos 704 vs 598"), StackSummary.from_list([]))
+    raise CheckpointException("save", {0: said})
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_ends_a_save_as_an_error_of_the_disk(asynchronous: bool, tmp_path, monkeypatch) -> None:
+    """In the background the writing process fails, which is known when the save is waited for."""
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
+    monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: {})
+    writer = checkpoint.CheckpointWriter(asynchronous)
+    saved = (lambda *args, **kwargs: object()) if asynchronous else fails
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "save", saved)
+    if asynchronous:
+        # The first call finishes the save before, which there is none of.
+        finish = iter([lambda **kwargs: None, fails])
+        queue = SimpleNamespace(
+            maybe_finalize_async_calls=lambda **kwargs: next(finish)(),
+            schedule_async_request=lambda request: None,
+        )
+        writer.queue = queue
+    learner = SimpleNamespace(architecture=ModelShape.__new__(ModelShape))
+    monkeypatch.setattr(checkpoint.dataclasses, "asdict", lambda shape: {})
+
+    def save() -> None:
+        writer.save(learner, 1, tmp_path / "learner")
+        writer.wait()
+
+    with pytest.raises(OSError, match=f"no room for the learner's state .*{tmp_path}/learner"):
+        save()
+
+
+def test_a_state_that_cannot_be_read_is_named_with_its_way_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: {})
+    monkeypatch.setattr(checkpoint, "check", lambda *args: None)
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path} cannot be read.*the one before"):
+        checkpoint.load(SimpleNamespace(), tmp_path)
