@@ -10,6 +10,7 @@ the process ends those after it too, so `model_families.py --measured` starts a 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_families import make_miniature
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.vllm.engine import VllmEngine
+from gspo_dist.rollout.vllm.engine import VllmEngine, prepare_process
 from gspo_dist.weights.names import hf_named_weights, stored_tensors
 from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.stream import buckets
@@ -111,17 +112,27 @@ def synced(engine: VllmEngine, model: PreTrainedModel, vocabulary: int) -> dict[
     return found
 
 
+def attempt(family: str) -> dict[str, object]:
+    """What `measure` returns, or {"error": why}. The engine that it starts is the only one of its process."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return {"family": family, **measure(family, Path(folder))}
+        except Exception as error:  # vLLM's own code; the reason goes into the table
+            said = " ".join(line.strip() for line in str(error).splitlines()[:2]).replace(folder, "FOLDER")
+            return {"family": family, "error": f"{type(error).__name__}: {said[:300]}"}
+
+
+def preload() -> None:
+    """Imports vLLM, so that processes forked from this one need not."""
+    prepare_process("cpu", 1, "fp32")
+    importlib.import_module("vllm.entrypoints.llm")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("families", nargs="+", help="model_type of transformers")
     for family in parser.parse_args().families:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                result: dict[str, object] = dict(measure(family, Path(folder)))
-            except Exception as error:  # vLLM's own code; the reason goes into the table
-                said = " ".join(line.strip() for line in str(error).splitlines()[:2])
-                result = {"error": f"{type(error).__name__}: {said[:300]}"}
-        print(json.dumps({"family": family, **result}), flush=True)
+        print(json.dumps(attempt(family)), flush=True)
     os._exit(0)  # vLLM's threads may outlive its engines
 
 

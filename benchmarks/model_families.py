@@ -9,34 +9,35 @@ Each family is built as a miniature with random weights, saved by transformers a
 a model folder (gspo_dist/learners/self_check.py): on a CPU, in float32, without any download. A family that
 transformers cannot build from its own defaults gets the sizes of a published model from `PUBLISHED`.
 
-Megatron, ZeRO 3 (family_zero3.py) and vLLM (family_sync.py) are measured in processes of their own. FILE is
+Megatron, ZeRO 3 and vLLM (family_sync.py) are measured in processes of their own. FILE is
 JSON and keeps what they found, so that an interrupted measurement goes on, and a table is made again at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import logging
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from gspo_dist.files import write_text
 from gspo_dist.learners.hf_model import load_policy
-from gspo_dist.learners.megatron import self_check as megatron
 from gspo_dist.learners.megatron.architecture import SUPPORTED
 from gspo_dist.learners.properties import TOLERANCE, Finding, guarded, save_miniature, small_config, spread
-from gspo_dist.learners.self_check import SelfCheck, inspect
+from gspo_dist.learners.self_check import MODULES, SelfCheck, inspect
 from gspo_dist.models.shape import ModelShape, shape_from_config
 from gspo_dist.weights.export import probe_folder, write_hf_folder
 from gspo_dist.weights.names import hf_named_weights
@@ -46,8 +47,16 @@ MOE: list[str] = FAMILIES["mixtures"]
 DENSE: list[str] = FAMILIES["dense"]
 PUBLISHED: dict[str, dict[str, Any]] = FAMILIES["published"]
 """Settings of published models where the defaults of the class are incomplete or are nobody's."""
-TIMEOUT_S = 240.0
-"""Seconds for one family in a process of its own."""
+TIMEOUT_S = 600.0
+"""Seconds for one measurement of a family in a process of its own."""
+TITLES = {
+    "loaded": "eager, or DeepSpeed with ZeRO 0 to 2",
+    "autoep": "DeepSpeed with expert_parallel",
+    "zero3": "DeepSpeed with ZeRO 3, in a process of its own",
+    "megatron": "megatron, in a process of its own",
+}
+"""How the page calls the learners that `self_check` tells apart."""
+T = TypeVar("T")
 SYNC_TOLERANCE = 1e-4
 """Largest |difference| in nats between vLLM's log-probs and those of transformers. Right ones differ by about
 2e-6, and by up to 4e-5 where layers with memory add up in another order."""
@@ -118,36 +127,58 @@ def measure(rows: Sequence[Row], path: Path) -> dict[str, dict[str, Any]]:
 
     path: what is known already, and where each result is written as soon as it is there.
     """
+    import family_sync
+    import self_check_cost
+
+    family_sync.preload()
     known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    if "startup" not in known:
+        known["startup"] = self_check_cost.costs()
     for row in rows:
         if not verdict(row).startswith("works"):
             continue
         results = known.setdefault(row.family, {})
-        if "megatron" not in results and row.shape.architecture in SUPPORTED:
-            results["megatron"] = outcome(megatron.findings(config_of(row.family)))
-        if "zero3" not in results:
-            said = _last_line("family_zero3.py", row.family)
-            if "findings" in said:
-                said = {"result": outcome([Finding(**f) for f in said["findings"]])}
-            results["zero3"] = said.get("result") or said["error"]
+        for kind, module in MODULES.items():
+            if kind not in results and (kind == "zero3" or row.shape.architecture in SUPPORTED):
+                said = apart(asked, module, row.family)
+                results[kind] = said if isinstance(said, str) else said["error"]
         if "sync" not in results:
-            results["sync"] = _last_line("family_sync.py", row.family)
-        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+            results["sync"] = apart(family_sync.attempt, row.family)
+        write_text(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
         print(f"{row.family}: {json.dumps(results)}", flush=True)
     return known
 
 
-def _last_line(script: str, family: str) -> dict[str, Any]:
-    """The JSON object on the last line that a script of this folder prints, or why there is none."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), family]
+def asked(module: str, family: str) -> str:
+    """What a learner that needs a process of its own makes of a family, in this process."""
+    return outcome(importlib.import_module(module).check(config_of(family)))
+
+
+def apart(work: Callable[..., T], *args: str) -> T | dict[str, str]:
+    """What `work` returns in a process of its own, which may die; {"error": why} where it does not return.
+
+    A fork, so that what this process has imported is there.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(there, work, args), daemon=True)
+    process.start()
+    there.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {TIMEOUT_S:.0f} s"}
-    except (IndexError, ValueError):
-        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["nothing was said"])[-1]
-        return {"error": f"the process ended with {done.returncode}: {last[:200]}"}
+        if not here.poll(TIMEOUT_S):
+            return {"error": f"no answer within {TIMEOUT_S:.0f} s"}
+        return cast(T, here.recv())
+    except EOFError:
+        process.join()
+        return {"error": f"the process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _tell(there: Connection, work: Callable[..., object], args: Sequence[str]) -> None:
+    there.send(work(*args))
+    there.close()
 
 
 def outcome(found: Sequence[Finding]) -> str:
@@ -257,6 +288,20 @@ builds; an empty cell was not measured. The notes below the tables say what fail
 """
 
 
+def startup(seconds: dict[str, dict[str, float]]) -> Iterator[str]:
+    """What the self-check costs a run, learner by learner."""
+    if not seconds:
+        return
+    yield "## What the check costs before a run\n"
+    yield "Once per model folder and learner, by `python benchmarks/self_check_cost.py`: the names of all the"
+    yield "18,867 tensors of Qwen3-30B-A3B, and its miniature. A second run reads the result.\n"
+    yield "| learner | CPU, s | elapsed, s |"
+    yield "|---|---:|---:|"
+    for kind, title in TITLES.items():
+        yield f"| {title} | {seconds[kind]['cpu']:.1f} | {seconds[kind]['elapsed']:.1f} |"
+    yield ""
+
+
 def report(moe: Sequence[Row], dense: Sequence[Row], measured: dict[str, dict[str, Any]]) -> str:
     rows = [*moe, *dense]
     works = sum(verdict(r).startswith("works") for r in rows)
@@ -275,8 +320,8 @@ def report(moe: Sequence[Row], dense: Sequence[Row], measured: dict[str, dict[st
         'A number is the largest difference in nats; "no" is an error. A run refuses a model with the first',
         "property that fails, unless it does without it (routes) or `model.self_check=false` is set.\n",
         f"{len(rows)} families: {works} work, {refused} are refused, {len(rows) - works - refused} cannot be "
-        f"built from their defaults. The check takes {mean:.1f} s on average on one core,",
-        "once per model folder. With learner=megatron it takes longer: it then starts another process.\n",
+        f"built from their defaults. The check of a miniature takes {mean:.1f} s on average on one core.\n",
+        *startup(measured.get("startup", {})),
         "## Mixtures of experts\n",
         *table(moe, measured),
         "\n## Dense models\n",

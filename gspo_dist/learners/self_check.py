@@ -13,10 +13,12 @@ CPU:
     routes   the experts of every token are recorded. Replayed they give the same log-probs, and other
              experts give others
 
-`properties` measures them. The megatron learner builds a model of its own, so it is asked instead of the
-other learners where a run uses it, in a process of its own (`megatron.self_check`): whole, on one rank, with
-the layers that megatron-core has for a CPU. How a layout cuts the model and what Transformer Engine's layers
-compute on a GPU is not checked before a run; tests/parity has the first.
+`properties` measures them. Eager and DeepSpeed up to ZeRO 2 share a model, and one check serves both. ZeRO 3
+and the megatron learner build models of their own, so where a run uses one of them it is asked instead, in a
+process of its own (`own_process`): on one rank, with layers for a CPU. How a layout cuts the model and what
+Transformer Engine's layers compute on a GPU is not checked before a run; tests/parity has the first.
+
+Names and shapes are compared for the whole model (`stream_names`), before a weight is read.
 
 The result depends on the config, the names in the folder, the learner and the versions of the libraries, and
 is kept under their fingerprint. A second run with the same model reads it.
@@ -31,24 +33,19 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from gspo_dist.config import RunConfig
+from gspo_dist.config import LearnerConfig, RunConfig
 from gspo_dist.files import write_text
-from gspo_dist.learners.hf_folder import check_loaded
-from gspo_dist.learners.megatron import self_check as megatron
+from gspo_dist.learners import own_process, stream_names
 from gspo_dist.learners.properties import Finding, check_architecture, guarded
 from gspo_dist.models.config_file import read_config
 from gspo_dist.models.shape import shape_from_config
 from gspo_dist.weights.folder import ModelFolder
-from gspo_dist.weights.names import FileNames
 
 log = logging.getLogger(__name__)
 
-REVISION = 3
+REVISION = 4
 """Raised when the check itself changes, so that results of an older one are not read."""
 PROPERTIES = ("alone", "packed", "names", "routes")
 """What is checked, in this order."""
@@ -71,6 +68,25 @@ WAY_OUT = {
     "routes": "set objective.routing_replay=none and flips.every=0",
 }
 """Property -> what to do where it fails."""
+
+
+Kind = Literal["loaded", "autoep", "zero3", "megatron"]
+"""Which learner is asked. loaded: the model that transformers loads, of eager and ZeRO 0 to 2. autoep: the
+same with experts spread over ranks, whose weights leave under other names."""
+MODULES: dict[Kind, str] = {
+    "zero3": "gspo_dist.learners.deepspeed.self_check",
+    "megatron": "gspo_dist.learners.megatron.self_check",
+}
+"""The learners that are asked in a process of their own, and by which program."""
+
+
+def kind_of(learner: LearnerConfig) -> Kind:
+    """Which learner a run has to ask."""
+    if learner.backend == "megatron":
+        return "megatron"
+    if learner.backend == "deepspeed" and learner.deepspeed.zero_stage == 3:
+        return "zero3"
+    return "autoep" if learner.backend == "deepspeed" and learner.deepspeed.expert_parallel > 1 else "loaded"
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def check_model_numerically(folder: str | Path, config: RunConfig) -> SelfCheck:
     """
     cache = Path(config.model.cache_dir).expanduser() / "self_check"
     source = Path(folder).expanduser()
-    found = inspect(folder, cache, by_megatron=config.learner.backend == "megatron")
+    found = inspect(folder, cache, kind=kind_of(config.learner))
     refuse(found, source, required(config))
     for finding in found.failed(*PROPERTIES):
         log.warning("the run does without %s of %s: %s", finding.property, source, finding.measured)
@@ -111,32 +127,33 @@ def required(config: RunConfig) -> tuple[str, ...]:
     return PROPERTIES if uses_routes else ("alone", "packed", "names")
 
 
-def inspect(folder: str | Path, cache_dir: Path | None = None, *, by_megatron: bool = False) -> SelfCheck:
+def inspect(folder: str | Path, cache_dir: Path | None = None, *, kind: Kind = "loaded") -> SelfCheck:
     """What the self-check finds of a model folder, whatever it is.
 
     cache_dir: where results are kept. None: nowhere.
-    by_megatron: asks the megatron learner, and not the model that the other two share. Where its process
-        does not come to a result, names alone are compared, which is logged and not kept.
+    kind: which learner is asked. Where its process does not come to a result, names alone are compared,
+        which is logged and not kept.
 
     Raises ValueError for a folder that holds no model.
     """
     source = ModelFolder(folder)
     config = read_config(source.path / "config.json")
-    kept = None if cache_dir is None else cache_dir / f"{fingerprint(config, source, by_megatron)}.json"
+    kept = None if cache_dir is None else cache_dir / f"{fingerprint(config, source, kind)}.json"
     found = None if kept is None else _read(kept)
     if found is None:
-        found = _check(config, source, by_megatron)
+        found = _check(config, source, kind)
         if kept is not None and len(found.findings) > 1:
             _keep(kept, found)
     return found
 
 
-def fingerprint(config: dict[str, Any], source: ModelFolder, by_megatron: bool = False) -> str:
+def fingerprint(config: dict[str, Any], source: ModelFolder, kind: Kind = "loaded") -> str:
     """16 hex digits over all that a result depends on."""
-    libraries = ("torch", "transformers", *(("megatron-core",) if by_megatron else ()))
+    more = {"megatron": ("megatron-core",), "zero3": ("deepspeed",)}.get(kind, ())
+    libraries = ("torch", "transformers", *more)
     versions = {name: importlib.metadata.version(name) for name in libraries}
     tensors = sorted((name, tensor.shape) for name, tensor in source.tensors.items())
-    facts = json.dumps([REVISION, versions, config, tensors], sort_keys=True)
+    facts = json.dumps([REVISION, kind, versions, config, tensors, source.tied], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -158,35 +175,29 @@ def _keep(path: Path, found: SelfCheck) -> None:
         log.warning("the result of the model's self-check is not kept: %s", error)
 
 
-def _check(config: dict[str, Any], source: ModelFolder, by_megatron: bool) -> SelfCheck:
+def _check(config: dict[str, Any], source: ModelFolder, kind: Kind) -> SelfCheck:
     """Runs every check on a miniature of the model, and the names on the model itself
     (without its weights)."""
     started = time.perf_counter()
     shape = shape_from_config(config)
-    names = guarded("names", lambda: _names(source))
-    if by_megatron:
+    names = guarded("names", lambda: _names(source, kind))
+    if kind in MODULES:
         found = [names]
         try:
-            asked = megatron.findings(config)
-            found = [names if f.property == "names" and not names.passed else f for f in asked]
+            found = own_process.ask(MODULES[kind], config, source.path)
         except RuntimeError as error:
-            log.warning("only the names of %s are checked: megatron's process: %s", source.path, error)
+            log.warning("only the names of %s are checked: %s's process: %s", source.path, kind, error)
     else:
         found = list(check_architecture(config))
         found.insert(2, names)
     return SelfCheck(shape.family, tuple(found), round(time.perf_counter() - started, 2))
 
 
-def _names(source: ModelFolder) -> tuple[bool, str]:
-    """Names and shapes of what a learner streams against the folder's, on a model without memory
-    for its weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config)
-    model.tie_weights()
-    expected = FileNames(model).expected()
-    check_loaded(source.path, expected.keys() - source.tensors.keys(), source.streamed - expected.keys())
-    source.check_shapes(expected, "the learner's stream")
-    return True, f"{len(expected)} tensors"
+def _names(source: ModelFolder, kind: Kind) -> tuple[bool, str]:
+    """Names and shapes of what a learner streams against the folder's."""
+    if kind == "loaded":
+        return stream_names.check_names(source, stream_names.of_loaded_model(source))
+    return stream_names.check_names(source, stream_names.of_family(source))
 
 
 def refuse(found: SelfCheck, path: Path, needed: tuple[str, ...]) -> None:

@@ -140,6 +140,17 @@ def export_weights(
                     yield name, tensor
 
 
+def streamed(chunks: Sequence[nn.Module], model: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes that `export_weights` streams where one rank has the whole model.
+
+    Its parameters may be on meta.
+    """
+    for entry, parameter in named_parameters(chunks, model):
+        if not (model.tied and entry.name == "output_layer.weight"):
+            for name, tensor in rule_for(entry.name, model).export([parameter.detach()]):
+                yield name, tuple(tensor.shape)
+
+
 def _pipeline_of(rank: int) -> list[int]:
     """The ranks of `rank`'s pipeline, first stage first.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 
-from benchmarks.model_families import Row, backend, notes, outcome, scales, synced, table
+from benchmarks import model_families
+from benchmarks.model_families import Row, apart, backend, notes, outcome, scales, synced, table
 from gspo_dist.learners.properties import Finding
 from gspo_dist.models.shape import shape_from_config
 
@@ -44,3 +48,26 @@ def test_what_failed_is_told_below_the_table() -> None:
         "- granite, ZeRO 3: names: no lm_head.weight",
         "- granite, vLLM: vLLM has no model",
     ]
+
+
+def _returns(family: str) -> str:
+    return f"{family} in {os.getpid()}"
+
+
+def _dies(family: str) -> str:
+    os._exit(7)
+
+
+def _hangs(family: str) -> str:
+    time.sleep(60)
+    return family
+
+
+def test_a_measurement_happens_in_a_process_of_its_own_which_may_die_or_hang(monkeypatch) -> None:
+    said = apart(_returns, "granite")
+    assert isinstance(said, str)
+    assert said.startswith("granite in ")
+    assert said != _returns("granite")
+    assert apart(_dies, "granite") == {"error": "the process ended with 7"}
+    monkeypatch.setattr(model_families, "TIMEOUT_S", 0.1)
+    assert apart(_hangs, "granite") == {"error": "no answer within 0 s"}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gspo_dist.config import (
+    DeepSpeedConfig,
     FlipsConfig,
     LearnerConfig,
     ModelConfig,
@@ -20,8 +21,7 @@ from gspo_dist.config import (
     RolloutConfig,
     RunConfig,
 )
-from gspo_dist.learners import self_check
-from gspo_dist.learners.megatron import self_check as megatron
+from gspo_dist.learners import own_process, self_check
 from gspo_dist.learners.properties import TOLERANCE, Finding, check_architecture
 from gspo_dist.learners.self_check import (
     SelfCheck,
@@ -262,34 +262,37 @@ def test_a_run_of_the_megatron_learner_is_refused_for_what_megatron_gets_wrong(
     """Its findings are its own, kept beside those of the other learners, and asked for once."""
     asked = []
     wrong = [Finding("alone", False, "log-probs differ by up to 1.0e+00 nats"), Finding("names", True, "")]
-    monkeypatch.setattr(megatron, "findings", lambda config: asked.append(config) or wrong)
+    monkeypatch.setattr(own_process, "ask", lambda *question: asked.append(question) or wrong)
     assert check_model_numerically(folder, run(tmp_path)).failed("alone") == ()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"fails the self-check 'alone'.*up to 1\.0e\+00 nats"):
             check_model_numerically(folder, as_megatron(tmp_path))
-    assert [config["model_type"] for config in asked] == ["qwen3_moe"]
+    assert [(module, config["model_type"], path) for module, config, path in asked] == [
+        ("gspo_dist.learners.megatron.self_check", "qwen3_moe", folder)
+    ]
     assert len(list((tmp_path / "self_check").iterdir())) == 2
 
 
-def test_a_megatron_run_needs_the_names_of_the_whole_folder_too(folder, tmp_path, monkeypatch) -> None:
-    """Megatron's own finding is of a miniature, which has every tensor that its config promises."""
+def test_a_run_asks_the_learner_that_it_has(folder, tmp_path, monkeypatch) -> None:
+    """ZeRO 3 builds a model of its own and is asked in its own process; the other stages load eager's."""
+    asked = []
     passes = [Finding(name, True, "") for name in self_check.PROPERTIES]
-    monkeypatch.setattr(megatron, "findings", lambda config: passes)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.gate.weight"]
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"'names'.*layers\.1\.mlp\.gate\.weight"):
-        check_model_numerically(tmp_path, as_megatron(tmp_path / "cache"))
+    monkeypatch.setattr(own_process, "ask", lambda module, *rest: asked.append(module) or passes)
+    for stage in range(4):
+        deepspeed = LearnerConfig(backend="deepspeed", deepspeed=DeepSpeedConfig(zero_stage=stage))
+        check_model_numerically(folder, run(tmp_path, learner=deepspeed))
+    assert asked == ["gspo_dist.learners.deepspeed.self_check"]
+    check_model_numerically(folder, run(tmp_path))
+    assert len(list((tmp_path / "self_check").iterdir())) == 2
 
 
 def test_a_check_that_cannot_run_is_said_and_made_again_the_next_time(
     folder, tmp_path, monkeypatch, caplog
 ) -> None:
-    def dies(config):
+    def dies(*question):
         raise RuntimeError("it ended with 134: Fatal: no such kernel")
 
-    monkeypatch.setattr(megatron, "findings", dies)
+    monkeypatch.setattr(own_process, "ask", dies)
     with caplog.at_level(logging.WARNING):
         found = check_model_numerically(folder, as_megatron(tmp_path))
     assert [f.property for f in found.findings] == ["names"]

@@ -1,6 +1,7 @@
-"""Runs the megatron learner's self-check with one fault after the other in the learner. Reads a config.
+"""Runs the megatron learner's self-check with one fault after the other in the learner. Reads a config
+and the model's folder.
 
-python self_check_faults.py < config.json      (one JSON object, fault -> findings, on the last line)
+python self_check_faults.py FOLDER < config.json      (one JSON object, fault -> findings, on the last line)
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from gspo_dist.learners.megatron import learner, self_check
+from gspo_dist.learners.megatron import learner, self_check, shards
 from gspo_dist.learners.megatron.modules import PackedAttention
 from gspo_dist.routing.replay import LayerReplay
 
@@ -58,6 +60,16 @@ def swapped_halves(export: Any) -> Any:
     return exported
 
 
+def other_name(streamed: Any) -> Any:
+    """The last layer's router under another name, in what is foretold of the whole model."""
+
+    def foretold(*args: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, shape in streamed(*args):
+            yield name.replace("layers.1.mlp.gate.", "layers.1.mlp.router."), shape
+
+    return foretold
+
+
 def without_replay(choose: Any) -> Any:
     def native(self: LayerReplay, native_ids: Any) -> Any:
         choose(self, native_ids)
@@ -70,16 +82,17 @@ FAULTS = {
     "rotary base": (learner.builder, "build_chunks", other_rotary_base),
     "no borders": (PackedAttention, "forward", without_borders),
     "swapped halves": (learner, "export_weights", swapped_halves),
+    "other name": (shards, "streamed", other_name),
     "no replay": (LayerReplay, "choose", without_replay),
 }
 
 
 def main() -> None:
-    config = json.load(sys.stdin)
-    seen = {"none": self_check.check(config)}
+    config, whole = json.load(sys.stdin), Path(sys.argv[1])
+    seen = {"none": self_check.check(config, whole)}
     for name, fault in FAULTS.items():
         with patched(*fault):
-            seen[name] = self_check.check(config)
+            seen[name] = self_check.check(config, whole)
     other = AutoConfig.for_model("olmoe").to_json_string()
     seen["unknown family"] = self_check.check(json.loads(other))
     print(json.dumps({name: [asdict(f) for f in found] for name, found in seen.items()}))
