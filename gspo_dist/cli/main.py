@@ -19,6 +19,8 @@ usage: gspo COMMAND [arguments]
                 gspo evaluate model=local model.path=DIR data=file data.heldout=FILE reward=math
                 gspo evaluate suite=aime24,livecodebench model=local model.path=DIR data.root=DATA
                 gspo evaluate --compare RESULT RESULT
+  data        what a run would see of a data source, and where copies contradict one another
+                gspo data FILE --model DIR --reward math --against OTHER_FILE
   plan        what a run needs and whether it fits, before paying for GPUs
                 gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
                 gspo plan ... --kuberay > job.yaml      the same run for Kubernetes
@@ -46,6 +48,7 @@ COMMANDS = {
     "train": "train",
     "compare": "compare",
     "evaluate": "evaluate",
+    "data": "data",
     "plan": "plan",
     "export": "export",
     "audit": "audit",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 from gspo_dist.config import DataConfig
 from gspo_dist.data import procedural
 from gspo_dist.data.chat import render
 from gspo_dist.data.formats import SUFFIXES, is_data
-from gspo_dist.data.records import BadRows, Record, read_file
+from gspo_dist.data.records import BadRows, Record, read_records
 from gspo_dist.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -107,18 +107,8 @@ def check_disjoint(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
 
 
 def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Record]:
-    if procedural.is_procedural(source):
-        return procedural.make(source, split, config.options, seed)
-    if not is_data(source):
-        raise ValueError(
-            f"data.{split} must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK: "
-            f"got {source!r}; files may also end in {', '.join(SUFFIXES)}, a folder is one of save_to_disk, "
-            "hub:NAME a data set of the hub"
-        )
     bad = BadRows(skip=config.bad_rows == "skip")
-    records = read_file(
-        source, config.prompt_key, config.answer_key, split="train" if split == "train" else "test", bad=bad
-    )
+    records = list(source_records(config, source, split, seed, bad))
     if bad.skipped:
         log.warning(
             "%s: %d rows are left out, as they are no records: %s%s",
@@ -127,7 +117,23 @@ def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Rec
             "; ".join(bad.skipped[:NAMED]),
             "; ..." if len(bad.skipped) > NAMED else "",
         )
+    if not records:
+        raise ValueError(f"data file must hold at least one record: {source} is empty")
     return records
+
+
+def source_records(config: DataConfig, source: str, split: str, seed: int, bad: BadRows) -> Iterable[Record]:
+    """The records of one source as they are read. Raises ValueError for a source of no kind."""
+    if procedural.is_procedural(source):
+        return procedural.make(source, split, config.options, seed)
+    if not is_data(source):
+        raise ValueError(
+            f"data.{split} must be a .jsonl or .parquet file, arithmetic, or reasoning_gym:TASK: "
+            f"got {source!r}; files may also end in {', '.join(SUFFIXES)}, a folder is one of save_to_disk, "
+            "hub:NAME a data set of the hub"
+        )
+    of_folder = "test" if split == "heldout" else split
+    return read_records(source, config.prompt_key, config.answer_key, split=of_folder, bad=bad)
 
 
 def _render_all(
