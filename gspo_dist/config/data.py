@@ -57,6 +57,10 @@ class DataConfig:
     train: str = "arithmetic"
     """A file (.jsonl, .jsonl.gz, .json, .csv, .tsv, .parquet), a folder of `Dataset.save_to_disk`,
     `hub:NAME`, `reasoning_gym:TASK`, or `arithmetic` (the quickstart's own task)."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Source -> weight: training prompts of several sources in these shares, in the place of `train`."""
+    stream_above_mb: int = 1024
+    """Larger files for training (.jsonl, .parquet) are read as their prompts are needed, never as a whole."""
     heldout: str | None = "arithmetic"
     """The same kinds. A file here must not share prompts with `train`. Null: no evaluation."""
     root: str | None = None
@@ -83,5 +87,8 @@ class DataConfig:
     """Arguments of a procedural source (size, number of digits, ...)."""
 
     def __post_init__(self) -> None:
+        at_least("data.stream_above_mb", self.stream_above_mb, 0)
+        for source, weight in self.mixture.items():
+            above(f"data.mixture.{source}", weight, 0)
         choose("data.bad_rows", self.bad_rows, ("stop", "skip"))
         choose("data.too_long", self.too_long, ("stop", "skip"))

@@ -78,6 +78,13 @@ def load_prompts(
     source = config.train if split == "train" else config.heldout
     if source is None:
         raise ValueError("data.heldout is null: there are no held-out prompts to load")
+    return load_source(config, source, split, tokenizer, max_prompt_tokens, seed)
+
+
+def load_source(
+    config: DataConfig, source: str, split: str, tokenizer: Any, max_prompt_tokens: int, seed: int
+) -> PromptSource:
+    """`load_prompts` of a source by its name."""
     records = _records(config, source, split, seed)
     return _render_all(config, source, records, tokenizer, max_prompt_tokens)
 
@@ -94,7 +101,15 @@ def load_splits(
     return train, heldout
 
 
-def check_disjoint(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+def too_long_error(where: str, tokens: int, most: int) -> ValueError:
+    """What is said of a prompt that the engines cannot take."""
+    return ValueError(
+        f"{where}: a prompt must have at most rollout.max_prompt_tokens = {most} tokens: got {tokens}; raise "
+        "the limit, remove the record, or set data.too_long=skip"
+    )
+
+
+def check_disjoint(train: Iterable[Prompt], heldout: Sequence[Prompt]) -> None:
     """Raises ValueError when a held-out prompt is also trained on (the tokens decide, not the ids)."""
     seen = {prompt.token_ids: prompt for prompt in train}
     shared = [(seen[p.token_ids], p) for p in heldout if p.token_ids in seen]
@@ -157,11 +172,7 @@ def _render_all(
         )
         if len(token_ids) > max_prompt_tokens:
             if config.too_long == "stop":
-                raise ValueError(
-                    f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = "
-                    f"{max_prompt_tokens} tokens: got {len(token_ids)}; raise the limit, remove the record, "
-                    "or set data.too_long=skip"
-                )
+                raise too_long_error(record.where, len(token_ids), max_prompt_tokens)
             too_long.append(record.where)
             continue
         before = first.get(token_ids)

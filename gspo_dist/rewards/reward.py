@@ -132,12 +132,17 @@ def check_answers(config: RewardConfig, prompts: Iterable[Prompt]) -> None:
     """Raises ValueError, naming file and line, for a prompt whose answer the reward cannot read."""
     check = prompt_check(config)
     for prompt in prompts:
-        try:
-            check(prompt)
-        except ValueError as error:
-            raise ValueError(
-                f"{prompt.prompt_id}: reward.function {config.function} cannot read the answer: {error}"
-            ) from error
+        check_one_answer(config, check, prompt)
+
+
+def check_one_answer(config: RewardConfig, check: Callable[[Prompt], None], prompt: Prompt) -> None:
+    """`check_answers` of one prompt, with the check that `prompt_check` gave."""
+    try:
+        check(prompt)
+    except ValueError as error:
+        raise ValueError(
+            f"{prompt.prompt_id}: reward.function {config.function} cannot read the answer: {error}"
+        ) from error
 
 
 def located(config: RewardConfig) -> RewardConfig:

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gspo_dist.config import RolloutConfig, SelectionConfig
-from gspo_dist.data.cursor import PromptCursor
+from gspo_dist.data.cursor import Cursor
 from gspo_dist.data.renewal import RenewedCursor
 from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rollout.engine import Progress
@@ -67,7 +67,7 @@ class Collector:
         steps: int,
         pool: RolloutPool,
         rewards: RewardPool,
-        cursor: PromptCursor | RenewedCursor,
+        cursor: Cursor,
         spec_of: Callable[[int], SamplingSpec],
         clockwork: Clockwork,
         tell: Tell = lambda step, row: None,

@@ -12,16 +12,17 @@ from typing import Any
 from gspo_dist.checkpoint import Checkpoint, CheckpointStore, hold
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
-from gspo_dist.data.cursor import PromptCursor
-from gspo_dist.data.prompts import PromptSource, load_splits
+from gspo_dist.data.cursor import Cursor
+from gspo_dist.data.prompts import PromptSource
 from gspo_dist.data.renewal import RenewedCursor
+from gspo_dist.data.training import TrainingPrompts, load_training
 from gspo_dist.evaluation.problem import Suite
 from gspo_dist.evaluation.samplers import EngineSampler
 from gspo_dist.evaluation.tasks.table import load_suites
 from gspo_dist.metrics.wandb_sink import Mode, choose_mode
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives.objective import Objective
-from gspo_dist.rewards.reward import check_answers, resolve_reward
+from gspo_dist.rewards.reward import check_answers, check_one_answer, prompt_check, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.clockwork import Clockwork, Record, open_record, read_record
 from gspo_dist.trainer.collect import sampling_of
@@ -73,7 +74,7 @@ class Checked:
     """The model's folder."""
     moe_layers: int
     tokenizer: Any
-    train: PromptSource
+    train: TrainingPrompts
     heldout: PromptSource | None
     suites: list[Suite]
     device: str
@@ -124,12 +125,15 @@ def check_run(config: RunConfig) -> Checked:
     model = str(ensure_model(config.model))
     moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
-    train, heldout = load_splits(
+    train, heldout = load_training(
         config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
     )
     prompts = [*train, *(heldout or ())]
-    check_vocabulary(prompts, read_shape(model).vocab, model)
+    vocabulary = read_shape(model).vocab
+    check_vocabulary(prompts, vocabulary, model)
     check_answers(config.reward, prompts)
+    train.add_check(lambda prompt: check_vocabulary([prompt], vocabulary, model))
+    train.add_check(functools.partial(check_one_answer, config.reward, prompt_check(config.reward)))
     suites = load_suites(config.evaluation, config.data.root)
     if suites:
         suite_prompts(config, tokenizer).check(suites)
@@ -219,11 +223,20 @@ def make_suites(checked: Checked, parts: Parts, sampling: SamplingSpec) -> RunSu
     )
 
 
-def make_cursor(config: RunConfig, train: PromptSource) -> PromptCursor | RenewedCursor:
-    """What hands out the training prompts. Raises ValueError where more shall be in play than there are."""
-    if config.data.renewal.is_on:
-        return RenewedCursor(train, config.data.renewal, seed=config.seed, shuffle=config.data.shuffle)
-    return PromptCursor(train, seed=config.seed, shuffle=config.data.shuffle)
+def make_cursor(config: RunConfig, train: TrainingPrompts) -> Cursor:
+    """What hands out the training prompts.
+
+    Raises ValueError where more shall be in play than there are, and for sources that cannot be renewed.
+    """
+    if not config.data.renewal.is_on:
+        return train.cursor(seed=config.seed, shuffle=config.data.shuffle)
+    source = next(iter(train.parts.values()))
+    if train.weights or not isinstance(source, PromptSource):
+        raise ValueError(
+            f"data.renewal needs one source that is held in memory: got {', '.join(train.parts)}; unset "
+            "data.mixture, raise data.stream_above_mb, or leave data.renewal off"
+        )
+    return RenewedCursor(source, config.data.renewal, seed=config.seed, shuffle=config.data.shuffle)
 
 
 def make_publisher(config: RunConfig, parts: Parts, device: str) -> WeightPublisher:

@@ -73,6 +73,7 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "evaluation.prompts": [(1, 0, "at least 1")],
     "evaluation.samples": [(1, 0, "at least 1")],
     "evaluation.temperature": [(0.0, -1e-9, "at least 0")],
+    "data.stream_above_mb": [(0, -1, "at least 0")],
     "evaluation.endpoint_concurrency": [(1, 0, "at least 1")],
     "evaluation.suites": [(["aime24", "gsm8k"], ["aime24", "aime24"], "suites without repeats")],
     "evaluation.endpoint": [("http://h/v1", "h:8000", "an address that begins with http")],

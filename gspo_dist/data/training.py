@@ -1,0 +1,119 @@
+"""Training prompts as a configuration names them: a source or a mixture, held or streamed; their cursor."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gspo_dist.config import DataConfig
+from gspo_dist.data.chat import render
+from gspo_dist.data.cursor import Cursor, MixedCursor, PromptCursor
+from gspo_dist.data.prompts import PromptSource, check_disjoint, load_prompts, load_source, too_long_error
+from gspo_dist.data.records import BadRows, Record
+from gspo_dist.data.stream import CHECKED, StreamCursor, StreamedSource
+from gspo_dist.types import Prompt
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[Prompt], None]
+"""Raises ValueError for a prompt that cannot be trained on."""
+
+
+@dataclass(frozen=True)
+class TrainingPrompts:
+    """The sources that a run trains on."""
+
+    parts: dict[str, PromptSource | StreamedSource]
+    weights: dict[str, float]
+    """Of each source; empty without a mixture."""
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Prompts of all sources; of one that is streamed the first ones."""
+        for part in self.parts.values():
+            yield from itertools.islice(part, CHECKED) if isinstance(part, StreamedSource) else part
+
+    def add_check(self, check: Check) -> None:
+        """Has prompts of streamed sources checked when their turn comes. The others are at hand."""
+        for part in self.parts.values():
+            if isinstance(part, StreamedSource):
+                part.checks.append(check)
+
+    def cursor(self, *, seed: int, shuffle: bool) -> Cursor:
+        """What hands the prompts out. Each source has an order of its own."""
+        own: dict[str, Cursor] = {}
+        for name, part in self.parts.items():
+            if isinstance(part, StreamedSource):
+                own[name] = StreamCursor(part, seed=seed, shuffle=shuffle)
+            else:
+                own[name] = PromptCursor(part, seed=seed, shuffle=shuffle)
+        if not self.weights:
+            (only,) = own.values()
+            return only
+        return MixedCursor(own, self.weights)
+
+
+def load_training(
+    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int
+) -> tuple[TrainingPrompts, PromptSource | None]:
+    """(training prompts, held-out prompts or None), checked to share no prompt.
+
+    Raises ValueError, naming file and line, for records that cannot be used. Those of a streamed file are
+    looked at when their turn comes.
+    """
+    names = list(config.mixture) or [config.train]
+    parts: dict[str, PromptSource | StreamedSource] = {}
+    for name in names:
+        if is_streamed(config, name):
+            parts[name] = _streamed(config, name, tokenizer, max_prompt_tokens)
+        else:
+            parts[name] = load_source(config, name, "train", tokenizer, max_prompt_tokens, seed)
+    train = TrainingPrompts(parts, dict(config.mixture))
+    if config.heldout is None:
+        return train, None
+    heldout = load_prompts(config, "heldout", tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    check_disjoint(train, heldout)
+    held = {prompt.token_ids: prompt.prompt_id for prompt in heldout}
+    train.add_check(functools.partial(_not_held_out, held))
+    return train, heldout
+
+
+def _not_held_out(held: dict[tuple[int, ...], str], prompt: Prompt) -> None:
+    if prompt.token_ids in held:
+        raise ValueError(
+            f"{prompt.prompt_id}: train and heldout must share no prompt: it is {held[prompt.token_ids]}; "
+            "remove it from one of the two"
+        )
+
+
+def is_streamed(config: DataConfig, source: str) -> bool:
+    """Whether a file is too large to be held."""
+    path = Path(source).expanduser()
+    return path.is_file() and path.stat().st_size > config.stream_above_mb << 20
+
+
+def _streamed(config: DataConfig, name: str, tokenizer: Any, max_prompt_tokens: int) -> StreamedSource:
+    def rendered(record: Record) -> Prompt | None:
+        text, token_ids = render(
+            record,
+            tokenizer,
+            chat_template=config.chat_template,
+            system_prompt=config.system_prompt,
+            template_args=config.template_args,
+        )
+        if len(token_ids) > max_prompt_tokens:
+            if config.too_long == "stop":
+                raise too_long_error(record.where, len(token_ids), max_prompt_tokens)
+            source.too_long += 1
+            return None
+        return Prompt(record.where, token_ids, text, record.answer, record.metadata)
+
+    path = Path(name).expanduser()
+    bad = BadRows(skip=config.bad_rows == "skip")
+    source = StreamedSource(path, config.prompt_key, config.answer_key, rendered, bad)
+    log.warning("%s: %d rows, read as they are needed (data.stream_above_mb)", name, len(source))
+    return source
