@@ -79,3 +79,16 @@ def test_a_configuration_names_files_and_weights(tmp_path):
     assert [prompt.text[0] for prompt in train.cursor(seed=0, shuffle=True).next(8)].count("1") == 6
     with pytest.raises(ValueError, match=r"data\.mixture\.x must be above 0: got 0"):
         DataConfig(mixture={"x": 0.0})
+
+
+def test_a_query_set_of_a_mixture_is_not_renewed(tmp_path):
+    from gspo_dist.config import RenewalConfig, RunConfig
+    from gspo_dist.trainer.setup.build import make_cursor
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) + "\n" for i in range(4)))
+    for changes in ({"mixture": {str(path): 1.0}}, {"stream_above_mb": 0}):
+        data = DataConfig(train=str(path), heldout=None, renewal=RenewalConfig(active=2), **changes)
+        train, _ = load_training(data, build_tokenizer(), max_prompt_tokens=9, seed=0)
+        with pytest.raises(ValueError, match=r"data\.renewal needs one source that is held in memory"):
+            make_cursor(RunConfig(data=data), train)
