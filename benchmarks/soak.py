@@ -14,12 +14,15 @@ status is 1 unless:
 - Memory and open descriptors of the run have not grown by more than a quarter. Compared are the means over
   the first and the last third of the samples in which all processes were up. With fewer than 60 of them, one
   a second, growth is shown and not judged.
+
+`--folder` keeps the run, its drivers' log and every sample of memory and descriptors (soak.jsonl).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -147,6 +150,10 @@ class Soak:
         except psutil.Error:
             return
         self.samples.append((len(tree), memory, descriptors))
+        row = {"time": round(time.time()), "kills": sum(self.kills.values()), "step": self.completed()}
+        row |= {"processes": len(tree), "resident_bytes": memory, "descriptors": descriptors}
+        with open(self.folder / "soak.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def completed(self) -> int:
         """The last step in metrics.jsonl."""
@@ -282,9 +289,12 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=30.0, help="seconds between kills, on average")
     parser.add_argument("--kills", type=int, default=1_000_000, help="stop killing after so many")
     parser.add_argument("--seed", type=int, default=0, help="of the victims and their times")
+    parser.add_argument("--folder", type=Path, help="new folder to keep; default: a temporary one")
     parser.add_argument("overrides", nargs="*", default=DEFAULT, help="of gspo train, after --")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="gspo-soak-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="gspo-soak-"))
+        Path(folder).mkdir(exist_ok=True)
         soak = Soak(Path(folder), arguments.overrides, random.Random(arguments.seed))
         began = time.monotonic()
         try:
