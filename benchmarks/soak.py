@@ -53,7 +53,7 @@ GROWTH = 1.25
 START_S = 900.0
 """Longest wait for a step of a new driver: the model may be made first."""
 DAEMONS_S = 20.0
-"""What a killed driver leaves may take so long to end by itself."""
+"""The actors of a killed driver may take so long to end by themselves."""
 ENOUGH = 60
 """Samples of memory and descriptors from which growth is judged."""
 END = 10_000
@@ -66,6 +66,8 @@ class Soak:
     def __init__(self, folder: Path, overrides: list[str], rng: random.Random) -> None:
         self.folder, self.overrides, self.rng = folder, overrides, rng
         self.kills: collections.Counter[str] = collections.Counter()
+        self.drawn: str | None = None
+        """The kind of the next victim."""
         self.starts = 0
         self.samples: list[tuple[int, int, int]] = []
         """(processes, resident bytes, open descriptors) of the run, every second."""
@@ -98,8 +100,12 @@ class Soak:
             return []
 
     def kill_one(self) -> str | None:
-        """SIGKILL to a process of a kind that is drawn first. Returns the kind; None: it has no process."""
-        kind = self.rng.choice(list(KINDS))
+        """SIGKILL to a process of the kind that was drawn. Returns the kind; None: it has no process yet.
+
+        A kind is drawn once for each kill. While a driver comes up it alone has a process, so that drawing
+        again would make it the victim more often than the others.
+        """
+        kind = self.drawn = self.drawn or self.rng.choice(list(KINDS))
         if kind == "driver":
             return self.kill_driver()
         victims = []
@@ -119,22 +125,20 @@ class Soak:
         return kind
 
     def kill_driver(self) -> str | None:
-        """SIGKILL to the driver. What it leaves should end by itself, and is waited for."""
+        """SIGKILL to the driver. Its actors should end by themselves, and are waited for."""
         left = self.tree()
         if not left or self.driver is None:
             return None
         self.driver.kill()
         self.driver.wait()
-        _, alive = psutil.wait_procs(left[1:], timeout=DAEMONS_S)
-        # Daemons of Ray (2.60) outlive a killed driver by minutes. Nothing else should, and is told.
+        # Daemons and idle workers of Ray (2.60) outlive a killed driver by minutes: nobody waits for them.
+        ours = [process for process in left[1:] if is_ours(process)]
+        _, alive = psutil.wait_procs(ours, timeout=DAEMONS_S)
         for process in alive:
-            try:
-                command = " ".join(process.cmdline())
-                if any(kind and kind in command for kind in KINDS.values()):
-                    print(f"  still there {DAEMONS_S:.0f} s after its driver: {command[:60]}", flush=True)
+            print(f"  still there {DAEMONS_S:.0f} s after its driver: {process.pid}", flush=True)
+        for process in left[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         return "driver"
 
     def look(self) -> None:
@@ -187,6 +191,7 @@ class Soak:
             if time.monotonic() >= next_kill:
                 kind = self.kill_one()
                 if kind is not None:
+                    self.drawn = None
                     self.kills[kind] += 1
                     count = sum(self.kills.values())
                     print(f"{count:4d} killed: {kind}, after step {self.completed()}", flush=True)
@@ -214,6 +219,15 @@ class Soak:
             if self.driver.wait(timeout=START_S) == 0:
                 return steps
         raise self.last_words()
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether it is of a kind that can be killed: an engine, a learner, a reward worker."""
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return any(kind and kind in command for kind in KINDS.values())
 
 
 def problems(soak: Soak, steps: int) -> list[str]:
