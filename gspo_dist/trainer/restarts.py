@@ -14,6 +14,7 @@ from pathlib import Path
 from gspo_dist.config import RunConfig
 from gspo_dist.failures import Event, ProcessDied, ProcessTimeout, first_line
 from gspo_dist.trainer.loop import train
+from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.build import build
 
 log = logging.getLogger(__name__)
@@ -23,19 +24,24 @@ def train_run(config: RunConfig) -> tuple[Path, dict[str, object]]:
     """Builds and trains; returns the run's folder and its summary.
 
     Goes on from the newest checkpoint at most `checkpoint.restarts` times without a new one in between. The
-    rollouts that it holds, finished or not, are used. Raises what ends a run otherwise.
+    rollouts that it holds, finished or not, are used. A process that dies while the run comes up again counts
+    as one more. Raises what ends a run otherwise.
     """
     died: list[Event] = []
+    told = 0
     saved: Path | None = None
     while True:
-        run = build(config)
+        run: Run | None = None
         try:
-            for event in died[-1:]:
-                run.health.note(run.completed_steps, [event])
+            run = build(config)
+            run.health.note(run.completed_steps, died[told:])
+            told = len(died)
             return run.run_dir, train(run)
         except (ProcessDied, ProcessTimeout) as error:
-            if run.last_checkpoint != saved:
-                died, saved = [], run.last_checkpoint
+            if run is None and not died:
+                raise  # what does not come up the first time would not come up the second
+            if run is not None and run.last_checkpoint != saved:
+                died, told, saved = [], 0, run.last_checkpoint
             if len(died) >= config.checkpoint.restarts:
                 error.add_note(
                     f"after {len(died)} restarts without a new checkpoint (checkpoint.restarts = "
@@ -45,8 +51,10 @@ def train_run(config: RunConfig) -> tuple[Path, dict[str, object]]:
             where = saved.name if saved else "the beginning, nothing was saved yet"
             died.append(Event("restart", "run", f"from {where}: {first_line(error)}"))
             log.warning("the run begins again from %s: %s", where, error)
-            run.sinks.abandon()
+            if run is not None:
+                run.sinks.abandon()
             # What the failed attempt has saved is this run's own, whatever the first start was told.
             config = replace(config, checkpoint=replace(config.checkpoint, resume=True))
         finally:
-            run.release()
+            if run is not None:
+                run.release()

@@ -27,6 +27,8 @@ class Attempts:
 
     def build(self, config):
         self.configs.append(config)
+        if self.ends and isinstance(self.ends[0], Exception):
+            raise self.ends.pop(0)
         run = SimpleNamespace(run_dir=Path("run"), completed_steps=4, last_checkpoint=None)
         run.health = SimpleNamespace(note=lambda step, events: self.noted.extend((step, *e) for e in events))
         run.release = self.release
@@ -77,6 +79,28 @@ def test_so_many_restarts_without_a_new_checkpoint_are_enough(monkeypatch):
         train_run(config(2))
     assert caught.value.__notes__ == ["after 2 restarts without a new checkpoint (checkpoint.restarts = 2)"]
     assert (len(attempts.configs), attempts.released) == (3, 3)
+
+
+def test_a_process_that_dies_while_the_run_comes_up_again_is_one_more_restart(monkeypatch):
+    """Each is noted by the attempt that comes up; what fails in the very first start ends the command."""
+    attempts = Attempts(
+        monkeypatch, (ProcessDied("learner-1 died"), SAVED), ProcessDied("learner-0 died"), {"steps": 9}
+    )
+    assert train_run(config(2)) == (Path("run"), {"steps": 9})
+    assert attempts.released == 2
+    assert attempts.noted == [
+        "abandoned",
+        (4, "restart", "run", "from step-000004: learner-1 died"),
+        (4, "restart", "run", "from step-000004: learner-0 died"),
+    ]
+    attempts = Attempts(monkeypatch, (ProcessDied("learner-1 died"), SAVED), ProcessDied("learner-0 died"))
+    with pytest.raises(ProcessDied, match="learner-0 died") as caught:
+        train_run(config(1))
+    assert caught.value.__notes__ == ["after 1 restarts without a new checkpoint (checkpoint.restarts = 1)"]
+    attempts = Attempts(monkeypatch, ProcessDied("learner-0 died"), {})
+    with pytest.raises(ProcessDied, match="learner-0 died"):
+        train_run(config(3))
+    assert (len(attempts.configs), attempts.released) == (1, 0)
 
 
 def test_a_new_checkpoint_begins_the_count_again(monkeypatch):
