@@ -80,6 +80,9 @@ class EngineProcess(ActorProcess):
     def update_weights(self, info: Mapping[str, Any]) -> None:
         self.engine.update_weights(info)
 
+    def abandon_weight_update(self) -> None:
+        self.engine.abandon_weight_update()
+
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
         return self.engine.finish_weight_update(policy_version)
 

@@ -188,7 +188,8 @@ class RolloutEngine(Protocol):
     def start_weight_update(self) -> None:
         """Opens a publication.
 
-        WeightSyncError: one is open already, or an earlier one broke off. ValueError: the engine has work.
+        WeightSyncError: one is open already, or an earlier one broke off and was not abandoned. ValueError:
+        the engine has work.
         """
         ...
 
@@ -197,7 +198,15 @@ class RolloutEngine(Protocol):
 
         update_info: where the bucket lies. WeightSyncError: no publication is open, a tensor came twice, or
         the model has no place for one. ValueError: the bucket is not there or is torn. After an error the
-        engine holds half an update and refuses to work.
+        engine holds half an update and refuses to work; `abandon_weight_update` makes it ready for another.
+        """
+        ...
+
+    def abandon_weight_update(self) -> None:
+        """Gives up an open publication, or one that broke off; it does nothing where there is none.
+
+        The engine then holds tensors of two versions. It refuses to work until a whole publication replaced
+        them all. Raises what makes it unable to take one.
         """
         ...
 

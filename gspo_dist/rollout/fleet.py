@@ -142,15 +142,15 @@ class Fleet:
     def abandon_update(self) -> bool:
         """Whether a publication failed because an engine died.
 
-        Then none is left that was in the middle of it, because such an engine holds half an update. Their
-        successors take part in the next one.
+        Then the others give up the half that they hold and are ready for another. One that cannot is replaced
+        like the dead one.
         """
         _, failures = self.each("info", dict.fromkeys(self.alive, ()), PING_S)
         if not failures:
             return False
         self.lose(failures)
-        broken = RuntimeError(f"it held half an update when {', '.join(failures)} died")
-        self.lose(dict.fromkeys(self.alive, broken))
+        _, failures = self.each("abandon_weight_update", dict.fromkeys(self.alive, ()), PING_S)
+        self.lose(failures)
         return True
 
     def _forget(self, name: str) -> None:

@@ -81,7 +81,7 @@ class RolloutPool(Protocol):
         ...
 
     def abandon_update(self) -> bool:
-        """After a failed publication: gives up the engines that it leaves with half an update.
+        """After a failed publication: brings the engines that live out of it, ready for another.
 
         Whether an engine's death was the reason, so that another attempt may succeed.
         """

@@ -267,6 +267,8 @@ class ReferenceEngine:
         self.source: Source = ShmSource()
         self.arrived: dict[str, int] | None = None
         """Name -> checksum (0 when checks are off) of the publication that is open; None when none is."""
+        self.mixed = False
+        """Whether the last publication was given up, so that the tensors are of two versions."""
         self.members: set[str] = set()
         """The folder's tensors that arrived with it."""
         self.bytes = 0
@@ -389,6 +391,13 @@ class ReferenceEngine:
         return found
 
     def _require_usable(self) -> None:
+        self._require_closed()
+        if self.mixed:
+            raise WeightSyncError(
+                f"{self.name} holds weights of two versions since an update was given up: publish a whole one"
+            )
+
+    def _require_closed(self) -> None:
         if self.arrived is not None:
             raise WeightSyncError(
                 f"{self.name} is in the middle of a weight update: call finish_weight_update first"
@@ -396,6 +405,9 @@ class ReferenceEngine:
 
     def _require_idle(self, verb: str) -> None:
         self._require_usable()
+        self._require_withdrawn(verb)
+
+    def _require_withdrawn(self, verb: str) -> None:
         check_withdrawn(self.name, sum(int((~rows.finished).sum()) for rows in self.rows), verb)
 
     def init_weight_sync(self, init_info: Mapping[str, Any]) -> None:
@@ -404,7 +416,8 @@ class ReferenceEngine:
         self.source = make_source(init_info)
 
     def start_weight_update(self) -> None:
-        self._require_idle("start_weight_update")
+        self._require_closed()
+        self._require_withdrawn("start_weight_update")
         self.arrived, self.members, self.bytes = {}, set(), 0
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
@@ -423,11 +436,15 @@ class ReferenceEngine:
         self.members.update(layout.members())
         self.policy.load(tensors)
 
+    def abandon_weight_update(self) -> None:
+        self.mixed = self.mixed or self.arrived is not None
+        self.arrived = None
+
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
         if self.arrived is None:
             raise WeightSyncError(f"{self.name} has no weight update to finish")
         self.policy.check_whole(self.members, self.name)
-        arrived, self.arrived = self.arrived, None
+        arrived, self.arrived, self.mixed = self.arrived, None, False
         self.policy_version = policy_version
         checksums = arrived if self.check else {}
         return SyncReceipt(policy_version, checksums, len(self.members), self.bytes, 0.0)

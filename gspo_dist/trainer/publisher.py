@@ -26,7 +26,7 @@ from gspo_dist.weights.verify import probe_difference, verify_receipt
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Of a publication whose engines die in its middle: it begins again with their successors."""
+"""Of a publication whose engines die in its middle: it begins again with those that live."""
 
 ProbeSequence = tuple[np.ndarray, int]
 """Token ids of prompt and completion, and where the completion starts. Only completions are compared: what

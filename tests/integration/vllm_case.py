@@ -210,7 +210,7 @@ def contract(folder):
 
     Contract(
         engines,
-        lambda engine, policy, version: publish(engine, policies[policy], version),
+        lambda engine, policy, version: publish(engine, policies[policy], version, bucket_bytes=1 << 14),
         lambda policy, ids: hf_logprobs(policies[policy], ids),
         lambda policy, ids: hf_routes(policies[policy], ids),
         is_empty,
@@ -265,7 +265,7 @@ def preemption(folder):
 
 
 def publish(engine, weights, version, bucket_bytes=1 << 16, transport=None, stacked=True):
-    """`weights`: a model, or the named tensors themselves."""
+    """`weights`: a model, or the named tensors themselves. version None: half of it, and it stays open."""
     if isinstance(weights, torch.nn.Module):
         weights = hf_named_weights(weights, slice_bytes=bucket_bytes, stacked=stacked)
     transport = transport or make_transport("shm")
@@ -275,7 +275,12 @@ def publish(engine, weights, version, bucket_bytes=1 << 16, transport=None, stac
         met.result()
     start = time.perf_counter()
     engine.start_weight_update()
-    report = send_weights(buckets(weights, bucket_bytes), transport, engine.update_weights)
+    stream = buckets(weights, bucket_bytes)
+    if version is None:
+        parts = list(stream)
+        assert len(parts) > 3
+        return send_weights(iter(parts[: len(parts) // 2]), transport, engine.update_weights)
+    report = send_weights(stream, transport, engine.update_weights)
     receipt = engine.finish_weight_update(version)
     seconds = time.perf_counter() - start
     verify_receipt(report.checksums, receipt, version)

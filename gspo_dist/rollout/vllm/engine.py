@@ -141,7 +141,8 @@ class VllmEngine:
         # rows along (checked in tests/integration/test_vllm_engine.py).
         self.prefix_caching = config.max_prompt_tokens > (CPU_BLOCK if device == "cpu" else GPU_BLOCK)
         self.policy_version = 0
-        self._updating = False
+        self._updating = self._mixed = False
+        """_mixed: the last update was given up, so that the tensors are of two versions."""
         self._broken: str | None = None
         self._arrived: set[str] = set()
         # Before vLLM starts: it says of a torn file only that a header is too large, and of no file
@@ -247,6 +248,14 @@ class VllmEngine:
 
     def _require_usable(self) -> None:
         """WeightSyncError: the weights are not those of one version."""
+        self._require_closed()
+        if self._mixed:
+            raise WeightSyncError(
+                f"{self.name} holds weights of two versions since an update was given up: publish a whole one"
+            )
+
+    def _require_closed(self) -> None:
+        """WeightSyncError: an update is open, or broke off."""
         if self._broken is not None:
             raise WeightSyncError(f"{self.name} holds half-loaded weights ({self._broken}): restart it")
         if self._updating:
@@ -307,7 +316,8 @@ class VllmEngine:
 
     @names_lost_workers
     def start_weight_update(self) -> None:
-        self._require_idle("start_weight_update")
+        self._require_closed()
+        check_withdrawn(self.name, len(self.flights), "start_weight_update")
         self.llm.start_weight_update()
         self._updating, self._arrived = True, set()
 
@@ -326,6 +336,12 @@ class VllmEngine:
         except BaseException as e:
             self._broken = repr(e)
             raise
+
+    def abandon_weight_update(self) -> None:
+        if self._updating:
+            self.llm.collective_rpc("gspo_abandon_update")
+            self._mixed = True
+        self._updating, self._broken = False, None
 
     @names_lost_workers
     def finish_weight_update(self, policy_version: int) -> SyncReceipt:
@@ -351,7 +367,7 @@ class VllmEngine:
             if report["checksums"] != first["checksums"] or report["tensors"] != first["tensors"]:
                 self._broken = f"workers 0 and {rank} received different weights"
                 raise WeightSyncError(f"{self.name}: {self._broken}")
-        self._updating = False
+        self._updating = self._mixed = False
         self.policy_version = policy_version
         return SyncReceipt(
             policy_version=int(self.llm.get_weight_version()),

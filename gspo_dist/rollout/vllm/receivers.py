@@ -146,6 +146,11 @@ class Receiver(WeightTransferEngine):
             self.prove_loaded()
             self.arrivals.seconds_checking += time.perf_counter() - start
 
+    def abandon(self) -> None:
+        """Brings the model out of vLLM's reload with what has arrived: its weights are of two versions."""
+        self.waiting = []
+        finalize_layerwise_reload(self.model, self.model_config)
+
     def prove_loaded(self) -> None:
         """Compares the parameters that the model keeps as they were sent (embeddings, norms, router).
 

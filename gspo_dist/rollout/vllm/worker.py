@@ -14,6 +14,7 @@ class WorkerExtension:
 
     rank: int
     model_runner: Any
+    vllm_config: Any
     weight_transfer_engine: Any
 
     def gspo_install(self) -> dict[str, Any]:
@@ -53,6 +54,14 @@ class WorkerExtension:
     def gspo_prompt_temperature(self, temperature: float) -> None:
         """Sets the temperature of the log-probs of prompt tokens."""
         self.model_runner.sampler.prompt_temperature = temperature
+
+    def gspo_abandon_update(self) -> None:
+        """Ends the open weight update where it stands, so that another can begin."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            self.weight_transfer_engine.abandon()
+        self._weight_update_active = False  # vllm 0.30.0 has no verb for it
 
     def gspo_sync_report(self) -> dict[str, Any]:
         """What the last weight update brought to this worker."""

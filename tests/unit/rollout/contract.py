@@ -28,14 +28,15 @@ def prompts(vocabulary: int, lengths: Sequence[int] = (40, 35, 50, 3)) -> list[P
 
 
 class Contract:
-    """engines: two alike, with routes. publish(engine, policy, version) sends policy 0 or 1 to an engine.
+    """engines: two alike, with routes. publish(engine, policy, version) sends policy 0 or 1 to an engine;
+    version None: opens the publication and sends half of the buckets.
     logprobs(policy, ids) [len - 1] and routes(policy, ids) [len, L, K] sorted are the model's own.
     """
 
     def __init__(
         self,
         engines: Sequence[RolloutEngine],
-        publish: Callable[[RolloutEngine, int, int], None],
+        publish: Callable[[RolloutEngine, int, int | None], None],
         logprobs: Callable[[int, np.ndarray], np.ndarray],
         routes: Callable[[int, np.ndarray], np.ndarray],
         is_empty: Callable[[RolloutEngine], bool],
@@ -54,6 +55,7 @@ class Contract:
         self.growth_is_what_is_lost_with_an_engine(whole)
         self.a_run_of_fixed_ticks_repeats_over_updates()
         self.withdrawing_leaves_a_usable_engine(whole)
+        self.an_update_that_is_given_up_is_made_good_by_a_whole_one(whole)
         self.work_that_cannot_be_taken_is_refused()
 
     def whole(self) -> dict[WorkKey, Completion]:
@@ -182,18 +184,36 @@ class Contract:
             with pytest.raises(ValueError, match=f"{verb} needs an engine without work: .* withdraw them"):
                 call()
         left = self.one.withdraw()
+        assert self.is_empty(self.one)
         assert self.one.withdraw() == []
         assert np.abs(self.one.logprobs_of([ids])[0] - self.logprobs(0, ids)).max() < EXACT
-        self.one.start_weight_update()
+        self.publish(self.one, 1, None)
         for call in (lambda: self.one.advance(1), lambda: self.one.submit(left)):
             with pytest.raises(WeightSyncError, match="middle of a weight update"):
                 call()
-        self.abandon_update()
-        assert self.is_empty(self.one)
 
-    def abandon_update(self) -> None:
-        """Nothing arrived, so the engine is half updated: the laws that follow need another."""
-        self.one = self.two
+    def an_update_that_is_given_up_is_made_good_by_a_whole_one(
+        self, whole: dict[WorkKey, Completion]
+    ) -> None:
+        """Where an engine dies in a publication, the others begin it again; nobody samples from a mixture."""
+        ids = np.array(self.prompts[0].token_ids)
+        self.one.abandon_weight_update()
+        self.one.abandon_weight_update()
+        for call in (
+            lambda: self.one.advance(1),
+            lambda: self.one.submit(self.work),
+            lambda: self.one.logprobs_of([ids]),
+        ):
+            with pytest.raises(WeightSyncError, match="weights of two versions since an update was given up"):
+                call()
+        self.publish(self.one, 1, 6)
+        assert np.abs(self.one.logprobs_of([ids])[0] - self.logprobs(1, ids)).max() < EXACT
+        self.publish(self.one, 0, None)
+        self.one.abandon_weight_update()
+        self.publish(self.one, 0, 5)
+        same(self.whole(), whole)
+        self.two.abandon_weight_update()  # none is open
+        assert np.abs(self.two.logprobs_of([ids])[0] - self.logprobs(0, ids)).max() < EXACT
 
     def work_that_cannot_be_taken_is_refused(self) -> None:
         item = self.work[0]

@@ -169,18 +169,20 @@ def test_a_publication_without_an_engine_waits_for_one():
 
 
 def test_an_update_is_only_abandoned_because_of_a_death():
-    """Those that were in its middle hold half an update: none of them is asked again."""
-    fleet = Local(3)
+    """Those that live give up their half and begin again; one that cannot is replaced like the dead one."""
+    fleet = Local(4, [("engine-3", "abandon_weight_update", 1)])
     fleet.start_weight_update(1.0)
     assert not fleet.abandon_update()
-    assert len(fleet.alive) == 3
+    assert fleet.made["engine-0"].arrived is not None  # still open
+    assert len(fleet.alive) == 4
     fleet.made["engine-1"] = None
     assert fleet.abandon_update()
-    assert fleet.alive == []
-    assert fleet.deaths["engine-0"] == "it held half an update when engine-1 died"
-    fleet.coming = ["engine-0", "engine-2"]
-    fleet.start_weight_update(1.0)
     assert fleet.alive == ["engine-0", "engine-2"]
+    assert fleet.made["engine-0"].mixed
+    assert fleet.deaths == {"engine-1": "engine-1 is gone", "engine-3": "engine-3 is gone"}
+    fleet.coming = ["engine-1"]
+    fleet.start_weight_update(1.0)
+    assert fleet.alive == ["engine-0", "engine-1", "engine-2"]
 
 
 def test_an_engine_may_break_without_a_word(whole):
