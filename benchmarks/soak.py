@@ -1,12 +1,12 @@
 """Kills engines, learner ranks, reward workers and the driver of a run at random, and checks what is left.
 
-    python benchmarks/soak.py --minutes 60 --kill-every 30 --seed 0
+    python benchmarks/soak.py --minutes 60 --kill-every 5 --seed 0
     python benchmarks/soak.py --minutes 5 -- experiment=quickstart rollout.steps_ahead=2
 
 The run is the quickstart with rollouts begun one step ahead, unless overrides follow `--`. It saves after
 every step. A driver that ends is started again, as an operator would do. Kills begin after the first step and
-stop after `--minutes` or `--kills`. The run then goes on from the last kill by itself, and ends. The exit
-status is 1 unless:
+stop after `--minutes` or `--kills`. The time to the next kill runs slowly until the run has made a step.
+After the last one it goes on by itself, and ends. The exit status is 1 unless:
 
 - Every prompt that the cursor handed out was trained exactly once, in order, and every rollout id once.
 - metrics.jsonl has every step once.
@@ -54,6 +54,10 @@ START_S = 900.0
 """Longest wait for a step of a new driver: the model may be made first."""
 DAEMONS_S = 20.0
 """The actors of a killed driver may take so long to end by themselves."""
+RECOVERING = 0.03
+"""How fast the time to the next kill runs until the run has made a step since the last one. At full speed a
+host that is slow to start processes would see no step between two kills.
+"""
 ENOUGH = 60
 """Samples of memory and descriptors from which growth is judged."""
 END = 10_000
@@ -182,20 +186,25 @@ class Soak:
             if self.has_ended() or time.monotonic() > give_up:
                 raise self.last_words()
         until = time.monotonic() + 60 * minutes
-        next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
+        before, left = time.monotonic(), kill_every * self.rng.uniform(0.0, 2.0)
+        at_kill = 0  # steps
         while time.monotonic() < until and sum(self.kills.values()) < kills:
             time.sleep(1.0)
+            now = time.monotonic()
+            left -= (now - before) * (1.0 if self.completed() > at_kill else RECOVERING)
+            before = now
             if self.has_ended():
                 self.start(END)
             self.look()
-            if time.monotonic() >= next_kill:
+            if left <= 0:
                 kind = self.kill_one()
                 if kind is not None:
                     self.drawn = None
                     self.kills[kind] += 1
                     count = sum(self.kills.values())
                     print(f"{count:4d} killed: {kind}, after step {self.completed()}", flush=True)
-                    next_kill = time.monotonic() + kill_every * self.rng.uniform(0.5, 1.5)
+                    before, left = time.monotonic(), kill_every * self.rng.uniform(0.0, 2.0)
+                    at_kill = self.completed()
         self.outlive()
         return self.finish()
 
@@ -300,7 +309,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to kill")
-    parser.add_argument("--kill-every", type=float, default=30.0, help="seconds between kills, on average")
+    parser.add_argument(
+        "--kill-every", type=float, default=30.0, help="seconds from a step to a kill, on average"
+    )
     parser.add_argument("--kills", type=int, default=1_000_000, help="stop killing after so many")
     parser.add_argument("--seed", type=int, default=0, help="of the victims and their times")
     parser.add_argument("--folder", type=Path, help="new folder to keep; default: a temporary one")
