@@ -123,7 +123,7 @@ def test_a_soak_loses_no_rollout(model, tmp_path):
     reward = tmp_path / "mine.py"
     reward.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / 10\n")
     told = run(
-        "soak.py", "--minutes", 5, "--kills", 3, "--kill-every", 4, "--seed", 1, "--",
+        "soak.py", "--minutes", 5, "--kills", 3, "--kill-every", 1, "--seed", 1, "--",
         "cluster=local", "learner=eager", "rollout=reference", "rollout.engines=2", "model=local",
         f"model.path={model}", "data=arithmetic", "reward=function", f"reward.function='{reward}:sevens'",
         "reward.workers=1", "mini_batches=2", "rollout.prompts_per_step=4", "rollout.group_size=2",
