@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.packing import MicroBatches, MiniBatch, pack
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.trainer import flip_meter, summary
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.build import build
@@ -147,6 +150,8 @@ def config(model: Path, reward: Path, run_dir: Path, *extra: str) -> RunConfig:
         "rollout.precision=fp32",
         "learner.optimizer.lr=0.01",
         "evaluation.prompts=8",
+        "+data.options.size=512",  # a run renders all prompts first
+        "+data.options.heldout_size=64",
         "rollout.weight_sync.probe_tolerance=1e-4",
         "rollout.weight_sync.probe_every=1",
         *extra,
@@ -154,15 +159,35 @@ def config(model: Path, reward: Path, run_dir: Path, *extra: str) -> RunConfig:
     return run_config(overrides)
 
 
-def go(c: RunConfig, watch: Callable[[Run], None] = lambda run: None) -> tuple[dict, list[dict]]:
-    """Builds and trains; `watch` may change the built run. Returns the summary and the logged rows."""
+def go(
+    c: RunConfig, watch: Callable[[Run], None] = lambda run: None, *, pictures: bool = False
+) -> tuple[dict, list[dict]]:
+    """Builds and trains; `watch` may change the built run. Returns the summary and the logged rows.
+
+    pictures: whether they are drawn at the end. That takes a third of such a run.
+    """
     run = build(c)
     try:
         watch(run)
-        summary = train(run)
+        with nullcontext() if pictures else without_pictures():
+            told = train(run)
     finally:
         run.release()
-    return summary, read_jsonl(Path(c.run_dir) / "metrics.jsonl")
+    return told, read_jsonl(Path(c.run_dir) / "metrics.jsonl")
+
+
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Curves and heat maps are empty files inside the block."""
+
+    def touch(*arguments: Any, **options: Any) -> None:
+        next(argument for argument in arguments if isinstance(argument, Path)).touch()
+
+    with (
+        mock.patch.object(summary, "draw_curves", touch),
+        mock.patch.object(flip_meter, "draw_heatmap", touch),
+    ):
+        yield
 
 
 def values(rows: list[dict]) -> list[dict]:

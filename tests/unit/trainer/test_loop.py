@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -50,7 +50,7 @@ def test_a_start_samples_one_completion_per_probe_prompt_without_routes_and_publ
 
 @pytest.mark.slow
 def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
-    summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=12"))
+    summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=12"), pictures=True)
     rewards = [r["rollout/reward_mean"] for r in rows if "rollout/reward_mean" in r]
     assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:2])
     assert summary["policy_version"] == 24
@@ -427,7 +427,7 @@ def test_a_run_folder_has_one_run_at_a_time(model, reward_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["grpo_r2", "grpo_r3", "gspo_r3"])
 def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_use(
-    model, reward_file, tmp_path, objective, monkeypatch
+    model, reward_file, tmp_path, objective, monkeypatch, traces
 ):
     run = build(
         config(
@@ -440,7 +440,7 @@ def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_us
             "flips.every=0",
         )
     )
-    seen, others = [], trace_bytes_alive()
+    seen = []
 
     def watched(name):
         verb = getattr(run.learner, name)
@@ -450,7 +450,7 @@ def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_us
             if kwargs or args:  # not the probe of the weight sync
                 seen.append(
                     (
-                        trace_bytes_alive() - others,
+                        bytes_behind(traces),
                         sum(b.routing.nbytes for r in batches for b in r if b.routing),
                     )
                 )
@@ -472,16 +472,29 @@ def test_the_host_holds_the_traces_of_one_batch_once_beside_the_mini_batch_in_us
     assert max(alive for alive, _ in seen) >= min(batch)  # the count sees them
 
 
-def trace_bytes_alive() -> int:
-    """Bytes of memory behind all routing traces of the process; views of one array count once."""
-    gc.collect()
+@pytest.fixture
+def traces(monkeypatch):
+    """All routing traces that are made from here on and still alive."""
+    alive = []
+    check = RoutingTrace.__post_init__
+
+    def registered(trace):
+        check(trace)
+        alive.append(weakref.ref(trace))
+
+    monkeypatch.setattr(RoutingTrace, "__post_init__", registered)
+    return alive
+
+
+def bytes_behind(traces) -> int:
+    """Bytes of memory behind the traces that are alive; views of one array count once."""
+    traces[:] = [ref for ref in traces if ref() is not None]
     arrays = {}
-    for trace in gc.get_objects():
-        if type(trace) is RoutingTrace:
-            for array in (trace.expert_ids, trace.known):
-                while isinstance(array.base, np.ndarray):
-                    array = array.base
-                arrays[id(array)] = array.nbytes
+    for trace in (ref() for ref in traces):
+        for array in (trace.expert_ids, trace.known):
+            while isinstance(array.base, np.ndarray):
+                array = array.base
+            arrays[id(array)] = array.nbytes
     return sum(arrays.values())
 
 
