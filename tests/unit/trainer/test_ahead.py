@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.metrics.jsonl import append, read_jsonl
+from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.trainer.buffer import BegunStep
 from gspo_dist.trainer.clockwork import open_record, read_record
 from gspo_dist.trainer.loop import run_step, start
@@ -155,6 +156,48 @@ def test_a_run_with_steps_ahead_that_is_stopped_anywhere_equals_one_that_was_not
     assert one.tokens == sum(len(v) for v in one.versions())
     manifest = json.loads((tmp_path / "parts/checkpoints/step-000004/manifest.json").read_text())
     assert manifest["rollouts"]["begun"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_where_no_engine_is_left_the_run_stops_with_everything_saved(model, reward_file, tmp_path, ahead):
+    """Also what was finished and sampled since the last step, and the run goes on as if nothing had been.
+
+    A publication cuts completions at other places then, so tokens are compared and not versions.
+    """
+    knobs = ["steps=3", "checkpoint.every=0", "flips.every=0", "rollout.max_completion_tokens=24"]
+    if ahead:
+        knobs += [*AHEAD, "objective=gspo_recompute"]
+    whole, books = [], []
+    go(config(model, reward_file, tmp_path / "whole", *knobs), lambda run: whole.append(Books(run)))
+    c = config(model, reward_file, tmp_path / "parts", *knobs)
+    run = build(c)
+    try:
+        start(run)
+        run_step(run, 1)
+        advance, slices = run.pool.advance, []
+
+        def dies(ticks, seconds):
+            slices.append(ticks)
+            if len(slices) > 2:
+                raise NoEngineLeft("no engine is left (engine-0: killed)")
+            return advance(ticks, seconds)
+
+        run.pool.advance = dies
+        with pytest.raises(NoEngineLeft) as error:
+            run_step(run, 2)
+    finally:
+        run.release()
+    saved = tmp_path / "parts" / "checkpoints" / "step-000001"
+    assert error.value.__notes__ == [f"at step 2, policy version 2; saved: {saved}"]
+    manifest = json.loads((saved / "manifest.json").read_text())
+    assert manifest["rollouts"]["begun"] == min(2 + ahead, 3)
+    before = run.collector.buffer.tokens()
+    assert before > 100
+    go(c, lambda run: books.append(Books(run)))
+    assert books[0].trained()[:16] == whole[0].trained()[16:32]
+    assert [r.rollout_id for r in books[0].rollouts] == list(range(16, 48))
+    assert books[0].tokens + before == sum(len(r.completion) for r in books[0].rollouts)
 
 
 @pytest.mark.slow

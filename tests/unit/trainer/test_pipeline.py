@@ -288,6 +288,32 @@ def test_by_the_clock_engines_sample_while_the_learner_works_and_stop_with_it():
     assert {seconds for _, seconds in pool.asked} == {0.25}
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_learner_goes_on_where_all_engines_die_beside_it(beside):
+    """New ones come with the publication; what the dead ones had waits for them."""
+    pool = SlowPool(lambda g, i: 50 if g >= 3 else 1)
+    pool.runs_beside = beside
+    collector = collector_of(pool, steps=2, steps_ahead=1, ticks_per_step=None if beside else 5)
+    collector.sample(1)
+    collector.judged(1)
+
+    def dies(ticks, seconds):
+        raise NoEngineLeft("no engine is left (engine-0: killed)")
+
+    pool.advance = dies
+    with collector.beside_learner():
+        time.sleep(0.05)
+    assert [item.key for item in collector.buffer.waiting] == [(g, i) for g in (3, 4, 5) for i in (0, 1)]
+    assert {len(item.so_far) for item in collector.buffer.waiting} == {1}
+
+
+def test_engines_without_work_are_asked_once_beside_the_learner():
+    pool = SlowPool()
+    collector = collector_of(pool, steps=1, steps_ahead=1)
+    trained(collector, [1], learner=lambda step: time.sleep(0.1))
+    assert len(pool.asked) == 2
+
+
 def test_what_goes_wrong_beside_the_learner_is_raised_after_it():
     pool = SlowPool(lambda g, i: 3 if g >= 3 else 1)
     collector = collector_of(pool, steps=2, steps_ahead=1)
