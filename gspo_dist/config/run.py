@@ -64,6 +64,7 @@ class RunConfig:
         self._check_batches()
         self._check_in_process()
         self._check_ahead()
+        self._check_selection()
         self._check_router_shift()
         self._check_accepted()
         check_consistency(self.learner, self.rollout)
@@ -114,6 +115,14 @@ class RunConfig:
                 "rollout.ticks_per_step must be 0 or null with cluster.colocated: got "
                 f"{self.rollout.ticks_per_step}, and colocated engines sleep while the learner works; set it "
                 "to 0 for a run that repeats itself"
+            )
+
+    def _check_selection(self) -> None:
+        degenerate = self.objective.selection.degenerate
+        if degenerate != "keep" and self.rollout.group_size == 1:
+            raise ValueError(
+                f"objective.selection.degenerate={degenerate} leaves out groups whose rewards are all equal, "
+                "as every group of one is: got rollout.group_size 1; raise it, or set degenerate=keep"
             )
 
     def _check_router_shift(self) -> None:

@@ -277,3 +277,20 @@ def test_a_step_charges_length_by_its_own_limit():
         selected, (mini,) = prepare(run, rollouts, step)
         assert selected.metrics["selection/overlong_penalty_mean"] == penalty
         assert mini.denominators.max_completion_length == 8  # dr_grpo's constant stays
+
+
+@pytest.mark.parametrize("degenerate", ["drop", "refill"])
+def test_groups_of_one_cannot_be_told_apart(degenerate):
+    words = [
+        "rollout.group_size=1",
+        "objective.advantage=none",
+        f"objective.selection.degenerate={degenerate}",
+    ]
+    with pytest.raises(ValueError, match=rf"degenerate={degenerate} leaves out .* got rollout\.group_size 1"):
+        run_config(words)
+
+
+def test_a_router_shift_is_asked_of_the_learner_that_measures_it():
+    with pytest.raises(ValueError, match=r"objective rspo .* got learner\.backend deepspeed; use learner"):
+        run_config(["objective=rspo"])
+    assert run_config(["objective=rspo", "learner=eager"]).objective.name == "rspo"
