@@ -120,7 +120,7 @@ def test_two_runs_with_one_seed_agree(model, reward_file, tmp_path):
 RENEWED = (
     "objective=dapo",
     "objective.selection.over_asked=1",
-    "+data.options.size=40",
+    "++data.options.size=40",
     "data.renewal={active: 12, arrivals: 1.5, retire_at: 0.5, solved_at: 0.1}",
     "rollout.length_schedule=[[1, 5], [3, 8]]",
 )
