@@ -3,9 +3,9 @@
     file ──► blocks of rows ──► window: some blocks, shuffled ──► rendered ──► handed out
 
 An index is made first: where each block begins, and which rows repeat the question of an earlier one. It
-takes 8 bytes per row while it is made. What is kept is a few numbers per block. An epoch visits the blocks in
-an order drawn anew, and the rows of a window of blocks in an order drawn anew. So one window of rows is held
-at any time, whatever the size of the file.
+takes 16 bytes per row while it is made. What is kept is a few numbers per block. An epoch visits the blocks
+in an order drawn anew, and the rows of a window of blocks in an order drawn anew. So one window of rows is
+held at any time, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ BLOCK = 1024
 """Rows of a block of JSONL. Blocks of Parquet are its row groups."""
 WINDOW = 16
 """Blocks whose rows are shuffled together."""
+CHUNK = 1 << 16
+"""Rows that are compared at a time."""
 CHECKED = 1000
 """Prompts that are looked at before a run starts; the others are checked when their turn comes."""
 
@@ -157,16 +159,27 @@ class StreamedSource:
         return xxhash.xxh64(f"{self.path.stat().st_size} {self.rows.sizes.tolist()}".encode()).hexdigest()
 
     def _repeats(self) -> np.ndarray:
-        """Rows whose question stands before them, in order. 8 bytes per row are held for it."""
+        """Rows whose question stands before them, in order. 16 bytes per row are held for it."""
         hashes, at = np.zeros(len(self), np.uint64), 0
         for block in range(len(self.rows.sizes)):
             for _, row in self.rows.block(block):
                 hashes[at] = self._hash(row) or at
                 at += 1
-        _, first = np.unique(hashes, return_index=True)
-        repeated = np.ones(len(hashes), np.bool_)
-        repeated[first] = False
-        return np.flatnonzero(repeated)
+        # np.unique with indices would take 50 bytes per row.
+        ordered = np.sort(hashes)
+        twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        del ordered
+        seen: set[int] = set()
+        repeated = []
+        for start in range(0, len(hashes) if len(twice) else 0, CHUNK):
+            part = hashes[start : start + CHUNK]
+            place = np.minimum(np.searchsorted(twice, part), len(twice) - 1)
+            for offset in np.flatnonzero(twice[place] == part).tolist():
+                own = int(part[offset])
+                if own in seen:
+                    repeated.append(start + offset)
+                seen.add(own)
+        return np.array(repeated, np.int64)
 
     def _hash(self, row: Any) -> int:
         """Of the question; 0 for a row without one, which is nobody's repeat."""

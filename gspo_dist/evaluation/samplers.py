@@ -131,8 +131,8 @@ class EngineSampler:
             for ask in asks
             if self.prompts.fits(prompts[ask.place])
         }
-        self.pool.submit([Work(*key, prompts[ask.place], spec) for key, ask in work.items()])
         try:
+            self.pool.submit([Work(*key, prompts[ask.place], spec) for key, ask in work.items()])
             while work:
                 finished = [p.finished for p in self.pool.advance(seconds=SLICE_S).values()]
                 yield [

@@ -98,6 +98,21 @@ def test_who_leaves_early_leaves_empty_engines():
     assert (pool.work, pool.withdrawn) == ([], 1)
 
 
+def test_work_that_no_engine_took_is_withdrawn_too():
+    """Else the next collect of a run would find it, and take it for its own."""
+    pool = Pool()
+
+    def submit(work):
+        pool.work = list(work)
+        raise RuntimeError("every engine is dead")
+
+    pool.submit = submit
+    sampler = EngineSampler(pool, prompts(), SamplingSpec(1, 16), name="m", first_id=0)
+    with pytest.raises(RuntimeError, match="every engine is dead"):
+        list(sampler.answers(digits(), asks(digits())))
+    assert (pool.work, pool.withdrawn) == ([], 1)
+
+
 def test_prompts_that_are_too_long_stop_or_count_as_wrong():
     own = digits()
     with pytest.raises(ValueError, match=r"own: 1 of 2 prompts are over rollout\.max_prompt_tokens = 5"):

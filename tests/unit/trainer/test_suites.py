@@ -141,3 +141,105 @@ def test_a_whole_run_evaluates_its_suites(model, reward_file, tmp_path):
         for path in [tmp_path / f"run/evaluation/step_{step:06d}/own/result.json"]
     }
     assert texts[0] != texts[3]  # another policy
+
+
+def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatch):
+    """Every answer is of one policy: what is left is sampled after learning and before the publication."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    from gspo_dist.trainer import loop
+    from gspo_dist.trainer.clock import StepClock
+    from gspo_dist.trainer.step_metrics import StepMetrics
+
+    told, rows = [], []
+
+    @contextmanager
+    def beside(who):
+        told.append(f"{who} begins")
+        yield
+        told.append(f"{who} ends")
+
+    def learn(run, rollouts, step):
+        with loop.learning(run):
+            told.append("learn")
+        return StepMetrics(rollouts={}, packing={}, update={}, old_logprobs={}, routing={}, samples=[])
+
+    def publish(run, sampled):
+        told.append("publish")
+        return {}
+
+    def finish():
+        told.append("finish")
+        return {"eval/own/avg@2": 0.5, "eval/at_step": 6.0}
+
+    def after_step(step):
+        told.append(f"after {step}")
+        return {}
+
+    monkeypatch.setattr(loop, "collect", lambda run, step: [])
+    monkeypatch.setattr(loop, "learn", learn)
+    monkeypatch.setattr(loop, "publish", publish)
+    monkeypatch.setattr(loop, "log", lambda run, metrics, step: rows.append(metrics.evaluation))
+    monkeypatch.setattr(loop, "commit", lambda run: None)
+    monkeypatch.setattr(loop, "checkpoint_due", lambda run, step: False)
+    monkeypatch.setattr(loop, "evaluation_due", lambda run, step: False)
+    monkeypatch.setattr(loop.step_metrics, "speed_metrics", lambda *args: {})
+    run = SimpleNamespace(
+        clock=StepClock(),
+        tokens_seen=0,
+        config=SimpleNamespace(cluster=SimpleNamespace(colocated=False)),
+        learner=SimpleNamespace(policy_version=7),
+        collector=SimpleNamespace(
+            take_speed=lambda: (0, 0.0), metrics=lambda: {}, beside_learner=lambda: beside("collector")
+        ),
+        suites=SimpleNamespace(finish=finish, after_step=after_step, beside_learner=lambda: beside("suites")),
+    )
+    loop.run_step(run, 7)
+    assert told == [
+        *("collector begins", "suites begins", "learn", "suites ends", "collector ends"),
+        *("finish", "publish", "after 7"),
+    ]
+    assert rows == [{"eval/own/avg@2": 0.5, "eval/at_step": 6.0}]
+
+
+@pytest.mark.parametrize(
+    ("runs_beside", "colocated", "ahead", "free"),
+    [(True, False, 0, True), (False, False, 0, False), (True, True, 0, False), (True, False, 1, False)],
+)
+def test_engines_are_free_where_they_neither_sleep_nor_sample_ahead(
+    tmp_path, runs_beside, colocated, ahead, free
+):
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from gspo_dist.config import ClusterConfig, RolloutConfig, RunConfig
+    from gspo_dist.trainer.setup.build import make_suites
+    from gspo_dist.types import SamplingSpec
+
+    run = replace(
+        RunConfig(seed=4, cluster=ClusterConfig(colocated=colocated)),
+        rollout=RolloutConfig(steps_ahead=ahead),
+    )
+    checked = SimpleNamespace(
+        config=run, tokenizer=None, suites=[suite()], model="m", run_dir=tmp_path, moe_layers=0
+    )
+    parts = SimpleNamespace(pool=SimpleNamespace(runs_beside=runs_beside))
+    made = make_suites(checked, parts, SamplingSpec(n=8, max_tokens=5, seed=4))
+    assert made.beside is free
+    assert (made.steps, made.every, made.folder) == (run.steps, 0, tmp_path / "evaluation")
+    assert (made.sampler.spec.seed, made.sampler.spec.max_tokens) == (5, 5)
+
+
+def test_a_run_whose_suites_do_not_fit_is_refused_before_it_starts(model, reward_file, tmp_path):
+    from gspo_dist.trainer.setup.build import check_run
+
+    file = write_jsonl(tmp_path / "own.jsonl", [{"problem": "1" * 40, "answer": "1"}])
+    chosen = [
+        "evaluation.suites=[own]",
+        f"+evaluation.options.own={{file: {file}, reward: exact_match}}",
+    ]
+    with pytest.raises(
+        ValueError, match=r"suite own: 1 of 1 prompts are over rollout\.max_prompt_tokens = 16"
+    ):
+        check_run(config(model, reward_file, tmp_path / "run", *chosen))
