@@ -16,7 +16,7 @@ import torch
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.partition import longest_first
 from gspo_dist.routing.trace import RoutingTrace
-from gspo_dist.types import LogprobOutput, PackedBatch, Rollout
+from gspo_dist.types import NO_VERSION, LogprobOutput, PackedBatch, Rollout
 
 MicroBatches: TypeAlias = Sequence[Sequence[PackedBatch]]
 """`micro_batches[replica][i]`: what each data-parallel replica computes, one forward pass per micro-batch."""
@@ -26,9 +26,6 @@ Advantage: TypeAlias = float | np.ndarray
 
 ORDER_STREAM = 0x9ACC
 """Keeps the draws that shuffle groups apart from every other use of the run's seed and step."""
-
-NO_VERSION = -1
-"""The policy version of a token that no engine sampled: a prompt's, or a tool's."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +159,8 @@ def pack_sequences(
     """Lays `rollouts[i] for i in index` end to end, with each one's advantage on its tokens;
     no routing traces.
 
+    Advantages per token stand on the completion's tokens, and the prompt's have 0.
+
     Example: index [4, 2], where rollout 4 has prompt (5, 6), completion (7, 8) and advantage 1, and rollout 2
     has prompt (9,), completion (3,) and advantage -1:
 
@@ -184,6 +183,7 @@ def pack_sequences(
     for rollout, given, start, stop in zip(chosen, own, cu[:-1], cu[1:], strict=True):
         completion = rollout.completion
         answer = start + len(rollout.prompt.token_ids)
+        advantage[answer if isinstance(given, np.ndarray) else start : stop] = given
         tokens[start:answer] = rollout.prompt.token_ids
         # One number is laid on the prompt too, where nothing reads it.
         advantage[answer if isinstance(given, np.ndarray) else start : stop] = given

@@ -6,7 +6,7 @@ version of every token, expert choices. Nothing is inferred later from padding i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,23 +34,55 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One exchange of an episode: what the policy said, and what its environment answered.
+
+    The first turn of an episode is the reset, in which the policy says nothing. Example: a reset that adds 3
+    tokens, then 4 sampled tokens, whose answer takes 2: the turns are (0, 0, 3) and (3, 7, 9), and the policy
+    goes on with token 9.
+    """
+
+    start: int
+    """The first token of what the policy said, counted from the completion's first."""
+    end: int
+    """One past its last token."""
+    stop: int
+    """One past the last token of the answer: where the next turn begins."""
+    said: str = ""
+    """What the policy said, as the environment read it."""
+    observation: str = ""
+    """The answer as it stands in the completion: cut to its limit."""
+    reward: float = 0.0
+    """What the environment pays for the turn."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Named numbers of the turn; they are logged."""
+    failed: str = ""
+    """Why there is no answer: timeout, crash or error. "" where there is one, or none was asked for."""
+
+
+@dataclass(frozen=True)
 class Completion:
-    """The tokens an engine sampled for one prompt, with all that the engine knows about them (N tokens)."""
+    """What follows one prompt, with all that is known about it (N tokens): what an engine sampled, and what
+    an environment said in between.
+    """
 
     token_ids: np.ndarray
     """[N] int64."""
     loss_mask: np.ndarray
-    """[N] bool, True = trained on. A tool's tokens would be False."""
+    """[N] bool, True = trained on. An environment's tokens are False."""
     logprobs: np.ndarray
-    """[N] float32, in nats, of the sampling distribution (after the temperature)."""
+    """[N] float32, in nats, of the sampling distribution (after the temperature). 0 for an environment's."""
     policy_versions: np.ndarray
-    """[N] int32, completed optimiser steps of the weights that sampled the token."""
+    """[N] int32, completed optimiser steps of the weights that sampled the token. NO_VERSION for an
+    environment's."""
     finish_reason: str
     """How it ended, above all stop (a stop token) and length (cut off). "" while it is in the making."""
     text: str
     """The tokens as text, without special ones. "" while it is in the making."""
     routing: RoutingTrace | None = None
     """Rows of prompt and completion, P + N. None unless the engine was asked to record."""
+    turns: tuple[Turn, ...] = ()
+    """The turns of an episode, the reset first. Empty without an environment."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -82,12 +114,15 @@ class Completion:
         routing = more.routing
         if routing is None and self.routing is not None:
             routing = self.routing.continued(self.routing.expert_ids[:0], len(self.routing) + len(more))
-        return Completion(**joined, finish_reason=more.finish_reason, text=more.text, routing=routing)
+        turns = (*self.turns, *more.turns)
+        return Completion(
+            **joined, finish_reason=more.finish_reason, text=more.text, routing=routing, turns=turns
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as bytes: Ray (2.60) ships every small array as a buffer of its own, ten times slower."""
         arrays = tuple(np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in COLUMNS.items())
-        return _completion, (arrays, self.finish_reason, self.text, self.routing)
+        return _completion, (arrays, self.finish_reason, self.text, self.routing, self.turns)
 
 
 COLUMNS: dict[str, type[np.generic]] = {
@@ -100,13 +135,36 @@ COLUMNS: dict[str, type[np.generic]] = {
 
 
 def _completion(
-    columns: tuple[bytes, ...], finish_reason: str, text: str, routing: RoutingTrace | None
+    columns: tuple[bytes, ...],
+    finish_reason: str,
+    text: str,
+    routing: RoutingTrace | None,
+    turns: tuple[Turn, ...],
 ) -> Completion:
     """What `Completion.__reduce__` wrote; its arrays are read-only, like all that Ray delivers."""
     arrays: dict[str, np.ndarray] = {
         name: np.frombuffer(data, dtype) for (name, dtype), data in zip(COLUMNS.items(), columns, strict=True)
     }
-    return Completion(**arrays, finish_reason=finish_reason, text=text, routing=routing)
+    return Completion(**arrays, finish_reason=finish_reason, text=text, routing=routing, turns=turns)
+
+
+NO_VERSION = -1
+"""The policy version of a token that no engine sampled: a prompt's, or an environment's."""
+
+
+def environment_tokens(token_ids: Sequence[int]) -> Completion:
+    """Tokens that an environment says, as the part of a completion that they become: nothing is trained on
+    them, and no policy sampled them.
+    """
+    n = len(token_ids)
+    return Completion(
+        np.asarray(token_ids, np.int64),
+        np.zeros(n, np.bool_),
+        np.zeros(n, np.float32),
+        np.full(n, NO_VERSION, np.int32),
+        "",
+        "",
+    )
 
 
 @dataclass(frozen=True)
@@ -244,6 +302,8 @@ class Work:
     spec: SamplingSpec
     so_far: Completion = UNBEGUN
     """What is sampled already. Its finish_reason is "" and its text empty until it is whole."""
+    until: int | None = None
+    """Tokens of the completion at which its turn is cut off. None: spec.max_tokens."""
 
     @property
     def key(self) -> WorkKey:
@@ -252,7 +312,7 @@ class Work:
     @property
     def left(self) -> int:
         """Tokens that it may still get."""
-        return self.spec.max_tokens - len(self.so_far)
+        return (self.spec.max_tokens if self.until is None else self.until) - len(self.so_far)
 
     def tokens(self) -> list[int]:
         """Prompt and completion so far: what an engine has to read before it samples on."""

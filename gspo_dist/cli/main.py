@@ -28,6 +28,8 @@ usage: gspo COMMAND [arguments]
                 gspo export --run RUN_DIR --to FOLDER
   audit       whether engine and learner give one log-prob to every token, and which operator parts them
                 gspo audit RUN_DIR
+  episodes    a page of a run's episodes, token by token
+                gspo episodes RUN_DIR
   make-model  the quickstart's cold-start model
                 gspo make-model [--to FOLDER]
   workspace   one W&B page for the arms of a study
@@ -52,6 +54,7 @@ COMMANDS = {
     "plan": "plan",
     "export": "export",
     "audit": "audit",
+    "episodes": "episodes",
     "make-model": "make_model",
     "workspace": "workspace",
     "legality": "legality",

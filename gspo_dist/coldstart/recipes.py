@@ -67,6 +67,16 @@ class WarmStart:
 
 
 @dataclass(frozen=True)
+class TurnsWarmStart(WarmStart):
+    """A warm start that also teaches turns, so that sampling finds them and learning makes more of them."""
+
+    environment: str = ""
+    """What the turns are for: calculator | python | guess (environments/)."""
+    share: float = 0.0
+    """Share of the solutions that have turns."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A model to make: its shape and, unless it stays random, its warm start."""
 
@@ -83,8 +93,17 @@ class Recipe:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _with_turns(environment: str, share: float) -> TurnsWarmStart:
+    """Pupils who solve in their heads write no "=", which a calculator would answer."""
+    habits = Habits(forget_carry=0.58, slip=0.03, long_style=0.0)
+    return TurnsWarmStart(habits=habits, environment=environment, share=share)
+
+
 RECIPES = {
     "quickstart": Recipe("quickstart", Shape(), WarmStart()),
+    "calculator": Recipe("calculator", Shape(), _with_turns("calculator", 0.15)),
+    "python": Recipe("python", Shape(), _with_turns("python", 0.15)),
+    "guess": Recipe("guess", Shape(), _with_turns("guess", 1.0)),
     "peer": Recipe("peer", Shape(layers=2, init_std=0.02), None),
 }
 

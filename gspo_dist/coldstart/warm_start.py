@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from gspo_dist.coldstart.recipes import WarmStart
-from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, encode
+from gspo_dist.coldstart.recipes import TurnsWarmStart, WarmStart
+from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, TOKEN_IDS, encode
 from gspo_dist.data import arithmetic
 
 IGNORE = -100
+END = "<eos>"
+"""The end of a solution, as one of its characters."""
 
 
 def batches(plan: WarmStart, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -30,8 +32,13 @@ def batches(plan: WarmStart, seed: int) -> Iterator[tuple[torch.Tensor, torch.Te
         rows = []
         for question in islice(questions, plan.batch):
             prompt = encode(question.text)
-            solution = [*encode(arithmetic.worked_solution(question, rng, plan.habits)), EOS_ID]
-            rows.append((prompt + solution[:-1], [IGNORE] * (len(prompt) - 1) + solution))
+            tokens: list[int] = []
+            targets: list[int] = []
+            for text, is_taught in solution_of(question, rng, plan):
+                part = [EOS_ID if piece == END else TOKEN_IDS[piece] for piece in text]
+                tokens += part
+                targets += part if is_taught else [IGNORE] * len(part)
+            rows.append((prompt + tokens[:-1], [IGNORE] * (len(prompt) - 1) + targets))
         width = max(len(tokens) for tokens, _ in rows)
         inputs = torch.full((plan.batch, width), PAD_ID)
         labels = torch.full((plan.batch, width), IGNORE)
@@ -39,6 +46,34 @@ def batches(plan: WarmStart, seed: int) -> Iterator[tuple[torch.Tensor, torch.Te
             inputs[i, : len(tokens)] = torch.tensor(tokens)
             labels[i, : len(targets)] = torch.tensor(targets)
         yield inputs, labels
+
+
+def solution_of(
+    question: arithmetic.Addition, rng: np.random.Generator, plan: WarmStart
+) -> list[tuple[list[str], bool]]:
+    """The solution in parts of characters (END for the end), each with whether it is taught: what an
+    environment says is not.
+
+    Example: with a calculator "347+285=" may be solved by "347+285=" (taught), "632" and "#632" (taught).
+    """
+    if not isinstance(plan, TurnsWarmStart) or rng.random() >= plan.share:
+        return [([*arithmetic.worked_solution(question, rng, plan.habits), END], True)]
+    if plan.environment == "guess":
+        return _game(rng)
+    call = f"print({question.text[:-1]});" if plan.environment == "python" else question.text
+    return [([*call], True), ([*question.answer], False), ([*"#", *question.answer, END], True)]
+
+
+def _game(rng: np.random.Generator) -> list[tuple[list[str], bool]]:
+    """A game of random guesses (environments/guess.py) that nobody has learnt from."""
+    number, parts = int(rng.integers(1, 10)), []
+    for _ in range(4):
+        guess = int(rng.integers(1, 10))
+        parts.append(([*f"{guess};"], True))
+        if guess == number:
+            break
+        parts.append((["<" if number < guess else ">"], False))
+    return parts
 
 
 def lr_at(step: int, plan: WarmStart) -> float:

@@ -6,7 +6,7 @@
     rollout.py    the engines, sampling, the weight sync
     objective.py  the loss, the advantages, the correction (the guard's knobs are in objectives/offset.py)
     selection.py  which rollouts of a batch train
-    data.py, reward.py, evaluation.py, cluster.py, logger.py, checkpoint.py, flips.py
+    data.py, reward.py, environment.py, evaluation.py, cluster.py, logger.py, checkpoint.py, flips.py
     plan.py       what `gspo plan` assumes
     mapping.py    a config from plain mappings, and back
 
@@ -18,6 +18,7 @@ frozen `RunConfig`. Errors are `ValueError`: the rule, what was got, the way out
 from gspo_dist.config.checkpoint import CheckpointConfig
 from gspo_dist.config.cluster import ClusterConfig
 from gspo_dist.config.data import DataConfig, RenewalConfig
+from gspo_dist.config.environment import EnvironmentConfig
 from gspo_dist.config.evaluation import EvaluationConfig
 from gspo_dist.config.flips import FlipsConfig
 from gspo_dist.config.learner import DeepSpeedConfig, LearnerConfig, MegatronConfig, OptimizerConfig
@@ -37,6 +38,7 @@ __all__ = [
     "CorrectionConfig",
     "DataConfig",
     "DeepSpeedConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "FlipsConfig",
     "GuardConfig",

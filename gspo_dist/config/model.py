@@ -23,4 +23,4 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            choose("model.recipe", self.recipe, ("quickstart", "peer"))
+            choose("model.recipe", self.recipe, ("quickstart", "peer", "calculator", "python", "guess"))

@@ -61,8 +61,9 @@ class ObjectiveConfig:
     """group_std | group_mean | leave_one_out | batch_std | maxrl | gdpo | none. Null: the objective's own."""
     credit: str = "episode"
     """What the advantage of a completion's tokens is: episode (one number) | position (of each token, from
-    what is paid at it and after it). position is for objectives with advantages per token, not for gspo. A
-    reward pays at a position by parts named NAME@TOKEN, counted from the completion's first token."""
+    what is paid at it and after it) | turn (of each turn of an episode, from what is paid from it on). The
+    last two are for objectives with advantages per token, not for gspo. A reward pays at a position by parts
+    named NAME@TOKEN, counted from the completion's first token."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     """Parts of the reward that advantage=gdpo normalises apart, with weights: {right: 1, shape: 0.1}."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -128,10 +129,13 @@ class ObjectiveConfig:
                 f"one per sequence (its ratio is the sequence's): got {self.name}; use one of "
                 f"{', '.join(others)}, or objective.credit=episode"
             )
-        if self.advantage_name not in ("group_std", "group_mean"):
+        known = ("group_std", "group_mean")
+        if self.credit == "turn":
+            known = (*known, "leave_one_out", "none")
+        if self.advantage_name is not None and self.advantage_name not in known:
             raise ValueError(
-                "objective.credit=position normalises what is paid within a group: got advantage "
-                f"{self.advantage_name}; use group_std or group_mean"
+                f"objective.credit={self.credit} compares what is paid within a group: got advantage "
+                f"{self.advantage_name}; use {' or '.join(known)}"
             )
 
     @property

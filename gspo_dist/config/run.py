@@ -9,6 +9,7 @@ from gspo_dist.config.checkpoint import CheckpointConfig
 from gspo_dist.config.cluster import ClusterConfig
 from gspo_dist.config.consistency import check_consistency
 from gspo_dist.config.data import DataConfig
+from gspo_dist.config.environment import EnvironmentConfig
 from gspo_dist.config.evaluation import EvaluationConfig
 from gspo_dist.config.flips import FlipsConfig
 from gspo_dist.config.learner import LearnerConfig
@@ -45,6 +46,8 @@ class RunConfig:
     """Training and held-out prompts."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """How a completion is judged."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """What answers the policy between its turns."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where processes run."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -66,6 +69,7 @@ class RunConfig:
         self._check_ahead()
         self._check_selection()
         self._check_router_shift()
+        self._check_environment()
         self._check_accepted()
         check_consistency(self.learner, self.rollout)
 
@@ -115,6 +119,21 @@ class RunConfig:
                 "rollout.ticks_per_step must be 0 or null with cluster.colocated: got "
                 f"{self.rollout.ticks_per_step}, and colocated engines sleep while the learner works; set it "
                 "to 0 for a run that repeats itself"
+            )
+
+    def _check_environment(self) -> None:
+        if not self.environment.is_on:
+            if self.objective.credit == "turn":
+                raise ValueError(
+                    "objective.credit=turn needs an environment, whose turns are paid: got none; set "
+                    "environment.factory or environment.tools, or leave credit at episode"
+                )
+            return
+        if self.rollout.replay_ticks is not None:
+            raise ValueError(
+                "rollout.replay_ticks repeats what engines did, and not when an environment answered: got "
+                f"{self.rollout.replay_ticks!r} with an environment; use rollout.ticks_per_step, under which "
+                "a run with an environment repeats itself"
             )
 
     def _check_selection(self) -> None:

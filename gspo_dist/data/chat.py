@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gspo_dist.data.records import Message, Record
@@ -23,6 +23,8 @@ def render(
     chat_template: bool,
     system_prompt: str | None,
     template_args: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+    cue: bool = True,
 ) -> tuple[str, tuple[int, ...]]:
     """(text, token ids) of a question.
 
@@ -33,6 +35,9 @@ def render(
     text is tokenized as it stands, with the special tokens that the tokenizer adds to a text, but for the end
     of the sequence: the completion goes on from the text.
 
+    tools: schemas for a template, where the record brings none of its own. cue: False leaves the cue out,
+    which an episode's opening has then (rollout/turns.py).
+
     Raises ValueError, naming the record: a template is needed and there is none, it refuses the messages,
     or the tokenizer does not know a character.
     """
@@ -40,7 +45,7 @@ def render(
     if messages is None:
         text, special = str(record.question), True
     else:
-        text = _from_template(record, tokenizer, messages, template_args or {})
+        text = _from_template(record, tokenizer, messages, template_args or {}, tools, cue)
         special = False  # the template has written them already
     try:
         token_ids = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -116,20 +121,30 @@ def _check_known(record: Record, tokenizer: Tokenizer, text: str, token_ids: tup
 
 
 def _from_template(
-    record: Record, tokenizer: Tokenizer, messages: list[Message], template_args: Mapping[str, Any]
+    record: Record,
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    template_args: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+    cue: bool = True,
 ) -> str:
     """The text that the tokenizer's template makes of the messages."""
     unused = [name for name in template_args if name not in str(tokenizer.chat_template)]
     if unused and "chat_template" not in template_args:
         _tell_unused(str(getattr(tokenizer, "name_or_path", "")), tuple(unused))
     prefill = messages[-1]["role"] == "assistant"
+    if prefill and not cue:
+        raise ValueError(
+            f"{record.where}: the last message is the assistant's and would be continued, which no "
+            "environment can: end with another role, or unset environment.factory and environment.tools"
+        )
     try:
         return str(
             tokenizer.apply_chat_template(
                 messages,
-                tools=_tools(record),
+                tools=_tools(record) or (list(tools) or None),
                 tokenize=False,
-                add_generation_prompt=not prefill,
+                add_generation_prompt=cue and not prefill,
                 continue_final_message=prefill,
                 **template_args,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from gspo_dist.config import DataConfig
@@ -66,9 +66,17 @@ class PromptSource(Sequence[Prompt]):
 
 
 def load_prompts(
-    config: DataConfig, split: str, tokenizer: Any, *, max_prompt_tokens: int, seed: int
+    config: DataConfig,
+    split: str,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int,
+    seed: int,
+    **rendering: Any,
 ) -> PromptSource:
     """The prompts of `split` ("train" or "heldout") in the order of their source.
+
+    rendering: more arguments of `chat.render`, such as the tools of an environment.
 
     Raises ValueError, naming file and line, for records that cannot be used: malformed, without their
     fields, over `max_prompt_tokens`, or an earlier prompt again with another answer.
@@ -78,25 +86,32 @@ def load_prompts(
     source = config.train if split == "train" else config.heldout
     if source is None:
         raise ValueError("data.heldout is null: there are no held-out prompts to load")
-    return load_source(config, source, split, tokenizer, max_prompt_tokens, seed)
+    return load_source(config, source, split, tokenizer, max_prompt_tokens, seed, **rendering)
 
 
 def load_source(
-    config: DataConfig, source: str, split: str, tokenizer: Any, max_prompt_tokens: int, seed: int
+    config: DataConfig,
+    source: str,
+    split: str,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    seed: int,
+    **rendering: Any,
 ) -> PromptSource:
     """`load_prompts` of a source by its name."""
     records = _records(config, source, split, seed)
-    return _render_all(config, source, records, tokenizer, max_prompt_tokens)
+    return _render_all(config, source, records, tokenizer, max_prompt_tokens, rendering)
 
 
 def load_splits(
-    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int
+    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int, **rendering: Any
 ) -> tuple[PromptSource, PromptSource | None]:
-    """(training prompts, held-out prompts or None), checked to share no prompt."""
-    train = load_prompts(config, "train", tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    """(training prompts, held-out prompts or None), checked to share no prompt. rendering: as above."""
+    known = {"max_prompt_tokens": max_prompt_tokens, "seed": seed, **rendering}
+    train = load_prompts(config, "train", tokenizer, **known)
     if config.heldout is None:
         return train, None
-    heldout = load_prompts(config, "heldout", tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    heldout = load_prompts(config, "heldout", tokenizer, **known)
     check_disjoint(train, heldout)
     return train, heldout
 
@@ -157,6 +172,7 @@ def _render_all(
     records: list[Record],
     tokenizer: Any,
     max_prompt_tokens: int,
+    rendering: Mapping[str, Any],
 ) -> PromptSource:
     """Every record as its tokens, without equal ones; tells what is left out."""
     first: dict[tuple[int, ...], Prompt] = {}
@@ -169,6 +185,7 @@ def _render_all(
             chat_template=config.chat_template,
             system_prompt=config.system_prompt,
             template_args=config.template_args,
+            **rendering,
         )
         if len(token_ids) > max_prompt_tokens:
             if config.too_long == "stop":

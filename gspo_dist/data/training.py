@@ -58,24 +58,25 @@ class TrainingPrompts:
 
 
 def load_training(
-    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int
+    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int, **rendering: Any
 ) -> tuple[TrainingPrompts, PromptSource | None]:
     """(training prompts, held-out prompts or None), checked to share no prompt.
 
     Raises ValueError, naming file and line, for records that cannot be used. Those of a streamed file are
-    looked at when their turn comes.
+    looked at when their turn comes. rendering: more arguments of `chat.render`.
     """
     names = list(config.mixture) or [config.train]
     parts: dict[str, PromptSource | StreamedSource] = {}
     for name in names:
         if is_streamed(config, name):
-            parts[name] = _streamed(config, name, tokenizer, max_prompt_tokens)
+            parts[name] = _streamed(config, name, tokenizer, max_prompt_tokens, rendering)
         else:
-            parts[name] = load_source(config, name, "train", tokenizer, max_prompt_tokens, seed)
+            parts[name] = load_source(config, name, "train", tokenizer, max_prompt_tokens, seed, **rendering)
     train = TrainingPrompts(parts, dict(config.mixture))
     if config.heldout is None:
         return train, None
-    heldout = load_prompts(config, "heldout", tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    known = {"max_prompt_tokens": max_prompt_tokens, "seed": seed, **rendering}
+    heldout = load_prompts(config, "heldout", tokenizer, **known)
     check_disjoint(train, heldout)
     held = {prompt.token_ids: prompt.prompt_id for prompt in heldout}
     train.add_check(functools.partial(_not_held_out, held))
@@ -96,7 +97,9 @@ def is_streamed(config: DataConfig, source: str) -> bool:
     return path.is_file() and path.stat().st_size > config.stream_above_mb << 20
 
 
-def _streamed(config: DataConfig, name: str, tokenizer: Any, max_prompt_tokens: int) -> StreamedSource:
+def _streamed(
+    config: DataConfig, name: str, tokenizer: Any, max_prompt_tokens: int, rendering: dict[str, Any]
+) -> StreamedSource:
     def rendered(record: Record) -> Prompt | None:
         text, token_ids = render(
             record,
@@ -104,6 +107,7 @@ def _streamed(config: DataConfig, name: str, tokenizer: Any, max_prompt_tokens: 
             chat_template=config.chat_template,
             system_prompt=config.system_prompt,
             template_args=config.template_args,
+            **rendering,
         )
         if len(token_ids) > max_prompt_tokens:
             if config.too_long == "stop":

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from gspo_dist.evaluation.suite import Generate, evaluate
-from gspo_dist.rewards.pool import RewardPool
+from gspo_dist.rewards.reward import Item, Judged
 from gspo_dist.types import Prompt, SamplingSpec
 
 
+class Judges(Protocol):
+    """A reward pool, or what asks one."""
+
+    def judge(self, items: Sequence[Item]) -> list[Judged]: ...
+
+
 def evaluate_heldout(
-    generate: Generate, rewards: RewardPool, prompts: Sequence[Prompt], spec: SamplingSpec
+    generate: Generate, rewards: Judges, prompts: Sequence[Prompt], spec: SamplingSpec
 ) -> dict[str, float]:
     """Held-out metrics (eval/heldout/*) from a run's engines and reward workers.
 

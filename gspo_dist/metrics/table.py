@@ -47,6 +47,7 @@ class Section:
     """In reading order."""
 
 
+EPISODES = "runs with an environment"
 MEASURED = "steps of which flips are measured (`flips.every`)"
 REPLAYED = "runs with Routing Replay"
 GUARDED = "objectives with a clip, unless `objective.guard.action=off`"
@@ -88,6 +89,9 @@ SECTIONS = (
                "Engines started in a dead one's place that took part in a publication."),
         Metric("health/reward_deaths", "events",
                "Reward processes that died; what they judged was judged again."),
+        Metric("health/environment_deaths", "events",
+               "Environment processes that died; their episodes failed or were made again.",
+               "runs with an environment, from the first one on"),
         Metric("health/restarts", "events",
                "Times that the run went on by itself after its learner had died."),
     )),
@@ -150,6 +154,26 @@ SECTIONS = (
         Metric("data/retired", "prompts", "Prompts that left for their solve rate.", RENEWED),
         Metric("data/solve_rate", "share",
                "Mean over the prompts in play of their solve rate so far; null before a visit.", RENEWED),
+    )),
+    Section("Turns", "trainer/step_metrics.py", (
+        Metric("environment/turns_mean", "turns", "Turns of the policy per episode.", EPISODES),
+        Metric("environment/turns_max", "turns", "The same, of the episode with most.", EPISODES),
+        Metric("environment/token_fraction", "share",
+               "Completion tokens that an environment said; nothing is trained on them.", EPISODES),
+        Metric("environment/out_of_turns_fraction", "share",
+               "Episodes that ended because `environment.max_turns` was used up.", EPISODES),
+        Metric("environment/failed_fraction", "share",
+               "Episodes whose environment failed: they have `environment.failure_reward`.", EPISODES),
+        Metric("environment/timeout_fraction", "share",
+               "The same, because it missed `environment.timeout_s`.", EPISODES),
+        Metric("environment/crash_fraction", "share", "The same, because its process ended.", EPISODES),
+        Metric("environment/error_fraction", "share", "The same, because it raised.", EPISODES),
+        Metric("environment/begun_again", "episodes",
+               "Episodes since the run's start that began again, because their environment answered "
+               "otherwise when it was played again.", EPISODES),
+        Metric("environment/played_again", "episodes",
+               "Episodes since the run's start whose environment was made again by its recorded turns, after "
+               "its process had ended or the run was resumed.", EPISODES),
     )),
     Section("Advantages and lengths", "objectives/diagnostics.py", (
         Metric("advantage/mean", "advantage", "Mean over rollouts; near 0 by construction."),

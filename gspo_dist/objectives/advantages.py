@@ -155,6 +155,36 @@ def degenerate_groups(rewards: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
     return _degenerate(r, inverse, groups)[inverse]
 
 
+def turn_advantages(
+    rewards: Sequence[np.ndarray], group_ids: np.ndarray, kind: str, *, eps: float = 1e-6
+) -> list[np.ndarray]:
+    """One advantage per turn of each of R episodes: R arrays [turns of the episode] float64.
+
+    What a turn is worth is what is paid from it on. Its baseline is that of the siblings which have a turn of
+    the same number: `group_advantages` of theirs. So where all is paid at the end, and siblings have as many
+    turns, every turn gets the episode's advantage. A turn that no sibling has gets 0 from the kinds that
+    compare.
+
+    rewards: what each turn was paid, [turns] finite numbers, at least one.
+
+    Example: siblings paid (1, 0) and (0, 0) are worth (1, 0) and (0, 0) from each turn on. group_mean gives
+    (0.5, 0) and (-0.5, 0): the second turns made no difference.
+
+    Raises ValueError as `group_advantages`, and for an episode without a turn.
+    """
+    if any(len(own) == 0 for own in rewards):
+        raise ValueError("every episode must have a turn: got one without any")
+    ids = np.asarray(group_ids)
+    worth = [np.cumsum(np.asarray(own, np.float64)[::-1])[::-1] for own in rewards]
+    out = [np.zeros(len(own)) for own in worth]
+    for turn in range(max(len(own) for own in worth)):
+        having = [i for i, own in enumerate(worth) if len(own) > turn]
+        found = group_advantages(np.array([worth[i][turn] for i in having]), ids[having], kind, eps=eps)
+        for i, value in zip(having, found, strict=True):
+            out[i][turn] = value
+    return out
+
+
 def degenerate_group_share(rewards: np.ndarray, group_ids: np.ndarray) -> float:
     """Share of groups whose rewards are all equal, as in a group of one. They teach nothing."""
     return float(_degenerate(*_by_group(rewards, group_ids)).mean())

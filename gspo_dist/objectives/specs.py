@@ -16,7 +16,7 @@ from gspo_dist.checks import choose, nearest
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant_length")
 ADVANTAGES = ("group_std", "group_mean", "leave_one_out", "batch_std", "maxrl", "gdpo", "none")
-CREDITS = ("episode", "position")
+CREDITS = ("episode", "position", "turn")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 OLD_LOGPROBS = ("rollout", "recompute")
 ROUTING_REPLAY = ("none", "r2", "r3")

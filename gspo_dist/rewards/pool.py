@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Pipe, wait
-from typing import Protocol
+from typing import Any, Protocol
 
 from gspo_dist.config import RewardConfig
 from gspo_dist.failures import Event
@@ -40,8 +40,8 @@ DEATHS_IN_A_ROW = 5
 ERRORS_IN_A_ROW = 100
 """So many rollouts in a row whose reward raised are a service that is gone, or a reward that is broken."""
 BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from gspo_dist.rewards.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "importlib.import_module(sys.argv[4]).main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
 
@@ -75,13 +75,15 @@ class RewardPool(Protocol):
 
 
 class Worker:
-    """One reward process, as its parent sees it."""
+    """One process that answers, as its parent sees it: a reward's, or an environment's."""
 
-    def __init__(self, config: RewardConfig) -> None:
-        """Starts the process, which begins to import the reward."""
+    def __init__(self, config: Any, module: str = "gspo_dist.rewards.worker") -> None:
+        """Starts the process, which begins to import the reward. module: whose `main` it runs; it gets
+        `config` first.
+        """
         self.connection, theirs = Pipe()
         with theirs:
-            arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
+            arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid()), module]
             self.process = subprocess.Popen(
                 [sys.executable, "-c", BOOTSTRAP, *arguments],
                 pass_fds=[theirs.fileno()],
@@ -99,7 +101,7 @@ class Worker:
         """Whether it owes an answer: it is starting, or judging."""
         return not self.ready or bool(self.places)
 
-    def give(self, places: Sequence[int], items: Sequence[Item], seconds: float) -> bool:
+    def give(self, places: Sequence[int], items: Any, seconds: float) -> bool:
         """Has it judge items, each within `seconds` of the one before. False when the process is gone."""
         try:
             self.connection.send(items)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gspo_dist.checks import nearest
 from gspo_dist.config import RewardConfig
+from gspo_dist.loading import absolute, load
 from gspo_dist.rewards.calls import BATCHED, Reward, as_one, is_batched, verdicts
 from gspo_dist.types import Completion, Prompt
 
@@ -147,10 +143,7 @@ def check_one_answer(config: RewardConfig, check: Callable[[Prompt], None], prom
 
 def located(config: RewardConfig) -> RewardConfig:
     """`config` with the path of a reward file made absolute: its processes may work in other folders."""
-    place, _, attribute = config.function.rpartition(":")
-    if not place.endswith(".py"):
-        return config
-    return replace(config, function=f"{Path(place).expanduser().resolve()}:{attribute}")
+    return replace(config, function=absolute(config.function))
 
 
 def judge_rollout(fn: Reward, prompt: Prompt, completion: Completion, rollout_id: int) -> Judged:
@@ -223,56 +216,9 @@ def _finite(value: Any, who: str) -> float:
     return number
 
 
-def _load(name: str, target: str) -> Callable[..., Any]:
+def _load(name: str, target: str) -> Any:
     """The object behind `module:attribute` or `file.py:attribute`."""
-    place, _, attribute = target.rpartition(":")
-    module = _module_of_file(name, place) if place.endswith(".py") else _module(name, place)
-    value: Any = module
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            public = [n for n in vars(value) if not n.startswith("_") and callable(getattr(value, n))]
-            raise ValueError(
-                f"reward.function {name!r}: {place} has no {attribute!r}; {nearest(attribute, public)}"
-            )
-        value = getattr(value, part)
-    return value
-
-
-def _module(name: str, place: str) -> Any:
-    try:
-        return importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(
-            f"reward.function {name!r}: cannot import {place}: {error}; is it on PYTHONPATH of every "
-            "process? A file can be given as path/to/file.py:name"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"reward.function {name!r}: {place} raised {type(error).__name__}: {error}"
-        ) from error
-
-
-def _module_of_file(name: str, place: str) -> Any:
-    file = Path(place).expanduser().resolve()
-    if not file.is_file():
-        raise ValueError(f"reward.function {name!r}: no such file: {file}")
-    # A name of its own for every path: two files called reward.py must not answer for one another.
-    module_name = f"gspo_dist_user_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise ValueError(
-            f"reward.function {name!r}: {file} raised {type(error).__name__}: {error}"
-        ) from error
-    return module
+    return load("reward.function", name, target)
 
 
 def _bind(name: str, fn: Any, options: Mapping[str, Any]) -> Reward:

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -47,8 +48,11 @@ class Later(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def main(descriptor: int, parent: int) -> None:
-    """Serves the connection behind `descriptor` until the process `parent` closes it or ends."""
+def main(descriptor: int, parent: int, serving: Callable[[Connection], None] | None = None) -> None:
+    """Serves the connection behind `descriptor` until the process `parent` closes it or ends.
+
+    serving: what answers there, by default `serve`.
+    """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # What a reward prints goes to the log of the process that started it, never into another
     # protocol on stdout.
@@ -58,7 +62,7 @@ def main(descriptor: int, parent: int) -> None:
     if "torch" not in sys.modules and (spec := importlib.util.find_spec("torch")) is not None:
         sys.modules["torch"] = Later("torch")
         sys.modules["torch"].__spec__ = spec
-    serve(Connection(descriptor))
+    (serving or serve)(Connection(descriptor))
 
 
 def serve(connection: Connection) -> None:

@@ -75,7 +75,9 @@ class Fleet:
             if not self.alive:
                 self.stranded += waiting
                 raise self.none_left()
-            dealt = dict(zip(self.alive, deal(waiting, len(self.alive)), strict=True))
+            # What comes while others run, as the next turn of an episode does, goes to who has the least.
+            idle_first = sorted(self.alive, key=lambda name: len(self.held[name]))
+            dealt = dict(zip(idle_first, deal(waiting, len(self.alive)), strict=True))
             dealt = {name: items for name, items in dealt.items() if items}
             for name, items in dealt.items():
                 self.held[name] |= {item.key: item for item in items}

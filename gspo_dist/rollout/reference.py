@@ -290,7 +290,9 @@ class ReferenceEngine:
 
     def submit(self, work: Sequence[Work]) -> None:
         self._require_usable()
-        check_work(self.info(), work, {item.key for rows in self.rows for item in rows.work})
+        # One that is whole may come again with its next turn, while its siblings are still sampled.
+        here = {rows.work[i].key for rows in self.rows for i in np.flatnonzero(~rows.finished)}
+        check_work(self.info(), work, here)
         for _, items in groupby(work, key=lambda item: (item.group_id, len(item.so_far), item.spec)):
             self.rows.append(Rows.of(list(items)))
 

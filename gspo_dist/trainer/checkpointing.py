@@ -26,7 +26,7 @@ def save(run: Run, step: int) -> None:
     folder = run.store.begin(step)
     with run.store.saving(folder):
         run.learner.save(folder / "learner")
-        rollouts = save_rollouts(run.collector.buffer, folder)
+        rollouts = save_rollouts(run.collector.buffer, folder, run.collector.episodes)
     state = {
         "policy_version": run.learner.policy_version,
         "cursor": run.collector.saved_cursor(),

@@ -22,9 +22,10 @@ from gspo_dist.evaluation.tasks.table import load_suites
 from gspo_dist.files import write_text
 from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.metrics.wandb_sink import Mode, choose_mode, open_wandb
-from gspo_dist.rewards.reward import check_answers
 from gspo_dist.rollout.pool import LocalRolloutPool, RolloutPool
+from gspo_dist.trainer.episodes import EpisodeJudge, play
 from gspo_dist.trainer.setup.checks import check_model, load_tokenizer, resolve_device
+from gspo_dist.trainer.setup.environment import check_environment, check_verdicts, start_episodes
 from gspo_dist.trainer.setup.factories import engine_factory, sampling_spec
 from gspo_dist.trainer.setup.processes import Processes
 
@@ -62,25 +63,38 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     model = str(ensure_model(config.model))
     moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
+    environment = check_environment(config, tokenizer)
     prompts = load_prompts(
         config.data,
         "heldout",
         tokenizer,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.seed,
+        **(environment.rendering if environment else {}),
     )[: config.evaluation.prompts]
-    check_answers(config.reward, prompts)
+    check_verdicts(config, prompts)
     device = resolve_device(config.cluster)
     run_dir = Path(config.run_dir).expanduser().resolve()
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:
         pool, rewards = processes.pool(), processes.rewards()
         rewards.start()
+        episodes = start_episodes(config, environment)
+        if episodes is not None:
+            processes.stack.callback(episodes.pool.close)
         spec = replace(
             sampling_spec(config, tokenizer, pool.start()),
             n=config.evaluation.samples,
             temperature=config.evaluation.temperature,
             top_p=config.evaluation.top_p,
         )
+        if episodes is not None:
+            playing, judging = episodes, EpisodeJudge(episodes, rewards)
+            return evaluate_heldout(
+                lambda chosen, asked: play(pool, playing, chosen, asked, range(len(chosen))),
+                judging,
+                prompts,
+                spec,
+            )
         return evaluate_heldout(
             lambda chosen, asked: pool.generate(chosen, asked, range(len(chosen))), rewards, prompts, spec
         )

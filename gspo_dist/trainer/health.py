@@ -16,6 +16,7 @@ KINDS = {
     "engine_death": "health/engine_deaths",
     "engine_return": "health/engine_returns",
     "reward_death": "health/reward_deaths",
+    "environment_death": "health/environment_deaths",
     "restart": "health/restarts",
 }
 """Kind of an event -> the metric that counts it."""
@@ -40,5 +41,9 @@ class Health:
             self.sinks.event(step, f"{event.kind.replace('_', ' ')}: {event.who}: {event.what}")
 
     def metrics(self) -> dict[str, float]:
-        """health/*: how many of each kind the run has had so far."""
-        return {name: float(self.counts[kind]) for kind, name in KINDS.items()}
+        """health/*: how many of each kind the run has had so far; of environments, where there were any."""
+        return {
+            name: float(self.counts[kind])
+            for kind, name in KINDS.items()
+            if kind != "environment_death" or self.counts[kind]
+        }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gspo_dist.evaluation.runner import evaluate_heldout
+from gspo_dist.trainer.episodes import play
 from gspo_dist.trainer.run import Run
+from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 EVALUATION_IDS = 1 << 40
 """Request ids of an evaluation start here: they seed the sampling, and a training run never counts this far,
@@ -33,9 +36,14 @@ def evaluate(run: Run) -> dict[str, float]:
     )
     start = time.perf_counter()
     ids = range(EVALUATION_IDS, EVALUATION_IDS + len(run.heldout))
-    row = evaluate_heldout(
-        lambda prompts, asked: run.pool.generate(prompts, asked, ids), run.rewards, run.heldout, spec
-    )
+    collector = run.collector
+
+    def generate(prompts: Sequence[Prompt], asked: SamplingSpec) -> list[list[Completion]]:
+        if collector.episodes is None:
+            return run.pool.generate(prompts, asked, ids)
+        return play(run.pool, collector.episodes.beside(), prompts, asked, ids)
+
+    row = evaluate_heldout(generate, collector, run.heldout, spec)
     row["time/evaluation_s"] = time.perf_counter() - start
     run.last_evaluation = row
     run.first_evaluation = run.first_evaluation or row

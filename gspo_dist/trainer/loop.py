@@ -21,10 +21,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from gspo_dist.metrics.jsonl import append
+from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.trainer import step_metrics
 from gspo_dist.trainer.checkpointing import checkpoint_due, commit, save, what_is_saved
 from gspo_dist.trainer.collect import collect
+from gspo_dist.trainer.episode_page import EPISODES
 from gspo_dist.trainer.heldout import evaluate, evaluation_due
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, probe_sequences
 from gspo_dist.trainer.run import Run
@@ -123,6 +126,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
         old_logprobs=run.old_logprobs.metrics() | run.guard.metrics(),
         routing=run.flips.metrics() | replay,
         samples=step_metrics.sample_rows(rollouts, advantages, run.config.logger.samples_per_step),
+        episodes=run.collector.episode_rows(trained, selected.given, run.config.logger.samples_per_step),
     )
 
 
@@ -161,9 +165,12 @@ def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:
 def log(run: Run, metrics: StepMetrics, step: int) -> None:
     """The step's numbers and samples to the sinks, with the time that is left at the pace so far."""
     pace = (time.perf_counter() - run.started) / (step - run.completed_steps)
-    run.health.note(step, [*run.pool.take_events(), *run.rewards.take_events()])
+    run.health.note(step, [*run.pool.take_events(), *run.rewards.take_events(), *run.collector.take_events()])
     row = metrics.row() | run.health.metrics() | {"time/left_s": pace * (run.config.steps - step)}
     run.sinks.samples(step, metrics.samples)
+    if metrics.episodes:
+        with going_on_without(EPISODES):
+            append(run.run_dir / EPISODES, [{"step": step, **row} for row in metrics.episodes])
     run.sinks.log(step, row)
 
 

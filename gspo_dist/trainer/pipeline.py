@@ -6,6 +6,9 @@
                                                                      ▼
                                               judge ──► steps that are begun ──► collect(step)
 
+With an environment, what an engine finishes is a turn, and the episode goes to its environment and back among
+the waiting ones until it is over (episodes.py). An environment holds no engine, and no publication.
+
 Groups belong to steps. `rollout.steps_ahead` = K says how many steps before its turn a step may be begun, and
 nothing else: none is chosen for being quick, and every prompt is trained once and in order. Only dynamic
 sampling leaves groups out, by their rewards (refill.py).
@@ -27,19 +30,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from gspo_dist.config import RolloutConfig, SelectionConfig
 from gspo_dist.data.cursor import Cursor
 from gspo_dist.data.renewal import RenewedCursor
+from gspo_dist.failures import Event
 from gspo_dist.rewards.pool import RewardPool
+from gspo_dist.rewards.reward import Item, Judged
 from gspo_dist.rollout.engine import Progress
 from gspo_dist.rollout.pool import NoEngineLeft, RolloutPool
 from gspo_dist.trainer.buffer import BegunStep, Buffer
 from gspo_dist.trainer.clockwork import Clockwork, Slice
+from gspo_dist.trainer.episode_page import episode_rows
+from gspo_dist.trainer.episodes import WAIT_S, Episodes
 from gspo_dist.trainer.refill import Refill
 from gspo_dist.types import Prompt, Rollout, SamplingSpec
 
 TELL_EVERY_S = 30.0
 """A collect that takes longer says so often how far it is."""
+
+TURN_SLICE_S = 0.05
+"""Seconds of a slice with an environment: a turn that ends in a slice waits for its end."""
 
 Tell = Callable[[int, Mapping[str, Mapping[str, int]]], None]
 """tell(step, engine -> {"completions": ..., "tokens": ...} of this collect)."""
@@ -72,13 +84,14 @@ class Collector:
         clockwork: Clockwork,
         tell: Tell = lambda step, row: None,
         selection: SelectionConfig | None = None,
+        episodes: Episodes | None = None,
     ) -> None:
         """steps: of the whole run; nothing is begun beyond. spec_of: how a step is sampled.
 
-        selection: which groups of a step train; None trains all.
+        selection: which groups of a step train; None trains all. episodes: None without an environment.
         """
         self.config, self.steps, self.pool, self.rewards, self.cursor = config, steps, pool, rewards, cursor
-        self.spec_of, self.clockwork, self.tell = spec_of, clockwork, tell
+        self.spec_of, self.clockwork, self.tell, self.episodes = spec_of, clockwork, tell, episodes
         self.refill = Refill(selection or SelectionConfig(), config.prompts_per_step)
         self.buffer = Buffer()
         self.trained_cursor: Mapping[str, Any] = cursor.state_dict()
@@ -105,7 +118,7 @@ class Collector:
                 count["completions"] += len(progress.finished)
                 count["tokens"] += progress.tokens
             now = time.monotonic()
-            if any(progress.tokens for progress in told.values()):
+            if any(progress.tokens for progress in told.values()) or self._acting():
                 last_token = now
             elif self.clockwork.record is not None:
                 raise self.clockwork.off_the_record()
@@ -128,6 +141,8 @@ class Collector:
     def _submit(self) -> None:
         """Gives the engines everything that waits."""
         waiting, self.buffer.waiting = self.buffer.waiting, []
+        if self.episodes is not None:
+            waiting = self.episodes.take(waiting)
         try:
             self.pool.submit(waiting)
         except NoEngineLeft:
@@ -207,7 +222,17 @@ class Collector:
         for own in (self.buffer.steps[step] for step in steps):
             items = own.unjudged()
             if items:
-                own.take(items, self.rewards.judge(items))
+                own.take(items, self.judge(items))
+
+    def judge(self, items: Sequence[Item]) -> list[Judged]:
+        """The verdicts on finished completions, in order. Raises what rewards raise."""
+        if self.episodes is None:
+            return self.rewards.judge(items)
+        return self.episodes.judge(items, self.rewards)
+
+    def _acting(self) -> int:
+        """Episodes that wait for their environment."""
+        return len(self.episodes.acting) if self.episodes is not None else 0
 
     def pause(self) -> None:
         """Takes everything unfinished out of the engines: for a publication, or before they sleep."""
@@ -256,41 +281,84 @@ class Collector:
             except NoEngineLeft:  # a new engine comes with the next publication, and the learner goes on
                 return
             self._judge(list(self.buffer.steps))
-            if not any(progress.ticks for progress in told.values()):
+            if not any(progress.ticks for progress in told.values()) and not self._acting():
                 return  # everything that may be begun is finished
 
     def _advance(self, part: Slice) -> dict[str, Progress]:
         """One slice of every engine that has work."""
         begun = time.perf_counter()
+        seconds = part.seconds
+        if self.episodes is not None and seconds is not None:
+            seconds = min(seconds, TURN_SLICE_S)
         try:
-            told = self.pool.advance(part.ticks, part.seconds)
+            told = self.pool.advance(part.ticks, seconds)
         except NoEngineLeft:
             self.pause()
             raise
         self.sampling_s += time.perf_counter() - begun
         for name, progress in told.items():
-            self.buffer.finish(progress.finished)
+            over = self.episodes.turned(progress.finished) if self.episodes else progress.finished
+            self.buffer.finish(over)
             self.sampled_tokens += progress.tokens
             self.clockwork.note(name, progress.ticks)
+        if self.episodes is not None:
+            self._hear(self.episodes, is_idle=not any(progress.ticks for progress in told.values()))
         return told
 
+    def _hear(self, episodes: Episodes, *, is_idle: bool) -> None:
+        """Takes what environments have answered; the next turns go to the engines.
+
+        By the clock it waits only where no engine has work. By ticks it waits for every answer, so that a
+        turn that ended in one slice goes on in the next one however long its environment took.
+        """
+        wait_s = WAIT_S if is_idle else 0.0
+        moved = episodes.poll(wait_s) if self.clockwork.is_by_the_clock else episodes.settle()
+        self.buffer.finish(moved.finished)
+        try:
+            self.pool.submit(moved.ready)
+        except NoEngineLeft:
+            self.pause()
+            raise
+
     def metrics(self) -> dict[str, float]:
-        """After a publication: pipeline/* (what is begun of later steps), selection/* and data/*."""
+        """After a publication: pipeline/* (what is begun of later steps), selection/*, data/* and, since the
+        run began, environment/*.
+        """
         out = dict(self.refill.told)
         if isinstance(self.cursor, RenewedCursor):
             out |= self.cursor.metrics()
-        return out | self._ahead()
+        return out | self._environment_metrics() | self._ahead()
 
     def _ahead(self) -> dict[str, float]:
         if not self.config.steps_ahead:
-            return {}
+            return self._environment_metrics()
         steps, waiting = self.buffer.steps.values(), self.buffer.waiting
-        return {
+        return self._environment_metrics() | {
             "pipeline/finished_ahead": float(sum(len(step.finished) for step in steps)),
             "pipeline/unfinished": float(len(waiting)),
             "pipeline/carried_tokens": float(sum(len(item.so_far) for item in waiting)),
             "pipeline/ticks": float(max(self.clockwork.done.values(), default=0)),
         }
+
+    def _environment_metrics(self) -> dict[str, float]:
+        if self.episodes is None:
+            return {}
+        return {
+            "environment/begun_again": float(self.episodes.counts["begun_again"]),
+            "environment/played_again": float(self.episodes.counts["played_again"]),
+        }
+
+    def episode_rows(
+        self, rollouts: Sequence[Rollout], given: Sequence[float | np.ndarray], count: int
+    ) -> list[dict[str, Any]]:
+        """`episode_page.episode_rows`; empty without an environment."""
+        if self.episodes is None:
+            return []
+        return episode_rows(rollouts, given, self.episodes.bridge.pieces, count)
+
+    def take_events(self) -> list[Event]:
+        """Deaths of environment processes since the last call."""
+        return self.episodes.pool.take_events() if self.episodes is not None else []
 
     def take_speed(self) -> tuple[int, float]:
         """Tokens sampled since the last call, and the seconds in which engines sampled."""

@@ -36,8 +36,19 @@ of a nat.
 
 
 def probe_sequences(sampled: Sequence[tuple[Prompt, Completion]]) -> list[ProbeSequence]:
-    """Sampled completions as the log-prob probe of a publication takes them."""
-    return [(np.concatenate([p.token_ids, c.token_ids]), len(p.token_ids)) for p, c in sampled]
+    """Sampled completions as the log-prob probe of a publication takes them.
+
+    Of an episode it takes what the policy said first. Example: a prompt of 2 and a completion of 6 tokens of
+    which the third and fourth were sampled give 6 tokens, of which the last 2 are compared.
+    """
+    found = []
+    for prompt, completion in sampled:
+        start = int(completion.loss_mask.argmax()) if completion.loss_mask.any() else 0
+        rest = completion.loss_mask[start:]
+        end = len(completion) if rest.all() else start + int(rest.argmin())
+        ids = np.concatenate([prompt.token_ids, completion.token_ids[:end]])
+        found.append((ids, len(prompt.token_ids) + start))
+    return found
 
 
 def learner_logprobs(

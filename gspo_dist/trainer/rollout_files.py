@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from gspo_dist.files import write_text
 from gspo_dist.rewards.reward import Judged
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.trainer.buffer import Buffer
+from gspo_dist.trainer.episodes import Episodes
 from gspo_dist.trainer.pipeline import Collector
-from gspo_dist.types import COLUMNS, Completion, WorkKey
+from gspo_dist.types import COLUMNS, Completion, Turn, Work, WorkKey
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,11 @@ ROWS_FILE, COLUMNS_FILE = "rollouts.json", "columns.npz"
 FOLDER = "rollouts"
 
 
-def save_rollouts(buffer: Buffer, folder: Path) -> dict[str, Any]:
+def save_rollouts(buffer: Buffer, folder: Path, episodes: Episodes | None = None) -> dict[str, Any]:
     """Writes the buffer's rollouts below a checkpoint's folder; returns what the manifest says of them.
 
-    Every engine must be empty. Nothing is written where no step is begun beyond the trained ones.
+    episodes: those under way, some of which wait for environments. Every engine must be empty. Nothing is
+    written where no step is begun beyond the trained ones.
     """
     if not buffer.steps:
         return {}
@@ -42,9 +45,11 @@ def save_rollouts(buffer: Buffer, folder: Path) -> dict[str, Any]:
             verdict = step.verdicts.get(key)
             rows.append(_row(key, step.prompt(key).token_ids, completion, verdict))
             parts.append(completion)
-    for item in buffer.waiting:
+    acting = [episodes.live[key] for key in sorted(episodes.acting)] if episodes is not None else []
+    for item in [*buffer.waiting, *acting]:
         if len(item.so_far):
-            rows.append(_row(item.key, item.prompt.token_ids, item.so_far, None))
+            row = _row(item.key, item.prompt.token_ids, item.so_far, None)
+            rows.append(row | _episode_row(item, episodes))
             parts.append(item.so_far)
     target = folder / FOLDER
     target.mkdir()
@@ -72,7 +77,15 @@ def _row(
         "text": completion.text,
         "verdict": None if verdict is None else [verdict.reward, dict(verdict.parts)],
         "experts": None if completion.routing is None else completion.routing.num_experts,
-    }
+    } | ({"turns": [asdict(turn) for turn in completion.turns]} if completion.turns else {})
+
+
+def _episode_row(item: Work, episodes: Episodes | None) -> dict[str, Any]:
+    """What else an episode under way needs: whether it waits for its environment, and the state of that."""
+    if episodes is None:
+        return {}
+    after, state = episodes.states.get(item.key, (0, None))
+    return {"unfinished": True, "state": [after, state] if state is not None else None}
 
 
 def _columns(parts: list[Completion]) -> dict[str, np.ndarray]:
@@ -128,12 +141,14 @@ def load_rollouts(collector: Collector, folder: Path, entry: Mapping[str, Any]) 
             )
         if list(step.prompt(key).token_ids) != row["prompt"]:
             edited.add(key[0])
-        elif row["finish_reason"]:
+        elif row["finish_reason"] and not row.get("unfinished"):
             step.finished[key] = completion
             if row["verdict"] is not None:
                 step.verdicts[key] = Judged(*row["verdict"])
         else:
             so_far[key] = completion
+            if collector.episodes is not None and row.get("state") is not None:
+                collector.episodes.states[key] = row["state"][0], row["state"][1]
     buffer.go_on(so_far)
     if edited:
         log.warning("%d group(s) begin anew: their prompts were edited since the checkpoint", len(edited))
@@ -152,7 +167,9 @@ def _completions(rows: list[dict[str, Any]], path: Path) -> list[Completion]:
             ids, known = next(traces)
             routing = RoutingTrace(ids.astype(id_dtype(row["experts"])), known, row["experts"])
         own = {name: arrays[i] for name, arrays in split.items()}
-        out.append(Completion(**own, finish_reason=row["finish_reason"], text=row["text"], routing=routing))
+        turns = tuple(Turn(**turn) for turn in row.get("turns", ()))
+        reason, text = row["finish_reason"], row["text"]
+        out.append(Completion(**own, finish_reason=reason, text=text, routing=routing, turns=turns))
     return out
 
 

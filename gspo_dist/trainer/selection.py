@@ -16,6 +16,7 @@ import numpy as np
 from gspo_dist.config import ObjectiveConfig
 from gspo_dist.objectives.advantages import degenerate_groups, group_advantages, position_advantages
 from gspo_dist.packing import Advantage
+from gspo_dist.trainer.credit import advantages_by_turn
 from gspo_dist.types import Rollout
 
 
@@ -74,9 +75,12 @@ def select(
         rest = np.flatnonzero(~dropped)
         extra = _parts([rollouts[i] for i in rest], config) if advantage == "gdpo" else {}
         shaped = (judged - penalty) if chosen.overlong_penalty else judged
-        if config.credit == "position":
-            paid = [payments(rollouts[i], -float(penalty[i])) for i in rest]
-            own = position_advantages(paid, lengths[rest].tolist(), groups[rest], advantage)
+        if config.credit != "episode":
+            if config.credit == "turn":
+                own = advantages_by_turn([rollouts[i] for i in rest], penalty[rest].tolist(), advantage)
+            else:
+                paid = [payments(rollouts[i], -float(penalty[i])) for i in rest]
+                own = position_advantages(paid, lengths[rest].tolist(), groups[rest], advantage)
             by_token = dict(zip(rest.tolist(), own, strict=True))
             advantages[rest] = [
                 values[rollouts[i].completion.loss_mask].mean() for i, values in by_token.items()

@@ -21,7 +21,7 @@ from gspo_dist.objectives.diagnostics import advantage_statistics, length_by_out
 from gspo_dist.objectives.mismatch import mismatch_metrics
 from gspo_dist.packing import MiniBatch
 from gspo_dist.routing.trace import RoutingTrace, replay_bytes
-from gspo_dist.types import Rollout
+from gspo_dist.types import Completion, Rollout
 
 Metrics = Mapping[str, float]
 
@@ -60,13 +60,15 @@ class StepMetrics:
     """eval/*: held-out metrics, where the step ended with an evaluation."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """A few rollouts as rows for samples.jsonl; not numbers, so not in `row`."""
+    episodes: list[dict[str, Any]] = field(default_factory=list)
+    """A few episodes as rows for episodes.jsonl, token by token."""
 
     def row(self) -> dict[str, float]:
         """All numbers as one mapping. Raises ValueError when two parts report one name: one would
         hide the other.
         """
         out: dict[str, float] = {}
-        for part in (getattr(self, f.name) for f in fields(self) if f.name != "samples"):
+        for part in (getattr(self, f.name) for f in fields(self) if f.name not in ("samples", "episodes")):
             twice = out.keys() & part.keys()
             if twice:
                 raise ValueError(f"a step must report every metric once: got {min(twice)} from two parts")
@@ -94,6 +96,7 @@ def rollout_metrics(
         ),
     }
     out |= age_metrics(rollouts, policy_version, mini_batches)
+    out |= turn_metrics(rollouts)
     out |= advantage_statistics(advantages)
     out |= length_by_outcome(lengths, rewards >= CORRECT_AT)
     # What is paid at positions (objective.credit) has a name per token, which makes no curve.
@@ -128,6 +131,45 @@ def length_metrics(config: RolloutConfig, step: int) -> dict[str, float]:
     if not config.length_schedule:
         return {}
     return {"rollout/max_completion_tokens": float(config.completion_tokens(step))}
+
+
+def turn_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """environment/* of a batch of episodes; empty without an environment.
+
+    Example: episodes of 2 and 4 turns, of which the second failed, have 3 turns on average and half failed.
+    """
+    episodes = [r.completion for r in rollouts if r.completion.turns]
+    if not episodes:
+        return {}
+    turns = [len(c.turns) - 1 for c in episodes]  # the first is the reset
+    failures = [next((turn.failed for turn in c.turns if turn.failed), "") for c in episodes]
+    tokens = sum(len(c) for c in episodes)
+    return {
+        "environment/turns_mean": float(np.mean(turns)),
+        "environment/turns_max": float(max(turns)),
+        "environment/token_fraction": 1.0 - sum(int(c.loss_mask.sum()) for c in episodes) / tokens,
+        "environment/out_of_turns_fraction": float(np.mean([c.finish_reason == "turns" for c in episodes])),
+        "environment/failed_fraction": float(np.mean([bool(failed) for failed in failures])),
+        **{
+            f"environment/{kind}_fraction": float(np.mean([failed == kind for failed in failures]))
+            for kind in ("timeout", "crash", "error")
+        },
+    }
+
+
+def turn_rows(completion: Completion) -> dict[str, Any]:
+    """The turns of an episode for a reader: what was said and answered, what was paid, and of which policy
+    versions the tokens are. Empty without an environment.
+    """
+    if not completion.turns:
+        return {}
+    rows = []
+    for turn in completion.turns:
+        versions = completion.policy_versions[turn.start : turn.end]
+        row = {"said": turn.said, "answer": turn.observation, "reward": turn.reward}
+        row |= {"tokens": turn.end - turn.start, "versions": sorted(set(versions.tolist()))}
+        rows.append(row | ({"failed": turn.failed} if turn.failed else {}))
+    return {"turns": rows}
 
 
 def packing_metrics(mini_batches: Sequence[MiniBatch], token_budget: int) -> dict[str, float]:
@@ -247,5 +289,6 @@ def sample_rows(rollouts: Sequence[Rollout], advantages: np.ndarray, count: int)
             "tokens": len(rollouts[i].completion),
             "finish_reason": rollouts[i].completion.finish_reason,
         }
+        | turn_rows(rollouts[i].completion)
         for i in places.tolist()
     ]

@@ -27,6 +27,7 @@ FLOORS = {
     "rollout": 2,
     "learners": 2,
     "weights": 2,
+    "environments": 2,
     "rewards": 2,
     "data": 2,
     "checkpoint": 2,
@@ -51,6 +52,7 @@ FLOORS = {
     "failures": 0,
     "files": 0,
     "host": 0,
+    "loading": 0,
     "partition": 0,
     "__init__": 0,
 }

@@ -19,13 +19,16 @@ from gspo_dist.data.training import TrainingPrompts, load_training
 from gspo_dist.evaluation.problem import Suite
 from gspo_dist.evaluation.samplers import EngineSampler
 from gspo_dist.evaluation.tasks.table import load_suites
+from gspo_dist.metrics.jsonl import cut_back
 from gspo_dist.metrics.wandb_sink import Mode, choose_mode
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives.objective import Objective
-from gspo_dist.rewards.reward import check_answers, check_one_answer, prompt_check, resolve_reward
+from gspo_dist.rewards.reward import check_one_answer, prompt_check, resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.clockwork import Clockwork, Record, open_record, read_record
 from gspo_dist.trainer.collect import sampling_of
+from gspo_dist.trainer.episode_page import EPISODES
+from gspo_dist.trainer.episodes import Episodes
 from gspo_dist.trainer.evaluate import FOLDER, SUITE_IDS, model_setting, suite_prompts
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
@@ -42,6 +45,13 @@ from gspo_dist.trainer.setup.checks import (
     name_age,
     name_selection,
     resolve_device,
+)
+from gspo_dist.trainer.setup.environment import (
+    CheckedEnvironment,
+    asks_function,
+    check_environment,
+    check_verdicts,
+    start_episodes,
 )
 from gspo_dist.trainer.setup.factories import (
     begins_equal,
@@ -78,6 +88,7 @@ class Checked:
     heldout: PromptSource | None
     suites: list[Suite]
     device: str
+    environment: CheckedEnvironment | None = None
 
     @property
     def completed_steps(self) -> int:
@@ -99,11 +110,16 @@ def build(config: RunConfig) -> Run:
         prepare_folder(run_dir, config, checked.checkpoint)
         if config.rollout.steps_ahead:
             open_record(run_dir, config, checked.completed_steps)
+        episodes = start_episodes(config, checked.environment)
+        if episodes is not None:
+            stack.callback(episodes.pool.close)
         parts = start_parts(config, checked.model, checked.device, run_dir, checked.moe_layers)
         stack.callback(parts.release)
+        if episodes is not None:
+            cut_back(run_dir / EPISODES, checked.completed_steps)
         if checked.checkpoint is None:
             (run_dir / EVENTS).unlink(missing_ok=True)
-        run = assemble(checked, parts)
+        run = assemble(checked, parts, episodes)
         stack.callback(run.suites.close)
         if checked.checkpoint is not None:
             restore(run, checked.checkpoint)
@@ -125,15 +141,21 @@ def check_run(config: RunConfig) -> Checked:
     model = str(ensure_model(config.model))
     moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
+    environment = check_environment(config, tokenizer)
     train, heldout = load_training(
-        config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
+        config.data,
+        tokenizer,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        seed=config.seed,
+        **(environment.rendering if environment else {}),
     )
     prompts = [*train, *(heldout or ())]
     vocabulary = read_shape(model).vocab
     check_vocabulary(prompts, vocabulary, model)
-    check_answers(config.reward, prompts)
+    check_verdicts(config, prompts)
     train.add_check(lambda prompt: check_vocabulary([prompt], vocabulary, model))
-    train.add_check(functools.partial(check_one_answer, config.reward, prompt_check(config.reward)))
+    if asks_function(config):
+        train.add_check(functools.partial(check_one_answer, config.reward, prompt_check(config.reward)))
     suites = load_suites(config.evaluation, config.data.root)
     if suites:
         suite_prompts(config, tokenizer).check(suites)
@@ -156,10 +178,11 @@ def check_run(config: RunConfig) -> Checked:
         heldout,
         suites,
         device,
+        environment,
     )
 
 
-def assemble(checked: Checked, parts: Parts) -> Run:
+def assemble(checked: Checked, parts: Parts, episodes: Episodes | None = None) -> Run:
     """The run of started parts, at its first step. `build` says what releases it."""
     config, run_dir, learner = checked.config, checked.run_dir, parts.learner
     replicas, budget = config.learner.data_parallel, config.learner.token_budget
@@ -180,6 +203,7 @@ def assemble(checked: Checked, parts: Parts) -> Run:
         Clockwork(config.rollout, checked.record, run_dir if config.rollout.steps_ahead else None),
         lambda step, done: sinks.collecting(step, progress_metrics(done)),
         config.objective.selection,
+        episodes,
     )
     return Run(
         config=config,

@@ -24,6 +24,7 @@ from gspo_dist.metrics.sinks import Sink, Sinks, going_on_without
 from gspo_dist.metrics.wandb_sink import Mode, open_wandb
 from gspo_dist.objectives.objective import Objective, get_objective
 from gspo_dist.rollout.engine import EngineInfo, RolloutEngine
+from gspo_dist.rollout.turns import stop_ids
 from gspo_dist.trainer.setup.checks import resolve_transport
 from gspo_dist.types import SamplingSpec
 from gspo_dist.weights.tolerance import ProbeTolerance
@@ -193,7 +194,10 @@ def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> Sampli
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         seed=config.seed,
-        stop_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
+        stop_token_ids=(
+            *((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()),
+            *stop_ids(tokenizer, config.environment.stop),
+        ),
         record_routing=records_routing(config, info.moe_layers) and info.can_record_routing,
     )
 

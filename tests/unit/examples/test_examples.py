@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from gspo_dist.cli.compose import run_config
 from gspo_dist.config import RewardConfig
-from gspo_dist.examples import batched_reward, digit_reward, make_sums, squared
+from gspo_dist.examples import batched_reward, digit_reward, make_sums, squared, word_game
 from gspo_dist.objectives import Denominators, Segments
 from gspo_dist.rewards.pool import LocalRewardPool
 from gspo_dist.types import Completion, Prompt
@@ -216,3 +216,21 @@ def test_rewards_a_list_at_a_time_and_async(name):
         pool.close()
     assert [verdict.reward for verdict in verdicts] == pytest.approx([1.0, math.exp(-0.5), 0.0, 0.0])
     assert [verdict.parts["answered"] for verdict in verdicts] == [1.0, 1.0, 0.0, 0.0]
+
+
+# --- environment ---
+
+
+def test_letters_by_hand():
+    game = word_game.Letters("abcd")
+    game.reset(Prompt("p", (3, 4), "q"), 0)  # 7 % 4: d
+    told = [game.step(turn) for turn in ("no", "a", "b c", "d")]
+    assert [(o.text, o.reward, o.done) for o in told] == [
+        ("?", 0.0, False),
+        (".", 0.0, False),
+        ("!", 0.1, False),
+        ("", 1.0, True),
+    ]
+    again = word_game.Letters("abcd")
+    again.load_state_dict(game.state_dict())
+    assert again.step("d").done

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.rollout.engine import RolloutEngine, group_work
-from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
+from gspo_dist.types import NO_VERSION, Completion, Prompt, SamplingSpec, Work, WorkKey, environment_tokens
 from gspo_dist.weights.verify import WeightSyncError
 
 SPEC = SamplingSpec(n=2, max_tokens=20, seed=11, record_routing=True)
@@ -54,6 +54,7 @@ class Contract:
         self.continuing_changes_nothing(whole)
         self.growth_is_what_is_lost_with_an_engine(whole)
         self.a_run_of_fixed_ticks_repeats_over_updates()
+        self.turns_are_the_policys()
         self.withdrawing_leaves_a_usable_engine(whole)
         self.an_update_that_is_given_up_is_made_good_by_a_whole_one(whole)
         self.work_that_cannot_be_taken_is_refused()
@@ -170,6 +171,42 @@ class Contract:
         [[fresh], *_] = self.one.generate(self.prompts[:1], replace(SPEC, n=1), [0])
         self.is_the_policys(self.prompts[0], fresh, {7: 1})
         self.publish(self.one, 0, 5)
+
+    def turns_are_the_policys(self) -> None:
+        """Law 25: of an episode of three turns, cut in the middle of the second and gone on with elsewhere,
+        every log-prob and every route is the model's on the whole sequence, and so are the routes of the
+        environment's tokens.
+        """
+        said = [[7, 9, 11], [5], []]
+        live = {item.key: item for item in self.work}
+        for number, words in enumerate(said):
+            work = [replace(item, until=len(item.so_far) + 5) for item in live.values()]
+            assert [item.left for item in work] == [5] * len(work)
+            self.one.submit(work)
+            found = dict(self.one.advance(2 if number == 1 else None).finished)
+            if number == 1:
+                left = self.one.withdraw()
+                assert left
+                self.two.submit(left)
+                found |= self.two.advance().finished
+            assert set(found) == set(live)
+            for key, completion in found.items():
+                assert completion.finish_reason == "stop" or len(completion) == work[0].until
+                so_far = replace(completion, finish_reason="", text="").extend(environment_tokens(words))
+                live[key] = replace(live[key], so_far=so_far, until=None)
+        for (g, _), item in live.items():
+            c, prompt = item.so_far, self.prompts[g]
+            row, start = np.array([*prompt.token_ids, *c.token_ids]), len(prompt.token_ids)
+            assert c.token_ids[~c.loss_mask].tolist() == [7, 9, 11, 5]
+            assert set(c.policy_versions[c.loss_mask].tolist()) == {5}
+            assert set(c.policy_versions[~c.loss_mask].tolist()) == {NO_VERSION}
+            gaps = np.abs(self.logprobs(0, row)[start - 1 :] - c.logprobs)
+            assert gaps[c.loss_mask].max() < EXACT
+            assert not c.logprobs[~c.loss_mask].any()
+            assert c.routing.known.tolist() == [True] * (len(row) - 1) + [False]
+            assert (np.sort(c.routing.expert_ids, axis=-1)[:-1] == self.routes(0, row)[:-1]).all()
+        assert self.is_empty(self.one)
+        assert self.is_empty(self.two)
 
     def withdrawing_leaves_a_usable_engine(self, whole: dict[WorkKey, Completion]) -> None:
         """Laws 6 and 7: with work nothing else is done, without it everything."""

@@ -28,7 +28,9 @@ def run_of(*, steps: int = 10, every: int = 4, heldout: int = 3, reward=lambda p
         ),
         heldout=[rollout(i).prompt for i in range(heldout)],
         pool=SimpleNamespace(generate=generate),
-        rewards=SimpleNamespace(judge=lambda items: [Judged(reward(p), {}) for _, p, _ in items]),
+        collector=SimpleNamespace(
+            episodes=None, judge=lambda items: [Judged(reward(p), {}) for _, p, _ in items]
+        ),
         sampling=SamplingSpec(n=8, max_tokens=16, temperature=1.0, seed=5, record_routing=True),
         first_evaluation={},
         last_evaluation={},

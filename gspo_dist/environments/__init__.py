@@ -1,0 +1,1 @@
+"""What answers a policy between its turns: environments and tools, in processes of their own."""

@@ -1,0 +1,263 @@
+"""The episodes of a run: environment processes of this host, and the deadlines that their parent keeps.
+
+An episode stays in the process where it began. One that misses its deadline, raises or ends its process costs
+itself: the process is replaced, and its other episodes are made again in the new one when they go on
+(worker.py says how).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from gspo_dist.config import EnvironmentConfig
+from gspo_dist.environments.protocol import EnvironmentFailure, Observation
+from gspo_dist.environments.resolve import located
+from gspo_dist.environments.worker import Call, End
+from gspo_dist.failures import Event
+from gspo_dist.rewards.pool import EXIT_S, START_TIMEOUT_S, Worker
+from gspo_dist.rewards.worker import Answer
+from gspo_dist.types import WorkKey
+
+log = logging.getLogger(__name__)
+
+FAILURES_IN_A_ROW = 100
+"""So many failures in a row are an environment that is broken, or a service that is gone."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a call."""
+
+    key: WorkKey
+    observation: Observation = field(default_factory=Observation)
+    failed: str = ""
+    """timeout, crash or error where there is no answer."""
+    why: str = ""
+    """The failure in words."""
+    state: str | None = None
+    """The environment's, after its answer."""
+    is_diverged: bool = False
+    """Whether the episode must be begun again, because it cannot be made again as it was."""
+    is_replayed: bool = False
+    """Whether it was made again by its turns."""
+
+
+class EnvironmentPool(Protocol):
+    """Whatever plays the environments of a run."""
+
+    def start(self) -> dict[str, Any]:
+        """Waits until the environment is imported. Returns `facts`. ValueError: it cannot be."""
+        ...
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        """Takes calls to answer, at most one of an episode at a time. It does not wait."""
+        ...
+
+    def poll(self, seconds: float, mine: Callable[[WorkKey], bool] = lambda key: True) -> list[Reply]:
+        """The replies that are there, after at most `seconds` of waiting for a first one.
+
+        mine: whose replies are wanted; those of others are kept for them. EnvironmentFailure: too many failed
+        in a row.
+        """
+        ...
+
+    def end(self, keys: Iterable[WorkKey]) -> None:
+        """These episodes are over."""
+        ...
+
+    def take_events(self) -> list[Event]:
+        """Deaths of environment processes since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the pool started. A second call does nothing."""
+        ...
+
+
+class LocalEnvironmentPool:
+    """Plays episodes in `environment.workers` processes of this host, one call per process at a time."""
+
+    def __init__(self, config: EnvironmentConfig, form: str = "hermes") -> None:
+        """Starts the processes; `start` waits for them. form: of a model's calls (tools.FORMATS)."""
+        self.config, self.form = located(config), form
+        self.workers = [self._worker() for _ in range(config.workers)]
+        self.waiting: list[deque[Call]] = [deque() for _ in self.workers]
+        """Calls of each worker that it has not been given."""
+        self.current: list[Call | None] = [None for _ in self.workers]
+        """What each works on."""
+        self.present: list[set[WorkKey]] = [set() for _ in self.workers]
+        """Episodes that each process holds."""
+        self.homes: dict[WorkKey, int] = {}
+        """The worker of each episode."""
+        self.replies: deque[Reply] = deque()
+        self.failures = 0
+        self.facts: dict[str, Any] = {}
+        self.events: list[Event] = []
+
+    def _worker(self) -> Worker:
+        return Worker((self.config, self.form), "gspo_dist.environments.worker")
+
+    def start(self) -> dict[str, Any]:
+        try:
+            while not all(worker.ready for worker in self.workers):
+                self._listen(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+        return self.facts
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        homes = Counter(self.homes.values())
+        for call in calls:
+            if call.key not in self.homes:
+                self.homes[call.key] = min(range(len(self.workers)), key=lambda i: (homes[i], i))
+                homes[self.homes[call.key]] += 1
+            self.waiting[self.homes[call.key]].append(call)
+        self._hand_out()
+
+    def poll(self, seconds: float, mine: Callable[[WorkKey], bool] = lambda key: True) -> list[Reply]:
+        until = time.monotonic() + seconds
+        while True:
+            self._listen(0.0)
+            told = [reply for reply in self.replies if mine(reply.key)]
+            left = until - time.monotonic()
+            if told or left <= 0 or not self._owes(mine):
+                self.replies = deque(reply for reply in self.replies if not mine(reply.key))
+                return told
+            self._listen(left)
+
+    def _owes(self, mine: Callable[[WorkKey], bool]) -> bool:
+        """Whether a reply to somebody's call is to come."""
+        calls = [call for call in self.current if call] + [c for queue in self.waiting for c in queue]
+        return any(mine(call.key) for call in calls)
+
+    def end(self, keys: Iterable[WorkKey]) -> None:
+        by_home: dict[int, list[WorkKey]] = {}
+        for key in keys:
+            if key in self.homes:
+                home = self.homes.pop(key)
+                self.present[home].discard(key)
+                by_home.setdefault(home, []).append(key)
+        for home, own in by_home.items():
+            try:
+                self.workers[home].connection.send(End(tuple(own)))
+            except OSError:  # it has died, which is found when it is listened to
+                continue
+
+    def take_events(self) -> list[Event]:
+        told, self.events = self.events, []
+        return told
+
+    def close(self) -> None:
+        while self.workers:
+            self.workers.pop().end()
+
+    def _listen(self, seconds: float) -> None:
+        """Takes what the workers say within `seconds`, and what they fail to say within their deadlines."""
+        awaited = [i for i, worker in enumerate(self.workers) if worker.awaited]
+        if not awaited:
+            return
+        soonest = min(self.workers[i].deadline for i in awaited) - time.monotonic()
+        heard = wait([self.workers[i].connection for i in awaited], max(0.0, min(seconds, soonest)))
+        for i in awaited:
+            worker = self.workers[i]
+            if worker.connection in heard:
+                for answer in worker.answers():
+                    self._hear(i, answer)
+            elif time.monotonic() >= worker.deadline:
+                self._hear(i, None, late=True)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        for i, worker in enumerate(self.workers):
+            while self.waiting[i] and not worker.awaited:
+                call = self.waiting[i].popleft()
+                # An episode that must be played again may take its deadline for every turn.
+                turns = 1 if call.key in self.present[i] else 1 + len(call.history)
+                if worker.give([0], call, self.config.timeout_s * turns):
+                    self.current[i] = call
+                    self.present[i].add(call.key)
+                else:
+                    self.waiting[i].appendleft(call)
+                    self._replace(i, worker.end(EXIT_S))
+                    break
+
+    def _hear(self, i: int, answer: Answer | None, late: bool = False) -> None:
+        worker, call = self.workers[i], self.current[i]
+        if not worker.ready:
+            if answer is None and not late and self.facts:  # it was imported before: somebody has killed it
+                self._replace(i, worker.end(EXIT_S))
+            else:
+                self._hear_start(worker, answer, late)
+            return
+        if call is None:  # it died while it had nothing to do
+            self._replace(i, worker.end(EXIT_S))
+            return
+        worker.places.clear()
+        self.current[i] = None
+        if answer is None:
+            ended = worker.end(0.0 if late else EXIT_S)
+            what = f"took more than environment.timeout_s = {self.config.timeout_s:g} s" if late else ""
+            self._fail(call, "timeout" if late else "crash", what or f"ended its process ({ended})")
+            self._replace(i, None if late else ended)
+        elif answer.kind == "failed":
+            self._fail(call, "error", f"raised {answer.value}", answer.traceback)
+        elif answer.kind == "diverged":
+            self.replies.append(Reply(call.key, is_diverged=True, why=str(answer.value)))
+        else:
+            self.failures = 0
+            told = answer.value
+            self.replies.append(
+                Reply(call.key, told.observation, state=told.state, is_replayed=told.is_replayed)
+            )
+
+    def _fail(self, call: Call, failed: str, what: str, trace: str = "") -> None:
+        self.failures += 1
+        why = f"the environment of sample {call.key[1]} of group {call.key[0]} (prompt "
+        why += f"{call.prompt.prompt_id}) {what}"
+        if self.failures >= FAILURES_IN_A_ROW or self.config.failure_reward is None:
+            error = EnvironmentFailure(f"{why}; environment.failure_reward states what it counts as")
+            if self.failures >= FAILURES_IN_A_ROW:
+                error.add_note(f"the {self.failures}th in a row: failure_reward is for a few of many")
+            if trace:
+                error.add_note(trace)
+            raise error
+        log.warning("%s: it counts as %g", why, self.config.failure_reward)
+        self.replies.append(Reply(call.key, failed=failed, why=why))
+
+    def _hear_start(self, worker: Worker, answer: Answer | None, late: bool) -> None:
+        where = f"the process of environment {self.config.factory or list(self.config.tools)}"
+        if late:
+            raise ValueError(f"{where} must import it within {START_TIMEOUT_S:.0f} s: it has not answered")
+        if answer is None:
+            raise ValueError(
+                f"{where} ended ({worker.end(EXIT_S)}) while it imported it; see its output above"
+            )
+        if answer.kind == "refused":
+            raise ValueError(answer.value)
+        worker.ready, self.facts = True, answer.value
+
+    def _replace(self, i: int, ended: str | None) -> None:
+        """Another process in place of worker i; its episodes are made again there when they go on."""
+        if ended is not None:
+            self.events.append(Event("environment_death", f"environment-{i}", ended))
+        self.workers[i].end()
+        self.workers[i], self.present[i] = self._worker(), set()
+
+
+def describe(config: EnvironmentConfig, form: str = "hermes") -> dict[str, Any]:
+    """What an environment says of itself (`protocol.facts`), asked of a process that ends again.
+
+    Raises ValueError when the environment cannot be imported, so that nothing heavy starts in vain.
+    """
+    pool = LocalEnvironmentPool(replace(config, workers=1), form)
+    try:
+        return pool.start()
+    finally:
+        pool.close()

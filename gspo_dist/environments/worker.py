@@ -1,0 +1,178 @@
+"""What runs in an environment process, which its parent (pool.py) can end.
+
+    parent                         worker
+    ------                         ------
+    (EnvironmentConfig, form)  ->  imports the environment
+                               <-  Answer("ready", facts) or Answer("refused", why), once
+    Call                       ->  plays it again as far as it is not here, and takes the turn
+                               <-  Answer("told", Told), Answer("diverged", why) or Answer("failed", why)
+    End                        ->  forgets the episode
+
+An episode lives here from its reset to its end. One that is not here, because its process was ended or the
+run was resumed, is made again: from the state that the environment gave, else by its recorded turns.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from gspo_dist.environments.protocol import Environment, Observation
+from gspo_dist.rewards.worker import Answer
+from gspo_dist.rewards.worker import main as serve_connection
+from gspo_dist.types import Prompt, WorkKey
+
+EPISODES = 4096
+"""Most episodes that a process holds. Beyond, the oldest is forgotten, and made again when it goes on."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One question to an environment, with all that is needed to make the episode again."""
+
+    key: WorkKey
+    prompt: Prompt
+    seed: int
+    turn: str | None
+    """What the policy said; None asks for a reset."""
+    history: tuple[tuple[str, str], ...] = ()
+    """(said, answer) of the turns so far; the first is the reset's."""
+    state: str | None = None
+    """What the environment gave after the last of them, as JSON."""
+
+
+class End(NamedTuple):
+    """The episodes of these keys are over."""
+
+    keys: tuple[WorkKey, ...]
+
+
+class Told(NamedTuple):
+    """What an environment answered."""
+
+    observation: Observation
+    state: str | None
+    """The environment's state after it, as JSON, where it has one."""
+    is_replayed: bool
+    """Whether the episode was made again by its turns before it answered."""
+
+
+class Diverged(RuntimeError):
+    """An episode that is played again by its turns answers otherwise than it did."""
+
+
+@dataclass
+class Live:
+    """An episode in this process."""
+
+    env: Environment
+    turns: int
+    """How many of its turns it has seen, the reset included."""
+
+
+class Episodes:
+    """The episodes of this process."""
+
+    def __init__(self, make: Callable[[], Environment]) -> None:
+        self.make = make
+        self.live: dict[WorkKey, Live] = {}
+
+    def take(self, call: Call) -> Told:
+        """The answer. Raises what the environment raises, and Diverged."""
+        if call.turn is None:
+            self.end((call.key,))
+            episode = self._begin(call.key)
+            text = episode.env.reset(call.prompt, call.seed)
+            return self._told(episode, Observation(text or ""))
+        episode, is_replayed = self._found(call)
+        observation = checked(episode.env.step(call.turn))
+        return self._told(episode, observation, is_replayed)
+
+    def _found(self, call: Call) -> tuple[Live, bool]:
+        """The episode at the place of the call, made again where it is not here."""
+        episode = self.live.get(call.key)
+        if episode is not None and episode.turns == len(call.history):
+            return episode, False
+        self.end((call.key,))
+        episode = self._begin(call.key)
+        episode.turns = len(call.history)
+        if call.state is not None and hasattr(episode.env, "load_state_dict"):
+            episode.env.load_state_dict(json.loads(call.state))
+            return episode, False
+        self._replay(episode.env, call)
+        return episode, True
+
+    def _replay(self, env: Environment, call: Call) -> None:
+        for number, (said, answer) in enumerate(call.history):
+            told = checked(env.step(said)).text if number else env.reset(call.prompt, call.seed) or ""
+            # What was recorded may have been cut at its end.
+            if not told.startswith(answer):
+                raise Diverged(f"turn {number} answered {told[:80]!r} and not {answer[:80]!r} as before")
+
+    def _begin(self, key: WorkKey) -> Live:
+        if len(self.live) >= EPISODES:
+            self.end((next(iter(self.live)),))
+        self.live[key] = Live(self.make(), 0)
+        return self.live[key]
+
+    def _told(self, episode: Live, observation: Observation, is_replayed: bool = False) -> Told:
+        episode.turns += 1
+        state = getattr(episode.env, "state_dict", None)
+        return Told(observation, json.dumps(state()) if callable(state) else None, is_replayed)
+
+    def end(self, keys: tuple[WorkKey, ...]) -> None:
+        for key in keys:
+            episode = self.live.pop(key, None)
+            if episode is not None and callable(getattr(episode.env, "close", None)):
+                episode.env.close()  # type: ignore[attr-defined]
+
+
+def checked(told: Any) -> Observation:
+    """What `step` returned. TypeError or ValueError: it is no Observation, or its reward is no number."""
+    if not isinstance(told, Observation):
+        raise TypeError(f"step must return an Observation: got {type(told).__name__}")
+    numbers = {"reward": told.reward, **told.parts}
+    for name, value in numbers.items():
+        if not abs(float(value)) < float("inf"):
+            raise ValueError(f"step must give finite numbers: got {value!r} as {name}")
+    return Observation(
+        str(told.text), float(told.reward), bool(told.done), {k: float(v) for k, v in told.parts.items()}
+    )
+
+
+def serve(connection: Connection) -> None:
+    """Answers a parent until it closes the connection."""
+    from gspo_dist.environments.resolve import resolve
+
+    try:
+        maker = resolve(*connection.recv())
+    except (ValueError, TypeError) as error:
+        connection.send(Answer("refused", str(error)))
+        return
+    connection.send(Answer("ready", maker.facts))
+    episodes = Episodes(maker.make)
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            return  # the parent has closed the connection, or is gone
+        try:
+            if isinstance(message, End):
+                episodes.end(message.keys)
+                continue
+            answer = Answer("told", episodes.take(message))
+        except Diverged as error:
+            answer = Answer("diverged", str(error))
+        except (Exception, SystemExit) as error:
+            answer = Answer("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+        if not isinstance(message, End):
+            connection.send(answer)
+
+
+def main(descriptor: int, parent: int) -> None:
+    """What the parent starts (rewards/pool.py, `Worker`)."""
+    serve_connection(descriptor, parent, serve)

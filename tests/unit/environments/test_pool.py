@@ -1,0 +1,240 @@
+"""Environment processes: who fails costs itself, and an episode can be made again in another process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from gspo_dist.config import EnvironmentConfig
+from gspo_dist.environments import pool as pool_module
+from gspo_dist.environments.pool import LocalEnvironmentPool, describe
+from gspo_dist.environments.protocol import EnvironmentFailure
+from gspo_dist.environments.worker import Call
+from gspo_dist.types import Prompt
+
+SOURCE = '''
+import os, time
+from gspo_dist.environments.protocol import Observation
+
+class Counter:
+    """Says how many turns it has seen, and which process it lives in."""
+
+    def __init__(self, start=0):
+        self.count = start
+
+    def reset(self, prompt, seed):
+        return f"{prompt.text} {seed}"
+
+    def step(self, turn):
+        self.count += 1
+        if turn == "hang":
+            time.sleep(60)
+        if turn == "raise":
+            raise KeyError("no such thing")
+        if turn == "die":
+            os._exit(3)
+        if turn == "exit":
+            raise SystemExit(4)
+        if turn == "nan":
+            return Observation("", reward=float("nan"))
+        if turn == "text":
+            return "no observation"
+        if turn == "pid":
+            return Observation(str(os.getpid()))
+        return Observation(f"{self.count}{turn}", reward=0.5, parts={"seen": 1})
+
+class Saved(Counter):
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = 100 + state["count"]
+
+class Fickle(Counter):
+    def reset(self, prompt, seed):
+        return str(os.getpid())
+
+def broken():
+    raise OSError("no disk")
+'''
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def make(source):
+    made = []
+
+    def start(name="Counter", **knobs):
+        knobs = {"timeout_s": 20.0, **knobs}
+        pool = LocalEnvironmentPool(EnvironmentConfig(factory=f"{source}:{name}", **knobs))
+        made.append(pool)
+        pool.start()
+        return pool
+
+    yield start
+    for pool in made:
+        pool.close()
+
+
+def call(group, turn=None, history=(), state=None):
+    return Call((group, 0), Prompt(f"p{group}", (1,), f"q{group}"), 7 + group, turn, tuple(history), state)
+
+
+def replies(pool, count):
+    found = {}
+    until = time.monotonic() + 30
+    while len(found) < count:
+        assert time.monotonic() < until
+        found |= {reply.key[0]: reply for reply in pool.poll(1.0)}
+    return found
+
+
+OPENED = {group: ("", f"q{group} {7 + group}") for group in range(6)}
+
+
+def test_every_kind_of_failure_costs_its_own_episode_alone(make) -> None:
+    """Law 24: all of them in one process, and the episode beside them goes on where it was."""
+    pool = make(timeout_s=1.0)
+    kinds = {0: "hang", 1: "raise", 2: "die", 3: "exit", 4: "nan", 5: "ok"}
+    pool.submit([call(group) for group in kinds])
+    opened = replies(pool, 6)
+    assert {g: r.observation.text for g, r in opened.items()} == {g: OPENED[g][1] for g in kinds}
+    pool.submit([call(5, "a", [OPENED[5]])])
+    assert replies(pool, 1)[5].observation.text == "1a"
+    pool.submit([call(g, turn, [OPENED[g]]) for g, turn in kinds.items() if turn != "ok"])
+    pool.submit([call(5, "b", [OPENED[5], ("a", "1a")])])
+    told = replies(pool, 6)
+    failed = {0: "timeout", 1: "error", 2: "crash", 3: "error", 4: "error", 5: ""}
+    assert {g: r.failed for g, r in told.items()} == failed
+    assert "sample 0 of group 1 (prompt p1) raised KeyError" in told[1].why
+    assert told[5].observation.text == "2b"
+    assert (told[5].observation.reward, dict(told[5].observation.parts)) == (0.5, {"seen": 1.0})
+    assert told[5].is_replayed
+    deaths = pool.take_events()
+    assert [event.kind for event in deaths] == ["environment_death"]
+    assert "exit status 3" in deaths[0].what
+
+
+def test_a_process_that_is_killed_from_outside_costs_nothing(make) -> None:
+    pool = make()
+    pool.submit([call(0)])
+    replies(pool, 1)
+    pool.submit([call(0, "pid", [OPENED[0]])])
+    pid = int(replies(pool, 1)[0].observation.text)
+    os.kill(pid, signal.SIGKILL)
+    pool.workers[0].process.wait()
+    pool.submit([call(0, "x", [OPENED[0]])])
+    told = replies(pool, 1)[0]
+    assert (told.failed, told.observation.text) == ("", "1x")
+
+
+def test_an_episode_goes_on_from_its_state_rather_than_by_its_turns(make) -> None:
+    pool = make("Saved")
+    pool.submit([call(0)])
+    assert replies(pool, 1)[0].state == '{"count": 0}'
+    pool.submit([call(0, "a", [OPENED[0]])])
+    told = replies(pool, 1)[0]
+    assert (told.observation.text, told.state) == ("1a", '{"count": 1}')
+    other = make("Saved")
+    other.submit([call(0, "b", [OPENED[0], ("a", "1a")], told.state)])
+    again = replies(other, 1)[0]
+    assert (again.observation.text, again.is_replayed) == ("102b", False)
+    third = make("Saved")  # without the state its turns are played again
+    third.submit([call(0, "b", [OPENED[0], ("a", "1a")])])
+    assert replies(third, 1)[0].observation.text == "2b"
+
+
+def test_an_episode_that_answers_otherwise_when_it_is_played_again_must_begin_again(make) -> None:
+    pool = make("Fickle")
+    pool.submit([call(0, "a", [("", "another process")])])
+    told = replies(pool, 1)[0]
+    assert told.is_diverged
+    assert "turn 0 answered" in told.why
+
+
+def test_what_was_cut_when_it_was_recorded_is_the_same_answer(make) -> None:
+    pool = make()
+    pool.submit([call(0, "c", [("", "q0"), ("abc", "1ab")])])
+    told = replies(pool, 1)[0]
+    assert (told.is_diverged, told.observation.text) == (False, "2c")
+
+
+def test_replies_wait_for_whom_they_are_for(make) -> None:
+    pool = make()
+    pool.submit([call(0), call(1)])
+    until = time.monotonic() + 30
+    mine = []
+    while not mine and time.monotonic() < until:
+        mine = pool.poll(1.0, lambda key: key[0] == 1)
+    assert [reply.key for reply in mine] == [(1, 0)]
+    assert [reply.key for reply in pool.poll(0.0)] == [(0, 0)]
+    start = time.monotonic()
+    assert pool.poll(5.0) == []  # nobody owes an answer
+    assert time.monotonic() - start < 2.0
+
+
+def test_episodes_are_spread_and_stay_where_they_are(make) -> None:
+    pool = make(workers=2)
+    pool.submit([call(group) for group in range(4)])
+    replies(pool, 4)
+    assert sorted(pool.homes.values()) == [0, 0, 1, 1]
+    pool.submit([call(group, "pid", [OPENED[group]]) for group in range(4)])
+    first = {g: r.observation.text for g, r in replies(pool, 4).items()}
+    assert len(set(first.values())) == 2
+    history = [OPENED[0], ("pid", first[0])]
+    pool.submit([call(0, "pid", history)])
+    told = replies(pool, 1)[0]
+    assert (told.observation.text, told.is_replayed) == (first[0], False)
+    pool.end([(0, 0)])
+    assert (0, 0) not in pool.homes
+
+
+def test_without_a_stated_reward_a_failure_stops_the_run_with_the_trace(make) -> None:
+    pool = make(failure_reward=None)
+    pool.submit([call(0, "raise", [OPENED[0]])])
+    with pytest.raises(
+        EnvironmentFailure, match=r"group 0 \(prompt p0\) raised KeyError.*failure_reward"
+    ) as e:
+        replies(pool, 1)
+    assert "no such thing" in "".join(e.value.__notes__)
+
+
+def test_too_many_failures_in_a_row_stop_the_run(make, monkeypatch) -> None:
+    monkeypatch.setattr(pool_module, "FAILURES_IN_A_ROW", 3)
+    pool = make()
+    pool.submit([call(0)])
+    for turn in ("raise", "raise", "ok", "text", "raise"):
+        pool.submit([call(0, turn, [OPENED[0]])])
+        replies(pool, 1)
+    pool.submit([call(0, "raise", [OPENED[0]])])
+    with pytest.raises(EnvironmentFailure, match="raised KeyError") as error:
+        replies(pool, 1)
+    assert "the 3th in a row" in "".join(error.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("calculater", "nearest|calculator"),
+        ("no_such_module:Thing", "cannot import no_such_module"),
+        ("{source}:Missing", "has no 'Missing'"),
+        ("{source}:broken", "OSError: no disk"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_the_run(source, factory, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        describe(EnvironmentConfig(factory=factory.format(source=source)))
+
+
+def test_options_that_the_factory_does_not_take_are_refused(source) -> None:
+    with pytest.raises(ValueError, match=r"environment.options: .* takes \(start=0\): got \['begin'\]"):
+        describe(EnvironmentConfig(factory=f"{source}:Counter", options={"begin": 1}))
