@@ -36,6 +36,8 @@ class Fleet:
         """What each has in the making, as it was submitted."""
         self.growth: dict[str, list[Growth]] = {name: [] for name in names}
         """What each has told since."""
+        self.told_before: dict[str, dict[WorkKey, int]] = {name: {} for name in names}
+        """How many of those are of before the work came: one that has finished a turn may come again."""
         self.stranded: list[Work] = []
         """Work that no engine is left for."""
         self.deaths: dict[str, str] = {}
@@ -81,6 +83,7 @@ class Fleet:
             dealt = {name: items for name, items in dealt.items() if items}
             for name, items in dealt.items():
                 self.held[name] |= {item.key: item for item in items}
+                self.told_before[name] |= dict.fromkeys((i.key for i in items), len(self.growth[name]))
             _, failures = self.each(
                 "submit", {name: (items,) for name, items in dealt.items()}, self.patience_s
             )
@@ -119,9 +122,9 @@ class Fleet:
         orphans: list[Work] = []
         for name, error in failures.items():
             known = self.held[name]
-            for growth in self.growth[name]:
+            for number, growth in enumerate(self.growth[name]):
                 for key, more in growth.parts().items():
-                    if key in known:
+                    if key in known and number >= self.told_before[name][key]:
                         known[key] = known[key].extended(more)
             orphans += known.values()
             self._forget(name)
@@ -156,7 +159,7 @@ class Fleet:
         return True
 
     def _forget(self, name: str) -> None:
-        self.held[name], self.growth[name] = {}, []
+        self.held[name], self.growth[name], self.told_before[name] = {}, [], {}
 
     def none_left(self) -> NoEngineLeft:
         how = "; ".join(f"{name}: {end}" for name, end in self.deaths.items())

@@ -45,7 +45,7 @@ from gspo_dist.trainer.clockwork import Clockwork, Slice
 from gspo_dist.trainer.episode_page import episode_rows
 from gspo_dist.trainer.episodes import WAIT_S, Episodes
 from gspo_dist.trainer.refill import Refill
-from gspo_dist.types import Prompt, Rollout, SamplingSpec
+from gspo_dist.types import Prompt, Rollout, SamplingSpec, Work
 
 TELL_EVERY_S = 30.0
 """A collect that takes longer says so often how far it is."""
@@ -98,6 +98,8 @@ class Collector:
         """The cursor's place after the prompts of the last step that was handed out."""
         self.sampled_tokens, self.sampling_s = 0, 0.0
         """Since `take_speed` was called last."""
+        self.was_fed = False
+        """Whether the last slice ended with turns for the engines."""
 
     def sample(self, step: int) -> None:
         """Begins what may be begun, and samples until the groups of `step` are whole.
@@ -143,8 +145,13 @@ class Collector:
         waiting, self.buffer.waiting = self.buffer.waiting, []
         if self.episodes is not None:
             waiting = self.episodes.take(waiting)
+        self._give(waiting)
+        if self.episodes is not None and not self.clockwork.is_by_the_clock:
+            self._hear(self.episodes, is_idle=False)  # a slice without work would still count its ticks
+
+    def _give(self, work: Sequence[Work]) -> None:
         try:
-            self.pool.submit(waiting)
+            self.pool.submit(work)
         except NoEngineLeft:
             self.pause()
             raise
@@ -281,7 +288,8 @@ class Collector:
             except NoEngineLeft:  # a new engine comes with the next publication, and the learner goes on
                 return
             self._judge(list(self.buffer.steps))
-            if not any(progress.ticks for progress in told.values()) and not self._acting():
+            is_idle = not any(progress.ticks for progress in told.values())
+            if is_idle and not self._acting() and not self.was_fed:
                 return  # everything that may be begun is finished
 
     def _advance(self, part: Slice) -> dict[str, Progress]:
@@ -314,11 +322,8 @@ class Collector:
         wait_s = WAIT_S if is_idle else 0.0
         moved = episodes.poll(wait_s) if self.clockwork.is_by_the_clock else episodes.settle()
         self.buffer.finish(moved.finished)
-        try:
-            self.pool.submit(moved.ready)
-        except NoEngineLeft:
-            self.pause()
-            raise
+        self.was_fed = bool(moved.ready)
+        self._give(moved.ready)
 
     def metrics(self) -> dict[str, float]:
         """After a publication: pipeline/* (what is begun of later steps), selection/*, data/* and, since the

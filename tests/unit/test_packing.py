@@ -324,3 +324,28 @@ def test_a_filler_is_the_shortest_sequence_so_that_it_costs_least():
     fillers = [b for b in mini.batches() if not b.loss_mask.any()]
     assert [b.num_tokens for b in fillers] == [4] * len(fillers)
     assert len(fillers) == 1
+
+
+def test_advantages_per_token_stand_on_the_completions_tokens():
+    first, second = rollout(0, 2, 3, mask=[True, False, True]), rollout(1, 1, 2)
+    batch = pack_sequences([first, second], [np.array([0.5, 0.0, -1.0]), 2.0], [0, 1])
+    assert batch.advantages.tolist() == [0.0, 0.0, 0.5, 0.0, -1.0, 2.0, 2.0, 2.0]
+    assert batch.loss_mask.tolist() == [False, False, True, False, True, False, True, True]
+
+
+def test_what_an_environment_said_counts_nowhere():
+    """The denominators and the versions are those of the trained tokens alone."""
+    (mini,) = pack(
+        [rollout(0, 1, 4, mask=[False, True, False, True]), rollout(1, 1, 1)],
+        [1.0, -1.0],
+        replicas=1,
+        token_budget=16,
+        mini_batches=1,
+        max_completion_length=8,
+        seed=(0,),
+    )
+    assert (mini.denominators.sequences, mini.denominators.tokens) == (2, 3)
+    ((batch,),) = mini.micro_batches
+    own = batch.rows(batch.rollout_index.tolist().index(0))
+    assert batch.policy_versions[own].tolist() == [-1, -1, 0, -1, 0]
+    assert batch.rollout_logprobs[own].tolist() == pytest.approx([0, 0, -0.2, 0, -0.4])

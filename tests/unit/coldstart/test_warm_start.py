@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gspo_dist.coldstart.model import build_model
-from gspo_dist.coldstart.recipes import Shape, WarmStart
+from gspo_dist.coldstart.recipes import RECIPES, Shape, WarmStart
 from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, VOCABULARY
 from gspo_dist.coldstart.warm_start import IGNORE, batches, lr_at, train
 from gspo_dist.data.arithmetic import ANSWER_PATTERN, Addition, Habits, is_heldout
@@ -103,3 +103,39 @@ def test_making_a_model_leaves_the_callers_random_state_alone():
     state = torch.random.get_rng_state()
     train(build_model(TINY, 3), replace(PLAN, steps=1), 3, lambda _: None)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "call"), [("calculator", r"^(\d+\+\d+=)$"), ("python", r"^print\((\d+\+\d+)\);$")]
+)
+def test_calls_are_taught_and_their_results_are_not(recipe, call):
+    plan = replace(RECIPES[recipe].warm_start, digits=2, batch=64)
+    calls = 0
+    for inputs, labels in islice(batches(plan, 0), 5):
+        for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
+            question = "".join(VOCABULARY[i] for i in row[: row.index(VOCABULARY.index("=")) + 1])
+            taught = "".join(VOCABULARY[i] for i in targets if i != IGNORE).removesuffix("<eos>")
+            first, _, answer = taught.partition("#")
+            found = re.match(call, first)
+            calls += found is not None
+            if found:
+                left, right = question[:-1].split("+")
+                assert found.group(1).removesuffix("=") == question[:-1]
+                assert int(answer) == int(left) + int(right)
+            else:
+                assert "=" not in first
+                assert ";" not in first
+    assert 0.08 < calls / 320 < 0.22
+
+
+def test_games_are_of_random_guesses_with_the_answers_untaught():
+    plan = RECIPES["guess"].warm_start
+    lengths = []
+    for inputs, labels in islice(batches(plan, 0), 3):
+        for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
+            taught = "".join(VOCABULARY[i] for i in targets if i != IGNORE)
+            assert re.fullmatch(r"([1-9];){1,4}", taught)
+            said = "".join(VOCABULARY[i] for i in row[row.index(VOCABULARY.index("=")) + 1 :] if i)
+            assert re.match(r"[1-9];([<>][1-9];?)*", said)
+            lengths.append(taught.count(";"))
+    assert lengths.count(4) / len(lengths) == pytest.approx((8 / 9) ** 3, abs=0.08)

@@ -31,7 +31,7 @@ class Counter:
     def step(self, turn):
         self.count += 1
         if turn == "hang":
-            time.sleep(60)
+            time.sleep(600)
         if turn == "raise":
             raise KeyError("no such thing")
         if turn == "die":
@@ -74,7 +74,7 @@ def make(source):
     made = []
 
     def start(name="Counter", **knobs):
-        knobs = {"timeout_s": 20.0, **knobs}
+        knobs = {"timeout_s": 60.0, **knobs}
         pool = LocalEnvironmentPool(EnvironmentConfig(factory=f"{source}:{name}", **knobs))
         made.append(pool)
         pool.start()
@@ -91,7 +91,7 @@ def call(group, turn=None, history=(), state=None):
 
 def replies(pool, count):
     found = {}
-    until = time.monotonic() + 30
+    until = time.monotonic() + 100
     while len(found) < count:
         assert time.monotonic() < until
         found |= {reply.key[0]: reply for reply in pool.poll(1.0)}
@@ -103,7 +103,7 @@ OPENED = {group: ("", f"q{group} {7 + group}") for group in range(6)}
 
 def test_every_kind_of_failure_costs_its_own_episode_alone(make) -> None:
     """Law 24: all of them in one process, and the episode beside them goes on where it was."""
-    pool = make(timeout_s=1.0)
+    pool = make()
     kinds = {0: "hang", 1: "raise", 2: "die", 3: "exit", 4: "nan", 5: "ok"}
     pool.submit([call(group) for group in kinds])
     opened = replies(pool, 6)
@@ -112,6 +112,8 @@ def test_every_kind_of_failure_costs_its_own_episode_alone(make) -> None:
     assert replies(pool, 1)[5].observation.text == "1a"
     pool.submit([call(g, turn, [OPENED[g]]) for g, turn in kinds.items() if turn != "ok"])
     pool.submit([call(5, "b", [OPENED[5], ("a", "1a")])])
+    assert pool.current[0].turn == "hang"
+    pool.workers[0].deadline = time.monotonic()  # the minute is over
     told = replies(pool, 6)
     failed = {0: "timeout", 1: "error", 2: "crash", 3: "error", 4: "error", 5: ""}
     assert {g: r.failed for g, r in told.items()} == failed
@@ -171,15 +173,15 @@ def test_what_was_cut_when_it_was_recorded_is_the_same_answer(make) -> None:
 def test_replies_wait_for_whom_they_are_for(make) -> None:
     pool = make()
     pool.submit([call(0), call(1)])
-    until = time.monotonic() + 30
+    until = time.monotonic() + 100
     mine = []
     while not mine and time.monotonic() < until:
         mine = pool.poll(1.0, lambda key: key[0] == 1)
     assert [reply.key for reply in mine] == [(1, 0)]
     assert [reply.key for reply in pool.poll(0.0)] == [(0, 0)]
     start = time.monotonic()
-    assert pool.poll(5.0) == []  # nobody owes an answer
-    assert time.monotonic() - start < 2.0
+    assert pool.poll(500.0) == []  # nobody owes an answer
+    assert time.monotonic() - start < 100.0
 
 
 def test_episodes_are_spread_and_stay_where_they_are(make) -> None:
@@ -212,6 +214,7 @@ def test_too_many_failures_in_a_row_stop_the_run(make, monkeypatch) -> None:
     monkeypatch.setattr(pool_module, "FAILURES_IN_A_ROW", 3)
     pool = make()
     pool.submit([call(0)])
+    replies(pool, 1)
     for turn in ("raise", "raise", "ok", "text", "raise"):
         pool.submit([call(0, turn, [OPENED[0]])])
         replies(pool, 1)

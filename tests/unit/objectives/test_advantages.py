@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from gspo_dist.objectives.advantages import degenerate_group_share, group_advantages, position_advantages
+from gspo_dist.objectives.advantages import (
+    degenerate_group_share,
+    group_advantages,
+    position_advantages,
+    turn_advantages,
+)
 
 GROUP_KINDS = ("group_std", "group_mean", "leave_one_out")
 
@@ -186,3 +191,43 @@ def test_a_payment_beyond_its_completion_is_refused():
         position_advantages([[(2, 1.0)]], [2], np.array([7]), "group_mean")
     with pytest.raises(ValueError, match="advantage of positions must be a known name: got 'maxrl'"):
         position_advantages([[(1, 1.0)]], [2], np.array([7]), "maxrl")
+
+
+# --- turn by turn ---
+
+
+def rewards_of_turns(*episodes):
+    return [np.array(own, float) for own in episodes]
+
+
+def test_turns_by_hand():
+    rewards = rewards_of_turns([1, 0], [0, 0])
+    found = turn_advantages(rewards, np.zeros(2, int), "group_mean")
+    assert [own.tolist() for own in found] == [[0.5, 0.0], [-0.5, 0.0]]
+    found = turn_advantages(rewards_of_turns([0, 2, 1], [1], [0, 0]), np.zeros(3, int), "group_mean")
+    # Worth from each turn on: (3, 3, 1), (1), (0, 0). A third turn has nobody to compare with.
+    expected = [[5 / 3, 1.5, 0.0], [-1 / 3], [-4 / 3, -1.5]]
+    for own, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", [*GROUP_KINDS, "none"])
+def test_where_all_is_paid_at_the_end_every_turn_has_the_episodes_advantage(kind):
+    rng = np.random.default_rng(0)
+    last, groups = rng.normal(size=8), np.repeat([4, 9], 4)
+    turns = np.repeat([3, 5], 4)  # as many for siblings
+    rewards = [np.array([0.0] * (n - 1) + [r]) for n, r in zip(turns, last, strict=True)]
+    whole = group_advantages(last, groups, kind)
+    for own, n, advantage in zip(turn_advantages(rewards, groups, kind), turns, whole, strict=True):
+        np.testing.assert_allclose(own, np.full(n, advantage), rtol=1e-12)
+
+
+def test_groups_of_turns_do_not_mix():
+    rewards = rewards_of_turns([1, 0], [0, 0], [7, 7], [7, 7])
+    found = turn_advantages(rewards, np.array([0, 0, 1, 1]), "group_mean")
+    assert [own.tolist() for own in found] == [[0.5, 0.0], [-0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def test_an_episode_without_a_turn_is_refused():
+    with pytest.raises(ValueError, match="every episode must have a turn"):
+        turn_advantages(rewards_of_turns([1], []), np.zeros(2, int), "group_mean")

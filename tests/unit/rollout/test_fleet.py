@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from gspo_dist.rollout.engine import group_work
 from gspo_dist.rollout.fleet import Fleet
 from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.rollout.reference import ReferenceEngine
-from gspo_dist.types import Prompt, SamplingSpec
+from gspo_dist.types import Prompt, SamplingSpec, environment_tokens
 from tests.unit.rollout.contract import same
 from tests.unit.rollout.table_policy import TablePolicy
 
@@ -223,3 +225,35 @@ def test_ticks_may_be_given_by_engine():
     fleet.submit(WORK)
     told = fleet.advance({"engine-0": 3})
     assert [progress.ticks for progress in told.values()] == [3, 0]
+
+
+def test_what_comes_while_others_run_goes_to_who_has_the_least():
+    fleet = Local(2)
+    fleet.submit(WORK[:9])  # two groups and one
+    busiest, other = sorted(fleet.names, key=lambda name: -len(fleet.held[name]))
+    fleet.submit(WORK[9:12])
+    assert {item.group_id for item in fleet.held[other].values()} >= {3}
+    assert len(fleet.held[busiest]) == len(fleet.held[other]) == 6
+
+
+@pytest.mark.parametrize("at", [6, 8, 12])
+def test_an_engine_may_die_in_the_second_turn_of_an_episode(at):
+    """What it told of the first turn is in the work that came back, and is not told twice."""
+
+    def turns(fleet):
+        fleet.submit([replace(item, until=9) for item in WORK])
+        found = run_out(fleet)
+        second = []
+        for item in WORK:
+            so_far = replace(found[item.key], finish_reason="", text="").extend(environment_tokens([7, 8]))
+            second.append(replace(item, so_far=so_far))
+        fleet.submit(second)
+        return found, run_out(fleet)
+
+    first, second = turns(Local(2))
+    assert sum(len(c) == 9 for c in first.values()) > 3
+    dying = Local(2, {("engine-0", "advance", at)})
+    again, gone_on = turns(dying)
+    assert dying.deaths
+    same(again, first)
+    same(gone_on, second)

@@ -67,7 +67,6 @@ TURNS = (
     "environment.max_turns=3",
     "environment.tokens_per_turn=6",
     "environment.stop=[a,b,c,d,e,f,g,h,i,j,k,l,m]",
-    "environment.timeout_s=20",
     "rollout.max_completion_tokens=28",
     "rollout.prompts_per_step=2",
     "mini_batches=1",
@@ -191,11 +190,9 @@ def test_a_run_that_is_stopped_in_the_middle_of_its_episodes_goes_on_as_if_it_ha
     model, reward_file, source, tmp_path, monkeypatch, name
 ) -> None:
     """By the environment's state, else by its turns; episodes and metrics are those of the unstopped run."""
-    monkeypatch.setattr(
-        clockwork, "SLICE_TICKS", 2
-    )  # so that the third step is young when the second is saved
+    monkeypatch.setattr(clockwork, "SLICE_TICKS", 2)  # the third step is young when the second is saved
     ahead = ("rollout.steps_ahead=1", "rollout.ticks_per_step=5", "checkpoint.every=2", "steps=3")
-    knobs = (*ahead, "learner.optimizer.lr=1e-5")  # a policy that learns to say sevens ends no turn
+    knobs = (*ahead, "learner.optimizer.lr=1e-5")  # one that learns to say sevens ends no turn
     whole, stopped, resumed = Watched(), Watched(), Watched()
     _, rows = go(episodes_of(model, reward_file, source, tmp_path / "a", *knobs, name=name), whole)
     run = build(episodes_of(model, reward_file, source, tmp_path / "b", *knobs, name=name))

@@ -1,0 +1,77 @@
+"""The environment of a run is checked, described to the policy, and absent by default."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gspo_dist.cli.compose import run_config
+from gspo_dist.coldstart.tokenizer import build_tokenizer
+from gspo_dist.data.prompts import load_prompts
+from gspo_dist.rollout.turns import ChatBridge
+from gspo_dist.trainer.setup.environment import check_environment, check_verdicts
+from gspo_dist.types import Prompt
+from tests.unit.data.test_chat import tokenizer
+from tests.unit.rollout.test_turns import CHATML, SPECIAL, STRIPS
+
+CHAT = ("data.chat_template=true", "data.prompt_key=prompt")
+
+
+def chat_tokenizer(template):
+    fast = tokenizer(template)
+    fast.add_special_tokens(SPECIAL)
+    return fast
+
+
+def test_tools_are_described_in_prompts_and_the_cue_is_the_openings(tmp_path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"prompt": "What is 2*3?", "answer": "6"}))
+    fast = chat_tokenizer(CHATML)
+    c = run_config(["environment.tools=[calculate]", f"data.train={data}", *CHAT])
+    checked = check_environment(c, fast)
+    assert (checked.form, checked.bridge.role) == ("hermes", "tool")
+    [prompt] = load_prompts(c.data, "train", fast, max_prompt_tokens=999, seed=0, **checked.rendering)
+    assert '"name": "calculate"' in prompt.text
+    assert prompt.text.endswith("<|im_start|>user\nWhat is 2*3?<|im_end|>\n")
+    opened = fast.decode([*prompt.token_ids, *checked.bridge.opening(None)])
+    assert opened == prompt.text + "<|im_start|>assistant\n"
+
+
+def test_a_prefilled_answer_is_refused_with_its_record(tmp_path) -> None:
+    data = tmp_path / "train.jsonl"
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "It"}]
+    data.write_text(json.dumps({"prompt": talk, "answer": "6"}))
+    c = run_config([f"data.train={data}", *CHAT])
+    with pytest.raises(
+        ValueError, match=r"train.jsonl:1: the last message is the assistant's .* no environment"
+    ):
+        load_prompts(c.data, "train", chat_tokenizer(CHATML), max_prompt_tokens=99, seed=0, cue=False)
+
+
+def test_a_template_without_a_bridge_is_told_before_the_run() -> None:
+    c = run_config(["environment.factory=guess", *CHAT])
+    with pytest.raises(ValueError, match="cannot be bridged"):
+        check_environment(c, chat_tokenizer(STRIPS))
+    kept = check_environment(
+        run_config(["environment.factory=guess", "environment.keep_history=true", *CHAT]),
+        chat_tokenizer(STRIPS),
+    )
+    assert isinstance(kept.bridge, ChatBridge)
+
+
+def test_plain_text_keeps_its_prompts() -> None:
+    checked = check_environment(run_config(["experiment=calculator"]), build_tokenizer())
+    assert checked.rendering == {}
+    assert not isinstance(checked.bridge, ChatBridge)
+    with pytest.raises(ValueError, match=r"environment.stop must hold texts of one token each"):
+        check_environment(run_config(["experiment=calculator", "environment.stop=[ab]"]), build_tokenizer())
+    assert check_environment(run_config([]), build_tokenizer()) is None
+
+
+def test_answers_are_read_where_the_reward_function_is_asked() -> None:
+    unreadable = [Prompt("p", (1,), "?", {"value": 2})]
+    check_verdicts(run_config(["experiment=guess"]), unreadable)
+    for knobs in (["experiment=calculator"], [], ["experiment=guess", "environment.reward=sum"]):
+        with pytest.raises(ValueError, match="cannot read the answer"):
+            check_verdicts(run_config(knobs), unreadable)
