@@ -129,9 +129,9 @@ class ObjectiveConfig:
                 f"one per sequence (its ratio is the sequence's): got {self.name}; use one of "
                 f"{', '.join(others)}, or objective.credit=episode"
             )
-        known = ("group_std", "group_mean")
+        known: tuple[str, ...] = ("group_std", "group_mean")
         if self.credit == "turn":
-            known = (*known, "leave_one_out", "none")
+            known += ("leave_one_out", "none")
         if self.advantage_name is not None and self.advantage_name not in known:
             raise ValueError(
                 f"objective.credit={self.credit} compares what is paid within a group: got advantage "

@@ -336,9 +336,9 @@ class Collector:
 
     def _ahead(self) -> dict[str, float]:
         if not self.config.steps_ahead:
-            return self._environment_metrics()
+            return {}
         steps, waiting = self.buffer.steps.values(), self.buffer.waiting
-        return self._environment_metrics() | {
+        return {
             "pipeline/finished_ahead": float(sum(len(step.finished) for step in steps)),
             "pipeline/unfinished": float(len(waiting)),
             "pipeline/carried_tokens": float(sum(len(item.so_far) for item in waiting)),

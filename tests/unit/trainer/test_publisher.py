@@ -14,6 +14,7 @@ from gspo_dist.config import WeightSyncConfig
 from gspo_dist.rollout.engine import SyncReceipt
 from gspo_dist.trainer import publisher as module
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, PROBE_TOKENS, WeightPublisher, probe_sequences
+from gspo_dist.types import Completion, Prompt
 from gspo_dist.weights.send import SentReport
 from gspo_dist.weights.tolerance import ProbeTolerance
 from gspo_dist.weights.verify import WeightSyncError
@@ -383,3 +384,18 @@ def test_only_the_first_publication_is_asked_to_change_nothing():
     pool.verbs.clear()
     publisher.publish(probe())
     assert pool.verbs == ["start", "send", "finish", "logprobs_of"]
+
+
+def test_a_probe_of_an_episode_is_of_what_the_policy_said_first():
+    """What an environment said has log-probs as low as a prompt's."""
+
+    def probe(*mask):
+        mask = np.array(mask, bool)
+        n = len(mask)
+        c = Completion(np.arange(10, 10 + n), mask, np.zeros(n), np.zeros(n), "stop", "")
+        [(tokens, start)] = probe_sequences([(Prompt("p", (1, 2), ""), c)])
+        return tokens.tolist(), start
+
+    assert probe(0, 0, 1, 1, 0, 1) == ([1, 2, 10, 11, 12, 13], 4)
+    assert probe(1, 1, 0) == ([1, 2, 10, 11], 2)
+    assert probe(1, 1, 1) == ([1, 2, 10, 11, 12], 2)
