@@ -182,6 +182,7 @@ class Contract:
         for number, words in enumerate(said):
             work = [replace(item, until=len(item.so_far) + 5) for item in live.values()]
             assert [item.left for item in work] == [5] * len(work)
+            until = {item.key: item.until for item in work}
             self.one.submit(work)
             found = dict(self.one.advance(2 if number == 1 else None).finished)
             if number == 1:
@@ -191,7 +192,7 @@ class Contract:
                 found |= self.two.advance().finished
             assert set(found) == set(live)
             for key, completion in found.items():
-                assert completion.finish_reason == "stop" or len(completion) == work[0].until
+                assert completion.finish_reason == "stop" or len(completion) == until[key]
                 so_far = replace(completion, finish_reason="", text="").extend(environment_tokens(words))
                 live[key] = replace(live[key], so_far=so_far, until=None)
         for (g, _), item in live.items():
