@@ -64,6 +64,7 @@ HOMES = {
     "deepspeed": ("learners.deepspeed", "routing.deepspeed"),
     "megatron": ("learners.megatron", "routing.megatron"),
     "transformer_engine": ("learners.megatron",),
+    "mcp": ("environments",),
     "hydra": ("cli",),
     "omegaconf": ("cli",),
 }
