@@ -227,7 +227,7 @@ def test_too_many_failures_in_a_row_stop_the_run(make, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        ("calculater", "nearest|calculator"),
+        ("calculator2", "calculator"),
         ("no_such_module:Thing", "cannot import no_such_module"),
         ("{source}:Missing", "has no 'Missing'"),
         ("{source}:broken", "OSError: no disk"),

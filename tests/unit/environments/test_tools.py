@@ -150,8 +150,8 @@ def test_an_mcp_server_that_does_not_start_is_told_by_its_command() -> None:
 
 
 def test_names_that_are_no_tools_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got 'calculat'.*calculate"):
-        resolve(EnvironmentConfig(tools=("calculat",)))
+    with pytest.raises(ValueError, match=r"got 'calculate2'.*calculate"):
+        resolve(EnvironmentConfig(tools=("calculate2",)))
     with pytest.raises(ValueError, match="must have names of their own: 'calculate' comes twice"):
         resolve(EnvironmentConfig(tools=("calculate", "gspo_dist.environments.calculator:calculate")))
     with pytest.raises(ValueError, match="two ways to say what answers"):
