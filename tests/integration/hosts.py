@@ -139,6 +139,9 @@ class Hosts:
             "HOME": str(self.home),
             # gRPC asks a name server before it reads /etc/hosts, and these hosts have none.
             "GRPC_DNS_RESOLVER": "native",
+            # vLLM keeps there what it knows of model classes: in a new home folder it would import itself
+            # once more, in a process of its own, to find out.
+            "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm")),
             **(env or {}),
         }
         self.holders: list[subprocess.Popen[bytes]] = []

@@ -24,22 +24,37 @@ ENV = {
     "WANDB_SILENT": "true",
 }
 
+STARTED = "Ray runtime started"
+"""What `ray start` says when it has."""
+
+
+def log_of(host: Host, script: str) -> Path:
+    """The output of a launcher on `host`, in the home folder."""
+    return Path(host.env["HOME"]) / f"{script}-{host.name}.log"
+
 
 def launch(host: Host, script: str, *args: str) -> subprocess.Popen[str]:
-    """A launcher on `host`, in another folder than the user's. Its output is a log in the home folder."""
-    with (Path(host.env["HOME"]) / f"{script}-{host.name}.log").open("w") as log:
+    """A launcher on `host`, in another folder than the user's."""
+    with log_of(host, script).open("w") as log:
         return host.start(ROOT / "launch" / script, *args, cwd="/var", stdout=log, stderr=subprocess.STDOUT)
 
 
 def start_ray_cluster(hosts: Hosts, count: int) -> None:
     """A head on the first host and workers on the next ones, `count` in all. Workers may still be joining."""
     head = launch(hosts[0], "ray_head.sh")
-    wait_until(lambda: joined(hosts) > 0, 120, "the head", [head])
-    # the head answers before it has written down what "auto" means on its host
+    # Its log is read, because asking Ray again and again takes a core of those that it starts on.
+    wait_until(lambda: STARTED in log_of(hosts[0], "ray_head.sh").read_text(), 120, "the head", [head])
+    # it says so before it has written down what "auto" means on its host
     named = ("cat", "/tmp/ray/ray_current_cluster")
     wait_until(lambda: hosts[0].address in hosts[0].run(*named).stdout, 120, "the head's address", [head])
     for index in range(1, count):
         launch(hosts[index], "ray_worker.sh", "host1:6379")
+
+
+def join(host: Host) -> None:
+    """A worker on `host`; waits until it is one."""
+    worker = launch(host, "ray_worker.sh", "host1:6379")
+    wait_until(lambda: STARTED in log_of(host, "ray_worker.sh").read_text(), 120, host.name, [worker])
 
 
 def joined(hosts: Hosts) -> int:

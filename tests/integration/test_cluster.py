@@ -1,7 +1,8 @@
 """Runs on several hosts, started by the launchers as a user starts them: by hand, and by a real Slurm.
 
 Each host has its own network, /dev/shm and processes (tests/integration/hosts.py). Two learner ranks and one
-engine share two hosts (the ranks on the first), then three (one process on each).
+engine share two hosts (the ranks on the first), then three (one process on each). What they compute is
+compared with one host's run.
 """
 
 from __future__ import annotations
@@ -12,27 +13,33 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from gspo_dist.metrics.jsonl import read_jsonl
-from tests.integration.hosts import Hosts, end, inherited, need_hosts, wait_until
-from tests.integration.ray_hosts import ENV, ROOT, joined, launch, start_ray_cluster
+from tests.integration.hosts import Host, Hosts, end, inherited, need_hosts, wait_until
+from tests.integration.ray_hosts import ENV, ROOT, join, joined, start_ray_cluster
 from tests.integration.slurm import TOOLS, Slurm
-from tests.integration.test_quickstart import TINY, values
+from tests.integration.tiny_run import TINY, values
+
+# The first test waits for a run on one host and for one on two, which a busy machine makes slow.
+pytestmark = pytest.mark.timeout(1500)
 
 RUN = [
-    *(word for word in TINY if not word.startswith("flips.")),
-    "flips.every=2",
+    *TINY,
     "rollout.engines=1",
     "reward=function",
     "steps=4",
     "checkpoint.every=2",
+    "logger.wandb.mode=off",
 ]
 GSPO = (sys.executable, "-m", "gspo_dist")
+OLD_TOKEN = "0123456789abcdef" * 4
+"""What an earlier run has left in the home folder, as everybody may read it."""
 
-# What somebody without the token tries: to join, to submit a job to the dashboard, to be a client.
+# What somebody without the token tries: to join, to be a client, to submit a job to the dashboard.
 INTRUDER = """
 import sys, ray
 from ray.job_submission import JobSubmissionClient
@@ -48,146 +55,186 @@ else:
     JobSubmissionClient("http://127.0.0.1:8265").submit_job(entrypoint="touch " + mark)
 """
 
+# What a run with cluster.address=null does on a host where a cluster runs.
+ALONE = """
+import ray
+from gspo_dist.actors.session import start_ray
+from gspo_dist.config import ClusterConfig
+print("to be stopped:", start_ray(ClusterConfig()), "hosts:", len(ray.nodes()))
+"""
+
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """The folder that a user works in: a model, and a reward that imports a module from PYTHONPATH."""
-    from gspo_dist.coldstart.model import build_model, save_model
-    from gspo_dist.coldstart.recipes import Shape
-    from gspo_dist.coldstart.tokenizer import build_tokenizer
+def work(model, tmp_path_factory) -> Path:
+    """The folder that a user works in: a model, and a reward that imports a module from PYTHONPATH.
 
+    It gives what the reward of the one host's run gives.
+    """
     folder = tmp_path_factory.mktemp("work")
-    shape = Shape(layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, expert_hidden=32)
-    save_model(build_model(shape, seed=0), folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
+    (folder / "model").symlink_to(model)
     (folder / "modules").mkdir()
-    (folder / "modules/counting.py").write_text("def share(text, sign): return text.count(sign) / 8\n")
+    (folder / "modules/counting.py").write_text(
+        "def share(text, sign, of): return text.count(sign) / max(1, of)\n"
+    )
     (folder / "mine.py").write_text(
-        "from counting import share\ndef sevens(prompt, completion): return share(completion.text, '7')\n"
+        "from counting import share\n"
+        "def sevens(prompt, completion): return share(completion.text, '7', len(completion))\n"
     )
     return folder
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory) -> Iterator[Hosts]:
-    """Three hosts; a head on the first and a worker on the second, started in other folders than the user's.
-
-    An earlier run has left a token in the home folder, as everybody may read it, and the name of a dead
-    cluster in /tmp/ray.
-    """
+    """Three hosts; a head on the first. /tmp/ray named a dead cluster before."""
     need_hosts()
     folder = tmp_path_factory.mktemp("hosts")
     with Hosts(3, folder, ENV) as made:
-        (made.home / ".ray").mkdir()
-        (made.home / ".ray/auth_token").write_text("0123456789abcdef" * 4)
+        leave_token(made)
         made[0].run("bash", "-c", "echo 10.77.0.9:6379 >/tmp/ray/ray_current_cluster")
-        start_ray_cluster(made, 2)
+        start_ray_cluster(made, 1)
         yield made
 
 
-def train(work: Path, run_dir: str, *overrides: str) -> list[str]:
-    # the reward by a relative path: workers were started elsewhere
-    own = ["model.path=model", "reward.function='mine.py:sevens'", f"run_dir={run_dir}", *overrides]
-    return [*GSPO, "train", *RUN, *own]
+def leave_token(hosts: Hosts) -> None:
+    (hosts.home / ".ray").mkdir()
+    (hosts.home / ".ray/auth_token").write_text(OLD_TOKEN)
 
 
 def places(run_dir: Path) -> list[str]:
     return (run_dir / "logs/places.txt").read_text().split()
 
 
-@pytest.mark.slow
-def test_two_and_three_hosts_train_as_one_does_and_nobody_without_the_token_gets_in(hosts, work) -> None:
-    """One host: the whole run, beside a running cluster that it must not join. Two: stopped after step 2.
+@dataclass
+class Begun:
+    """What was seen of a run on two hosts, which was stopped after step 2."""
 
-    Three: the same command goes on. The metrics are equal to the last digit.
-    """
+    run_dir: Path
+    places: list[str]
+    actors: list[str]
+    """Niceness and command of the engine's processes on the second host."""
+    intruders: dict[str, tuple[int, str]]
+    """How somebody without a token tried -> exit status and output."""
+    done: list[str]
+    """What intruders did nevertheless."""
+    alone: str
+    """What `ALONE` printed beside the run."""
+
+
+@pytest.fixture(scope="module")
+def begun(hosts, work) -> Begun:
     env = {"PYTHONPATH": f"{ROOT}:modules"}
+    # the model and the reward by relative paths: Ray was started elsewhere
+    own = ["model.path=model", "reward.function='mine.py:sevens'", "run_dir=run"]
+    words = [*GSPO, "train", *RUN, *own, "cluster=ray", "cluster.nodes=2"]
+    run = hosts[0].start(*words, cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    join(hosts[1])  # the run waits for it
     nobody = hosts.folder / "nobody"
     nobody.mkdir()
-    marks = {way: nobody / way for way in ("join", "client", "job")}
-    stranger = {"env": {"HOME": str(nobody)}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    tries = {
-        way: hosts[1].start(sys.executable, "-c", INTRUDER, way, marks[way], **stranger)
-        for way in ("join", "client")
-    }
-    alone = hosts[0].run(*train(work, "alone"), cwd=work, env=env, timeout=900)
-    assert alone.returncode == 0, alone.stdout
-    # the dashboard listens on the head alone, and is slower to come up
-    tries["job"] = hosts[0].start(sys.executable, "-c", INTRUDER, "job", marks["job"], **stranger)
-    for way, intruder in tries.items():
-        words = intruder.communicate(timeout=60)[0]
-        assert intruder.returncode == 1, words
-        assert re.search(r"InvalidAuthToken|[Aa]uthenticat|Ray Client connection timed out", words), (
-            way,
-            words,
-        )
-        assert not marks[way].exists()
-    assert (hosts.home / ".ray/auth_token").stat().st_mode & 0o77 == 0
 
-    run = hosts[0].start(*train(work, "run", "cluster=ray", "cluster.nodes=2"), cwd=work, env=env)
-    wait_until(lambda: any((work / "run").glob("checkpoints/step-*2/manifest.json")), 900, "step 2", [run])
-    actors = [line for line in hosts[1].run("ps", "-eo", "ni,args").stdout.splitlines() if "ray::E" in line]
-    assert [line.split()[0] for line in actors] == ["0"]  # Ray's own workers are at 15
+    def intrude(host: Host, way: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", INTRUDER, way, nobody / way]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return host.start(*command, env={"HOME": str(nobody)}, **options)
+
+    tries = {way: intrude(hosts[1], way) for way in ("join", "client")}
+    alone = hosts[0].run(sys.executable, "-c", ALONE, cwd=work, timeout=200)
+    tries["job"] = intrude(hosts[0], "job")  # the dashboard listens on the head alone, and is slow to come up
+    saved = (work / "run").glob
+    try:
+        wait_until(lambda: any(saved("checkpoints/step-*2/manifest.json")), 600, "step 2", [run])
+    except AssertionError as error:
+        end(run, grace_s=20)
+        raise AssertionError(run.communicate()[0]) from error
+    lines = hosts[1].run("ps", "-eo", "ni,args").stdout.splitlines()
     end(run, grace_s=20)
-    assert places(work / "run") == ["learner-0", "host1", "learner-1", "host1", "engine-0", "host2"]
-
-    launch(hosts[2], "ray_worker.sh", "host1:6379")  # joins while the run waits for it
-    resumed = hosts[0].run(
-        *train(work, "run", "cluster.address=host1:6379", "cluster.nodes=3"), cwd=work, env=env, timeout=900
+    words_of = {way: tried.communicate(timeout=60)[0] for way, tried in tries.items()}
+    return Begun(
+        run_dir=work / "run",
+        places=places(work / "run"),
+        actors=[line for line in lines if "ray::E" in line],
+        intruders={way: (tried.returncode, words_of[way]) for way, tried in tries.items()},
+        done=[path.name for path in nobody.iterdir() if path.name in tries],
+        alone=alone.stdout,
     )
-    assert resumed.returncode == 0, resumed.stdout
-    assert places(work / "run") == ["learner-0", "host1", "learner-1", "host2", "engine-0", "host3"]
-    assert [row["step"] for row in read_jsonl(work / "run/metrics.jsonl")] == [0, 1, 2, 3, 4]
-    assert values(work / "run") == values(work / "alone")
 
 
 @pytest.mark.slow
-def test_the_doctor_asks_every_host(hosts, tmp_path) -> None:
-    """/dev/shm is a folder that hosts do not share."""
-    wait_until(lambda: joined(hosts) >= 2, 120, "the worker")
-    found = hosts[0].run(*GSPO, "doctor", "--cluster", cwd=tmp_path, timeout=400)
+def test_two_hosts_train_as_one_does(begun, whole) -> None:
+    """To the last digit of the metrics. Every publication, over gloo to the second host, is probed."""
+    assert begun.places == ["learner-0", "host1", "learner-1", "host1", "engine-0", "host2"]
+    assert [line.split()[0] for line in begun.actors] == ["0"]  # Ray's own workers are at 15
+    rows = values(begun.run_dir)
+    assert [row["step"] for row in rows][:3] == [0, 1, 2]
+    assert rows == values(whole)[: len(rows)]
+    assert max(row["sync/probe_max_abs"] for row in rows[1:]) < 1e-5
+    sent = (begun.run_dir / "logs/learner-0.log").read_text()
+    assert "weight sync: gloo to engine-0" in sent
+
+
+@pytest.mark.slow
+def test_nobody_without_the_token_gets_in(hosts, begun) -> None:
+    for way, (status, words) in begun.intruders.items():
+        assert status == 1, (way, words)
+        refused = r"InvalidAuthToken|[Aa]uthenticat|Ray Client connection timed out"
+        assert re.search(refused, words), (way, words)
+    assert sorted(begun.intruders) == ["client", "job", "join"]
+    assert begun.done == []
+    assert (hosts.home / ".ray/auth_token").stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.slow
+def test_a_run_of_ones_own_does_not_join_the_cluster_that_is_there(begun) -> None:
+    assert begun.alone.splitlines()[-1] == "to be stopped: True hosts: 1", begun.alone
+
+
+@pytest.mark.slow
+def test_the_doctor_asks_every_host(hosts, begun, tmp_path) -> None:
+    """Three of them by now. /dev/shm is a folder that hosts do not share."""
+    join(hosts[2])
+    wait_until(lambda: joined(hosts) == 3, 120, "three hosts")
+    doctor = (*GSPO, "doctor")
+    output = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    apart = hosts[0].start(*doctor, "--cluster=host1:6379", "/dev/shm", **output)
+    found = hosts[0].run(*doctor, "--cluster", cwd=tmp_path, timeout=400)
     assert found.returncode == 0, found.stdout
     lines = found.stdout.splitlines()
-    count = len([line for line in lines if re.match(r"(ok|warn) +host\d +10\.77\.0\.\d ", line)])
-    assert lines[-1] == f"{count} hosts: fit for one run"
-    apart = hosts[0].run(*GSPO, "doctor", "--cluster=host1:6379", "/dev/shm", cwd=tmp_path, timeout=400)
+    told = [re.match(r"(?:ok|warn) +(host\d) +10\.77\.0\.\d ", line) for line in lines]
+    assert [line[1] for line in told if line] == ["host1", "host2", "host3"]
+    assert lines[-1] == "3 hosts: fit for one run"
+    words = apart.communicate(timeout=400)[0]
     assert apart.returncode == 1
-    assert "does not see /dev/shm: runs write there from every host" in apart.stdout
+    assert "does not see /dev/shm: runs write there from every host" in words
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_slurm_job_trains_on_its_nodes_and_ends_with_everything(work, tmp_path) -> None:
-    """By sbatch, with what an earlier run has left in the home folder; its own token is in no log."""
+def test_a_slurm_job_goes_on_on_three_hosts_and_ends_with_everything(begun, work, whole, tmp_path) -> None:
+    """By sbatch: from the checkpoint of the two hosts to the curve of one. Its token is in no log."""
     need_hosts(*TOOLS)
-    overrides = ["model.path=model", "rollout=reference", "rollout.engines=1", "steps=1", "run_dir=by-slurm"]
-    overrides = [word for word in RUN if not word.startswith("steps=")] + overrides
-    reward = f"reward.function='{work}/mine.py:sevens'"
     env = {"PYTHONPATH": f"{ROOT}:{work}/modules", "GSPO_ROOT": str(ROOT)}
-    with Hosts(2, tmp_path, ENV) as hosts, Slurm(hosts, tmp_path / "slurm") as slurm:
-        (hosts.home / ".ray").mkdir()
-        (hosts.home / ".ray/auth_token").write_text("0123456789abcdef" * 4)
-        overrides = [
-            f"{key}={work / value}" if key in ("model.path", "run_dir") else f"{key}={value}"
-            for key, _, value in (word.partition("=") for word in overrides)
-        ]
+    # a job runs in the folder of the repository, so its paths are absolute
+    own = [f"model.path={work}/model", f"reward.function='{work}/mine.py:sevens'", f"run_dir={work}/run"]
+    with Hosts(3, tmp_path, ENV) as hosts, Slurm(hosts, tmp_path / "slurm") as slurm:
+        leave_token(hosts)
         job = hosts[0].start(
-            *("sbatch", "--wait", "--nodes=2", "--gpus-per-node=0", f"--output={tmp_path}/job.log"),
+            *("sbatch", "--wait", "--nodes=3", "--gpus-per-node=0", f"--output={tmp_path}/job.log"),
             ROOT / "launch/slurm.sbatch",
-            *overrides,
-            reward,
+            *RUN,
+            *own,
+            "checkpoint.accept=[model.path,reward.function]",
             env={**env, **slurm.env},
         )
         with contextlib.suppress(subprocess.TimeoutExpired):  # the job's log says more
-            job.wait(400)
+            job.wait(900)
         log = (tmp_path / "job.log").read_text()
         assert job.poll() == 0, log
-        assert places(work / "by-slurm") == ["learner-0", "host1", "learner-1", "host1", "engine-0", "host2"]
-        assert [row["step"] for row in read_jsonl(work / "by-slurm/metrics.jsonl")] == [0, 1]
-        assert not re.search(r"\b[0-9a-f]{64}\b", log)
         for host in hosts:  # the job has stopped what it started
             left = host.run("ps", "-eo", "comm").stdout.split()
             assert not {"raylet", "gcs_server"} & set(left)
+    assert places(work / "run") == ["learner-0", "host1", "learner-1", "host2", "engine-0", "host3"]
+    assert [row["step"] for row in read_jsonl(work / "run/metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert values(work / "run") == values(whole)
+    assert not re.search(r"\b[0-9a-f]{64}\b", log)
 
 
 @pytest.mark.slow
