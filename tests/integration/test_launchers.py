@@ -377,14 +377,23 @@ def test_slurm_starts_a_head_then_workers_then_the_run() -> None:
     assert "submit from the root of the repository" in lost.stderr
 
 
+BOTH_NOTED = 'until [[ $(wc -l <"$PIDS") == 2 ]]; do sleep 0.05; done'
+
+
 @pytest.fixture
 def slurm(host: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Stand-ins: job steps that never end and note their ids, a Ray that answers, a run of status 3."""
+    """Stand-ins: job steps that never end and note their ids, a Ray that answers, a run of status 3.
+
+    The run begins once both steps are noted.
+    """
     venv = tmp_path / "clone/.venv"
     assert run(tmp_path / "clone/launch/test.sh", env=host).returncode == 0
     executable(tmp_path / "bin/srun", '#!/usr/bin/env bash\necho $$ >>"$PIDS"\nexec sleep 600\n')
-    executable(venv / "bin/ray", '#!/usr/bin/env bash\n[[ $(wc -l <"$PIDS") == 2 ]]\n')
-    executable(venv / "bin/gspo", '#!/usr/bin/env bash\necho "$*"\n${RUN_WAITS:+exec sleep 600}\nexit 3\n')
+    executable(venv / "bin/ray", '#!/usr/bin/env bash\n[[ $(wc -l <"$PIDS") == 1 ]] && echo " 1 node_head"\n')
+    executable(
+        venv / "bin/gspo",
+        f'#!/usr/bin/env bash\n{BOTH_NOTED}\necho "$*"\n${{RUN_WAITS:+exec sleep 600}}\nexit 3\n',
+    )
     (tmp_path / "pids").touch()
     return {
         **host,
@@ -410,6 +419,20 @@ def test_a_head_that_never_answers_ends_with_rays_own_last_words(
     assert alive(tmp_path / "pids") == []
 
 
+def test_workers_are_started_once_the_head_is_a_node(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Before that Ray's head answers, without an error and without a node."""
+    executable(
+        tmp_path / "clone/.venv/bin/ray",
+        '#!/usr/bin/env bash\necho asked $(wc -l <"$PIDS") >>"$FAKE_LOG"\n'
+        'if [[ $(grep -c ^asked "$FAKE_LOG") == 1 ]]; then echo No cluster status.; else echo node_1; fi\n',
+    )
+    done = run(tmp_path / "clone/launch/slurm.sbatch", env=slurm)
+    assert done.returncode == 3, done.stderr
+    steps = [line for line in log(slurm) if line.startswith("asked")]
+    assert len(steps) == 2
+    assert set(steps) <= {"asked 0", "asked 1"}  # the head's step alone may have been noted by then
+
+
 def test_every_step_of_a_job_has_its_token(slurm: dict[str, str], tmp_path: Path) -> None:
     """By environment, never on a command line or in the log. Two jobs have different tokens."""
     note = 'echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >>"$TOKENS"'
@@ -418,7 +441,8 @@ def test_every_step_of_a_job_has_its_token(slurm: dict[str, str], tmp_path: Path
         f'#!/usr/bin/env bash\n{note}\necho "$*" >>"$TOKENS.args"\necho $$ >>"$PIDS"\nexec sleep 600\n',
     )
     executable(
-        tmp_path / "clone/.venv/bin/gspo", f'#!/usr/bin/env bash\n{note}\necho "$*" >>"$TOKENS.args"\n'
+        tmp_path / "clone/.venv/bin/gspo",
+        f'#!/usr/bin/env bash\n{BOTH_NOTED}\n{note}\necho "$*" >>"$TOKENS.args"\n',
     )
     jobs = []
     for i in range(2):
