@@ -150,8 +150,6 @@ def config(model: Path, reward: Path, run_dir: Path, *extra: str) -> RunConfig:
         "rollout.precision=fp32",
         "learner.optimizer.lr=0.01",
         "evaluation.prompts=8",
-        "+data.options.size=512",  # a run renders all prompts first
-        "+data.options.heldout_size=64",
         "rollout.weight_sync.probe_tolerance=1e-4",
         "rollout.weight_sync.probe_every=1",
         *extra,
