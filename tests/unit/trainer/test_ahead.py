@@ -195,8 +195,12 @@ def test_where_no_engine_is_left_the_run_stops_with_everything_saved(model, rewa
     assert before > 32
     assert run.collector.buffer.waiting
     go(c, lambda run: books.append(Books(run)))
-    next_step = slice(16 * done, 16 * (done + 1))
-    assert books[0].trained()[:16] == whole[0].trained()[next_step]
+    # To rounding: the rest of a completion has other company than it had in one piece.
+    for mine, theirs in zip(
+        books[0].trained()[:16], whole[0].trained()[16 * done : 16 * (done + 1)], strict=True
+    ):
+        assert mine[:3] == theirs[:3]
+        assert mine[3] == pytest.approx(theirs[3], abs=1e-5)
     assert [r.rollout_id for r in books[0].rollouts] == list(range(16 * done, 64))
     assert books[0].tokens + before == sum(len(r.completion) for r in books[0].rollouts)
 
