@@ -308,7 +308,11 @@ def print_simulated(case: Case, ahead: Sequence[int]) -> list[Measured]:
 
 
 def print_slices(rounds: int, overrides: list[str]) -> dict[str, float]:
-    """One vLLM engine in this process: a blocking call against slices, in turn."""
+    """One vLLM engine in this process: a blocking call against slices, in turn.
+
+    An engine that is stepped by hand never waits, so that its CPU time says what a way costs, whatever else
+    the host does. Wall time stands beside it.
+    """
     from gspo_dist.cli.compose import run_config
     from gspo_dist.coldstart.make import ensure_model
     from gspo_dist.trainer.setup.factories import engine_factory
@@ -323,27 +327,33 @@ def print_slices(rounds: int, overrides: list[str]) -> dict[str, float]:
         "slices of 16 steps": {"ticks": 16},
         "slices of 8 steps": {"ticks": 8},
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    """(CPU, wall) per token."""
     for turn in range(rounds + 1):
-        for way, asked in ways.items():
+        for way, asked in list(ways.items())[:: 1 if turn % 2 else -1]:
             engine.submit(group_work(prompts, spec, range(len(prompts))))
-            begun = time.perf_counter()
+            begun = time.process_time(), time.perf_counter()
             tokens = left = 1
             while left:
                 told = engine.advance(**asked)
                 tokens += told.tokens
                 left = told.ticks if asked else 0
             if turn:  # the first round warms up
-                seconds[way].append((time.perf_counter() - begun) / tokens)
-    print("| way | tokens/s, median (range) | against the blocking call, pair by pair |\n|---|---|---|")
+                cpu, wall = time.process_time() - begun[0], time.perf_counter() - begun[1]
+                seconds[way].append((cpu / tokens, wall / tokens))
+    print("| way | CPU us per token, median (range) | speed by CPU time, pair by pair | speed by wall time |")
+    print("|---" * 4 + "|")
     out = {}
     for way, own in seconds.items():
-        pairs = [b / a - 1 for a, b in zip(own, seconds["one blocking call"], strict=True)]
-        out[way] = statistics.median(pairs)
-        rates = [1 / s for s in own]
+        pairs = [
+            [b[clock] / a[clock] - 1 for a, b in zip(own, seconds["one blocking call"], strict=True)]
+            for clock in (0, 1)
+        ]
+        out[way] = statistics.median(pairs[0])
+        cost = [1e6 * cpu for cpu, _ in own]
         print(
-            f"| {way} | {statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f}) | "
-            f"{out[way]:+.1%} |"
+            f"| {way} | {statistics.median(cost):.1f} ({min(cost):.1f}-{max(cost):.1f}) | {out[way]:+.1%} "
+            f"({min(pairs[0]):+.1%} to {max(pairs[0]):+.1%}) | {statistics.median(pairs[1]):+.1%} |"
         )
     engine.close()
     return out
