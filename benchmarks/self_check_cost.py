@@ -4,7 +4,7 @@
 
 The model has the config and the names of Qwen3-30B-A3B: 18,867 tensors in a file of 61 GB, a hole behind
 its head, since the check reads no weight. Each learner is asked as a run asks it, in processes of its own
-where the run would start one. CPU time is what a quiet machine would take; elapsed time is of this machine.
+where the run would start one. Imports count, as far as nothing before has made them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from benchmarks import model_families
-from benchmarks.model_families import Row, apart, backend, notes, outcome, scales, synced, table
+from benchmarks.model_families import Row, apart, backend, notes, outcome, scales, startup, synced, table
 from gspo_dist.learners.properties import Finding
 from gspo_dist.models.shape import shape_from_config
 
@@ -71,3 +71,16 @@ def test_a_measurement_happens_in_a_process_of_its_own_which_may_die_or_hang(mon
     assert apart(_dies, "granite") == {"error": "the process ended with 7"}
     monkeypatch.setattr(model_families, "TIMEOUT_S", 0.1)
     assert apart(_hangs, "granite") == {"error": "no answer within 0 s"}
+
+
+def test_what_the_check_costs_is_told_of_every_learner() -> None:
+    seconds = {"loaded": 0.44, "autoep": 1.0, "zero3": 8.06, "megatron": 17.0}
+    lines = list(startup({kind: {"cpu": cpu, "elapsed": 99.0} for kind, cpu in seconds.items()}))
+    assert [line.split(" | ")[-1] for line in lines if line.startswith("| ")] == [
+        "seconds of CPU |",
+        "0.4 |",
+        "1.0 |",
+        "8.1 |",
+        "17.0 |",
+    ]
+    assert list(startup({})) == []
