@@ -78,6 +78,12 @@ class SuiteRun:
             for one in pending:
                 one.result()
                 yield len(self.store.samples)
+        except Exception:
+            # What is sampled is dear: it is graded, unless grading is what failed.
+            if not any(one.done() and one.exception() for one in pending):
+                for one in pending:
+                    one.result()
+            raise
         finally:
             grading.shutdown(cancel_futures=True)
 

@@ -66,6 +66,12 @@ def test_every_epoch_holds_every_row_once_in_an_order_of_its_own(tmp_path, suffi
     assert texts(straight.next(n)) == [f"{i}+1=" for i in range(n)]
 
 
+def test_a_file_of_one_block_has_another_order_each_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BLOCK", 64)
+    cursor = StreamCursor(source(write(tmp_path / "a.jsonl", rows_of(30))), seed=3)
+    assert texts(cursor.next(30)) != texts(cursor.next(30))
+
+
 @pytest.mark.parametrize("cut", [1, 5, 12, 13, 14, 27, 40])
 def test_a_resumed_cursor_goes_on_with_the_very_next_prompt(tmp_path, cut):
     path = write(tmp_path / "a.jsonl", [*rows_of(20), *rows_of(6)])

@@ -37,42 +37,59 @@ def test_where_engines_are_not_free_the_run_waits_and_the_row_is_the_steps_own(t
     assert 0.0 < row["time/suites_s"] < 60.0
     assert json.loads((tmp_path / "step_000002/own/setting.json").read_text())["step"] == 2
     assert run.finish() == {}  # given once
+    threads = threading.active_count()
     with run.beside_learner():
-        assert threading.active_count() == threading.active_count()
+        assert threading.active_count() == threads
     assert all(metric_of(key) for key in row)
 
 
-class Slow(Table):
-    """Tells when it was asked."""
+class Gated(Table):
+    """Answers as often as it may, and yields nothing meanwhile, as engines do between two slices."""
+
+    def __init__(self, texts, may):
+        super().__init__(texts)
+        self.may = may
 
     def answers(self, suite, asks):
         for answers in super().answers(suite, asks):
-            time.sleep(0.02)
+            while self.may <= 0:
+                time.sleep(0.001)
+                yield []
+            self.may -= 1
             yield answers
 
 
+def wait_until(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 def test_free_engines_answer_beside_the_learner_and_the_rest_before_the_publication(tmp_path):
-    sampler = Slow(RIGHT)
+    sampler = Gated(RIGHT, may=2)
     run = of(tmp_path, sampler, beside=True)
     assert run.after_step(2) == {}
     assert sampler.asked == []  # the collect of step 3 has the engines for itself
     with run.beside_learner():
-        time.sleep(0.07)
-    beside = len(sampler.asked)
-    assert 1 <= beside < 6
+        wait_until(lambda: len(sampler.asked) == 3)
+    assert len(sampler.asked) == 3  # the third waits
+    sampler.may = 10
     row = run.finish()
     assert len(sampler.asked) == 6
     assert (row["eval/own/avg@2"], row["eval/at_step"]) == (1.0, 2.0)
 
 
 def test_a_learner_that_takes_longer_waits_for_nothing(tmp_path):
-    sampler = Slow(RIGHT)
+    sampler = Gated(RIGHT, may=6)
     run = of(tmp_path, sampler, beside=True)
     run.after_step(4)
     with run.beside_learner():
-        time.sleep(0.6)
+        wait_until(lambda: run.under_way is None)
     assert len(sampler.asked) == 6
-    assert run.finish()["time/suites_s"] < 0.1
+    row = run.finish()
+    assert row["eval/own/avg@2"] == 1.0
+    assert row["time/suites_s"] < 1.0
 
 
 def test_the_last_step_is_waited_for(tmp_path):
@@ -91,7 +108,7 @@ def test_a_run_that_goes_on_takes_up_what_was_interrupted_and_forgets_later_step
     first = of(tmp_path, Table(RIGHT, breaks_after=4), beside=True)
     first.after_step(2)
     with first.beside_learner():
-        time.sleep(0.3)
+        wait_until(lambda: first.under_way is None)
     of(tmp_path).after_step(4)
     graded = len((tmp_path / "step_000002/own/samples.jsonl").read_text().splitlines())
     again = of(tmp_path, beside=True)
