@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
         run = folder / "study" / arm / "seed-0"
         print(arm, [row["step"] for row in read_jsonl(run / "metrics.jsonl")], end=" ")
         print(" ".join((run / "logs/places.txt").read_text().split()))
-    print(folder / "study/report.md", (folder / "study/report.md").is_file())
+    print((folder / "study/report/report.md").read_text().splitlines()[0])
 
 
 if __name__ == "__main__":
