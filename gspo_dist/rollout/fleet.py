@@ -102,6 +102,8 @@ class Fleet:
             self.growth[name].append(progress.growth)
             for key in progress.finished:
                 del self.held[name][key]
+            if not self.held[name]:
+                self._forget(name)  # an evaluation has the same keys again
         orphans = self.lose(failures)
         if orphans:
             self.submit(orphans)

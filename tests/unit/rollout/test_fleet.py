@@ -90,6 +90,18 @@ def test_an_engine_may_die_in_any_slice(whole, verb, at):
         assert fleet.held["engine-1"] == {}
 
 
+def test_the_same_work_again_does_not_begin_with_what_it_had(whole):
+    """As a second evaluation in which an engine dies. Nothing is kept of work that is finished."""
+    fleet = Local()
+    fleet.submit(WORK)
+    same(run_out(fleet), whole)
+    assert fleet.growth == {name: [] for name in fleet.names}
+    fleet.fatal = {("engine-1", "advance", fleet.calls["engine-1", "advance"] + 3)}
+    fleet.submit(WORK)
+    same(run_out(fleet), whole)
+    assert fleet.alive == ["engine-0", "engine-2"]
+
+
 def test_two_may_die_at_once_and_one_that_got_their_work_after_them(whole):
     fatal = [("engine-0", "advance", 2), ("engine-1", "advance", 2), ("engine-3", "advance", 4)]
     fleet = Local(4, fatal)
