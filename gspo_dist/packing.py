@@ -183,7 +183,6 @@ def pack_sequences(
     for rollout, given, start, stop in zip(chosen, own, cu[:-1], cu[1:], strict=True):
         completion = rollout.completion
         answer = start + len(rollout.prompt.token_ids)
-        advantage[answer if isinstance(given, np.ndarray) else start : stop] = given
         tokens[start:answer] = rollout.prompt.token_ids
         # One number is laid on the prompt too, where nothing reads it.
         advantage[answer if isinstance(given, np.ndarray) else start : stop] = given
