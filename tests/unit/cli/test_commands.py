@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,8 @@ def test_training_releases_the_run_whether_or_not_it_ends_well(monkeypatch, caps
 
     class Built:
         run_dir = Path("/runs/a")
+        completed_steps = 0
+        health = SimpleNamespace(note=lambda step, events: None)
 
         def release(self) -> None:
             released.append(self.run_dir)
