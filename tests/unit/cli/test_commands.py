@@ -68,6 +68,8 @@ def test_a_sweep_trains_once_per_value_and_leaves_its_list(monkeypatch, tmp_path
     seen = []
 
     class Built:
+        completed_steps = 0
+        health = SimpleNamespace(note=lambda step, events: None)
         run_dir = Path("/runs/a")
 
         def release(self) -> None:
