@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gspo_dist.routing.scores import RouterScores
-from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.routing.trace import RouterScores, RoutingTrace
 
 
 @dataclass(frozen=True)

@@ -9,39 +9,23 @@ T tokens of a micro-batch, L MoE layers, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from gspo_dist.routing.replay import in_backward
+from gspo_dist.routing.trace import RouterScores
 
 
 class Watcher(Protocol):
     """Looks on while routers choose, and changes nothing."""
 
-    def see(self, layer: int, logits: Tensor, ids: Tensor) -> None:
+    def see(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         """Called once per router and pass: logits [T, E], and the experts that are used, [T, K]."""
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class RouterScores:
-    """The experts that a policy used, and what its routers thought of them."""
-
-    expert_ids: Tensor
-    """int32 [T, L, K]."""
-    logprobs: Tensor
-    """float32 [T, L, K], in nats."""
-
-    @property
-    def nbytes(self) -> int:
-        """What they hold: 8 bytes for every token, layer and expert."""
-        return self.expert_ids.nbytes + self.logprobs.nbytes
-
-
-def _logprobs_at(logits: Tensor, ids: Tensor) -> Tensor:
+def _logprobs_at(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.detach().float(), dim=-1).gather(-1, ids.long())
 
 
@@ -49,9 +33,9 @@ class ScoreRecorder:
     """Keeps the scores of one pass."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def see(self, layer: int, logits: Tensor, ids: Tensor) -> None:
+    def see(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         self.seen[layer] = (ids.detach().int(), _logprobs_at(logits, ids))
 
     def scores(self) -> RouterScores:
@@ -65,9 +49,9 @@ class ShiftMeter:
 
     def __init__(self, old: RouterScores) -> None:
         self.old = old
-        self.total: Tensor | None = None
+        self.total: torch.Tensor | None = None
 
-    def see(self, layer: int, logits: Tensor, ids: Tensor) -> None:
+    def see(self, layer: int, logits: torch.Tensor, ids: torch.Tensor) -> None:
         if in_backward():  # a checkpointed layer runs again, and was measured
             return
         old_ids, old = (x[:, layer].to(logits.device) for x in (self.old.expert_ids, self.old.logprobs))
@@ -78,7 +62,7 @@ class ShiftMeter:
         moved = (_logprobs_at(logits, old_ids) - old).abs().mean(-1)
         self.total = moved if self.total is None else self.total + moved
 
-    def shift(self) -> Tensor:
+    def shift(self) -> torch.Tensor:
         """[T]: exp(-mean over layers and experts of |log r - log r_old|), 1 where nothing moved."""
         assert self.total is not None, "no router was seen"
         return torch.exp(-self.total / self.old.expert_ids.shape[1])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:  # reward processes know these records too, and most of them never need torch
+    import torch
 
 
 def id_dtype(num_experts: int) -> np.dtype:
@@ -175,3 +179,18 @@ class RoutingTrace:
             np.concatenate([t.known for t in traces]),
             traces[0].num_experts,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class RouterScores:
+    """The experts that a policy used, and what its routers thought of them."""
+
+    expert_ids: torch.Tensor
+    """int32 [T, L, K]."""
+    logprobs: torch.Tensor
+    """float32 [T, L, K], in nats."""
+
+    @property
+    def nbytes(self) -> int:
+        """What they hold: 8 bytes for every token, layer and expert."""
+        return self.expert_ids.nbytes + self.logprobs.nbytes

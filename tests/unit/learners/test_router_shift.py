@@ -15,7 +15,8 @@ from gspo_dist.learners.learner import refuse_scores
 from gspo_dist.learners.loss import LossSpec, trained_index
 from gspo_dist.objectives import Denominators, get_objective
 from gspo_dist.routing import huggingface as routers
-from gspo_dist.routing.scores import RouterScores, ScoreRecorder, ShiftMeter
+from gspo_dist.routing.scores import ScoreRecorder, ShiftMeter
+from gspo_dist.routing.trace import RouterScores
 from tests.unit.objectives.cases import of_lengths
 from tests.unit.trainer.small import packed, rollout
 
