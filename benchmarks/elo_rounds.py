@@ -1,4 +1,6 @@
-"""Ratings of six real rounds against CodeElo's own: python -m benchmarks.elo_rounds ROUNDS VECTORS TABLE
+"""Ratings of real CodeForces rounds against CodeElo's own.
+
+    python -m benchmarks.elo_rounds ROUNDS VECTORS TABLE
 
 ROUNDS: a folder of carrot's round files ([handle, points, penalty, rating before, change]). VECTORS: lines of
 {round, score, penalty, rank, rating, percentile_2024} that CodeElo's formula gave. TABLE: {rating: count}.
@@ -6,6 +8,7 @@ ROUNDS: a folder of carrot's round files ([handle, points, penalty, rating befor
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -32,4 +35,9 @@ def main(rounds: Path, vectors: Path, table: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("rounds", "vectors", "table"):
+        parser.add_argument(name, type=Path)
+    sys.exit(main(**vars(parser.parse_args())))

@@ -9,6 +9,7 @@ where the run would start one. Imports count, as far as nothing before has made 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import resource
@@ -74,4 +75,7 @@ def costs() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(json.dumps(costs()))
