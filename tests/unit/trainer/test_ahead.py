@@ -34,7 +34,7 @@ class Synchronous:
         prompts = self.plain.cursor.next(count)
         groups = self.run.pool.engine.generate(prompts, spec, range(first, first + count))
         finished = {(first + g, i): c for g, group in enumerate(groups) for i, c in enumerate(group)}
-        self.begun = BegunStep(prompts, first, spec, self.plain.cursor.state_dict(), finished)
+        self.begun = BegunStep(prompts, first, spec, self.plain.cursor.state_dict(), finished=finished)
 
     def judged(self, step):
         items = self.begun.unjudged()
