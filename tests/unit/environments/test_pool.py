@@ -15,6 +15,8 @@ from gspo_dist.environments.protocol import EnvironmentFailure
 from gspo_dist.environments.worker import Call
 from gspo_dist.types import Prompt
 
+pytestmark = pytest.mark.slow  # every test starts processes
+
 SOURCE = '''
 import os, time
 from gspo_dist.environments.protocol import Observation

@@ -130,6 +130,7 @@ def test_several_calls_are_answered_in_order_and_a_turn_without_one_is_the_last(
     assert env.step("The area is 2.").done
 
 
+@pytest.mark.slow
 def test_tools_of_an_mcp_server(tmp_path) -> None:
     """A real server in a process of its own, over its standard input and output."""
     path = tmp_path / "server.py"
