@@ -80,6 +80,7 @@ def test_every_way_to_end_has_its_verdict_and_ends_nobody_else(outcomes):
     assert "All that ran here is as expected" in report(outcomes("good", "skips"), "cpu")
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_ended_with_all_that_it_started(outcomes, tmp_path):
     (hung,) = outcomes("hangs")
     assert hung.verdict == "fail"
@@ -108,6 +109,7 @@ def test_a_bound_is_met_or_not_and_nan_meets_none(tmp_path):
     assert [item["met"] for item in step.expected] == [True, False, False, False, False]
 
 
+@pytest.mark.slow
 def test_host_head_and_eager_run_where_only_torch_and_transformers_are(tmp_path):
     """The first hour may begin before anything else is installed."""
     absent = ("vllm", "ray", "deepspeed", "megatron", "hydra", "omegaconf", "wandb", "matplotlib")

@@ -92,6 +92,7 @@ def test_a_module_whose_tests_fail_unchanged_is_an_error(project, more):
     assert "the tests of weak.py must pass without a change" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_explanation_is_of_a_change_that_exists():
     """One whose code was edited explains nothing any more, and would be thought to."""
     explained = tomllib.loads((TOOL.parent / "mutation_explained.toml").read_text())

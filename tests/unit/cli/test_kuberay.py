@@ -27,6 +27,7 @@ def manifest(*overrides: str, image: str = "registry/gspo:1") -> dict:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [2, 4, 8])
 def test_a_layout_becomes_a_pod_per_host_with_all_its_gpus(nodes) -> None:
     layout = f"layout=qwen3_30b_a3b_{nodes}x8"
@@ -108,6 +109,7 @@ def test_the_schema_refuses_a_field_that_kubernetes_would_drop(path) -> None:
         jsonschema.validate(wrong, SCHEMA)
 
 
+@pytest.mark.slow
 def test_the_manifest_in_launch_is_what_its_command_prints(capsys, monkeypatch) -> None:
     """Its first line names the command. Made again by that command, with its output as the file."""
     path = ROOT / "launch/kuberay_qwen3_30b_a3b_4x8.yaml"

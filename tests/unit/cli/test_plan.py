@@ -33,6 +33,7 @@ def refused_by_the_run(config: RunConfig) -> str:
     raise AssertionError("the run accepts it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -75,6 +76,7 @@ def test_plan_refuses_an_engine_that_does_not_divide_the_heads():
     ]
 
 
+@pytest.mark.slow
 def test_plan_counts_the_gpus_of_a_node_by_the_gpu_unless_told():
     for given, nodes in (
         ([], "2 x 8 H100-80GB"),
@@ -123,6 +125,7 @@ def test_a_plan_takes_lengths_from_a_runs_samples(tmp_path):
         plan_text(run_config([*LARGE, f"plan.lengths_from={tmp_path / 'elsewhere'}"]))
 
 
+@pytest.mark.slow
 def test_the_assumed_spread_is_a_knob():
     text = plan_text(run_config([*LARGE, "plan.length_spread=0.25"]))
     assert "spread 0.25," in text

@@ -67,6 +67,7 @@ def items(*texts: str):
     ]
 
 
+@pytest.mark.slow
 def test_async_rewards_overlap_and_keep_their_order(pool_of):
     pool = pool_of("later")
     begun = time.monotonic()
@@ -76,6 +77,7 @@ def test_async_rewards_overlap_and_keep_their_order(pool_of):
     assert time.monotonic() - begun < 40 * 0.3 / 2
 
 
+@pytest.mark.slow
 def test_an_async_reward_that_hangs_costs_its_own_rollout_only(pool_of):
     verdicts = pool_of("later", timeout_s=1.5, timeout_reward=-1).judge(items("1", "hang", "2", "3"))
     assert [verdict.reward for verdict in verdicts] == [1, -1, 2, 3]

@@ -120,6 +120,7 @@ def test_a_refused_connection_and_a_deadline_are_told(serve):
         judged("http", url=serve(lambda *_: (time.sleep(2), (200, 1))[1]), attempts=1, request_s=0.2)
 
 
+@pytest.mark.slow
 def test_requests_of_one_process_overlap(serve):
     lock, state = threading.Lock(), {"now": 0, "most": 0}
 
@@ -259,6 +260,7 @@ def piston(path, message, headers):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "respond"), [("sandboxfusion", fusion), ("piston", piston)])
 def test_programs_behind_a_service(serve, kind, respond):
     sandbox = sandbox_named("http", serve(respond), kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 
 from gspo_dist.config import RolloutConfig
@@ -17,6 +18,7 @@ from tests.unit.rollout.contract import Contract
 from tests.unit.weights.tiny_models import make
 
 
+@pytest.mark.slow
 def test_the_reference_engine_keeps_the_contract(tmp_path):
     first = make(tmp_path, seed=0, vocab_size=64).eval()
     second = copy.deepcopy(first)

@@ -24,6 +24,7 @@ def tables(text: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_report_has_the_numbers_of_the_runs(written_study, tmp_path):
     (path,) = write_report(written_study, tmp_path / "report", "gspo compare study=s")
     assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["report.md"]  # no report.html

@@ -271,6 +271,7 @@ def test_a_publication_that_fails_leaves_all_work_withdrawn(model, reward_file, 
     run.release()
 
 
+@pytest.mark.slow
 def test_another_number_of_steps_ahead_is_another_run(model, reward_file, tmp_path):
     go(config(model, reward_file, tmp_path / "run", *AHEAD, "steps=1", "flips.every=0"))
     with pytest.raises(ValueError, match=r"rollout\.steps_ahead \(was 2, now 0\).*rollout\.ticks_per_step"):

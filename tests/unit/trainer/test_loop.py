@@ -355,6 +355,7 @@ def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
     run.release()
 
 
+@pytest.mark.slow
 def test_a_diverging_run_says_where_it_was_and_what_is_saved(model, reward_file, tmp_path):
     run = build(config(model, reward_file, tmp_path / "run", "checkpoint.every=1", "flips.every=0"))
     forward = run.learner.forward_backward
@@ -498,6 +499,7 @@ def bytes_behind(traces) -> int:
     return sum(arrays.values())
 
 
+@pytest.mark.slow
 def test_no_forward_pass_of_a_run_holds_more_tokens_than_the_budget(model, reward_file, tmp_path):
     """Update, old log-probs, reference, the guard's subset, the flip sample, the probe: 24 tokens at most."""
     passes: dict[str, list[int]] = {"logprobs": [], "forward_backward": []}

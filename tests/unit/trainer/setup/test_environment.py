@@ -24,6 +24,7 @@ def chat_tokenizer(template):
     return fast
 
 
+@pytest.mark.slow
 def test_tools_are_described_in_prompts_and_the_cue_is_the_openings(tmp_path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"prompt": "What is 2*3?", "answer": "6"}))
@@ -49,6 +50,7 @@ def test_a_prefilled_answer_is_refused_with_its_record(tmp_path) -> None:
         load_prompts(c.data, "train", chat_tokenizer(CHATML), max_prompt_tokens=99, seed=0, cue=False)
 
 
+@pytest.mark.slow
 def test_a_template_without_a_bridge_is_told_before_the_run() -> None:
     c = run_config(["environment.factory=guess", *CHAT])
     with pytest.raises(ValueError, match="cannot be bridged"):
@@ -60,6 +62,7 @@ def test_a_template_without_a_bridge_is_told_before_the_run() -> None:
     assert isinstance(kept.bridge, ChatBridge)
 
 
+@pytest.mark.slow
 def test_plain_text_keeps_its_prompts() -> None:
     checked = check_environment(run_config(["experiment=calculator"]), build_tokenizer())
     assert checked.rendering == {}
