@@ -157,9 +157,16 @@ class CheckpointStore:
         checkpoint = self._read(folders[-1])
         if isinstance(checkpoint, Checkpoint):
             return checkpoint
-        whole = [folder for folder in folders[:-1] if isinstance(self._read(folder), Checkpoint)]
-        way_out = f"remove it to go on from {whole[-1]}" if whole else "start a new run_dir"
-        raise ValueError(f"checkpoint {folders[-1]} must be whole: {checkpoint}; {way_out}")
+        raise ValueError(
+            f"checkpoint {folders[-1]} must be whole: {checkpoint}; {self.way_around(folders[-1])}"
+        )
+
+    def way_around(self, folder: Path) -> str:
+        """What to do without the checkpoint in `folder`: it names the newest whole one before it."""
+        step = int(folder.name[5:])
+        older = [other for other in self._folders() if int(other.name[5:]) < step]
+        whole = [other for other in older if isinstance(self._read(other), Checkpoint)]
+        return f"remove it to go on from {whole[-1]}" if whole else "start a new run_dir"
 
     def _read(self, folder: Path) -> Checkpoint | str:
         """The checkpoint in a folder, or what is wrong with it."""

@@ -69,7 +69,19 @@ def commit(run: Run) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Continues from `checkpoint`: every part takes up what `save` kept of it."""
+    """Continues from `checkpoint`: every part takes up what `save` kept of it.
+
+    Whatever is raised, its notes say which checkpoint a run could go on from instead.
+    """
+    try:
+        _restore(run, checkpoint)
+    except Exception as error:
+        where = f"checkpoint {checkpoint.folder} was not taken up"
+        error.add_note(f"{where}: {run.store.way_around(checkpoint.folder)}")
+        raise
+
+
+def _restore(run: Run, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     run.learner.load(checkpoint.learner, state["policy_version"])
     accepted = run.config.checkpoint.accept

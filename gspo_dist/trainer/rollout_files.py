@@ -116,8 +116,7 @@ def load_rollouts(collector: Collector, folder: Path, entry: Mapping[str, Any]) 
         if got != size:
             raise ValueError(
                 f"checkpoint {folder} must have its rollouts whole: {FOLDER}/{name} "
-                f"{'is missing' if got is None else f'has {got} of {size} bytes'}; remove the checkpoint to "
-                "go on from the one before, or start a new run_dir"
+                f"{'is missing' if got is None else f'has {got} of {size} bytes'}"
             )
     buffer = collector.buffer
     while buffer.begun < entry["begun"]:

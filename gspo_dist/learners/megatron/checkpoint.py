@@ -140,9 +140,7 @@ def load(learner: LearnerState, folder: Path) -> int:
     try:
         loaded = dist_checkpointing.load(state, str(folder))
     except CheckpointException as error:  # no Exception (torch 2.13): nothing would tell how the run ended
-        raise ValueError(
-            f"{folder} cannot be read: {error}; remove this checkpoint to go on from the one before"
-        ) from error
+        raise ValueError(f"{folder} cannot be read: {error}") from error
     for i, chunk in enumerate(learner.chunks):
         # Not strict, because the extra state was left out. `check` has seen every tensor.
         chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)

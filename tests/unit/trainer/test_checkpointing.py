@@ -87,6 +87,29 @@ def test_a_restored_run_has_what_the_saved_one_had(tmp_path):
     assert again.last_checkpoint == tmp_path / "checkpoints" / "step-000003"
 
 
+@pytest.mark.parametrize("older", [None, "whole", "torn"])
+def test_a_checkpoint_that_cannot_be_taken_up_names_the_whole_one_before_it(tmp_path, monkeypatch, older):
+    """Its sizes are right and its bytes are not, which only the learner that reads them can tell."""
+    run = run_of(tmp_path, keep=4)
+    for step in (2, 3, 5) if older else (5,):
+        run.learner.policy_version = step
+        save(run, step)
+    if older == "torn":
+        (tmp_path / "checkpoints/step-000003/manifest.json").write_text("{")
+
+    def broken(folder, policy_version):
+        raise RuntimeError("bad magic number")
+
+    again = run_of(tmp_path)
+    monkeypatch.setattr(again.learner, "load", broken)
+    with pytest.raises(RuntimeError, match="bad magic") as caught:
+        restore(again, again.store.newest())
+    place = tmp_path / "checkpoints"
+    before = {None: None, "whole": "step-000003", "torn": "step-000002"}[older]
+    way_out = f"remove it to go on from {place / before}" if before else "start a new run_dir"
+    assert caught.value.__notes__ == [f"checkpoint {place / 'step-000005'} was not taken up: {way_out}"]
+
+
 def test_a_save_keeps_the_flip_rates_measured_so_far(tmp_path):
     run = run_of(tmp_path)
     run.flips = FlipMeter(FlipsConfig(every=1), run.learner, 0, 2, 1, 64)

@@ -92,9 +92,9 @@ def test_a_full_disk_ends_a_save_as_an_error_of_the_disk(asynchronous: bool, tmp
         save()
 
 
-def test_a_state_that_cannot_be_read_is_named_with_its_way_out(tmp_path, monkeypatch) -> None:
+def test_a_state_that_cannot_be_read_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: {})
     monkeypatch.setattr(checkpoint, "check", lambda *args: None)
     monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
-    with pytest.raises(ValueError, match=rf"(?s){tmp_path} cannot be read.*the one before"):
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path} cannot be read"):
         checkpoint.load(SimpleNamespace(), tmp_path)
