@@ -114,4 +114,7 @@ def test_workspace_writes_the_page_of_the_named_study(tmp_path: Path, capsys):
 
 def test_legality_prints_the_table(capsys):
     main(["legality"])
-    assert "| any | rollout | r2 | any | any | refused: rule 1 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| any | rollout | r2 | any | any | refused: rule 1 |" in told
+    assert "* the ratio ignores the age (" in told  # age_rules
+    assert "- rollout.threads other than 1: " in told  # learner.consistency=exact
