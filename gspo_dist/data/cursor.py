@@ -26,7 +26,6 @@ class PromptCursor:
         self._source = source
         self._seed = seed
         self._shuffle = shuffle
-        self._fingerprint = source.fingerprint
         self.epoch = 0
         self.position = 0
         self._order = self._order_of(0)
@@ -60,14 +59,7 @@ class PromptCursor:
 
     def state_dict(self) -> dict[str, Any]:
         """The place, and what must be equal for it to mean the same: plain values, fit for JSON."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "prompts": len(self._source),
-            "fingerprint": self._fingerprint,
-        }
+        return place(self.epoch, self.position, self._seed, self._shuffle, self._source)
 
     def load_state_dict(self, state: Mapping[str, Any], *, accept_other_prompts: bool = False) -> None:
         """Goes to a saved place.
@@ -87,6 +79,29 @@ class PromptCursor:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._source))
 
 
+class Source(Protocol):
+    """What a place in it means: how many prompts there are, and which."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal prompts in equal order."""
+        ...
+
+
+def place(epoch: int, position: int, seed: int, shuffle: bool, source: Source) -> dict[str, Any]:
+    """The state of a cursor: the place, and what must be equal for it to mean the same."""
+    return {
+        "epoch": epoch,
+        "position": position,
+        "seed": seed,
+        "shuffle": shuffle,
+        "prompts": len(source),
+        "fingerprint": source.fingerprint,
+    }
+
+
 def resumed_place(
     state: Mapping[str, Any], own: Mapping[str, Any], *, accept_other_prompts: bool
 ) -> tuple[int, int]:
@@ -94,10 +109,11 @@ def resumed_place(
 
     Raises ValueError for another seed, shuffling or number of prompts, and for a place that is none.
     """
-    for name in ("seed", "shuffle", "renewal"):
+    who = "data.renewal" if own.get("renewal") else "data cursor"
+    for name in ("renewal", "seed", "shuffle"):
         if state.get(name) != own.get(name):
             raise ValueError(
-                f"data cursor: {name} must be what the checkpoint was made with: got {own.get(name)!r}, it "
+                f"{who}: {name} must be what the checkpoint was made with: got {own.get(name)!r}, it "
                 f"has {state.get(name)!r}; restore it, or start a new run_dir"
             )
     epoch, position, count = int(state["epoch"]), int(state["position"]), own["prompts"]
@@ -166,8 +182,6 @@ class MixedCursor:
 
     def next(self, n: int) -> list[Prompt]:
         """The next `n` prompts."""
-        if n < 1:
-            raise ValueError(f"a batch must hold at least one prompt: got {n}")
         return self.prompts(self.draw(n))
 
     @property
@@ -177,6 +191,8 @@ class MixedCursor:
 
     def draw(self, n: int) -> list[int]:
         """The places of the next `n` prompts. Those of the second source follow the last of the first."""
+        if n < 1:
+            raise ValueError(f"a batch must hold at least one prompt: got {n}")
         drawn = []
         for name in (self._turn() for _ in range(n)):
             (index,) = self.cursors[name].draw(1)

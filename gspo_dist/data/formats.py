@@ -75,12 +75,17 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
-                if line.startswith(_UTF16):
-                    raise ValueError(f"{path} must be UTF-8: it is UTF-16; {_convert(path, 'UTF-16')}")
-                line = line.removeprefix(_UTF8_MARK)
+                line = first_line(path, line)
             if line.strip():
                 where = f"{path}:{number}"
                 yield where, json_line(path, where, line)
+
+
+def first_line(path: Path, line: bytes) -> bytes:
+    """The first line of a file without the mark of UTF-8. Raises ValueError where the file is UTF-16."""
+    if line.startswith(_UTF16):
+        raise ValueError(f"{path} must be UTF-8: it is UTF-16; {_convert(path, 'UTF-16')}")
+    return line.removeprefix(_UTF8_MARK)
 
 
 def json_line(path: Path, where: str, line: bytes) -> Any:
@@ -94,6 +99,8 @@ def json_line(path: Path, where: str, line: bytes) -> Any:
         )
     except json.JSONDecodeError as error:
         return BadRow(f"{where}: a line must be one JSON object: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of over 4,300 digits, or brackets without end
+        return BadRow(f"{where}: a line must be one JSON object: {error}")
 
 
 def json_rows(path: Path) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gspo_dist.config import DataConfig, RewardConfig
-from gspo_dist.data.chat import render
+from gspo_dist.data.prompts import rendered
 from gspo_dist.data.records import Record
 from gspo_dist.rewards.equal import equal
 from gspo_dist.rewards.reward import prompt_check
@@ -69,8 +69,10 @@ def inspect(
         found.records += 1
         if source := record.metadata.get("data_source"):
             found.sources[str(source)] += 1
+        text, tokens = plain_text(record), tuple[int, ...]()
         try:
-            text, tokens = _rendered(record, config, tokenizer)
+            if tokenizer:
+                text, tokens = rendered(record, config, tokenizer, {})
         except ValueError as error:
             found.unrenderable.append(str(error))
             continue
@@ -87,18 +89,6 @@ def inspect(
             except ValueError as error:
                 found.unreadable.append(f"{record.where}: {error}")
     return found
-
-
-def _rendered(record: Record, config: DataConfig, tokenizer: Any) -> tuple[str, tuple[int, ...]]:
-    if tokenizer is None:
-        return plain_text(record), ()
-    return render(
-        record,
-        tokenizer,
-        chat_template=config.chat_template,
-        system_prompt=config.system_prompt,
-        template_args=config.template_args,
-    )
 
 
 def _note_repeat(found: Findings, seen: dict[bytes, tuple[str, Any]], record: Record, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class PromptSource(Sequence[Prompt]):
     def __iter__(self) -> Iterator[Prompt]:
         return iter(self._prompts)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits over every prompt's tokens and answer, in order.
 
@@ -116,11 +117,39 @@ def load_splits(
     return train, heldout
 
 
-def too_long_error(where: str, tokens: int, most: int) -> ValueError:
-    """What is said of a prompt that the engines cannot take."""
-    return ValueError(
-        f"{where}: a prompt must have at most rollout.max_prompt_tokens = {most} tokens: got {tokens}; raise "
-        "the limit, remove the record, or set data.too_long=skip"
+def rendered(
+    record: Record, config: DataConfig, tokenizer: Any, rendering: Mapping[str, Any]
+) -> tuple[str, tuple[int, ...]]:
+    """`chat.render` as the configuration asks for it. rendering: more arguments of it."""
+    return render(
+        record,
+        tokenizer,
+        chat_template=config.chat_template,
+        system_prompt=config.system_prompt,
+        template_args=config.template_args,
+        **rendering,
+    )
+
+
+def to_prompt(
+    record: Record,
+    config: DataConfig,
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    rendering: Mapping[str, Any],
+) -> Prompt | None:
+    """The record as a prompt; None where it is too long and data.too_long is skip.
+
+    Raises ValueError where it is too long otherwise, and what `chat.render` raises.
+    """
+    text, token_ids = rendered(record, config, tokenizer, rendering)
+    if len(token_ids) <= max_prompt_tokens:
+        return Prompt(record.where, token_ids, text, record.answer, record.metadata)
+    if config.too_long == "skip":
+        return None
+    raise ValueError(
+        f"{record.where}: a prompt must have at most rollout.max_prompt_tokens = {max_prompt_tokens} tokens: "
+        f"got {len(token_ids)}; raise the limit, remove the record, or set data.too_long=skip"
     )
 
 
@@ -179,23 +208,14 @@ def _render_all(
     duplicates = 0
     too_long: list[str] = []
     for record in records:
-        text, token_ids = render(
-            record,
-            tokenizer,
-            chat_template=config.chat_template,
-            system_prompt=config.system_prompt,
-            template_args=config.template_args,
-            **rendering,
-        )
-        if len(token_ids) > max_prompt_tokens:
-            if config.too_long == "stop":
-                raise too_long_error(record.where, len(token_ids), max_prompt_tokens)
+        prompt = to_prompt(record, config, tokenizer, max_prompt_tokens, rendering)
+        if prompt is None:
             too_long.append(record.where)
             continue
-        before = first.get(token_ids)
-        if before is None:
-            first[token_ids] = Prompt(record.where, token_ids, text, record.answer, record.metadata)
-        elif before.answer == record.answer:
+        before = first.setdefault(prompt.token_ids, prompt)
+        if before is prompt:
+            continue
+        if before.answer == prompt.answer:
             duplicates += 1
         else:
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gspo_dist.config import RenewalConfig
+from gspo_dist.data.cursor import place, resumed_place
 from gspo_dist.data.prompts import PromptSource
 from gspo_dist.types import Prompt, Rollout
 
@@ -37,7 +38,6 @@ class RenewedCursor:
                 f"{active} and {count}"
             )
         self._source, self._config, self._seed, self._shuffle = source, config, seed, shuffle
-        self._fingerprint = source.fingerprint
         self._index = {prompt.prompt_id: i for i, prompt in enumerate(source)}
         if len(self._index) != count:
             raise ValueError(
@@ -146,12 +146,7 @@ class RenewedCursor:
         """All that the next draws depend on: plain values, fit for JSON."""
         return {
             "renewal": True,
-            "epoch": self.epoch,
-            "position": self.position,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "prompts": len(self._source),
-            "fingerprint": self._fingerprint,
+            **place(self.epoch, self.position, self._seed, self._shuffle, self._source),
             "order": list(self._order),
             "came": self._came,
             "owed": self._owed,
@@ -163,21 +158,16 @@ class RenewedCursor:
         """Goes to a saved place.
 
         The query set is a history of these very prompts. So another number of them is refused whatever is
-        accepted, as another seed or shuffling is, and a checkpoint of a run whose set was not renewed.
+        accepted, and so is a checkpoint of a run whose set was not renewed. The rest is as `resumed_place`
+        has it: another seed or shuffling is refused, and edited prompts are said.
         """
-        now = {
-            "renewal": True,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "prompts": len(self._source),
-        }
-        for name, value in now.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"data.renewal: {name} must be what the checkpoint was made with: got {value!r}, it has "
-                    f"{state.get(name)!r}; restore it, or start a new run_dir"
-                )
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        now = self.state_dict()
+        if state.get("renewal") and state["prompts"] != now["prompts"]:
+            raise ValueError(
+                f"data.renewal: prompts must be what the checkpoint was made with: got {now['prompts']}, it "
+                f"has {state['prompts']}; restore them, or start a new run_dir"
+            )
+        self.epoch, self.position = resumed_place(state, now, accept_other_prompts=False)
         self._order = [int(i) for i in state["order"]]
         self._came, self._owed = int(state["came"]), float(state["owed"])
         self._retired = {int(i) for i in state["retired"]}

@@ -10,6 +10,7 @@ held at any time, whatever the size of the file.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ import numpy as np
 import xxhash
 
 from gspo_dist.data import schemas
-from gspo_dist.data.cursor import resumed_place
-from gspo_dist.data.formats import BadRow, Row, json_line
+from gspo_dist.data.cursor import place, resumed_place
+from gspo_dist.data.formats import BadRow, Row, first_line, json_line
 from gspo_dist.data.records import BadRows, Record, to_record
 from gspo_dist.types import Prompt
 
@@ -52,11 +53,13 @@ class JsonlFile:
     """Blocks of lines. Empty lines are no rows."""
 
     def __init__(self, path: Path) -> None:
-        """Notes where the blocks begin. Raises ValueError where the file cannot be read by its bytes."""
+        """Notes where the blocks begin. Raises ValueError where the file is UTF-16."""
         self.path = path
         starts, lines, sizes, rows = [0], [1], [], 0
         with path.open("rb") as file:
             for number, line in enumerate(iter(file.readline, b""), start=1):
+                if number == 1:
+                    line = first_line(path, line)
                 if not line.strip():
                     continue
                 rows += 1
@@ -76,6 +79,10 @@ class JsonlFile:
             number = int(self.lines[at])
             while len(found) < self.sizes[at]:
                 line = file.readline()
+                if not line:
+                    raise ValueError(f"{self.path} ends at line {number}: it was cut since the run began")
+                if number == 1:
+                    line = first_line(self.path, line)
                 if line.strip():
                     where = f"{self.path}:{number}"
                     found.append((where, json_line(self.path, where, line)))
@@ -121,18 +128,20 @@ class StreamedSource:
         path: Path,
         prompt_key: str,
         answer_key: str,
-        render: Callable[[Record], Prompt | None],
+        made: Callable[[Record], Prompt | None],
         bad: BadRows,
     ) -> None:
-        """render: a record as its prompt; None where it is left out (and counted).
+        """made: a record as its prompt; None where it is too long and left out.
 
         Raises ValueError for a file without rows, or of a form that cannot be streamed.
         """
         self.name = str(path)
-        self.path, self.render, self.bad = path, render, bad
+        self.path, self.made, self.bad = path, made, bad
         self.keys = prompt_key, answer_key
         self.too_long = 0
         """Prompts left out for their length so far."""
+        self._tell_at = 1
+        """Rows left out at which the log says so."""
         self.checks: list[Callable[[Prompt], None]] = []
         """What raises ValueError for a prompt that cannot be trained on."""
         rows = open_rows(path)
@@ -153,7 +162,7 @@ class StreamedSource:
     def __len__(self) -> int:
         return int(self.rows.sizes.sum())
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """By it a resumed run tells whether the file was edited."""
         return xxhash.xxh64(f"{self.path.stat().st_size} {self.rows.sizes.tolist()}".encode()).hexdigest()
@@ -206,12 +215,29 @@ class StreamedSource:
             record = to_record(*row, *self.keys)
         except ValueError as error:
             self.bad.take(error)
+            self._tell(str(error))
             return None
-        prompt = self.render(record)
-        if prompt is not None:
-            for check in self.checks:
-                check(prompt)
+        prompt = self.made(record)
+        if prompt is None:
+            self.too_long += 1
+            self._tell(f"{record.where}: over rollout.max_prompt_tokens")
+            return None
+        for check in self.checks:
+            check(prompt)
         return prompt
+
+    def _tell(self, last: str) -> None:
+        """Says how much is left out after 1, 10, 100, ... rows: no pass over the file ends with a sum."""
+        bad = len(self.bad.skipped)
+        if bad + self.too_long >= self._tell_at:
+            self._tell_at *= 10
+            log.warning(
+                "%s: left out so far: %d rows that are no records and %d prompts that are too long; last: %s",
+                self.name,
+                bad,
+                self.too_long,
+                last,
+            )
 
     def at(self, index: int) -> Prompt:
         """The prompt of a row that was handed out before. Raises ValueError where it is none any more."""
@@ -312,14 +338,7 @@ class StreamCursor:
 
     def state_dict(self) -> dict[str, Any]:
         """The place, and what must be equal for it to mean the same: plain values, fit for JSON."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "prompts": len(self._source),
-            "fingerprint": self._source.fingerprint,
-        }
+        return place(self.epoch, self.position, self._seed, self._shuffle, self._source)
 
     def load_state_dict(self, state: Mapping[str, Any], *, accept_other_prompts: bool = False) -> None:
         """Goes to a saved place. Raises what `PromptCursor.load_state_dict` raises."""

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gspo_dist.config import DataConfig
-from gspo_dist.data.chat import render
 from gspo_dist.data.cursor import Cursor, MixedCursor, PromptCursor
-from gspo_dist.data.prompts import PromptSource, check_disjoint, load_prompts, load_source, too_long_error
-from gspo_dist.data.records import BadRows, Record
+from gspo_dist.data.prompts import PromptSource, check_disjoint, load_prompts, load_source, to_prompt
+from gspo_dist.data.records import BadRows
 from gspo_dist.data.stream import CHECKED, StreamCursor, StreamedSource
 from gspo_dist.types import Prompt
 
@@ -100,24 +99,15 @@ def is_streamed(config: DataConfig, source: str) -> bool:
 def _streamed(
     config: DataConfig, name: str, tokenizer: Any, max_prompt_tokens: int, rendering: dict[str, Any]
 ) -> StreamedSource:
-    def rendered(record: Record) -> Prompt | None:
-        text, token_ids = render(
-            record,
-            tokenizer,
-            chat_template=config.chat_template,
-            system_prompt=config.system_prompt,
-            template_args=config.template_args,
-            **rendering,
-        )
-        if len(token_ids) > max_prompt_tokens:
-            if config.too_long == "stop":
-                raise too_long_error(record.where, len(token_ids), max_prompt_tokens)
-            source.too_long += 1
-            return None
-        return Prompt(record.where, token_ids, text, record.answer, record.metadata)
-
     path = Path(name).expanduser()
     bad = BadRows(skip=config.bad_rows == "skip")
-    source = StreamedSource(path, config.prompt_key, config.answer_key, rendered, bad)
+    made = functools.partial(
+        to_prompt,
+        config=config,
+        tokenizer=tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        rendering=rendering,
+    )
+    source = StreamedSource(path, config.prompt_key, config.answer_key, made, bad)
     log.warning("%s: %d rows, read as they are needed (data.stream_above_mb)", name, len(source))
     return source

@@ -155,3 +155,12 @@ def test_a_name_on_the_hub_is_its_folder_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="offline mode is enabled; download it with `hf download"):
         list(rows("hub:org/set"))
+
+
+def test_a_line_that_python_will_not_read_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": ' + "9" * 5000 + "}\n" + "[" * 200_000 + "\n" + json.dumps(ROWS[0]) + "\n")
+    found = [row for _, row in rows(str(path))]
+    assert [isinstance(row, BadRow) for row in found] == [True, True, False]
+    assert "a.jsonl:1: a line must be one JSON object: Exceeds the limit" in str(found[0])
+    assert "a.jsonl:2: a line must be one JSON object: " in str(found[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,16 @@ def test_a_checkpoint_of_another_set_is_refused():
         cursor(4, retire_at=1.0).load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match=r"data cursor: renewal must be .* got None, it has True"):
         plain.load_state_dict(state)
+
+
+def test_prompts_that_were_edited_since_the_checkpoint_are_said(caplog):
+    state = cursor(4, retire_at=1.0).state_dict()
+    edited = {**state, "fingerprint": "0" * 16}
+    with caplog.at_level(logging.WARNING):
+        cursor(4, retire_at=1.0).load_state_dict(state)
+        assert not caplog.text
+        cursor(4, retire_at=1.0).load_state_dict(edited)
+    assert "were edited since the checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,38 @@ def test_rows_are_named_by_their_line(tmp_path):
     assert places == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
+def test_a_mark_of_utf8_is_no_part_of_the_first_row_and_utf16_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows_of(6))
+    text = path.read_text()
+    path.write_text(text, encoding="utf-8-sig")
+    assert texts(source(path)) == [f"{i}+1=" for i in range(6)]
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.jsonl must be UTF-8: it is UTF-16"):
+        source(path, bad_rows="skip")
+
+
+def test_a_file_that_is_cut_while_the_run_goes_on_stops_it(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows_of(9))
+    own = source(path)
+    write(path, rows_of(2))
+    with pytest.raises(ValueError, match=r"a\.jsonl ends at line 3: it was cut since"):
+        list(own)
+
+
+def test_what_is_left_out_of_a_streamed_file_is_said_as_it_adds_up(tmp_path, caplog):
+    rows = [{"prompt": f"{i}+2="} for i in range(12)] + [{"prompt": "1" * 30, "answer": "1"}]
+    own = source(write(tmp_path / "a.jsonl", [*rows_of(5), *rows]), bad_rows="skip", too_long="skip")
+    caplog.clear()
+    assert len(list(own)) == 5
+    said = [record.getMessage() for record in caplog.records]
+    assert [re.search(r"(\d+) rows .* and (\d+) prompts", line).groups() for line in said] == [
+        ("1", "0"),
+        ("10", "0"),
+    ]
+    assert "a.jsonl:7: no field 'answer'" in said[0]
+    assert own.too_long == 1
+
+
 def test_bad_and_long_rows_stop_or_are_skipped_and_counted(tmp_path):
     rows = [*rows_of(5), {"prompt": "77+1="}, {"prompt": "1" * 30, "answer": "1"}]
     path = write(tmp_path / "a.jsonl", rows)
