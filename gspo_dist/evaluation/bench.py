@@ -6,36 +6,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gspo_dist.evaluation.failures import failures_page
 from gspo_dist.evaluation.pass_at_k import pass_at_k
-from gspo_dist.evaluation.problem import Suite, Tried
+from gspo_dist.evaluation.problem import Suite, SuiteResult, Tried
 from gspo_dist.evaluation.samplers import Answer, Ask, Sampler
 from gspo_dist.evaluation.store import SampleStore
 from gspo_dist.evaluation.suite import clustered_standard_error
 from gspo_dist.files import write_text
-
-
-@dataclass(frozen=True)
-class SuiteResult:
-    """What a finished suite found: the content of its result.json."""
-
-    suite: str
-    metrics: Mapping[str, float]
-    """Figure -> value, without the prefix eval/SUITE/."""
-    details: Mapping[str, Any]
-    """Further findings, such as the rating of each contest."""
-    notes: tuple[str, ...]
-    setting: Mapping[str, Any]
-    samples: tuple[Mapping[str, Any], ...]
-    """Every sample: problem, sample, correct, why, answer, completion, tokens, finish_reason, detail."""
-
-    def logged(self) -> dict[str, float]:
-        """The figures under their public names, such as eval/aime24/avg@32."""
-        return {f"eval/{self.suite}/{name}": value for name, value in self.metrics.items()}
 
 
 class SuiteRun:

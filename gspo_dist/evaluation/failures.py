@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gspo_dist.evaluation.problem import Problem
-
-if TYPE_CHECKING:  # it imports this module to write the page
-    from gspo_dist.evaluation.bench import SuiteResult
+from gspo_dist.evaluation.problem import Problem, SuiteResult
 
 SHOWN = 200
 """Problems on a page."""

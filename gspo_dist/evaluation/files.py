@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ log = logging.getLogger(__name__)
 def find(suite: str, root: str | None, given: str | None, patterns: Sequence[str], source: str) -> Path:
     """The file or folder of a suite: `given`, or the first below `root` whose name fits one of `patterns`.
 
-    patterns: lower-case globs of names, the best first. source: where a copy can be had. Where several copies
-    fit, the first in the order of patterns and paths is taken, and the log says so. Raises ValueError with
-    the place to look and the way out.
+    patterns: lower-case globs of names, the best first. One with a slash is of the path from `root` on, its
+    own name included: for names that several data sets have, such as test.jsonl. source: where a copy can be
+    had.
+
+    Where several copies fit, the first in the order of patterns and paths is taken, and the log says so.
+    Raises ValueError with the place to look and the way out.
     """
     if given is not None:
         path = Path(given).expanduser()
@@ -34,15 +38,12 @@ def find(suite: str, root: str | None, given: str | None, patterns: Sequence[str
         raise ValueError(f"data.root must be a folder: {folder} is none")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(SUFFIXES)]
     for pattern in patterns:
-        fits = [
-            path for path in files if path.relative_to(folder).as_posix().lower() and _fits(path, pattern)
-        ]
+        fits = [path for path in files if _fits(path, folder, pattern)]
         if fits:
             if len(fits) > 1:
                 log.warning(
                     "suite %s: %s is taken; there are also %s. `gspo data A --against B` compares two "
-                    "copies; "
-                    "evaluation.options.%s.file chooses one",
+                    "copies; evaluation.options.%s.file chooses one",
                     suite,
                     fits[0],
                     ", ".join(path.name for path in fits[1:6]),
@@ -55,8 +56,9 @@ def find(suite: str, root: str | None, given: str | None, patterns: Sequence[str
     )
 
 
-def _fits(path: Path, pattern: str) -> bool:
-    return Path(path.name.lower()).match(pattern)
+def _fits(path: Path, folder: Path, pattern: str) -> bool:
+    text = f"{folder.name}/{path.relative_to(folder).as_posix()}" if "/" in pattern else path.name
+    return fnmatch.fnmatchcase(text.lower(), pattern)
 
 
 def _where(suite: str, source: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -81,13 +83,45 @@ class Suite:
     more: Callable[[Sequence[Tried]], Mapping[str, Any]] = lambda tried: {}
     """Further figures of the suite: numbers are logged as eval/SUITE/NAME, the rest stands in the result."""
 
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the grader that change a verdict."""
+
+    @functools.cached_property
+    def content(self) -> str:
+        """16 hex digits over what is asked and what is right: another file or instruction has others."""
+        digest = hashlib.blake2b(digest_size=8)
+        for problem in self.problems:
+            digest.update(repr((problem.problem_id, problem.messages, problem.gold)).encode())
+        return digest.hexdigest()
+
     def setting(self) -> dict[str, Any]:
         """What must be equal for two sets of samples to belong together."""
         return {
             "suite": self.name,
             "problems": [problem.problem_id for problem in self.problems],
+            "content": self.content,
+            "rules": dict(self.rules),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_tokens": self.max_tokens,
             "samples": self.samples,
         }
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What a finished suite found: the content of its result.json."""
+
+    suite: str
+    metrics: Mapping[str, float]
+    """Figure -> value, without the prefix eval/SUITE/."""
+    details: Mapping[str, Any]
+    """Further findings, such as the rating of each contest."""
+    notes: tuple[str, ...]
+    setting: Mapping[str, Any]
+    samples: tuple[Mapping[str, Any], ...]
+    """Every sample: problem, sample, correct, why, answer, completion, tokens, finish_reason, detail."""
+
+    def logged(self) -> dict[str, float]:
+        """The figures under their public names, such as eval/aime24/avg@32."""
+        return {f"eval/{self.suite}/{name}": value for name, value in self.metrics.items()}

@@ -17,6 +17,8 @@ from gspo_dist.types import Prompt, SamplingSpec, Work
 
 SLICE_S = 2.0
 """Seconds that the engines sample between two looks at what is finished."""
+API_KEY = "OPENAI_API_KEY"
+"""Environment variable with the key of an endpoint that asks for one."""
 
 
 class Ask(NamedTuple):
@@ -157,13 +159,10 @@ class EndpointSampler:
         concurrency: int = 32,
         request_s: float = 3600.0,
         attempts: int = 5,
-        api_key_env: str = "OPENAI_API_KEY",
-        extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.url, self.model, self.max_tokens, self.seed = url.rstrip("/"), model, max_tokens, seed
         self.concurrency, self.request_s, self.attempts = concurrency, request_s, attempts
-        self.extra = dict(extra or {})
-        key = os.environ.get(api_key_env)
+        key = os.environ.get(API_KEY)
         self.headers = {"Authorization": f"Bearer {key}"} if key else None
         self.name = f"{model} at {self.url}"
 
@@ -185,7 +184,6 @@ class EndpointSampler:
             "top_p": suite.top_p,
             # One seed for each completion: siblings must not be copies of one another.
             "seed": (self.seed * 1_000_003 + ask.place * 1009 + ask.sample) % 2**31,
-            **self.extra,
         }
         address = f"{self.url}/chat/completions"
         found = post_json(address, message, self.request_s, self.attempts, self.headers)

@@ -9,7 +9,6 @@ FOLDER/SUITE/failures.html   what a reader looks at
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,3 @@ class SampleStore:
             for sample in samples:
                 self.samples[sample["problem"], sample["sample"]] = dict(sample)
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
-
-    def remove(self) -> None:
-        """Forgets everything."""
-        self.samples.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gspo_dist.evaluation.bench import SuiteResult
+from gspo_dist.evaluation.problem import SuiteResult
 
 
 def results_table(results: Sequence[SuiteResult]) -> str:

@@ -14,8 +14,8 @@ from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.data.prompts import load_prompts
-from gspo_dist.evaluation.bench import SuiteResult, run_suites
-from gspo_dist.evaluation.problem import Suite
+from gspo_dist.evaluation.bench import run_suites
+from gspo_dist.evaluation.problem import Suite, SuiteResult
 from gspo_dist.evaluation.runner import evaluate_heldout
 from gspo_dist.evaluation.samplers import EndpointSampler, EngineSampler, Sampler, SuitePrompts
 from gspo_dist.evaluation.tasks.table import load_suites
@@ -51,12 +51,10 @@ def without_learner(config: RunConfig) -> RunConfig:
 
 
 def evaluate_model(config: RunConfig) -> dict[str, float]:
-    """Held-out metrics of `model.path` with the configured engines, rewards and evaluation;
-    nothing is trained.
+    """Held-out metrics of `model.path` with the configured engines, rewards and evaluation.
 
-    Raises ValueError without held-out prompts.
+    Nothing is trained. Raises ValueError without held-out prompts.
     """
-
     if config.data.heldout is None:
         raise ValueError("evaluate needs held-out prompts: set data.heldout to a file or a task")
     config = without_learner(config)
@@ -169,7 +167,13 @@ def suite_prompts(config: RunConfig, tokenizer: Any) -> SuitePrompts:
 
 def model_setting(config: RunConfig, model: str) -> dict[str, Any]:
     """What of a run must be equal for samples to belong together."""
-    return {"model": model, "seed": config.seed, "longest": config.rollout.max_completion_tokens}
+    return {
+        "model": model,
+        "seed": config.seed,
+        "longest": config.rollout.max_completion_tokens,
+        "longest_prompt": config.rollout.max_prompt_tokens,
+        "template_args": dict(config.data.template_args),
+    }
 
 
 def weights_of(folder: Path) -> list[list[Any]]:

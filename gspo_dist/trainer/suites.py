@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gspo_dist.evaluation.bench import SuiteResult, run_suites
-from gspo_dist.evaluation.problem import Suite
+from gspo_dist.evaluation.bench import run_suites
+from gspo_dist.evaluation.problem import Suite, SuiteResult
 from gspo_dist.evaluation.samplers import Sampler
 
 log = logging.getLogger(__name__)

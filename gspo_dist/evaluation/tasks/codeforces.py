@@ -12,7 +12,6 @@ import random
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from gspo_dist.data.formats import BadRow, file_rows
 from gspo_dist.evaluation import elo
 from gspo_dist.evaluation.checkers import CHECKERS, RUN_CHECKER
 from gspo_dist.evaluation.problem import Outcome, Problem, Tried
+from gspo_dist.evaluation.tasks.programs import failed
 from gspo_dist.rewards.code_tests import ProblemTests, read_tests
 from gspo_dist.rewards.livecodebench import last_block
 from gspo_dist.sandbox.protocol import Limits, Program, Sandbox, SandboxError
-from gspo_dist.sandbox.protocol import Outcome as Ended
 
 INSTRUCTION = (
     "Solve the problem with a Python 3 program that reads standard input and writes standard output. "
-    "Give the "
-    "whole program in one block between ```python and ```."
+    "Give the whole program in one block between ```python and ```."
 )
 CHECKER_S = 30.0
 """Seconds for a problem's own checker, whatever the limit of the problem."""
@@ -144,26 +142,25 @@ def _statement(row: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, limits])
 
 
-class CodeforcesGrader:
-    """Runs programs on the tests of their problems, up to the first that fails."""
+@dataclass(frozen=True)
+class Judge:
+    """Runs a program on the tests of its problem, up to the first that fails.
 
-    def __init__(self, sandbox: Sandbox, workers: int, time_factor: float, memory_factor: float) -> None:
-        """The factors stand for Python in the place of C++, for which the limits are made."""
-        self.sandbox, self.time_factor, self.memory_factor = sandbox, time_factor, memory_factor
-        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
+    The factors stand for Python in the place of C++, for which the limits are made.
+    """
 
-    def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Outcome]:
-        return list(self.threads.map(self.one, items))
+    sandbox: Sandbox
+    time_factor: float
+    memory_factor: float
 
-    def one(self, item: tuple[Problem, str]) -> Outcome:
+    def __call__(self, problem: Problem, text: str) -> Outcome:
         """The outcome of one completion."""
-        problem, text = item
         task, source = problem.gold, last_block(text)
         if not source.strip():
             return Outcome(False, "", "no code")
-        limits = Limits(
-            time_s=task.time_s * self.time_factor, memory_mb=max(64, int(task.memory_mb * self.memory_factor))
-        )
+        # The interpreter itself must fit.
+        memory_mb = max(64, int(task.memory_mb * self.memory_factor))
+        limits = Limits(time_s=task.time_s * self.time_factor, memory_mb=memory_mb)
         with self.sandbox.open(Program(source), limits) as run:
             for at, (given, expected) in enumerate(zip(task.tests.inputs, task.tests.outputs, strict=True)):
                 ended = run.run(given)
@@ -171,7 +168,7 @@ class CodeforcesGrader:
                 if not why and not self.accepts(task, given, expected, ended.stdout):
                     why = "wrong"
                 if why:
-                    return _failed(source, task, at, why, ended)
+                    return failed(source, task.tests, why, at, at=at, ended=ended)
         return Outcome(True, source)
 
     def accepts(self, task: Task, given: str, expected: str, output: str) -> bool:
@@ -186,24 +183,9 @@ class CodeforcesGrader:
             raise SandboxError(
                 f"a problem's own checker gave no verdict ({ended.status}): {ended.stderr[-300:]}"
             )
+        # A checker that ends with an error met an output that it cannot parse: that is a wrong answer.
         verdict = ended.stdout.split()
         return ended.status == "ok" and bool(verdict) and verdict[-1] == "1"
-
-    def close(self) -> None:
-        self.threads.shutdown(cancel_futures=True)
-
-
-def _failed(source: str, task: Task, at: int, why: str, ended: Ended) -> Outcome:
-    detail = {
-        "passed": at,
-        "tests": len(task.tests),
-        "test": at,
-        "input": task.tests.inputs[at][:2000],
-        "expected": task.tests.outputs[at][:2000],
-        "got": ended.stdout[:2000],
-        "stderr": ended.stderr[-1000:],
-    }
-    return Outcome(False, source, why, detail)
 
 
 def contest_of(problem_id: str) -> str:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from gspo_dist.data.formats import BadRow, file_rows
 from gspo_dist.evaluation.problem import Outcome, Problem
-from gspo_dist.evaluation.tasks.livecodebench import outcome
+from gspo_dist.evaluation.tasks.programs import outcome
 from gspo_dist.rewards.code import judge_code
 from gspo_dist.rewards.code_tests import ProblemTests
 from gspo_dist.rewards.livecodebench import last_block
@@ -26,6 +24,8 @@ INSTRUCTION = (
 )
 DEADLINE_S = 3.0
 """Seconds for a problem's asserts, as the package has it."""
+MEMORY_MB = 1024
+"""The package sets no limit."""
 
 
 def package_file() -> Path:
@@ -72,22 +72,8 @@ def program_of(text: str, gold: dict[str, Any]) -> str:
     return gold["head"] + text if text.strip() and "```" not in text else ""
 
 
-class HumanEvalGrader:
-    """Runs the function and its asserts in a sandbox."""
-
-    def __init__(self, sandbox: Sandbox, workers: int) -> None:
-        self.sandbox = sandbox
-        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
-
-    def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Outcome]:
-        return list(self.threads.map(self.one, items))
-
-    def one(self, item: tuple[Problem, str]) -> Outcome:
-        """The outcome of one completion."""
-        problem, text = item
-        source, limits = program_of(text, problem.gold), Limits(time_s=DEADLINE_S, memory_mb=1024)
-        verdict = judge_code(source, problem.gold["tests"], self.sandbox, limits, preamble="")
-        return outcome(source, problem.gold["tests"], verdict)
-
-    def close(self) -> None:
-        self.threads.shutdown(cancel_futures=True)
+def judge(problem: Problem, text: str, *, sandbox: Sandbox) -> Outcome:
+    """The outcome of one completion: its function run with the problem's asserts."""
+    source, tests = program_of(text, problem.gold), problem.gold["tests"]
+    limits = Limits(time_s=DEADLINE_S, memory_mb=MEMORY_MB)
+    return outcome(source, tests, judge_code(source, tests, sandbox, limits, preamble=""))

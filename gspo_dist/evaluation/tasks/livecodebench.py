@@ -13,14 +13,14 @@ import json
 import logging
 import pickle
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gspo_dist.data.formats import BadRow, file_rows
 from gspo_dist.evaluation.problem import Outcome, Problem
-from gspo_dist.rewards.code import CodeVerdict, judge_code
+from gspo_dist.evaluation.tasks.programs import outcome
+from gspo_dist.rewards.code import judge_code
 from gspo_dist.rewards.code_tests import ProblemTests, read_tests
 from gspo_dist.rewards.livecodebench import code_of
 from gspo_dist.sandbox.protocol import Limits, Sandbox
@@ -38,18 +38,15 @@ LONGEST_TESTS = 2 << 30
 SYSTEM = (
     "You are an expert Python programmer. You will be given a question (problem specification) and will "
     "generate a correct Python program that matches the specification and passes all tests. You will NOT "
-    "return "
-    "anything except for the program."
+    "return anything except for the program."
 )
 WITH_STARTER = (
     "You will use the following starter code to write the solution to the problem and enclose your code "
-    "within "
-    "delimiters."
+    "within delimiters."
 )
 WITHOUT_STARTER = (
     "Read the inputs from stdin solve the problem and write the answer to stdout (do not directly test "
-    "on the "
-    "sample inputs). Enclose your code within delimiters as follows."
+    "on the sample inputs). Enclose your code within delimiters as follows."
 )
 FOR_THINKING = SYSTEM.removesuffix(" You will NOT return anything except for the program.")
 """Without the sentence that forbids reasoning, as Qwen3's report has it."""
@@ -184,35 +181,9 @@ def read(
     return problems, notes
 
 
-class CodeGrader:
-    """Runs programs against their tests in a sandbox, some side by side."""
-
-    def __init__(self, sandbox: Sandbox, workers: int) -> None:
-        self.sandbox = sandbox
-        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
-
-    def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Outcome]:
-        return list(self.threads.map(self.one, items))
-
-    def one(self, item: tuple[Problem, str]) -> Outcome:
-        """The outcome of one completion."""
-        problem, text = item
-        source, tests = code_of(text), problem.gold
-        deadline = TIME_PER_TEST_S * len(tests) + TIME_MORE_S
-        limits = Limits(time_s=TIME_S, memory_mb=MEMORY_MB)
-        return outcome(source, tests, judge_code(source, tests, self.sandbox, limits, deadline_s=deadline))
-
-    def close(self) -> None:
-        self.threads.shutdown(cancel_futures=True)
-
-
-def outcome(source: str, tests: ProblemTests, verdict: CodeVerdict) -> Outcome:
-    """A verdict on a program as the outcome of a completion, with the test that failed."""
-    if verdict.solved:
-        return Outcome(True, source)
-    detail: dict[str, Any] = {"passed": verdict.passed, "tests": verdict.total}
-    if (at := verdict.failed_at) is not None and at < len(tests.inputs):
-        detail |= {"test": at, "input": tests.inputs[at][:2000], "expected": tests.outputs[at][:2000]}
-    if (ended := verdict.outcome) is not None:
-        detail |= {"got": (ended.result or ended.stdout)[:2000], "stderr": ended.stderr[-1000:]}
-    return Outcome(False, source, verdict.why or "wrong", detail)
+def judge(problem: Problem, text: str, *, sandbox: Sandbox) -> Outcome:
+    """The outcome of one completion: its program run against the problem's tests."""
+    source, tests = code_of(text), problem.gold
+    deadline = TIME_PER_TEST_S * len(tests) + TIME_MORE_S
+    limits = Limits(time_s=TIME_S, memory_mb=MEMORY_MB)
+    return outcome(source, tests, judge_code(source, tests, sandbox, limits, deadline_s=deadline))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,13 @@ from gspo_dist.evaluation import elo
 from gspo_dist.evaluation.files import find
 from gspo_dist.evaluation.problem import Suite
 from gspo_dist.evaluation.tasks import codeforces, humaneval, livecodebench, maths
+from gspo_dist.evaluation.tasks.programs import ProgramGrader
 from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.sandbox.choose import sandbox_named
 from gspo_dist.sandbox.protocol import Sandbox
 
+GRADING = {"reward", "reward_options", "correct_at", "deadline_s", "time_factor", "memory_factor"}
+"""Options that change a verdict: samples that were graded by others are not taken up again."""
 SAMPLING = {"samples", "temperature", "top_p", "max_tokens", "limit"}
 """Options of every suite. limit: only the first so many problems."""
 
@@ -44,12 +48,12 @@ def _suite(name: str, options: Mapping[str, Any], root: str | None) -> Suite:
         if "file" not in own:
             raise ValueError(
                 f"evaluation.suites holds an unknown suite {name!r}; {nearest(name, MAKERS)}. A suite of "
-                f"your own "
-                f"has a file and a reward: evaluation.options.{name}.file=F "
+                f"your own has a file and a reward: evaluation.options.{name}.file=F "
                 f"evaluation.options.{name}.reward=math"
             )
         make = own_suite
-    known = set(inspect.signature(make).parameters) - {"name", "root"}
+    defaults = {k: p.default for k, p in inspect.signature(make).parameters.items()}
+    known = set(defaults) - {"name", "root"}
     for option in own:
         if option not in known | SAMPLING:
             raise ValueError(
@@ -57,15 +61,21 @@ def _suite(name: str, options: Mapping[str, Any], root: str | None) -> Suite:
                 f"{nearest(option, sorted(known | SAMPLING))}"
             )
     suite = make(name=name, root=root, **{k: v for k, v in own.items() if k in known})
-    return _sampled(suite, own)
+    rules = {option: own.get(option, defaults[option]) for option in sorted(GRADING & known)}
+    return _sampled(replace(suite, rules=rules), own)
 
 
 def _sampled(suite: Suite, own: Mapping[str, Any]) -> Suite:
     """The suite with the sampling that the options ask for."""
     where = f"evaluation.options.{suite.name}"
+    for option in ("samples", "max_tokens", "limit"):
+        if not isinstance(own.get(option), int | None):
+            raise ValueError(f"{where}.{option} must be a whole number: got {own[option]!r}")
     for option, low in (("samples", 1), ("max_tokens", 1), ("limit", 1), ("temperature", 0)):
         at_least(f"{where}.{option}", own.get(option), low)
     above(f"{where}.top_p", own.get("top_p"), 0)
+    if (own.get("top_p") or 0) > 1:
+        raise ValueError(f"{where}.top_p must be at most 1: got {own['top_p']}")
     changes = {name: own[name] for name in SAMPLING - {"limit"} if own.get(name) is not None}
     limit = own.get("limit")
     if limit is not None and limit < len(suite.problems):
@@ -139,18 +149,31 @@ def _livecodebench(
             f"evaluation.options.{name}.release must be a release: got {release!r}; "
             f"{nearest(release, livecodebench.RELEASES)}"
         )
+    start = window[0] if start == "default" else _day(f"{name}.start", start)
+    end = window[1] if end == "default" else _day(f"{name}.end", end)
     source = "huggingface.co/datasets/livecodebench/code_generation_lite (test.jsonl to test6.jsonl)"
     files = _release_files(name, root, file, release, source)
-    start, end = (window[i] if one == "default" else one for i, one in enumerate((start, end)))
     problems, notes = livecodebench.read(files, start=start, end=end, rule=window_rule, thinking=thinking)
+    # The published files are named by release; rows are not.
+    unchecked = release is not None and files[0].name != "test.jsonl"
     place = _sandbox(name, sandbox, sandbox_url)
-    grader = livecodebench.CodeGrader(place, workers)
+    grader = ProgramGrader(functools.partial(livecodebench.judge, sandbox=place), workers)
     said = [
         f"files {', '.join(path.name for path in files)}",
+        *([f"one file holds what it holds: release {release} is not checked"] if unchecked else ()),
         *notes,
         f"programs run in sandbox {place.name}",
     ]
     return Suite(name, tuple(problems), grader, 8, 0.6, 0.95, notes=tuple(said))
+
+
+def _day(option: str, text: str | None) -> str | None:
+    try:
+        return None if text is None else datetime.date.fromisoformat(text).isoformat()
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"evaluation.options.{option} must be a day such as 2024-10-01, or null: got {text!r}"
+        ) from None
 
 
 def _release_files(
@@ -186,7 +209,7 @@ def _codeforces(
     )
     problems, notes = codeforces.read(path, Path(ids).expanduser() if ids else None)
     place = _sandbox(name, sandbox, sandbox_url)
-    grader = codeforces.CodeforcesGrader(place, workers, time_factor, memory_factor)
+    grader = ProgramGrader(codeforces.Judge(place, time_factor, memory_factor), workers)
     wanted = sorted({codeforces.contest_of(problem.problem_id) for problem in problems})
     where = _optional(root, standings, ("all_contest_data.json", "*standings*.json"))
     contests, left_out = (
@@ -236,7 +259,8 @@ def _humaneval(
     path = Path(file).expanduser() if file else humaneval.package_file()
     if not path.is_file():
         raise ValueError(f"evaluation.options.{name}: no such file: {path}")
-    grader = humaneval.HumanEvalGrader(_sandbox(name, sandbox, sandbox_url), workers)
+    place = _sandbox(name, sandbox, sandbox_url)
+    grader = ProgramGrader(functools.partial(humaneval.judge, sandbox=place), workers)
     return Suite(name, tuple(humaneval.read(path)), grader, 1, 0.0, 1.0, notes=(f"file {path.name}",))
 
 
@@ -290,7 +314,13 @@ MAKERS: dict[str, Callable[..., Suite]] = {
         _maths, ("*math*500*",), "simpleRL-reason on GitHub, or HuggingFaceH4/MATH-500", 4, 0.6, 0.95, False
     ),
     "gsm8k": functools.partial(
-        _maths, ("*gsm8k*", "test.jsonl"), "github.com/openai/grade-school-math", 1, 0.0, 1.0, False
+        _maths,
+        ("*gsm8k*", "*gsm8k*/test.*", "*grade*school*math*/test.jsonl"),
+        "github.com/openai/grade-school-math",
+        1,
+        0.0,
+        1.0,
+        False,
     ),
     "livecodebench": functools.partial(_livecodebench, (None, None), None),
     "livecodebench_paper": functools.partial(_livecodebench, ("2024-10-01", "2025-02-28"), "v5"),

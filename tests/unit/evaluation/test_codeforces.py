@@ -77,14 +77,14 @@ def test_rllms_form(rllm):
 
 
 def test_time_limits_are_the_problems_times_the_factor(rllm):
-    suite = load(rllm, time_factor=0.3)
+    suite, patient = load(rllm, time_factor=0.3), load(rllm, time_factor=5.0)
     slow = block("import time; time.sleep(0.8)\nprint('YES')")
     try:
         (late,) = suite.grader.grade([(suite.problems[1], slow)])
-        suite.grader.time_factor = 5.0
-        (in_time,) = suite.grader.grade([(suite.problems[1], slow)])
+        (in_time,) = patient.grader.grade([(patient.problems[1], slow)])
     finally:
         suite.grader.close()
+        patient.grader.close()
     assert (late.why, in_time.correct) == ("time", True)
 
 

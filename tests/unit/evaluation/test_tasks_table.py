@@ -43,6 +43,13 @@ def test_options_of_all_and_of_the_suite(tmp_path):
         (("aime24",), {"aime24": {"samples": 0}}, "aime24.samples must be at least 1: got 0"),
         (("aime24",), {"aime24": {"top_p": 0.0}}, "aime24.top_p must be above 0"),
         (("gsm8k",), {}, "gsm8k found no file below"),
+        (("aime24",), {"aime24": {"top_p": 1.5}}, "aime24.top_p must be at most 1: got 1.5"),
+        (("aime24",), {"aime24": {"samples": "3"}}, "aime24.samples must be a whole number: got '3'"),
+        (
+            ("livecodebench",),
+            {"all": {"end": "2025-02"}},
+            "livecodebench.end must be a day such as 2024-10-01",
+        ),
         (("aime24",), {"aime24": {"file": "none.jsonl"}}, "no such file: .*none.jsonl; it can be had from"),
         (("codeforces",), {}, "codeforces found no file .*open-r1/codeforces"),
         (("livecodebench",), {"livecodebench": {"release": "v9"}}, "must be a release: got 'v9'"),
@@ -71,6 +78,31 @@ def test_of_several_copies_the_first_is_taken_and_all_are_named(tmp_path, caplog
     assert "also b_aime24.jsonl" in caplog.text
     assert "gspo data A --against B" in caplog.text
     assert find("aime24", str(tmp_path), "b_aime24.jsonl", (), "x").name == "b_aime24.jsonl"
+
+
+def test_a_test_file_of_another_data_set_is_not_taken(tmp_path):
+    write_jsonl(tmp_path / "math/test.jsonl", ROWS)
+    with pytest.raises(ValueError, match="gsm8k found no file below"):
+        load(tmp_path, "gsm8k")
+    write_jsonl(tmp_path / "grade-school-math/grade_school_math/data/test.jsonl", ROWS[:2])
+    (suite,) = load(tmp_path, "gsm8k")
+    assert len(suite.problems) == 2
+    (suite,) = load(
+        tmp_path / "grade-school-math/grade_school_math/data", "gsm8k", gsm8k={"file": "test.jsonl"}
+    )
+    assert len(suite.problems) == 2
+
+
+def test_what_changes_questions_answers_or_verdicts_is_another_setting(tmp_path):
+    file = str(write_jsonl(tmp_path / "own.jsonl", ROWS))
+    other = str(write_jsonl(tmp_path / "other.jsonl", [{**ROWS[0], "answer": "7"}, *ROWS[1:]]))
+
+    def setting(**changes):
+        return load(None, "own", own={"file": file, **changes})[0].setting()
+
+    assert setting() == setting(workers=1) == setting(correct_at=1.0)
+    for changes in ({"file": other}, {"instruction": "!"}, {"correct_at": 0.5}, {"reward": "exact_match"}):
+        assert setting(**changes) != setting(), changes
 
 
 def test_every_suite_of_the_issue_has_its_maker():
