@@ -63,4 +63,7 @@ def _compare(first: Path, second: Path) -> None:
     common = [suite for suite in ours if suite in theirs]
     if not common:
         raise ValueError(f"{first} and {second} share no suite: {', '.join(ours)} and {', '.join(theirs)}")
+    for folder, own in ((first, ours), (second, theirs)):
+        if alone := [suite for suite in own if suite not in common]:
+            print(f"only in {folder}: {', '.join(alone)}")
     print(table([compare(ours[suite], theirs[suite]) for suite in common]))

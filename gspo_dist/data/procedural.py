@@ -31,6 +31,8 @@ def make(source: str, split: str, options: Mapping[str, Any], seed: int) -> list
         "train": rest.pop("size", DEFAULT_SIZE),
         "heldout": rest.pop("heldout_size", DEFAULT_HELDOUT_SIZE),
     }
+    if split not in sizes:
+        raise ValueError(f"{source} is made in the splits train and heldout: got {split!r}")
     for name, size in zip(("size", "heldout_size"), sizes.values(), strict=True):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"data.options.{name} must be a whole number of at least 1: got {size!r}")

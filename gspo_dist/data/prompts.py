@@ -104,19 +104,6 @@ def load_source(
     return _render_all(config, source, records, tokenizer, max_prompt_tokens, rendering)
 
 
-def load_splits(
-    config: DataConfig, tokenizer: Any, *, max_prompt_tokens: int, seed: int, **rendering: Any
-) -> tuple[PromptSource, PromptSource | None]:
-    """(training prompts, held-out prompts or None), checked to share no prompt. rendering: as above."""
-    known = {"max_prompt_tokens": max_prompt_tokens, "seed": seed, **rendering}
-    train = load_prompts(config, "train", tokenizer, **known)
-    if config.heldout is None:
-        return train, None
-    heldout = load_prompts(config, "heldout", tokenizer, **known)
-    check_disjoint(train, heldout)
-    return train, heldout
-
-
 def rendered(
     record: Record, config: DataConfig, tokenizer: Any, rendering: Mapping[str, Any]
 ) -> tuple[str, tuple[int, ...]]:

@@ -93,10 +93,10 @@ def percentile(value: float, table: Mapping[int, int]) -> float:
 def read_table(path: Path) -> dict[int, int]:
     """Ratings of people: a JSON object {rating: count}, or a JSON list of ratings. Raises ValueError."""
     found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, (list, dict)) or not found:
+        raise ValueError(f"{path} must be a JSON object {{rating: count}} or a list of ratings")
     if isinstance(found, list):
         return dict(Counter(int(one) for one in found))
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{path} must be a JSON object {{rating: count}} or a list of ratings")
     return {int(one): int(count) for one, count in found.items()}
 
 

@@ -53,8 +53,13 @@ def without_learner(config: RunConfig) -> RunConfig:
 def evaluate_model(config: RunConfig) -> dict[str, float]:
     """Held-out metrics of `model.path` with the configured engines, rewards and evaluation.
 
-    Nothing is trained. Raises ValueError without held-out prompts.
+    Nothing is trained. Raises ValueError without held-out prompts, and where an endpoint is asked for.
     """
+    if config.evaluation.endpoint is not None:
+        raise ValueError(
+            f"evaluation.endpoint answers suites alone: got {config.evaluation.endpoint} and no suite; name "
+            "some, such as suite=aime24, or unset it"
+        )
     if config.data.heldout is None:
         raise ValueError("evaluate needs held-out prompts: set data.heldout to a file or a task")
     config = without_learner(config)

@@ -156,6 +156,11 @@ def check_run(config: RunConfig) -> Checked:
     train.add_check(lambda prompt: check_vocabulary([prompt], vocabulary, model))
     if asks_function(config):
         train.add_check(functools.partial(check_one_answer, config.reward, prompt_check(config.reward)))
+    if config.evaluation.endpoint is not None:
+        raise ValueError(
+            "evaluation.endpoint is for gspo evaluate: the suites of a run are answered by its own engines; "
+            "unset it"
+        )
     suites = load_suites(config.evaluation, config.data.root)
     if suites:
         suite_prompts(config, tokenizer).check(suites)

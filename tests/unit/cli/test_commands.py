@@ -147,8 +147,36 @@ def test_two_results_are_compared(tmp_path, capsys):
     assert "gsm8k" in out
     assert "+0.2500 [-0.5456, +1.0456]" in out  # 1/4 +- 3.182 x 1/4
     assert "better 1, worse 0" in out
+    assert "only in" not in out
+    (tmp_path / "b/amc").mkdir()
+    (tmp_path / "b/amc/result.json").write_text(json.dumps({"suite": "amc", "samples": []}))
+    main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert f"only in {tmp_path / 'b'}: amc\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "none")])
+    assert stop.value.code == 2
+
+
+def test_a_source_is_shown_with_what_is_wrong_with_it(capsys, tmp_path: Path):
+    rows = [*({"prompt": f"{i} apples", "answer": i} for i in range(12)), {"prompt": "3 apples", "answer": 7}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, [], rows[0]]))
+    copy = tmp_path / "b.jsonl"
+    copy.write_text(json.dumps({"prompt": "5 apples", "answer": 6}) + "\n")
+    main(["data", str(path), "--show", "1", "--reward", "exact_match", "--against", str(copy)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [f"--- {path}:1", "0 apples", "--- answer 0"]
+    assert f"14 records in {path}" in lines
+    for count, what, place in (
+        (1, "rows are no records", f"  {path}:14: a record must be a JSON object: got list"),
+        (1, "repeat an earlier prompt", f"  {path}:15 = {path}:1"),
+        (1, "repeat an earlier prompt with another answer", f"  {path}:13 = {path}:4: 7 and 3"),
+    ):
+        at = lines.index(f"{count} {what}")
+        assert lines[at + 1] == place
+    assert f"  {path}:6: 5; outvoted: look at this answer; others: 6 ({copy}:1)" in lines
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "arithmetic", "--split", "test"])
     assert stop.value.code == 2
 
 

@@ -72,3 +72,9 @@ def test_a_task_too_small_for_both_splits_is_refused():
 def test_bad_options_are_refused_by_name(source, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(source, "train", options, 0)
+
+
+@pytest.mark.parametrize("source", ["arithmetic", "reasoning_gym:chain_sum"])
+def test_a_split_that_is_none_is_refused(source):
+    with pytest.raises(ValueError, match=f"{source} is made in the splits train and heldout: got 'test'"):
+        make(source, "test", {}, 0)

@@ -9,7 +9,8 @@ import pytest
 
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.config import DataConfig
-from gspo_dist.data.prompts import PromptSource, check_disjoint, load_prompts, load_splits
+from gspo_dist.data.prompts import PromptSource, check_disjoint, load_prompts
+from gspo_dist.data.training import load_training
 from gspo_dist.types import Prompt
 
 TEMPLATE = (
@@ -228,20 +229,21 @@ def test_a_shared_prompt_is_refused_by_both_places(write, plain):
     with pytest.raises(
         ValueError, match=r"1 of 2 held-out prompts are in train, the first .*heldout.jsonl:2 = .*:2"
     ):
-        load_splits(DataConfig(train=train, heldout=heldout), plain, max_prompt_tokens=9, seed=0)
+        load_training(DataConfig(train=train, heldout=heldout), plain, max_prompt_tokens=9, seed=0)
     check_disjoint(load(train, plain), load(heldout, plain)[:1])
 
 
 def test_arithmetic_splits(plain):
     config = DataConfig(options={"size": 300, "heldout_size": 50, "digits": 2})
-    train, heldout = load_splits(config, plain, max_prompt_tokens=8, seed=0)
+    train, heldout = load_training(config, plain, max_prompt_tokens=8, seed=0)
+    train = list(train)
     assert (len(train), len(heldout)) == (300, 50)
     assert all(str(eval(p.text[:-1])) == p.answer for p in [*train, *heldout])
 
 
 def test_no_heldout_prompts(plain):
     config = DataConfig(heldout=None)
-    assert load_splits(config, plain, max_prompt_tokens=16, seed=0)[1] is None
+    assert load_training(config, plain, max_prompt_tokens=16, seed=0)[1] is None
     with pytest.raises(ValueError, match=r"data.heldout is null"):
         load_prompts(config, "heldout", plain, max_prompt_tokens=16, seed=0)
 

@@ -105,6 +105,10 @@ def test_percentiles(tmp_path):
     assert elo.read_table(file) == {5: 1, 7: 2}
     file.write_text(json.dumps({"5": 3}))
     assert elo.read_table(file) == {5: 3}
+    for nothing in ([], {}, 7):
+        file.write_text(json.dumps(nothing))
+        with pytest.raises(ValueError, match=r"ratings\.json must be a JSON object"):
+            elo.read_table(file)
 
 
 def tried(name: str, *correct: bool) -> Tried:

@@ -111,3 +111,22 @@ def test_a_models_engine_answers_the_same_after_an_interruption(model, reward_fi
     assert [sample["completion"] for sample in again.samples] == texts
     result = json.loads((tmp_path / "run/evaluation/own/result.json").read_text())
     assert result["setting"]["weights"] == weights_of(model)
+
+
+def test_an_endpoint_that_nobody_would_ask_is_refused(model, reward_file, tmp_path):
+    from gspo_dist.trainer.setup.build import check_run
+
+    chosen = small_config(model, reward_file, tmp_path / "run", "evaluation.endpoint=http://h/v1")
+    with pytest.raises(ValueError, match="endpoint answers suites alone: got http://h/v1 and no suite"):
+        evaluate.evaluate_model(chosen)
+    with pytest.raises(ValueError, match="answered by its own engines"):
+        check_run(chosen)
+
+
+def test_a_template_and_a_limit_are_part_of_what_was_sampled(tmp_path):
+    plain = config(tmp_path)
+    other = replace(plain, data=replace(plain.data, template_args={"enable_thinking": False}))
+    longer = replace(plain, rollout=replace(plain.rollout, max_prompt_tokens=2048))
+    assert evaluate.model_setting(plain, "m") == evaluate.model_setting(config(tmp_path), "m")
+    for changed in (other, longer):
+        assert evaluate.model_setting(changed, "m") != evaluate.model_setting(plain, "m")

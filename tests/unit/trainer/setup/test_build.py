@@ -11,7 +11,7 @@ import pytest
 
 from gspo_dist.checkpoint import hold
 from gspo_dist.data.cursor import PromptCursor
-from gspo_dist.data.prompts import load_splits
+from gspo_dist.data.training import load_training
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.trainer.checkpointing import save
 from gspo_dist.trainer.setup import build as module
@@ -96,8 +96,9 @@ def test_the_parts_are_those_of_the_configuration(model, reward_file, tmp_path, 
         assert started == ["started"]
         assert len(run.heldout) == 3
         assert len(run.probe_prompts) == 4
-        train, _ = load_splits(c.data, load_tokenizer(str(model)), max_prompt_tokens=16, seed=5)
-        other = PromptCursor(train, seed=5, shuffle=True)
+        train, _ = load_training(c.data, load_tokenizer(str(model)), max_prompt_tokens=16, seed=5)
+        (source,) = train.parts.values()
+        other = PromptCursor(source, seed=5, shuffle=True)
         assert [p.prompt_id for p in run.collector.cursor.next(8)] == [p.prompt_id for p in other.next(8)]
         assert run.guard.learner is run.old_logprobs.learner is run.publisher.learner is run.learner
         assert run.old_logprobs.guard is run.guard
