@@ -24,6 +24,7 @@ MATHEMATICS = (
     "objective",
     "data",
     "reward",
+    "environment",
     "learner.precision",
     "learner.optimizer",
     "learner.fp32_head",
@@ -48,6 +49,8 @@ OPERATIONS = (
     "data.heldout",
     "reward.workers",
     "reward.timeout_s",
+    "environment.workers",
+    "environment.timeout_s",
 )
 """Inside those sections, what only decides how the work is done."""
 
