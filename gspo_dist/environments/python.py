@@ -1,8 +1,9 @@
-"""Python in the sandbox as a tool: what a program prints is the answer."""
+"""Python in the sandbox, as a tool or as an environment: what a program prints is the answer."""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from gspo_dist.environments.protocol import Observation
 from gspo_dist.sandbox.choose import sandbox_named
@@ -12,22 +13,31 @@ from gspo_dist.types import Prompt
 LIMITS = Limits(time_s=6.0, memory_mb=512)
 
 
+class Ran(NamedTuple):
+    """What became of a program."""
+
+    text: str
+    """What it printed, and the last line of its standard error where it failed."""
+    is_ok: bool
+    """Whether it came to its end."""
+
+
 def python(code: str) -> str:
     """Runs a Python program and returns what it prints.
 
     code: the program; it sees no network and no files of the host
     """
-    return run(code)
+    return run(code).text
 
 
-def run(code: str, sandbox: str = "auto", limits: Limits = LIMITS) -> str:
-    """What the program prints; the end of its standard error where it fails."""
+def run(code: str, sandbox: str = "auto", limits: Limits = LIMITS) -> Ran:
+    """Runs a program in a sandbox of its own. SandboxError: the sandbox failed, and not the program."""
     with _sandbox(sandbox).open(Program(code), limits) as opened:
         outcome = opened.run("")
-    if outcome.status != "ok":
-        last = outcome.stderr.strip().splitlines()[-1:] or [outcome.status]
-        return f"{outcome.stdout}Error ({outcome.status}): {last[0]}"
-    return outcome.stdout.rstrip("\n")
+    if outcome.status == "ok":
+        return Ran(outcome.stdout.rstrip("\n"), is_ok=True)
+    last = outcome.stderr.strip().splitlines()[-1:] or [outcome.status]
+    return Ran(f"{outcome.stdout}Error ({outcome.status}): {last[0]}", is_ok=False)
 
 
 @functools.cache
@@ -35,14 +45,18 @@ def _sandbox(name: str) -> Sandbox:
     return sandbox_named(name)
 
 
-class Python:
-    """One episode of a policy that writes plain text: a turn that ends with ";" is a program.
+python.check = functools.partial(_sandbox, "auto")  # type: ignore[attr-defined]  # resolve.py asks it
 
-    Set `environment.stop: [";"]`. What it prints is answered, an error as ?. The first other turn is the
-    last.
+
+class Python:
+    """One episode of a policy that writes plain text: a turn that ends with a semicolon is a program.
+
+    Set `environment.stop: [";"]`, so that the semicolon ends a turn. The answer is what the program prints,
+    or ? where it fails. The first turn without a semicolon at its end is the last.
     """
 
     def __init__(self, sandbox: str = "auto", time_s: float = 6.0, memory_mb: int = 512) -> None:
+        """sandbox: a name of gspo_dist/sandbox/README.md. time_s, memory_mb: per program."""
         self.sandbox, self.limits = sandbox, Limits(time_s=time_s, memory_mb=memory_mb)
         _sandbox(sandbox)  # a host without one says so before the run
 
@@ -50,12 +64,12 @@ class Python:
         """Nothing is said."""
 
     def step(self, turn: str) -> Observation:
-        """Parts: tool_calls and tool_errors."""
+        """What the program prints. Parts: tool_calls and tool_errors."""
         if not turn.endswith(";"):
             return Observation(done=True)
-        text = run(turn, self.sandbox, self.limits)
-        wrong = "Error (" in text
-        return Observation("?" if wrong else text, parts={"tool_calls": 1.0, "tool_errors": float(wrong)})
+        ran = run(turn, self.sandbox, self.limits)
+        parts = {"tool_calls": 1.0, "tool_errors": float(not ran.is_ok)}
+        return Observation(ran.text if ran.is_ok else "?", parts=parts)
 
     def state_dict(self) -> dict[str, int]:
         return {}

@@ -105,6 +105,9 @@ def _tools(name: str) -> list[Tool]:
     function = load("environment.tools", name, BUILT_IN_TOOLS.get(name, name))
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"environment.tools: {name} must be a function: got {function!r}")
+    check = getattr(function, "check", None)
+    if callable(check):  # what would fail in every call is told before the run, and not to the policy
+        check()
     return [tool_of(function)]
 
 
