@@ -26,6 +26,7 @@ from gspo_dist.environments.pool import EnvironmentPool, Reply
 from gspo_dist.environments.worker import Call
 from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rewards.reward import Item, Judged
+from gspo_dist.rollout.engine import group_work
 from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.rollout.seeds import work_keys
 from gspo_dist.rollout.turns import Bridge
@@ -274,13 +275,10 @@ def play(
 ) -> list[list[Completion]]:
     """`RolloutPool.generate` with an environment: `spec.n` episodes of each prompt, in order.
 
-    Nothing else may be in the engines. What is raised leaves no episode of these behind.
+    Nothing else may be in the engines. An error ends the environments of these episodes. Turns that were
+    being sampled stay in the engines, as `RolloutPool.generate` leaves them.
     """
-    work = [
-        Work(group, sample, prompt, spec)
-        for prompt, group in zip(prompts, group_ids, strict=True)
-        for sample in range(spec.n)
-    ]
+    work = group_work(prompts, spec, group_ids)
     finished: dict[WorkKey, Completion] = {}
     try:
         pool.submit(episodes.take(work))
