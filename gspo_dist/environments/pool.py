@@ -12,7 +12,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from gspo_dist.config import EnvironmentConfig
@@ -20,7 +19,7 @@ from gspo_dist.environments.protocol import EnvironmentFailure, Observation
 from gspo_dist.environments.resolve import located
 from gspo_dist.environments.worker import Call, End
 from gspo_dist.failures import Event
-from gspo_dist.rewards.pool import EXIT_S, START_TIMEOUT_S, Worker
+from gspo_dist.rewards.pool import EXIT_S, START_TIMEOUT_S, Worker, heard
 from gspo_dist.rewards.worker import Answer
 from gspo_dist.types import WorkKey
 
@@ -160,18 +159,8 @@ class LocalEnvironmentPool:
 
     def _listen(self, seconds: float) -> None:
         """Takes what the workers say within `seconds`, and what they fail to say within their deadlines."""
-        awaited = [i for i, worker in enumerate(self.workers) if worker.awaited]
-        if not awaited:
-            return
-        soonest = min(self.workers[i].deadline for i in awaited) - time.monotonic()
-        heard = wait([self.workers[i].connection for i in awaited], max(0.0, min(seconds, soonest)))
-        for i in awaited:
-            worker = self.workers[i]
-            if worker.connection in heard:
-                for answer in worker.answers():
-                    self._hear(i, answer)
-            elif time.monotonic() >= worker.deadline:
-                self._hear(i, None, late=True)
+        for worker, answer, late in heard(self.workers, seconds):
+            self._hear(self.workers.index(worker), answer, late)
         self._hand_out()
 
     def _hand_out(self) -> None:
@@ -194,7 +183,8 @@ class LocalEnvironmentPool:
             if answer is None and not late and self.facts:  # it was imported before: somebody has killed it
                 self._replace(i, worker.end(EXIT_S))
             else:
-                self._hear_start(worker, answer, late)
+                what = f"environment {self.config.factory or list(self.config.tools)}"
+                self.facts = worker.started(answer, late, what)
             return
         if call is None:  # it died while it had nothing to do
             self._replace(i, worker.end(EXIT_S))
@@ -230,18 +220,6 @@ class LocalEnvironmentPool:
             raise error
         log.warning("%s: it counts as %g", why, self.config.failure_reward)
         self.replies.append(Reply(call.key, failed=failed, why=why))
-
-    def _hear_start(self, worker: Worker, answer: Answer | None, late: bool) -> None:
-        where = f"the process of environment {self.config.factory or list(self.config.tools)}"
-        if late:
-            raise ValueError(f"{where} must import it within {START_TIMEOUT_S:.0f} s: it has not answered")
-        if answer is None:
-            raise ValueError(
-                f"{where} ended ({worker.end(EXIT_S)}) while it imported it; see its output above"
-            )
-        if answer.kind == "refused":
-            raise ValueError(answer.value)
-        worker.ready, self.facts = True, answer.value
 
     def _replace(self, i: int, ended: str | None) -> None:
         """Another process in place of worker i; its episodes are made again there when they go on."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Pipe, wait
 from typing import Any, Protocol
@@ -35,8 +36,7 @@ EXIT_S = 1.0
 CHUNK = 32
 """Most items per message to a worker."""
 DEATHS_IN_A_ROW = 5
-"""So many rollouts in a row that end a worker's process are the reward's fault, not that of the completions.
-"""
+"""So many rollouts in a row that end a worker's process are the reward's fault, not the completions'."""
 ERRORS_IN_A_ROW = 100
 """So many rollouts in a row whose reward raised are a service that is gone, or a reward that is broken."""
 BOOTSTRAP = (
@@ -118,6 +118,21 @@ class Worker:
         except (EOFError, OSError):
             yield None
 
+    def started(self, answer: Answer | None, late: bool, what: str) -> Any:
+        """Takes its first answer, and returns what it says of what it has imported.
+
+        what: it imports, in words. ValueError: it could not, or has not within START_TIMEOUT_S.
+        """
+        where = f"the process of {what}"
+        if late:
+            raise ValueError(f"{where} must import it within {START_TIMEOUT_S:.0f} s: it has not answered")
+        if answer is None:
+            raise ValueError(f"{where} ended ({self.end(EXIT_S)}) while it imported it; see its output above")
+        if answer.kind == "refused":
+            raise ValueError(answer.value)
+        self.ready = True
+        return answer.value
+
     def end(self, grace_s: float = 0.0) -> str:
         """Kills it and all that it started. Returns how it ended, in words; a second call says the same.
 
@@ -135,6 +150,27 @@ class Worker:
             self.connection.close()
         status = self.process.returncode
         return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def heard(
+    workers: Iterable[Worker], seconds: float = math.inf
+) -> Iterator[tuple[Worker, Answer | None, bool]]:
+    """What workers say within `seconds`, and what they fail to say: (worker, answer, whether it is late).
+
+    An answer of None is the last of its worker, which has died or is late. The wait ends with the first
+    answer, and at the soonest deadline at the latest. Where no worker owes an answer there is none.
+    """
+    awaited = [worker for worker in workers if worker.awaited]
+    if not awaited:
+        return
+    soonest = min(worker.deadline for worker in awaited) - time.monotonic()
+    talking = wait([worker.connection for worker in awaited], max(0.0, min(seconds, soonest)))
+    for worker in awaited:
+        if worker.connection in talking:
+            for answer in worker.answers():
+                yield worker, answer, False
+        elif time.monotonic() >= worker.deadline:
+            yield worker, None, True
 
 
 class LocalRewardPool:
@@ -180,16 +216,9 @@ class LocalRewardPool:
         try:
             while len(verdicts) < len(items) or (not items and not all(w.ready for w in self.workers)):
                 self._hand_out(items, waiting)
-                awaited = [worker for worker in self.workers if worker.awaited]
-                seconds = min(worker.deadline for worker in awaited) - time.monotonic()
-                heard = wait([worker.connection for worker in awaited], max(0.0, seconds))
-                for worker in awaited:
-                    if worker.connection in heard:
-                        for answer in worker.answers():
-                            self._hear(worker, answer, items, verdicts)
-                    elif time.monotonic() >= worker.deadline:
-                        self._hear(worker, None, items, verdicts, late=True)
-                    if worker not in self.workers:  # ended: what it had not begun goes to the others
+                for worker, answer, late in heard(self.workers):
+                    self._hear(worker, answer, items, verdicts, late)
+                    if answer is None:  # it was ended: what it had not begun goes to the others
                         waiting.extendleft(reversed(worker.places))
         except BaseException:
             self.close()  # answers to this call must not be taken for answers to the next one
@@ -217,7 +246,11 @@ class LocalRewardPool:
     ) -> None:
         """Takes a worker's answer, or the news that it has none: it is late, or dead."""
         if not worker.ready:
-            self._hear_start(worker, answer, late)
+            if answer is None and not late and self.has_started:
+                self._replace_idle(worker)
+            else:
+                worker.started(answer, late, f"reward.function {self.config.function!r}")
+                self.has_started = True
             return
         if not worker.places:  # it died after its last verdict, before anybody gave it more
             self._replace_idle(worker)
@@ -254,21 +287,6 @@ class LocalRewardPool:
             raise error
         log.warning("%s: it counts as %g", answer.value, self.config.error_reward)
         return Judged(self.config.error_reward, {"error": 1.0})
-
-    def _hear_start(self, worker: Worker, answer: Answer | None, late: bool) -> None:
-        where = f"the process of reward.function {self.config.function!r}"
-        if late:
-            raise ValueError(f"{where} must import it within {START_TIMEOUT_S:.0f} s: it has not answered")
-        if answer is None and self.has_started:
-            self._replace_idle(worker)
-            return
-        if answer is None:
-            raise ValueError(
-                f"{where} ended ({worker.end(EXIT_S)}) while it imported it; see its output above"
-            )
-        if answer.kind == "refused":
-            raise ValueError(answer.value)
-        worker.ready = self.has_started = True
 
     def _unjudged(self, worker: Worker, who: str, late: bool) -> Judged:
         """The stated reward of a rollout whose reward gave none. Raises RewardError where none is stated."""
