@@ -24,7 +24,6 @@ number of ticks repeats itself, and one by the clock is repeated by the numbers 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rewards.reward import Item, Judged
 from gspo_dist.rollout.engine import Progress
 from gspo_dist.rollout.pool import NoEngineLeft, RolloutPool
+from gspo_dist.trainer.alongside import IsOver, alongside
 from gspo_dist.trainer.buffer import BegunStep, Buffer
 from gspo_dist.trainer.clockwork import Clockwork, Slice
 from gspo_dist.trainer.episode_page import episode_rows
@@ -262,25 +262,10 @@ class Collector:
             self._sample_beside(lambda: self.clockwork.is_by_the_clock)
             yield
             return
-        learned, failures = threading.Event(), list[BaseException]()
-
-        def work() -> None:
-            try:
-                self._sample_beside(learned.is_set)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=work, name="sampling-beside-the-learner")
-        thread.start()
-        try:
+        with alongside("sampling-beside-the-learner", self._sample_beside):
             yield
-        finally:
-            learned.set()
-            thread.join()
-        if failures:
-            raise failures[0]
 
-    def _sample_beside(self, is_over: Callable[[], bool]) -> None:
+    def _sample_beside(self, is_over: IsOver) -> None:
         """Slices until the learner is done, or until the ticks of this publication are."""
         while (part := self.clockwork.slice_beside(is_over())) is not None:
             try:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from gspo_dist.evaluation.bench import run_suites
 from gspo_dist.evaluation.problem import Suite, SuiteResult
 from gspo_dist.evaluation.samplers import Sampler
+from gspo_dist.trainer.alongside import IsOver, alongside
 
 log = logging.getLogger(__name__)
 
@@ -94,16 +94,8 @@ class RunSuites:
         if self.under_way is None or not self.beside:
             yield
             return
-        learned = threading.Event()
-        thread = threading.Thread(
-            target=self._drive, args=(learned.is_set,), name="suites-beside-the-learner"
-        )
-        thread.start()
-        try:
+        with alongside("suites-beside-the-learner", self._drive):
             yield
-        finally:
-            learned.set()
-            thread.join()
 
     def finish(self) -> dict[str, float]:
         """Samples what is left of the evaluation under way; its figures, or none without one."""
@@ -118,7 +110,7 @@ class RunSuites:
         figures = {key: value for result in self.results for key, value in result.logged().items()}
         return figures | {"eval/at_step": float(step), "time/suites_s": self.seconds}
 
-    def _drive(self, is_over: Callable[[], bool]) -> None:
+    def _drive(self, is_over: IsOver) -> None:
         """Slices until everything is there or `is_over`. What fails ends this evaluation, never the run."""
         if self.under_way is None:
             return
