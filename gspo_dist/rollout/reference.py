@@ -1,23 +1,20 @@
-"""The reference engine: an HF model in float32 on the CPU, which recomputes every prefix for every token.
+"""The reference engine: plain Python over a policy (policy.py), which computes every prefix for every token.
 
-It is for tests and small models, where it lets the whole loop run under pytest without vLLM. It loads the
-whole model in float32, so a model of 30B parameters would take 122 GB, and its time grows with the square
-of the length. It is no engine for a real run, and a dry run does not start it. Like a real engine it
-takes weight syncs through shared memory, returns the log-probs of the distribution that it samples from,
-and records routes.
+It is for tests and small models, where it lets the whole loop run under pytest without vLLM. It is no engine
+for a real run, because its time grows with the square of the length, and a dry run does not start it. Like a
+real engine it takes weight syncs through shared memory, returns the log-probs of the distribution that it
+samples from, and records routes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.rollout.engine import (
@@ -30,137 +27,15 @@ from gspo_dist.rollout.engine import (
     check_work,
     generate,
 )
+from gspo_dist.rollout.policy import Policy
 from gspo_dist.rollout.seeds import uniforms, work_keys
-from gspo_dist.routing.huggingface import KINDS, record
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, SamplingSpec, Work, WorkKey
 from gspo_dist.weights.bucket import BucketLayout
-from gspo_dist.weights.folder import ModelFolder
-from gspo_dist.weights.names import FileNames, stored_tensors
 from gspo_dist.weights.shm import ShmSource
 from gspo_dist.weights.source import make_source
-from gspo_dist.weights.stacks import unstack
-from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.transport import Source
 from gspo_dist.weights.verify import WeightSyncError
-
-
-class Policy(Protocol):
-    """What the reference engine samples from.
-
-    n rows, T tokens, V vocabulary, L MoE layers, K experts per token.
-    """
-
-    vocab_size: int
-    """V."""
-    num_experts: int
-    """Routed experts per layer; 0 for a dense model."""
-    moe_layers: int
-    """L."""
-    top_k: int
-    """K."""
-    eos_ids: frozenset[int]
-    """Tokens that end a completion."""
-
-    def logits(self, rows: np.ndarray) -> np.ndarray:
-        """Next-token logits [n, V] after rows [n, T] of token ids, all of one length."""
-        ...
-
-    def all_logits(self, row: np.ndarray) -> np.ndarray:
-        """Logits [T, V] at every position of one row [T]."""
-        ...
-
-    def routes(self, row: np.ndarray) -> np.ndarray:
-        """Expert ids [T, L, K] of one row [T]."""
-        ...
-
-    def check_bucket(self, layout: BucketLayout, engine: str) -> None:
-        """WeightSyncError, with the engine's name: a tensor of the bucket has no place."""
-        ...
-
-    def load(self, weights: Sequence[NamedTensor]) -> None:
-        """Copies the tensors to their places."""
-        ...
-
-    def check_whole(self, arrived: Iterable[str], engine: str) -> None:
-        """WeightSyncError, with the engine's name: a tensor that the policy needs has not arrived."""
-        ...
-
-    def text(self, token_ids: np.ndarray) -> str:
-        """The tokens as text, special tokens left out."""
-        ...
-
-
-class HFPolicy:
-    """An HF causal LM in float32. ValueError: a weight file of the folder is torn or missing."""
-
-    def __init__(self, folder: str | Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.folder = ModelFolder(folder)
-        self.hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.places = places(self.hf)
-        config = self.hf.config
-        eos = config.eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        tokenizer_eos = self.tokenizer.eos_token_id
-        self.eos_ids = frozenset(eos + ([] if tokenizer_eos is None else [tokenizer_eos]))
-        self.vocab_size = int(config.vocab_size)
-        self.routers = [m for m in self.hf.modules() if type(m).__name__ in KINDS]
-        self.moe_layers = len(self.routers)
-        self.num_experts = int(self.routers[0].num_experts) if self.routers else 0
-        self.top_k = int(self.routers[0].top_k) if self.routers else 0
-
-    @torch.no_grad()
-    def logits(self, rows: np.ndarray) -> np.ndarray:
-        return self.hf(torch.from_numpy(rows), use_cache=False, logits_to_keep=1).logits[:, -1].numpy()
-
-    @torch.no_grad()
-    def all_logits(self, row: np.ndarray) -> np.ndarray:
-        return self.hf(torch.from_numpy(row)[None], use_cache=False).logits[0].numpy()
-
-    def routes(self, row: np.ndarray) -> np.ndarray:
-        with record(self.hf) as recorder:
-            self.all_logits(row)
-        return recorder.trace().expert_ids
-
-    def check_bucket(self, layout: BucketLayout, engine: str) -> None:
-        self.folder.check_shapes(layout.members(), engine)
-
-    @torch.no_grad()
-    def load(self, weights: Sequence[NamedTensor]) -> None:
-        for name, tensor in unstack(weights):
-            stored, index = self.places[name]
-            stored.view(-1)[index] = tensor.to(stored.dtype)
-
-    def check_whole(self, arrived: Iterable[str], engine: str) -> None:
-        self.folder.check_whole(arrived, engine)
-
-    def text(self, token_ids: np.ndarray) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
-def places(hf: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name in the folder -> the tensor in memory, and where its elements lie there (indices into it, flat).
-
-    transformers knows the way from memory to the folder for whole tensors. Sent along it, the numbers 0, 1,
-    2, ... say where every element came from. Example: of a fused gate_up_proj [2, 4, 3] the tensor
-    experts.1.up_proj.weight [2, 3] is at the indices [[18, 19, 20], [21, 22, 23]].
-    """
-    names, found = FileNames(hf), {}
-    tensors = dict(stored_tensors(hf))
-    for group in names.groups:
-        if len(group) > 1:
-            raise ValueError(
-                f"the reference engine cannot update {group[0]}, which the folder joins with {group[1]}: "
-                "use rollout=vllm"
-            )
-        stored = tensors[group[0]]
-        numbers = torch.arange(stored.numel()).view(stored.shape)
-        for name, index in names.split(group[0], numbers):
-            found[name] = (stored, index)
-    return found
 
 
 def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:

@@ -16,7 +16,8 @@ from benchmarks import gpu_check, gpu_steps
 from benchmarks.gpu_check import PLANS, Plan, report, run_step
 from benchmarks.gpu_steps import STEPS, NotHereError, Step
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
+from gspo_dist.rollout.policy import HFPolicy
+from gspo_dist.rollout.reference import ReferenceEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = """

@@ -98,7 +98,8 @@ def make_engine(
     batch_invariant: its log-probs do not depend on how many sequences run.
     """
     if config.engine == "reference":
-        from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
+        from gspo_dist.rollout.policy import HFPolicy
+        from gspo_dist.rollout.reference import ReferenceEngine
 
         return ReferenceEngine(
             config,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gspo_dist.config import RolloutConfig
-from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine
+from gspo_dist.rollout.policy import HFPolicy
+from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.weights.names import hf_named_weights
 from gspo_dist.weights.send import send_weights
 from gspo_dist.weights.shm import ShmTransport

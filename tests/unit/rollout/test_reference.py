@@ -6,7 +6,8 @@ import torch
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.rollout.engine import EngineInfo
-from gspo_dist.rollout.reference import HFPolicy, ReferenceEngine, log_softmax, places, truncate
+from gspo_dist.rollout.policy import HFPolicy, places
+from gspo_dist.rollout.reference import ReferenceEngine, log_softmax, truncate
 from gspo_dist.types import Prompt, SamplingSpec
 from gspo_dist.weights.names import hf_named_weights
 from gspo_dist.weights.send import send_weights

@@ -246,9 +246,9 @@ def test_an_engine_is_told_all_that_it_cannot_find_out(model, reward_file, tmp_p
 
 def test_a_reference_engine_is_told_as_much(model, reward_file, tmp_path, monkeypatch):
     seen = []
-    room = "gspo_dist.rollout.reference"
-    monkeypatch.setattr(f"{room}.ReferenceEngine", lambda *args, **told: seen.append((args, told)))
-    monkeypatch.setattr(f"{room}.HFPolicy", lambda folder: f"policy of {folder}")
+    room = "gspo_dist.rollout"
+    monkeypatch.setattr(f"{room}.reference.ReferenceEngine", lambda *args, **told: seen.append((args, told)))
+    monkeypatch.setattr(f"{room}.policy.HFPolicy", lambda folder: f"policy of {folder}")
     c = config(model, reward_file, tmp_path)
     object.__setattr__(c, "cluster", replace(c.cluster, colocated=True))
     engine_factory(c, "folder", "cpu", 2)(name="engine-5")
