@@ -22,12 +22,14 @@ from gspo_dist.evaluation.tasks.table import load_suites
 from gspo_dist.files import write_text
 from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.metrics.wandb_sink import Mode, choose_mode, open_wandb
+from gspo_dist.rewards.pool import LocalRewardPool, RewardPool
 from gspo_dist.rollout.pool import LocalRolloutPool, RolloutPool
 from gspo_dist.trainer.episodes import EpisodeJudge, play
 from gspo_dist.trainer.setup.checks import check_model, load_tokenizer, resolve_device
 from gspo_dist.trainer.setup.environment import check_environment, check_verdicts, start_episodes
 from gspo_dist.trainer.setup.factories import engine_factory, sampling_spec
 from gspo_dist.trainer.setup.processes import Processes
+from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 FOLDER = "evaluation"
 """Of the run folder: what suites leave."""
@@ -76,31 +78,27 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
         **(environment.rendering if environment else {}),
     )[: config.evaluation.prompts]
     check_verdicts(config, prompts)
-    device = resolve_device(config.cluster)
-    run_dir = Path(config.run_dir).expanduser().resolve()
-    with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:
-        pool, rewards = processes.pool(), processes.rewards()
+    with contextlib.ExitStack() as stack:
+        pool, make_rewards = stack.enter_context(engines(config, model, moe_layers))
+        rewards = make_rewards()
         rewards.start()
         episodes = start_episodes(config, environment)
         if episodes is not None:
-            processes.stack.callback(episodes.pool.close)
+            stack.callback(episodes.pool.close)
         spec = replace(
             sampling_spec(config, tokenizer, pool.start()),
             n=config.evaluation.samples,
             temperature=config.evaluation.temperature,
             top_p=config.evaluation.top_p,
         )
-        if episodes is not None:
-            playing, judging = episodes, EpisodeJudge(episodes, rewards)
-            return evaluate_heldout(
-                lambda chosen, asked: play(pool, playing, chosen, asked, range(len(chosen))),
-                judging,
-                prompts,
-                spec,
-            )
-        return evaluate_heldout(
-            lambda chosen, asked: pool.generate(chosen, asked, range(len(chosen))), rewards, prompts, spec
-        )
+
+        def generate(chosen: Sequence[Prompt], asked: SamplingSpec) -> list[list[Completion]]:
+            if episodes is None:
+                return pool.generate(chosen, asked, range(len(chosen)))
+            return play(pool, episodes, chosen, asked, range(len(chosen)))
+
+        judges = rewards if episodes is None else EpisodeJudge(episodes, rewards)
+        return evaluate_heldout(generate, judges, prompts, spec)
 
 
 def evaluate_suites(config: RunConfig, tell: Tell = lambda line: None) -> list[SuiteResult]:
@@ -153,7 +151,7 @@ def _sampler(config: RunConfig, suites: Sequence[Suite]) -> Iterator[tuple[Sampl
     tokenizer = load_tokenizer(model)
     prompts = suite_prompts(config, tokenizer)
     prompts.check(suites)
-    with engines(config, model, moe_layers) as pool:
+    with engines(config, model, moe_layers) as (pool, _):
         spec = replace(sampling_spec(config, tokenizer, pool.start()), seed=config.seed + 1)
         sampler = EngineSampler(pool, prompts, spec, name=model, first_id=SUITE_IDS)
         yield sampler, {**model_setting(config, model), "weights": weights_of(Path(model))}
@@ -188,19 +186,23 @@ def weights_of(folder: Path) -> list[list[Any]]:
 
 
 @contextlib.contextmanager
-def engines(config: RunConfig, model: str, moe_layers: int) -> Iterator[RolloutPool]:
-    """The engines of a configuration, in this process or as actors; `start` waits for them."""
+def engines(
+    config: RunConfig, model: str, moe_layers: int
+) -> Iterator[tuple[RolloutPool, Callable[[], RewardPool]]]:
+    """(the engines of a configuration, what makes its reward workers), in this process or as actors.
+
+    `start` waits for either. Leaving the block ends both.
+    """
     device = resolve_device(config.cluster)
     if config.cluster.in_process:
-        pool = LocalRolloutPool(engine_factory(config, model, device, moe_layers)(name="engine-0"))
-        try:
-            yield pool
-        finally:
-            pool.close()
+        with contextlib.ExitStack() as stack:
+            engine = engine_factory(config, model, device, moe_layers)(name="engine-0")
+            pool = stack.enter_context(contextlib.closing(LocalRolloutPool(engine)))
+            yield pool, lambda: stack.enter_context(contextlib.closing(LocalRewardPool(config.reward)))
         return
     run_dir = Path(config.run_dir).expanduser().resolve()
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:
-        yield processes.pool()
+        yield processes.pool(), processes.rewards
 
 
 def _to_wandb(config: RunConfig, folder: Path, mode: Mode | None, results: Sequence[SuiteResult]) -> None:

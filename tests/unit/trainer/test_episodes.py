@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from gspo_dist.rollout.turns import Bridge
 from gspo_dist.trainer import clockwork
 from gspo_dist.trainer.credit import turn_rewards
 from gspo_dist.trainer.episodes import Episodes, play
+from gspo_dist.trainer.evaluate import evaluate_model
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.selection import select
 from gspo_dist.trainer.setup.build import build
@@ -246,6 +248,69 @@ def test_what_fails_costs_its_own_episode_and_what_diverges_begins_again(
         is_whole(rollout)
     assert rows[-1]["environment/failed_fraction"] == len(failed) / 8
     assert rows[-1]["environment/error_fraction"] == len(failed) / 8
+
+
+@pytest.mark.slow
+def test_gspo_evaluate_plays_the_episodes_that_a_run_would_train_on(
+    model, reward_file, source, tmp_path
+) -> None:
+    """Judged by the function on the whole episode, and by what the environment paid."""
+    seen = []
+    plain = Episodes.judge
+
+    def judged(self, items, rewards):
+        seen.extend((item, verdict) for item, verdict in zip(items, plain(self, items, rewards), strict=True))
+        return [verdict for _, verdict in seen[-len(items) :]]
+
+    knobs = ("evaluation.samples=3", "environment.reward=sum", "evaluation.temperature=1.0")
+    with mock.patch.object(Episodes, "judge", judged):
+        told = evaluate_model(episodes_of(model, reward_file, source, tmp_path, *knobs))
+    assert len(seen) == 6
+    for (_, _, completion), verdict in seen:
+        paid = sum(turn.said.count("7") / 4 for turn in completion.turns if turn.observation)
+        own = completion.text.count("7") / len(completion)
+        assert verdict.reward == pytest.approx(paid + own)
+    assert any(len(completion.turns) > 2 for (_, _, completion), _ in seen)
+    assert told["eval/heldout/reward_mean"] == pytest.approx(np.mean([v.reward for _, v in seen]))
+    assert not (tmp_path / "logs").exists()  # in_process: no actor was started
+
+
+@pytest.mark.slow
+def test_a_slow_tool_holds_no_engine_and_changes_no_episode(model, reward_file, source, tmp_path) -> None:
+    """By ticks every answer is waited for; by the clock engines sample on for others. The tokens are the same
+    ones: a draw depends on the seed and its place.
+    """
+    ticks = ("rollout.steps_ahead=1", "rollout.ticks_per_step=5", "learner.optimizer.lr=1e-5", "steps=2")
+    fast, slow = Watched(), Watched()
+    go(episodes_of(model, reward_file, source, tmp_path / "fast", *ticks), fast)
+    late = ("+environment.options.wait_s=0.1", "environment.workers=2")
+    go(episodes_of(model, reward_file, source, tmp_path / "slow", *ticks, *late), slow)
+    assert as_rows(slow.rollouts) == as_rows(fast.rollouts)
+    assert max(len(r.completion.turns) for r in slow.rollouts) == 4
+
+    one, other = Watched(), Watched()
+    clock = ("steps=1",)
+    go(episodes_of(model, reward_file, source, tmp_path / "a", *clock), one)
+    while_acting = []
+
+    def watched(run) -> None:
+        other(run)
+        advance = run.pool.advance
+
+        def counted(*asked):
+            acting, told = len(run.collector.episodes.acting), advance(*asked)
+            while_acting.append((acting, sum(progress.tokens for progress in told.values())))
+            return told
+
+        run.pool.advance = counted
+
+    go(episodes_of(model, reward_file, source, tmp_path / "b", *clock, *late), watched)
+    # Other company in a batch may change the last digit of a log-prob, and nothing else.
+    for here, there in zip(other.rollouts, one.rollouts, strict=True):
+        assert here.completion.token_ids.tolist() == there.completion.token_ids.tolist()
+        assert (here.completion.turns, here.reward) == (there.completion.turns, there.reward)
+        np.testing.assert_allclose(here.completion.logprobs, there.completion.logprobs, atol=1e-5)
+    assert any(acting and tokens for acting, tokens in while_acting)  # the engine did not wait for it
 
 
 # --- the driver alone, over a policy that is a table ---
