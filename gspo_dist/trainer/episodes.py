@@ -107,16 +107,15 @@ class Episodes:
                 self._answered(item, reply, moved)
         return moved
 
-    def settle(self, seconds: float = 0.0) -> Moved:
-        """`poll` until no environment owes an answer: under a fixed clock a late tool holds everybody.
-
-        seconds: at least one wait of so long.
-        """
-        whole = self.poll(seconds)
+    def settle(self) -> Moved:
+        """`poll` until no environment owes an answer: under a fixed clock a late tool holds everybody."""
+        whole = Moved()
         while self.acting:
             more = self.poll(WAIT_S)
             whole.ready += more.ready
             whole.finished |= more.finished
+        # Who answers first is an accident. Batches in its order would differ in the last digit of log-probs.
+        whole.ready.sort(key=lambda item: item.key)
         return whole
 
     def beside(self) -> Episodes:

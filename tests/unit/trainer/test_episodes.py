@@ -26,7 +26,7 @@ from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.selection import select
 from gspo_dist.trainer.setup.build import build
 from gspo_dist.trainer.step_metrics import turn_metrics, turn_rows
-from gspo_dist.types import NO_VERSION, Completion, Prompt, Rollout, SamplingSpec, Turn
+from gspo_dist.types import NO_VERSION, Completion, Prompt, Rollout, SamplingSpec, Turn, Work
 from tests.unit.rollout.table_policy import TablePolicy
 from tests.unit.trainer.small import config, go, values
 
@@ -277,8 +277,9 @@ def test_gspo_evaluate_plays_the_episodes_that_a_run_would_train_on(
 
 @pytest.mark.slow
 def test_a_slow_tool_holds_no_engine_and_changes_no_episode(model, reward_file, source, tmp_path) -> None:
-    """By ticks every answer is waited for; by the clock engines sample on for others. The tokens are the same
-    ones: a draw depends on the seed and its place.
+    """By ticks every answer is waited for. By the clock engines sample on for others meanwhile.
+
+    The run repeats itself by ticks. By the clock the tokens are the same: a draw depends on its place alone.
     """
     ticks = ("rollout.steps_ahead=1", "rollout.ticks_per_step=5", "learner.optimizer.lr=1e-5", "steps=2")
     fast, slow = Watched(), Watched()
@@ -297,8 +298,8 @@ def test_a_slow_tool_holds_no_engine_and_changes_no_episode(model, reward_file, 
         other(run)
         advance = run.pool.advance
 
-        def counted(*asked):
-            acting, told = len(run.collector.episodes.acting), advance(*asked)
+        def counted(ticks=None, seconds=None):
+            acting, told = len(run.collector.episodes.acting), advance(ticks, seconds)
             while_acting.append((acting, sum(progress.tokens for progress in told.values())))
             return told
 
@@ -441,6 +442,30 @@ def test_the_order_of_answers_changes_nothing() -> None:
     _, one = played(answers())
     _, two = played(answers(), reverse=True)
     assert [c.token_ids.tolist() for c in one] == [c.token_ids.tolist() for c in two]
+
+
+def test_under_a_fixed_clock_turns_go_on_in_one_order_however_late_each_answer_comes() -> None:
+    work = [Work(10, sample, PROMPTS[0], SPEC) for sample in range(3)]
+
+    def settled(delays):
+        """delays: at which poll each episode is answered."""
+        pool, polls = Scripted(answers()), []
+
+        def poll(seconds, mine):
+            polls.append(seconds)
+            late, pool.waiting = pool.waiting, []
+            now = [call for call in late if delays[call.key[1]] <= len(polls)]
+            pool.waiting = [call for call in late if call not in now]
+            return [pool.answer(call) for call in now]
+
+        pool.poll = poll
+        episodes = Episodes(EnvironmentConfig(factory="guess"), pool, Bridge(build_tokenizer(), limit=9))
+        assert episodes.take(work) == []
+        moved = episodes.settle()
+        assert episodes.acting == set()
+        return [item.key for item in moved.ready]
+
+    assert settled([1, 1, 1]) == settled([3, 2, 1]) == settled([1, 3, 2]) == [(10, 0), (10, 1), (10, 2)]
 
 
 def test_siblings_have_seeds_of_their_own_and_the_history_is_passed_on() -> None:
