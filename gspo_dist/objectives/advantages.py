@@ -66,25 +66,26 @@ def group_advantages(
     # Equality is tested on the rewards: a deviation that is only rounding would be blown up to 1 below.
     centred = np.where(_degenerate(r, inverse, groups)[inverse], 0.0, r - mean[inverse])
     if kind == "maxrl":
-        if r.min() < 0:
-            at = int(np.argmin(r))
-            raise ValueError(
-                "maxrl divides by the mean reward, so no reward may be below 0: got "
-                f"{r[at]} for rollout {at} of group {np.asarray(group_ids)[at]}; shift the reward, or use "
-                "another advantage"
-            )
-        # A group that is not degenerate has a mean above 0.
-        centred = centred / np.where(mean > 0, mean + eps, 1.0)[inverse]
-    elif kind == "batch_std":
-        centred = _over(centred, np.sqrt(np.mean(centred * centred)) + eps)
-    elif kind == "leave_one_out":
-        others = np.maximum(size - 1, 1)
-        centred = centred * (size / others)[inverse]
-    elif kind == "group_std":
+        _refuse_negative(r, group_ids)
+        return _over(centred, (mean + eps)[inverse])
+    if kind == "batch_std":
+        return _over(centred, np.sqrt(np.mean(centred * centred)) + eps)
+    if kind == "leave_one_out":
+        return centred * (size / np.maximum(size - 1, 1))[inverse]
+    if kind == "group_std":
         square = np.bincount(inverse, centred * centred, groups)
-        deviation = np.sqrt(square / size) + eps
-        centred = centred / np.where(deviation > 0, deviation, 1.0)[inverse]
+        return _over(centred, (np.sqrt(square / size) + eps)[inverse])
     return centred
+
+
+def _refuse_negative(rewards: np.ndarray, group_ids: np.ndarray) -> None:
+    """ValueError that names the lowest reward, where that is below 0."""
+    at = int(np.argmin(rewards))
+    if rewards[at] < 0:
+        raise ValueError(
+            f"maxrl divides by the mean reward, so no reward may be below 0: got {rewards[at]} for rollout "
+            f"{at} of group {np.asarray(group_ids)[at]}; shift the reward, or use another advantage"
+        )
 
 
 def _gdpo(
@@ -94,6 +95,7 @@ def _gdpo(
     weights: Sequence[float],
     eps: float,
 ) -> np.ndarray:
+    """The weighted sum of the parts, each normalised in its group, over its deviation in the batch."""
     columns = np.asarray(np.zeros((0, 0)) if parts is None else parts, np.float64)
     if columns.ndim != 2 or len(columns) != len(np.asarray(rewards)) or columns.shape[1] != len(weights):
         raise ValueError(
@@ -109,9 +111,9 @@ def _gdpo(
     return _over(centred, centred.std() + eps) if np.any(total) else total
 
 
-def _over(values: np.ndarray, scale: float) -> np.ndarray:
-    """values / scale, and zeros where the scale is 0."""
-    return values / scale if scale > 0 else values
+def _over(values: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
+    """values / scale, and the values where the scale is 0: they are 0 there."""
+    return values / np.where(scale > 0, scale, 1.0)
 
 
 Payments = Sequence[tuple[int, float]]

@@ -57,6 +57,14 @@ def binding(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
     return (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
 
 
+def outside(change: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Where a change goes too far in the direction that A asks, two bool [N].
+
+    The first is below -low with A < 0, the second above high with A > 0.
+    """
+    return (change < -low) & (advantages < 0), (change > high) & (advantages > 0)
+
+
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Surrogate:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), [N]."""
     # Written as the ratio with its binding bound put in, which tells at once where it binds.
@@ -75,6 +83,19 @@ def require_constant(advantages: Tensor, segments: Segments, objective: str) -> 
             f"advantages must be constant within a sequence for {objective}: got several values in sequence "
             f"{sequence}; use gspo_token for advantages per token"
         )
+
+
+def geometric_mean(log_ratio: Tensor, segments: Segments) -> Tensor:
+    """exp(1/|y| sum_t log_ratio) at every token of its sequence, [N]."""
+    return segments.expand(bounded_exp(segments.mean(log_ratio)))
+
+
+def masked_reinforce(
+    logprobs: Tensor, ratio: Tensor, advantages: Tensor, low: Tensor, high: Tensor
+) -> Surrogate:
+    """-r_t A_t log pi(y_t) without the tokens in low and high, [N]. The ratio has no gradient."""
+    weight = ratio.masked_fill(low | high, 0.0)
+    return Surrogate(-weight * advantages * logprobs, ratio, low, high)
 
 
 def no_clip(ratio: Tensor) -> Tensor:
@@ -100,7 +121,7 @@ def gspo(
     Raises ValueError if A varies within a sequence.
     """
     require_constant(advantages, segments, "gspo")
-    ratio = segments.expand(bounded_exp(segments.mean(logprobs - old_logprobs)))
+    ratio = geometric_mean(logprobs - old_logprobs, segments)
     return clipped_surrogate(ratio, advantages, clip_low, clip_high)
 
 
@@ -118,8 +139,8 @@ def gspo_token(
     Equal to GSPO in value and gradient when A_t is constant in the sequence (eq 17); takes A_t per token.
     """
     # exp(logprobs - logprobs.detach()) is 1 in value and passes the gradient of each token's own log-prob.
-    sequence = segments.mean((logprobs - old_logprobs).detach())
-    ratio = segments.expand(bounded_exp(sequence)) * torch.exp(logprobs - logprobs.detach())
+    sequence = geometric_mean((logprobs - old_logprobs).detach(), segments)
+    ratio = sequence * torch.exp(logprobs - logprobs.detach())
     return clipped_surrogate(ratio, advantages, clip_low, clip_high)
 
 
@@ -139,7 +160,7 @@ def luspo(
     Raises ValueError if A varies within a sequence.
     """
     require_constant(advantages, segments, "luspo")
-    ratio = segments.expand(bounded_exp(segments.mean(logprobs - old_logprobs)))
+    ratio = geometric_mean(logprobs - old_logprobs, segments)
     return clipped_surrogate(ratio, advantages, clip_low, clip_high)
 
 
@@ -188,10 +209,15 @@ def gmpo(
     Raises ValueError if A varies within a sequence.
     """
     require_constant(advantages, segments, "gmpo")
-    log_ratio = logprobs - old_logprobs
-    low, high = (log_ratio < -clip_low) & (advantages < 0), (log_ratio > clip_high) & (advantages > 0)
+    return _clipped_geometric_mean(logprobs - old_logprobs, advantages, segments, clip_low, clip_high)
+
+
+def _clipped_geometric_mean(
+    log_ratio: Tensor, advantages: Tensor, segments: Segments, clip_low: float, clip_high: float
+) -> Surrogate:
+    low, high = outside(log_ratio, advantages, clip_low, clip_high)
     used = log_ratio.masked_fill(low, -clip_low).masked_fill(high, clip_high)
-    ratio = segments.expand(bounded_exp(segments.mean(used)))
+    ratio = geometric_mean(used, segments)
     return Surrogate(-ratio * advantages, ratio.detach(), low, high)
 
 
@@ -215,10 +241,11 @@ def rspo(
     or after it, and whether layers are averaged or multiplied. Here it is before, and averaged.
     Raises ValueError if A varies within a sequence.
     """
-    # max(0) is -inf in the logarithm, which no ratio of a trained token should become.
-    weight = router_shift.detach().to(logprobs.dtype).clamp(min=max(shift_floor, LEAST_REST)).log()
     require_constant(advantages, segments, "rspo")
-    return gmpo(logprobs + weight, old_logprobs, advantages, segments, clip_low=clip_low, clip_high=clip_high)
+    # shift_floor may be 0, whose logarithm is -inf. No ratio of a trained token should become that.
+    weight = router_shift.detach().to(logprobs.dtype).clamp(min=max(shift_floor, LEAST_REST)).log()
+    log_ratio = logprobs + weight - old_logprobs
+    return _clipped_geometric_mean(log_ratio, advantages, segments, clip_low, clip_high)
 
 
 # --- token ratios: GRPO and its kin ---
@@ -329,8 +356,7 @@ def minirl(
     """
     ratio = bounded_exp((logprobs - old_logprobs).detach())
     low, high = binding(ratio, advantages, clip_low, clip_high)
-    weight = ratio.masked_fill(low | high, 0.0)
-    return Surrogate(-weight * advantages * logprobs, ratio, low, high)
+    return masked_reinforce(logprobs, ratio, advantages, low, high)
 
 
 def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, segments: Segments) -> Surrogate:
@@ -358,7 +384,8 @@ def dppo_tv(
     engine's.
     """
     moved = logprobs.detach().exp() - old_logprobs.exp()
-    return _masked_reinforce(logprobs, old_logprobs, advantages, moved, delta_low, delta_high)
+    ratio = bounded_exp((logprobs - old_logprobs).detach())
+    return masked_reinforce(logprobs, ratio, advantages, *outside(moved, advantages, delta_low, delta_high))
 
 
 def dppo_kl(
@@ -382,22 +409,8 @@ def dppo_kl(
         rest_old.clamp(min=LEAST_REST).log() - rest.clamp(min=LEAST_REST).log()
     )
     moved = divergence * torch.sign(current - old)
-    return _masked_reinforce(logprobs, old_logprobs, advantages, moved, delta_low, delta_high)
-
-
-def _masked_reinforce(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    moved: Tensor,
-    delta_low: float,
-    delta_high: float,
-) -> Surrogate:
-    """-sg[r_t] A_t log pi(y_t) without the tokens that have `moved` too far in the direction of A_t."""
-    low, high = (moved < -delta_low) & (advantages < 0), (moved > delta_high) & (advantages > 0)
-    ratio = bounded_exp((logprobs - old_logprobs).detach())
-    weight = ratio.masked_fill(low | high, 0.0)
-    return Surrogate(-weight * advantages * logprobs, ratio, low, high)
+    ratio = bounded_exp(current - old)
+    return masked_reinforce(logprobs, ratio, advantages, *outside(moved, advantages, delta_low, delta_high))
 
 
 def m2po(
