@@ -89,6 +89,7 @@ class ObjectiveConfig:
         choose("objective.kl_estimator", self.kl_estimator, specs.KL_ESTIMATORS)
         at_least("objective.kl_coef", self.kl_coef, 0.0)
         self._check_credit()
+        self._check_penalty()
         if (self.advantage_name == "gdpo") != bool(self.reward_parts):
             raise ValueError(
                 "objective.advantage=gdpo normalises the parts of a reward apart, and nothing else reads "
@@ -136,6 +137,18 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.credit={self.credit} compares what is paid within a group: got advantage "
                 f"{self.advantage_name}; use {' or '.join(known)}"
+            )
+
+    def _check_penalty(self) -> None:
+        why = {
+            "gdpo": "normalises the parts of a reward, among which it is not",
+            "maxrl": "divides by the mean reward, so that no reward may fall below 0",
+        }.get(self.advantage_name or "")
+        if self.selection.overlong_penalty and why:
+            raise ValueError(
+                "objective.selection.overlong_penalty is taken from the reward of a long completion, and "
+                f"objective.advantage={self.advantage_name} {why}: got {self.selection.overlong_penalty}; "
+                "set it to 0 and let the reward charge for length, or use another advantage"
             )
 
     @property

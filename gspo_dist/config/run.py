@@ -20,6 +20,7 @@ from gspo_dist.config.objective import ObjectiveConfig
 from gspo_dist.config.plan import PlanConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig
+from gspo_dist.objectives import legality
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,12 @@ class RunConfig:
             )
 
     def _check_router_shift(self) -> None:
-        if self.objective.name == "rspo" and self.learner.backend != "eager":
+        name = self.objective.name
+        if "router_shift" in legality.spec_of(name).reads and self.learner.backend != "eager":
             raise ValueError(
-                "objective rspo weighs tokens by their routers' shift, which the eager learner alone "
-                f"measures: got learner.backend {self.learner.backend}; use learner=eager, or gmpo, the same "
-                "without it"
+                f"objective {name} weighs tokens by their routers' shift, which the eager learner alone "
+                f"measures: got learner.backend {self.learner.backend}; use learner=eager, or "
+                "objective=gmpo, the same without it"
             )
 
     def _check_accepted(self) -> None:

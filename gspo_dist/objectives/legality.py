@@ -63,30 +63,18 @@ class Rule:
     """The axes that it reads, which the message shows."""
 
 
-def _geometric_mean(objective: str) -> bool:
-    """Whether a known objective's ratio is a geometric mean over a sequence: gspo and its kin. A user's own:
-    False.
-    """
-    spec = OBJECTIVE_SPECS.get(objective)
-    return spec is not None and spec.geometric_mean
+_OWN = ObjectiveSpec("a user's own", "token_mean")
+"""What the rules assume of an objective that they do not know: a clip on token ratios, nothing besides."""
 
 
-def _weighs_engine(objective: str) -> bool:
-    """Whether a known objective's kernel weighs sequences against the engine: vespo. A user's own: False."""
-    spec = OBJECTIVE_SPECS.get(objective)
-    return spec is not None and spec.weighs_engine
-
-
-def _reads(objective: str, what: str) -> bool:
-    """Whether a known objective reads `what` beside log-probs. A user's own: False."""
-    spec = OBJECTIVE_SPECS.get(objective)
-    return spec is not None and what in spec.reads
+def spec_of(objective: str) -> ObjectiveSpec:
+    """The spec of a known objective. A user's own, of which only the name is known yet, gets `_OWN`."""
+    return OBJECTIVE_SPECS.get(objective, _OWN)
 
 
 def without_clip(objective: str) -> bool:
     """Whether a known objective has no clip on a ratio: sapo, reinforce, dppo. A user's own: False."""
-    spec = OBJECTIVE_SPECS.get(objective)
-    return spec is not None and spec.clip is None
+    return spec_of(objective).clip is None
 
 
 # --- the rules ---
@@ -128,7 +116,9 @@ RULES: tuple[Rule, ...] = (
         "the weight exp(sum) of a sequence shrinks like exp(-KL * length) while the objective's ratio is a "
         "geometric mean: at KL 1.5e-3 and 8,192 tokens it is about 5e-6, and the loss is gone",
         "set correction=geometric_truncate, geometric_reject, token_truncate or token_mask",
-        lambda c: c.correction in ("sequence_truncate", "sequence_mask") and _geometric_mean(c.objective),
+        lambda c: (
+            c.correction in ("sequence_truncate", "sequence_mask") and spec_of(c.objective).geometric_mean
+        ),
         ("correction", "objective"),
     ),
     Rule(
@@ -137,7 +127,7 @@ RULES: tuple[Rule, ...] = (
         "beside it is not the paper's: its ratio is to the engine, which old_logprobs=rollout makes it",
         "set correction=none and old_logprobs=rollout, or a correction that only drops (geometric_reject, "
         "veto, opsm)",
-        lambda c: c.correction.endswith(("_truncate", "_mask")) and _weighs_engine(c.objective),
+        lambda c: c.correction.endswith(("_truncate", "_mask")) and spec_of(c.objective).weighs_engine,
         ("correction", "objective"),
     ),
     Rule(
@@ -145,7 +135,7 @@ RULES: tuple[Rule, ...] = (
         "the old policy's router probabilities are recorded while the learner recomputes old_logprobs, and "
         "an engine gives none",
         "set old_logprobs=recompute",
-        lambda c: _reads(c.objective, "router_shift") and c.old_logprobs == "rollout",
+        lambda c: "router_shift" in spec_of(c.objective).reads and c.old_logprobs == "rollout",
         ("objective", "old_logprobs"),
     ),
 )

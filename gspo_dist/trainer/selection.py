@@ -62,45 +62,57 @@ def select(
     """
     chosen = config.selection
     groups = np.array([r.group_id for r in rollouts])
-    judged = np.array([r.reward for r in rollouts])
     lengths = np.array([len(r.completion) for r in rollouts])
-    truncated = np.array([r.completion.finish_reason == "length" for r in rollouts])
     penalty = chosen.overlong_penalty * overlong_penalty(lengths, max_tokens, chosen.overlong_buffer)
     dropped = np.zeros(len(rollouts), np.bool_)
     if chosen.degenerate == "drop":
-        dropped = degenerate_groups(judged, groups)
-    advantages = np.zeros(len(rollouts))
-    by_token: dict[int, np.ndarray] = {}
-    if not dropped.all():
-        rest = np.flatnonzero(~dropped)
-        extra = _parts([rollouts[i] for i in rest], config) if advantage == "gdpo" else {}
-        shaped = (judged - penalty) if chosen.overlong_penalty else judged
-        if config.credit != "episode":
-            if config.credit == "turn":
-                own = advantages_by_turn([rollouts[i] for i in rest], penalty[rest].tolist(), advantage)
-            else:
-                paid = [payments(rollouts[i], -float(penalty[i])) for i in rest]
-                own = position_advantages(paid, lengths[rest].tolist(), groups[rest], advantage)
-            by_token = dict(zip(rest.tolist(), own, strict=True))
-            advantages[rest] = [
-                values[rollouts[i].completion.loss_mask].mean() for i, values in by_token.items()
-            ]
-        else:
-            advantages[rest] = group_advantages(shaped[rest], groups[rest], advantage, **extra)
-    out = dropped | (truncated if chosen.mask_truncated else False)
-    advantages[out] = 0.0
+        dropped = degenerate_groups(np.array([r.reward for r in rollouts]), groups)
+    out = dropped
+    if chosen.mask_truncated:
+        out = dropped | np.array([r.completion.finish_reason == "length" for r in rollouts])
+    given: list[Advantage] = [0.0] * len(rollouts)
+    # Truncated ones take part here: they are left out of the loss, and not of their group's baseline.
+    rest = np.flatnonzero(~dropped)
+    if len(rest):
+        own = _advantages([rollouts[i] for i in rest], penalty[rest], config, advantage)
+        for i, value in zip(rest.tolist(), own, strict=True):
+            given[i] = 0.0 if out[i] else value
     packed = _filled(~out, groups, mini_batches, replicas)
     places = np.flatnonzero(packed)
     metrics: dict[str, float] = {}
-    if out.any() or chosen.degenerate == "drop" or chosen.mask_truncated:
+    if chosen.degenerate == "drop" or chosen.mask_truncated:
         metrics["selection/left_out_fraction"] = float(out.mean())
         metrics["selection/filled_fraction"] = float((packed & out).mean())
     if chosen.overlong_penalty:
         metrics["selection/overlong_penalty_mean"] = float(penalty.mean())
-    given: list[Advantage] = [
-        by_token[i] if i in by_token and not out[i] else float(advantages[i]) for i in places.tolist()
-    ]
-    return Selected(advantages, places, [rollouts[i] for i in places], given, metrics)
+    return Selected(
+        np.array([_mean(value, r) for value, r in zip(given, rollouts, strict=True)]),
+        places,
+        [rollouts[i] for i in places],
+        [given[i] for i in places],
+        metrics,
+    )
+
+
+def _advantages(
+    rollouts: Sequence[Rollout], penalties: np.ndarray, config: ObjectiveConfig, kind: str
+) -> Sequence[Advantage]:
+    """What `objective.credit` gives each of these rollouts. penalties: taken from their rewards, [R]."""
+    if config.credit == "turn":
+        return advantages_by_turn(rollouts, penalties.tolist(), kind)
+    groups = np.array([r.group_id for r in rollouts])
+    if config.credit == "position":
+        paid = [payments(r, -penalty) for r, penalty in zip(rollouts, penalties.tolist(), strict=True)]
+        return position_advantages(paid, [len(r.completion) for r in rollouts], groups, kind)
+    rewards = np.array([r.reward for r in rollouts]) - penalties
+    parts = _parts(rollouts, config) if kind == "gdpo" else {}
+    found: list[float] = group_advantages(rewards, groups, kind, **parts).tolist()
+    return found
+
+
+def _mean(given: Advantage, rollout: Rollout) -> float:
+    """The advantage of a rollout as one number: the mean over its trained tokens."""
+    return float(given[rollout.completion.loss_mask].mean()) if isinstance(given, np.ndarray) else given
 
 
 def payments(rollout: Rollout, penalty: float = 0.0) -> list[tuple[int, float]]:
@@ -146,7 +158,8 @@ def _filled(kept: np.ndarray, groups: np.ndarray, mini_batches: int, replicas: i
     kept = kept.copy()
     for group in np.unique(groups):
         sizes = np.sort(np.unique(groups[kept], return_counts=True)[1])
-        if len(sizes) >= mini_batches and sizes[: len(sizes) // mini_batches].sum() >= replicas:
+        # With fewer groups than mini-batches this is the sum of none.
+        if sizes[: len(sizes) // mini_batches].sum() >= replicas:
             break
         kept |= groups == group
     return kept

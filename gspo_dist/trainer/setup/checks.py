@@ -9,7 +9,7 @@ from typing import Any
 
 from gspo_dist.config import ClusterConfig, RunConfig
 from gspo_dist.models.shape import read_shape
-from gspo_dist.objectives import age_rules
+from gspo_dist.objectives import age_rules, legality
 from gspo_dist.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -147,10 +147,11 @@ def check_model(config: RunConfig, model: str) -> int:
             f"objective.routing_replay={config.objective.routing_replay} needs a mixture-of-experts model: "
             f"{shape.architecture} has no experts; set it to none"
         )
-    if not shape.moe_layers and config.objective.name == "rspo":
+    name = config.objective.name
+    if not shape.moe_layers and "router_shift" in legality.spec_of(name).reads:
         raise ValueError(
-            f"objective rspo needs a mixture-of-experts model, whose routers move: {shape.architecture} has "
-            "no experts; use gmpo, the same without the shift"
+            f"objective {name} needs a mixture-of-experts model, whose routers move: {shape.architecture} "
+            "has no experts; use objective=gmpo, the same without the shift"
         )
     if config.learner.backend == "megatron":
         from gspo_dist.learners.megatron.architecture import read_architecture

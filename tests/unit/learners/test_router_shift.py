@@ -43,6 +43,15 @@ def test_a_shift_by_hand():
         ShiftMeter(old).see(0, logits.repeat(2, 1), torch.tensor([[0, 1]] * 2))
 
 
+def test_a_layer_that_runs_again_in_the_backward_is_not_measured_again(monkeypatch):
+    logits, ids = torch.zeros(1, 3), torch.tensor([[0]])
+    meter = ShiftMeter(RouterScores(ids[:, None], torch.full((1, 1, 1), math.log(1 / 3) - 0.5)))
+    meter.see(0, logits, ids)
+    monkeypatch.setattr("gspo_dist.routing.scores.in_backward", lambda: True)
+    meter.see(0, logits, ids)
+    assert meter.shift().tolist() == pytest.approx([math.exp(-0.5)])
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

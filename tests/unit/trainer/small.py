@@ -16,7 +16,7 @@ from gspo_dist.config import RunConfig
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.packing import MicroBatches, MiniBatch, pack
-from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.routing.trace import RouterScores, RoutingTrace
 from gspo_dist.trainer import flip_meter, summary
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.run import Run
@@ -92,20 +92,32 @@ class BookLearner:
         """Per call of `logprobs`: the tokens of each forward pass."""
 
     def logprobs(
-        self, micro_batches: MicroBatches, *, record_routing: bool = False, reference: bool = False
+        self,
+        micro_batches: MicroBatches,
+        *,
+        record_routing: bool = False,
+        record_scores: bool = False,
+        reference: bool = False,
     ) -> list[list[LogprobOutput]]:
-        self.calls.append(("logprobs", {"record_routing": record_routing, "reference": reference}))
+        options = {"record_routing": record_routing, "reference": reference}
+        self.calls.append(("logprobs", options | ({"record_scores": True} if record_scores else {})))
         self.routed.append([b.routing for batches in micro_batches for b in batches])
         self.tokens.append([b.num_tokens for batches in micro_batches for b in batches])
-        return [[self._output(b, record_routing) for b in batches] for batches in micro_batches]
+        return [
+            [self._output(b, record_routing, record_scores) for b in batches] for batches in micro_batches
+        ]
 
-    def _output(self, batch: PackedBatch, record: bool) -> LogprobOutput:
+    def _output(self, batch: PackedBatch, record: bool, scores: bool) -> LogprobOutput:
         values = (
             self.logprob(batch) if callable(self.logprob) else torch.full((batch.num_tokens,), self.logprob)
         )
         values = torch.where(batch.loss_mask, values.float(), 0.0)
         routing = self.route(batch) if record and self.route else None
-        return LogprobOutput(values, torch.zeros_like(values), routing)
+        router = None
+        if scores:
+            ids = torch.zeros(batch.num_tokens, 2, 1, dtype=torch.int32)
+            router = RouterScores(ids, torch.full(ids.shape, self.policy_version / 10))
+        return LogprobOutput(values, torch.zeros_like(values), routing, router)
 
     def optim_step(self) -> OptimStep:
         self.policy_version += 1

@@ -60,6 +60,18 @@ def test_r2_records_in_that_pass_and_the_update_replays_it():
     assert old.with_routes(mini, rollouts) is mini
 
 
+def test_router_scores_are_recorded_in_that_pass_for_the_objective_that_reads_them():
+    learner, rollouts = BookLearner(), two()
+    (mini,) = make(learner, name="rspo", old_logprobs="recompute", guard=GuardConfig(action="off")).prepare(
+        packed(rollouts), rollouts, 1
+    )
+    asked = {"record_routing": False, "record_scores": True, "reference": False}
+    assert learner.calls == [("logprobs", asked)]
+    (batch,) = mini.batches()
+    assert batch.old_router is not None
+    assert batch.old_router.logprobs.shape == (10, 2, 1)
+
+
 def test_r3_replays_the_engines_routes_in_the_pass_and_hands_the_update_a_copy_of_its_own():
     learner, rollouts = BookLearner(), two(routed=True)
     old = make(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.cli.compose import run_config
-from gspo_dist.config import ObjectiveConfig, SelectionConfig
+from gspo_dist.config import GuardConfig, ObjectiveConfig, SelectionConfig
 from gspo_dist.metrics.names import metric_of
 from gspo_dist.objectives import get_objective
 from gspo_dist.packing import pack
@@ -18,6 +18,7 @@ from gspo_dist.trainer.loop import prepare
 from gspo_dist.trainer.refill import NothingToLearn, Refill
 from gspo_dist.trainer.selection import overlong_penalty, payments, select
 from gspo_dist.trainer.setup.checks import name_selection
+from gspo_dist.types import Turn
 from tests.unit.trainer.small import rollout
 
 
@@ -137,6 +138,24 @@ def test_gdpo_and_its_parts_go_together(knobs, message):
 
 
 @pytest.mark.parametrize(
+    ("advantage", "message"),
+    [("gdpo", "normalises the parts of a reward"), ("maxrl", "no reward may fall below 0")],
+)
+def test_a_penalty_that_an_estimator_cannot_take_is_refused(advantage, message):
+    """gdpo would leave it out in silence, and maxrl stop in the step of the first long wrong answer."""
+    parts = {"right": 1.0} if advantage == "gdpo" else {}
+    with pytest.raises(ValueError, match=rf"overlong_penalty .* {message}.*: got 0\.5; set it to 0"):
+        ObjectiveConfig(
+            name="reinforce",
+            advantage=advantage,
+            old_logprobs="recompute",
+            guard=GuardConfig(action="off"),
+            reward_parts=parts,
+            selection=SelectionConfig(overlong_penalty=0.5),
+        )
+
+
+@pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"degenerate": "refil"}, "objective.selection.degenerate.*did you mean 'refill'"),
@@ -238,6 +257,27 @@ def test_a_rollout_that_is_left_out_has_no_advantage_at_any_token():
     rollouts = batch([1, 0], finish=["length", "length"], parts=[{"a@0": 1.0}, {"a@1": 0.0}])
     config = ObjectiveConfig(name="grpo", credit="position", selection=SelectionConfig(mask_truncated=True))
     assert select(rollouts, config, "group_std", max_tokens=3, mini_batches=1, replicas=1).given == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("credit", "expected"),
+    [
+        ("position", [2 / 3, -2 / 3]),  # paid 1, and 1 and -1: their mean is 1/3
+        ("turn", [0.5, -0.5]),  # the last turns are worth 1 and 0
+    ],
+)
+def test_the_overlong_penalty_is_taken_whatever_the_credit(credit, expected):
+    """10 tokens allowed, the last 4 are the buffer: 8 tokens cost half of 2."""
+    rollouts = [
+        replace(r, completion=replace(r.completion, turns=(Turn(0, 0, 0), Turn(0, n, n))))
+        for r in batch([1, 1], tokens=[3, 8])
+        for n in [len(r.completion)]
+    ]
+    penalty = SelectionConfig(overlong_penalty=2.0, overlong_buffer=0.4)
+    config = ObjectiveConfig(name="grpo", credit=credit, advantage="group_mean", selection=penalty)
+    got = select(rollouts, config, "group_mean", max_tokens=10, mini_batches=1, replicas=1)
+    assert [sorted(set(x.tolist())) for x in got.given] == [pytest.approx([x]) for x in expected]
+    assert got.advantages.tolist() == pytest.approx(expected)
 
 
 def test_the_overlong_penalty_is_paid_at_the_last_token():
