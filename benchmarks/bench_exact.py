@@ -169,17 +169,17 @@ def wrong(precision: str, case: dict[str, Any]) -> list[str]:
 
 
 def report(cases: list[tuple[str, str, int, dict[str, Any]]], command: str) -> str:
-    shapes = "; ".join(
-        f"{name}: {s.layers} layers of {s.hidden}, {s.heads}/{s.kv_heads} heads of {s.head_dim}, "
-        f"{s.experts} experts top-{s.top_k}"
-        for name, s in MODELS.items()
-    )
     lines = [
         "# One number on both sides",
         "",
-        f"`{command}` on {processor()}, torch {torch.__version__}. The models have random weights",
-        f"({shapes}).",
-        f"Every case samples {SEQUENCES} completions of up to {NEW_TOKENS} tokens.",
+        f"`{command}` on {processor()}, torch {torch.__version__}.",
+        f"Every case samples {SEQUENCES} completions of up to {NEW_TOKENS} tokens. The models have random weights:",
+        "",
+        *(
+            f"- {name}: {s.layers} layers of {s.hidden}, {s.heads}/{s.kv_heads} heads of {s.head_dim}, "
+            f"{s.experts} experts top-{s.top_k}"
+            for name, s in MODELS.items()
+        ),
         "",
         "Tokens whose log-prob is the engine's, bit for bit. `prefill`: the engine itself, when it reads the",
         "sequence at once. `mean` and `max`: what the learner differs by without it (`off`), in nats.",

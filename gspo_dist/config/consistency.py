@@ -67,14 +67,6 @@ EXACT_RULES: tuple[ExactRule, ...] = (
         lambda learner, rollout: rollout.tensor_parallel > 1,
     ),
     ExactRule(
-        "rollout.threads other than 1",
-        "several threads of an engine share the work of one token otherwise than that of many, so that it "
-        "decodes other log-probs than it reads (benchmarks/reports/exactness.md)",
-        "set rollout.threads=1, and start more engines instead",
-        lambda learner, rollout: rollout.threads,
-        lambda learner, rollout: rollout.threads != 1,
-    ),
-    ExactRule(
         "rollout.enforce_eager=false",
         "a compiled engine fuses norms and activations, whose sums then have another order",
         "set rollout.enforce_eager=true",

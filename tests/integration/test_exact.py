@@ -117,18 +117,28 @@ def test_so_does_a_run_that_samples_ahead_wherever_versions_agree(train):
     assert third["staleness/log_ratio_std"] > 0
 
 
-def test_an_audit_names_the_first_operator_that_parts_engine_and_learner(tmp_path):
-    case = Path(__file__).with_name("exact_case.py")
+def told_by(case, folder, threads):
+    script = Path(__file__).with_name("exact_case.py")
     done = subprocess.run(
-        [sys.executable, str(case), str(tmp_path)],
+        [sys.executable, str(script), case, str(folder)],
         check=False,
         capture_output=True,
         text=True,
         timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    return json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+
+
+def test_threads_change_nothing(tmp_path):
+    told = told_by("threads", tmp_path, threads=2)
+    assert told["tokens"] > 64
+    assert told == {"tokens": told["tokens"], "equal": told["tokens"], "where": None, "prefilled": True}
+
+
+def test_an_audit_names_the_first_operator_that_parts_engine_and_learner(tmp_path):
+    told = told_by("audits", tmp_path, threads=1)
     tokens = told["exact"]["tokens"]
     assert tokens > 64
     assert told["exact"] == {"tokens": tokens, "equal": tokens, "where": None, "prefilled": True}

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from gspo_dist.learners.attention import PackedLayout, packed_attention, refuse_other_parts
 from gspo_dist.learners.exact import operators as engine
 from gspo_dist.rollout.vllm.engine import prepare_process
-from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
+from gspo_dist.rollout.vllm.invariant import use_batch_invariant_kernels
 
 NAME = "gspo_exact"
 """The attention's name with transformers."""
@@ -47,7 +47,7 @@ def make_exact(hf: PreTrainedModel) -> None:
     dtype = next(hf.parameters()).dtype
     # As in an engine's process: what vLLM reads when it is imported, and the AMX tiles of its bf16 kernels.
     prepare_process("cpu", 0, "fp32" if dtype == torch.float32 else "bf16")
-    use_batch_invariant_products()
+    use_batch_invariant_kernels()
     base = cast(Any, hf.base_model)
     check_products(hf, dtype)
     cache = rotary_cache(base.rotary_emb, hf.config.max_position_embeddings, dtype)

@@ -156,7 +156,7 @@ def _engine_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: f
         causal=True,
         sliding_window_size=-1,
         isa=isa,
-        enable_kv_split=True,
+        enable_kv_split=False,  # as in an invariant engine (rollout.vllm.invariant)
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     ops.cpu_attention_with_kv_cache(

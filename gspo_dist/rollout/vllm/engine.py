@@ -24,7 +24,7 @@ from gspo_dist.rollout.engine import (
 )
 from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
 from gspo_dist.rollout.vllm.flights import Flights
-from gspo_dist.rollout.vllm.invariant import use_batch_invariant_products
+from gspo_dist.rollout.vllm.invariant import use_batch_invariant_kernels
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.rollout.vllm.shared_memory import unname
 from gspo_dist.rollout.vllm.workers import names_lost_workers
@@ -150,7 +150,7 @@ class VllmEngine:
         self.folder = ModelFolder(model_path)
         prepare_process(device, threads, config.precision, batch_invariant=batch_invariant)
         if batch_invariant and device == "cpu":
-            use_batch_invariant_products()
+            use_batch_invariant_kernels()
         self.llm = self._start(self.folder.path, seed)
         unname()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]

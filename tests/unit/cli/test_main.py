@@ -117,4 +117,4 @@ def test_legality_prints_the_table(capsys):
     told = capsys.readouterr().out
     assert "| any | rollout | r2 | any | any | refused: rule 1 |" in told
     assert "* the ratio ignores the age (" in told  # age_rules
-    assert "- rollout.threads other than 1: " in told  # learner.consistency=exact
+    assert "- rollout.tensor_parallel > 1: " in told  # learner.consistency=exact

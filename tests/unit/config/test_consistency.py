@@ -8,7 +8,7 @@ from gspo_dist.config import DeepSpeedConfig, LearnerConfig, RolloutConfig
 from gspo_dist.config.consistency import EXACT_RULES, check_consistency, format_rules
 
 LEARNER = {"backend": "deepspeed", "precision": "bf16", "fp32_head": False, "consistency": "exact"}
-ROLLOUT = {"precision": "bf16", "enforce_eager": True, "threads": 1}
+ROLLOUT = {"precision": "bf16", "enforce_eager": True}
 
 
 def check(learner=None, rollout=None):
@@ -35,8 +35,6 @@ def test_what_can_be_equal_is_accepted():
         ({}, {"engine": "reference"}, r"got reference; use rollout=vllm"),
         ({}, {"precision": "fp32"}, r"got bf16 and fp32; give"),
         ({}, {"tensor_parallel": 2}, r"got 2; set rollout.tensor_parallel=1"),
-        ({}, {"threads": 2}, r"got 2; set rollout.threads=1"),
-        ({}, {"threads": 0}, r"got 0; set rollout.threads=1"),
         ({}, {"enforce_eager": False}, r"got False; set rollout.enforce_eager=true"),
         ({"activation_checkpointing": True}, {}, r"got True; set learner.activation_checkpointing=false"),
         ({"fp32_head": True}, {}, r"got fp32_head True in bf16; set learner.fp32_head=false"),
@@ -52,6 +50,6 @@ def test_each_rule_refuses_by_name_with_the_way_out(learner, rollout, says):
 
 def test_every_rule_is_printed_once():
     text = format_rules()
-    assert len(EXACT_RULES) == 9
-    assert text.count("Way out:") == 9
+    assert len(EXACT_RULES) == 8
+    assert text.count("Way out:") == 8
     assert all(rule.reason in text for rule in EXACT_RULES)

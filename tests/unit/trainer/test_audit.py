@@ -65,7 +65,7 @@ def compared(monkeypatch):
     return seen
 
 
-VLLM = {"engine": "vllm", "enforce_eager": True, "threads": 1}
+VLLM = {"engine": "vllm", "enforce_eager": True}
 
 
 @pytest.mark.parametrize("consistency", ["off", "exact"])

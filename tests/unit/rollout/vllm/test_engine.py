@@ -118,7 +118,7 @@ def test_products_are_made_invariant_before_the_engine_packs_a_weight(tmp_path, 
         seen.append("start")
         raise RuntimeError("far enough")
 
-    monkeypatch.setattr(engine_module, "use_batch_invariant_products", lambda: seen.append("invariant"))
+    monkeypatch.setattr(engine_module, "use_batch_invariant_kernels", lambda: seen.append("invariant"))
     monkeypatch.setattr(engine_module, "prepare_process", lambda *told, **more: None)
     monkeypatch.setattr(VllmEngine, "_start", start)
     with pytest.raises(RuntimeError, match="far enough"):
