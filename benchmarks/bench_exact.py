@@ -173,7 +173,8 @@ def report(cases: list[tuple[str, str, int, dict[str, Any]]], command: str) -> s
         "# One number on both sides",
         "",
         f"`{command}` on {processor()}, torch {torch.__version__}.",
-        f"Every case samples {SEQUENCES} completions of up to {NEW_TOKENS} tokens. The models have random weights:",
+        f"Every case samples {SEQUENCES} completions of up to {NEW_TOKENS} tokens. "
+        "The models have random weights:",
         "",
         *(
             f"- {name}: {s.layers} layers of {s.hidden}, {s.heads}/{s.kv_heads} heads of {s.head_dim}, "
