@@ -169,8 +169,8 @@ def _tools(record: Record) -> list[Any] | None:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{record.where}: 'tools' must be a list of tools or its JSON text: {error.msg} at column "
-                f"{error.colno}"
+                f"{record.where}: 'tools' must be a list of tools or its JSON text: {error.msg} "
+                f"at column {error.colno}"
             ) from None
     if tools is not None and tools != "" and not isinstance(tools, list):
         raise ValueError(f"{record.where}: 'tools' must be a list of tools: got {type(tools).__name__}")

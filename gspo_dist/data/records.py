@@ -113,8 +113,8 @@ def _messages(where: str, value: Any, prompt_key: str) -> list[Message]:
     A parquet column has every field in every row, null where a message goes without it.
     """
     rule = (
-        f"{where}: {prompt_key!r} must be a text or a list of messages, each with a role and with content or "
-        "tool_calls"
+        f"{where}: {prompt_key!r} must be a text or a list of messages, each with a role and with content "
+        "or tool_calls"
     )
     if not isinstance(value, list) or not value:
         raise ValueError(f"{rule}: got {type(value).__name__} {value!r}"[:300])

@@ -1,10 +1,11 @@
 r"""Question and answer of a row, in the schemas that users already have.
 
-    plain            any two columns by name: problem, question, ...; answer, expected_answer, ...
-    verl             prompt (messages), reward_model.ground_truth, data_source
-    TRL              prompt (text or messages), solution or another answer column
-    OpenAI           messages (with tools); a last message of the assistant is the answer where no column is
-    Open-Reasoner    prompt as [{from, value}], final_answer
+    form             question                       answer
+    plain            problem, question, ...         answer, expected_answer, ...
+    verl             prompt, as messages            reward_model.ground_truth
+    TRL              prompt, a text or messages     solution, or another of the list below
+    OpenAI           messages, with tools           their last one, of the assistant, where no column is one
+    Open-Reasoner    prompt, as [{from, value}]     final_answer
 
 Columns that the configuration names come first. Only where a row lacks the default ones (prompt, answer), the
 names below are tried, in their order.

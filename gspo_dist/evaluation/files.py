@@ -16,8 +16,7 @@ def find(suite: str, root: str | None, given: str | None, patterns: Sequence[str
     """The file or folder of a suite: `given`, or the first below `root` whose name fits one of `patterns`.
 
     patterns: lower-case globs of names, the best first. One with a slash is of the path from `root` on, its
-    own name included: for names that several data sets have, such as test.jsonl. source: where a copy can be
-    had.
+    own name included: for names that several data sets have, such as test.jsonl. source: who has a copy.
 
     Where several copies fit, the first in the order of patterns and paths is taken, and the log says so.
     Raises ValueError with the place to look and the way out.

@@ -45,8 +45,9 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
     """Compares two contents of result.json.
 
     Problems are the independent draws: samples of one problem rise and fall together. Each problem's share of
-    right samples is paired with the other model's. Raises ValueError for different suites, or no common
-    problem.
+    right samples is paired with the other model's.
+
+    Raises ValueError for different suites, and for fewer than two common problems.
     """
     if first["suite"] != second["suite"]:
         raise ValueError(f"two results of one suite are compared: got {first['suite']} and {second['suite']}")

@@ -13,8 +13,7 @@ from gspo_dist.types import Completion, Prompt, SamplingSpec
 
 EVALUATION_IDS = 1 << 40
 """Request ids of an evaluation start here: they seed the sampling, and a training run never counts this far,
-so that an evaluation neither repeats nor shifts the draws of training.
-"""
+so that an evaluation neither repeats nor shifts the draws of training."""
 
 
 def evaluation_due(run: Run, step: int) -> bool:

@@ -61,8 +61,7 @@ ERRATA = {
     "most-frequent-ids",
 }  # fmt: skip
 """Problems that the benchmark's own errata name: several right answers, interactive, wrong tests. Published
-figures include them, and so do these.
-"""
+figures include them, and so do these."""
 
 
 class _Plain(pickle.Unpickler):

@@ -14,6 +14,7 @@ from gspo_dist.trainer.evaluate import evaluate_suites, weights_of
 from tests.unit.evaluation.small import write_jsonl
 from tests.unit.evaluation.test_samplers import server  # noqa: F401 (a fixture)
 from tests.unit.trainer.small import config as small_config
+from tests.unit.trainer.test_episodes import episodes_of, source  # noqa: F401 (a fixture)
 
 
 def config(tmp_path, url=None, **options) -> RunConfig:
@@ -130,3 +131,32 @@ def test_a_template_and_a_limit_are_part_of_what_was_sampled(tmp_path):
     assert evaluate.model_setting(plain, "m") == evaluate.model_setting(config(tmp_path), "m")
     for changed in (other, longer):
         assert evaluate.model_setting(changed, "m") != evaluate.model_setting(plain, "m")
+
+
+@pytest.mark.parametrize("with_environment", [False, True])
+def test_a_model_is_measured_on_held_out_prompts_without_training(
+    model,
+    reward_file,
+    source,
+    tmp_path,
+    with_environment,  # noqa: F811
+):
+    """Greedy samples of the same prompts, so the figures are those of a run before its first step."""
+    from gspo_dist.trainer.heldout import evaluate as evaluate_run
+    from gspo_dist.trainer.setup.build import build
+
+    chosen = (
+        episodes_of(model, reward_file, source, tmp_path / "run")
+        if with_environment
+        else small_config(model, reward_file, tmp_path / "run")
+    )
+    found = evaluate.evaluate_model(chosen)
+    assert set(found) >= {"eval/heldout/accuracy", "eval/heldout/avg@1", "eval/heldout/reward_mean"}
+    run = build(chosen)
+    try:
+        expected = evaluate_run(run)
+    finally:
+        run.release()
+    del expected["time/evaluation_s"]
+    assert found == expected
+    assert not (tmp_path / "run/checkpoints").exists()
