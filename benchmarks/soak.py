@@ -291,16 +291,15 @@ def handed_out(config: dict, groups: int) -> list[str]:
     from gspo_dist.coldstart.make import ensure_model
     from gspo_dist.config import RunConfig
     from gspo_dist.config.mapping import from_mapping
-    from gspo_dist.data.cursor import PromptCursor
-    from gspo_dist.data.prompts import load_splits
+    from gspo_dist.data.training import load_training
     from gspo_dist.trainer.setup.checks import load_tokenizer
 
     run = from_mapping(RunConfig, config)
     tokenizer = load_tokenizer(str(ensure_model(run.model)))
-    train, _ = load_splits(
+    train, _ = load_training(
         run.data, tokenizer, max_prompt_tokens=run.rollout.max_prompt_tokens, seed=run.seed
     )
-    cursor = PromptCursor(train, seed=run.seed, shuffle=run.data.shuffle)
+    cursor = train.cursor(seed=run.seed, shuffle=run.data.shuffle)
     return [prompt.text for prompt in cursor.next(groups)]
 
 

@@ -40,11 +40,11 @@ def run(prompts: int, group: int, tokens: int, steps: int, threads: int) -> dict
 
     from gspo_dist.coldstart.make import ensure_model
     from gspo_dist.config import DataConfig, ModelConfig
-    from gspo_dist.data.prompts import load_splits
+    from gspo_dist.data.prompts import load_prompts
 
     folder = str(ensure_model(ModelConfig(recipe="peer")))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    train, _ = load_splits(DataConfig(heldout=None), tokenizer, max_prompt_tokens=16, seed=0)
+    train = load_prompts(DataConfig(heldout=None), "train", tokenizer, max_prompt_tokens=16, seed=0)
     texts = [tokenizer.decode(p.token_ids) for p in itertools.islice(train, prompts * steps)]
     sampled: list[int] = []
     ends: list[float] = []
