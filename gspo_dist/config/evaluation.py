@@ -24,8 +24,8 @@ class EvaluationConfig:
     """Share of the probability that is sampled from. 1: the whole distribution."""
     suites: list[str] = field(default_factory=list)
     """Benchmarks: aime24, aime25, amc, math500, gsm8k, livecodebench, livecodebench_paper, codeforces,
-    humaneval, or names of your own that `options` describes. A run evaluates them as it does held-out prompts,
-    and before its first step."""
+    humaneval, or names of your own that `options` describes. A run evaluates them when it evaluates held-out
+    prompts, before its first step too."""
     options: dict[str, Any] = field(default_factory=dict)
     """Suite -> its options (samples, temperature, top_p, max_tokens, limit, file, ...). `all` is for every
     suite. gspo_dist/evaluation/README.md lists them."""

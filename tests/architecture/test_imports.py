@@ -1,4 +1,4 @@
-"""Whatever a file imports from this repository is there: inside a function, too, which only a run would tell."""
+"""Whatever a file imports from this repository is there, inside a function too, where only a run would tell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def files() -> Iterator[Path]:
 
 
 def file_of(module: str) -> Path | None:
-    """The file of a module of this repository. None: another project's, or a folder without code of its own."""
+    """The file of a module of this repository. None: another project's, or a folder without code."""
     base = ROOT.joinpath(*module.split("."))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():

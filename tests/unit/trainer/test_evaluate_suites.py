@@ -137,9 +137,9 @@ def test_a_template_and_a_limit_are_part_of_what_was_sampled(tmp_path):
 def test_a_model_is_measured_on_held_out_prompts_without_training(
     model,
     reward_file,
-    source,
+    source,  # noqa: F811
     tmp_path,
-    with_environment,  # noqa: F811
+    with_environment,
 ):
     """Greedy samples of the same prompts, so the figures are those of a run before its first step."""
     from gspo_dist.trainer.heldout import evaluate as evaluate_run
