@@ -1,4 +1,4 @@
-"""Whatever a file imports from this repository is there, inside a function too, where only a run would tell."""
+"""Whatever a file imports from this repository is there, in a function too, where only a run would tell."""
 
 from __future__ import annotations
 
