@@ -3,8 +3,8 @@
 #
 # Makes the Python environment (minutes, once) and runs the tests; paths count from the root of the repository.
 #
-#   (nothing)  all of them: tests/architecture, unit and parity with a process a core (at most eight), then
-#              tests/integration one at a time, because each of them starts enough processes by itself
+#   (nothing)  all of them: those that start many processes (`alone`) one at a time, after all others, which run with a
+#              process a core (at most eight)
 #   quick      those that are not slow, a process a core; pytest arguments may follow
 #   ...        pytest with these arguments
 #
@@ -23,8 +23,8 @@ beside=("${pytest[@]}" -n "$((cores < 8 ? cores : 8))" --dist worksteal)
 case ${1:-} in
 "")
     status=0
-    (gspo_exec "${beside[@]}" tests/architecture tests/unit tests/parity) || status=$?
-    (gspo_exec "${pytest[@]}" tests/integration) || status=$((status ? status : $?))
+    (gspo_exec "${beside[@]}" -m "not alone" tests) || status=$?
+    (gspo_exec "${pytest[@]}" -m alone tests/integration) || status=$((status ? status : $?))
     exit $status
     ;;
 quick) gspo_exec "${beside[@]}" -m "not slow" "${@:2}" ;;

@@ -11,6 +11,8 @@ SLOW = ("integration", "parity")
 """Folders whose tests take seconds to minutes each. One unmarked file more than doubles the quick run."""
 QUICK = ("test_launchers.py",)
 """Files in them that start shell scripts only."""
+ALONE = ("test_cluster.py", "test_hosts.py", "test_quickstart.py", "test_sync_hosts.py")
+"""Files whose tests start a Ray cluster, Slurm, several hosts or kill processes: more than a core each."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
@@ -20,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         if folder in SLOW and item.path.name not in QUICK:
             item.add_marker(pytest.mark.slow)
+        if item.path.name in ALONE:
+            item.add_marker(pytest.mark.alone)
 
 
 def pytest_collection_finish() -> None:

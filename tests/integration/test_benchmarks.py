@@ -118,6 +118,7 @@ def test_replay_is_counted_in_bytes_and_timed(tmp_path):
     assert report["step"]["trace_bytes"] == 2 * 32 * (2 * 2 + 1)  # tokens x (layers x top-k + one mark)
 
 
+@pytest.mark.alone
 def test_a_soak_loses_no_rollout(model, tmp_path):
     """Three kills on a run without vLLM: two engines, a learner, a reward worker, the driver."""
     reward = tmp_path / "mine.py"
