@@ -12,7 +12,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, Protocol
 
 from gspo_dist.config import EnvironmentConfig
 from gspo_dist.environments.protocol import EnvironmentFailure, Observation
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 100
 """So many failures in a row are an environment that is broken, or a service that is gone."""
+AHEAD_BYTES = 64 * 1024
+"""Calls that a process has at hand behind the one it answers. The trainer listens between two slices of
+sampling alone, and a process that had one call at a time would wait for it after every answer. More than this
+might fill the pipe while the process waits for a reader of its answers: then both would wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,16 @@ class Reply:
     """Whether the episode must be begun again, because it cannot be made again as it was."""
     is_replayed: bool = False
     """Whether it was made again by its turns."""
+
+
+class Given(NamedTuple):
+    """A call that a process has."""
+
+    call: Call
+    seconds: float
+    """Its deadline, from the answer before it on."""
+    size: int
+    """Its bytes in the pipe."""
 
 
 class EnvironmentPool(Protocol):
@@ -80,7 +95,10 @@ class EnvironmentPool(Protocol):
 
 
 class LocalEnvironmentPool:
-    """Plays episodes in `environment.workers` processes of this host, one call per process at a time."""
+    """Plays episodes in `environment.workers` processes of this host.
+
+    Each works on one call at a time, in the order in which they came, and has the next ones at hand.
+    """
 
     def __init__(self, config: EnvironmentConfig, form: str = "hermes") -> None:
         """Starts the processes; `start` waits for them. form: of a model's calls (tools.FORMATS)."""
@@ -88,8 +106,8 @@ class LocalEnvironmentPool:
         self.workers = [self._worker() for _ in range(config.workers)]
         self.waiting: list[deque[Call]] = [deque() for _ in self.workers]
         """Calls of each worker that it has not been given."""
-        self.current: list[Call | None] = [None for _ in self.workers]
-        """What each works on."""
+        self.given: list[deque[Given]] = [deque() for _ in self.workers]
+        """What each has been given and has not answered; it works on the first."""
         self.present: list[set[WorkKey]] = [set() for _ in self.workers]
         """Episodes that each process holds."""
         self.homes: dict[WorkKey, int] = {}
@@ -133,8 +151,8 @@ class LocalEnvironmentPool:
 
     def _owes(self, mine: Callable[[WorkKey], bool]) -> bool:
         """Whether a reply to somebody's call is to come."""
-        calls = [call for call in self.current if call] + [c for queue in self.waiting for c in queue]
-        return any(mine(call.key) for call in calls)
+        given = (one.call for queue in self.given for one in queue)
+        return any(mine(call.key) for call in (*given, *(c for queue in self.waiting for c in queue)))
 
     def end(self, keys: Iterable[WorkKey]) -> None:
         by_home: dict[int, list[WorkKey]] = {}
@@ -165,20 +183,33 @@ class LocalEnvironmentPool:
 
     def _hand_out(self) -> None:
         for i, worker in enumerate(self.workers):
-            while self.waiting[i] and not worker.awaited:
-                call = self.waiting[i].popleft()
+            while self.waiting[i] and worker.ready:
+                call = self.waiting[i][0]
+                message = bytes(ForkingPickler.dumps(call))
+                if self.given[i] and sum(g.size for g in self.given[i]) + len(message) > AHEAD_BYTES:
+                    break
+                try:
+                    worker.connection.send_bytes(message)
+                except OSError:
+                    # What it has said before it died is heard first, and says on which call it did.
+                    if not self.given[i]:
+                        self._replace(i, worker.end(EXIT_S))
+                    break
+                self.waiting[i].popleft()
                 # An episode that must be played again may take its deadline for every turn.
                 turns = 1 if call.key in self.present[i] else 1 + len(call.history)
-                if worker.give([0], call, self.config.timeout_s * turns):
-                    self.current[i] = call
-                    self.present[i].add(call.key)
-                else:
-                    self.waiting[i].appendleft(call)
-                    self._replace(i, worker.end(EXIT_S))
-                    break
+                self.present[i].add(call.key)
+                self.given[i].append(Given(call, self.config.timeout_s * turns, len(message)))
+                worker.places.append(0)
+                if len(self.given[i]) == 1:
+                    self._begin_deadline(i)
+
+    def _begin_deadline(self, i: int) -> None:
+        """Worker i begins with the first of the calls that it has."""
+        self.workers[i].deadline = time.monotonic() + self.given[i][0].seconds
 
     def _hear(self, i: int, answer: Answer | None, late: bool = False) -> None:
-        worker, call = self.workers[i], self.current[i]
+        worker = self.workers[i]
         if not worker.ready:
             if answer is None and not late and self.facts:  # it was imported before: somebody has killed it
                 self._replace(i, worker.end(EXIT_S))
@@ -186,11 +217,13 @@ class LocalEnvironmentPool:
                 what = f"environment {self.config.factory or list(self.config.tools)}"
                 self.facts = worker.started(answer, late, what)
             return
-        if call is None:  # it died while it had nothing to do
+        if not self.given[i]:  # it died while it had nothing to do
             self._replace(i, worker.end(EXIT_S))
             return
-        worker.places.clear()
-        self.current[i] = None
+        call = self.given[i].popleft().call
+        worker.places.popleft()
+        if self.given[i]:
+            self._begin_deadline(i)
         if answer is None:
             ended = worker.end(0.0 if late else EXIT_S)
             what = f"took more than environment.timeout_s = {self.config.timeout_s:g} s" if late else ""
@@ -222,11 +255,16 @@ class LocalEnvironmentPool:
         self.replies.append(Reply(call.key, failed=failed, why=why))
 
     def _replace(self, i: int, ended: str | None) -> None:
-        """Another process in place of worker i; its episodes are made again there when they go on."""
+        """Another process in place of worker i; its episodes are made again there when they go on.
+
+        Calls that it had and has not begun come first there.
+        """
         if ended is not None:
             self.events.append(Event("environment_death", f"environment-{i}", ended))
         self.workers[i].end()
         self.workers[i], self.present[i] = self._worker(), set()
+        self.waiting[i].extendleft(given.call for given in reversed(self.given[i]))
+        self.given[i].clear()
 
 
 def describe(config: EnvironmentConfig, form: str = "hermes") -> dict[str, Any]:

@@ -114,7 +114,7 @@ def test_every_kind_of_failure_costs_its_own_episode_alone(make) -> None:
     assert replies(pool, 1)[5].observation.text == "1a"
     pool.submit([call(g, turn, [OPENED[g]]) for g, turn in kinds.items() if turn != "ok"])
     pool.submit([call(5, "b", [OPENED[5], ("a", "1a")])])
-    assert pool.current[0].turn == "hang"
+    assert [given.call.turn for given in pool.given[0]] == ["hang", "raise", "die", "exit", "nan", "b"]
     pool.workers[0].deadline = time.monotonic()  # the minute is over
     told = replies(pool, 6)
     failed = {0: "timeout", 1: "error", 2: "crash", 3: "error", 4: "error", 5: ""}
@@ -200,6 +200,36 @@ def test_episodes_are_spread_and_stay_where_they_are(make) -> None:
     assert (told.observation.text, told.is_replayed) == (first[0], False)
     pool.end([(0, 0)])
     assert (0, 0) not in pool.homes
+
+
+def test_a_process_goes_on_with_the_next_call_while_nobody_listens(make) -> None:
+    """Five calls are sent once; then all five answers are there, though nobody listened in between."""
+    pool = make()
+    pool.submit([call(group) for group in range(5)])
+    connection, until = pool.workers[0].connection, time.monotonic() + 100
+    answers = []
+    while len(answers) < 5 and time.monotonic() < until:
+        if connection.poll(1.0):
+            answers.append(connection.recv())
+    assert [answer.value.observation.text for answer in answers] == [OPENED[g][1] for g in range(5)]
+
+
+def test_a_process_has_no_more_at_hand_than_a_pipe_takes(make, monkeypatch) -> None:
+    """Else parent and process wait for each other: answers of 300 kB, and a megabyte of calls."""
+    pool = make()
+    pool.submit([call(group) for group in range(6)])
+    replies(pool, 6)
+    assert not pool.given[0]
+    said = "x" * 300_000
+    pool.submit([call(group, said, [OPENED[group]]) for group in range(4)])
+    assert len(pool.given[0]) == 1
+    assert len(pool.waiting[0]) == 3
+    told = replies(pool, 4)
+    assert {reply.observation.text for reply in told.values()} == {f"1{said}"}
+    monkeypatch.setattr(pool_module, "AHEAD_BYTES", 0)
+    pool.submit([call(4, "y", [OPENED[4]]), call(5, "y", [OPENED[5]])])
+    assert len(pool.given[0]) == 1
+    assert len(replies(pool, 2)) == 2
 
 
 def test_without_a_stated_reward_a_failure_stops_the_run_with_the_trace(make) -> None:
