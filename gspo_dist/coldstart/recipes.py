@@ -73,7 +73,7 @@ class TurnsWarmStart(WarmStart):
     environment: str = ""
     """What the turns are for: calculator | python | guess (environments/)."""
     share: float = 0.0
-    """Share of the solutions that have turns."""
+    """Share of the solutions that have turns. Of a game: share of the guesses that leap."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ RECIPES = {
     "quickstart": Recipe("quickstart", Shape(), WarmStart()),
     "calculator": Recipe("calculator", Shape(), _with_turns("calculator", 0.15)),
     "python": Recipe("python", Shape(), _with_turns("python", 0.15)),
-    "guess": Recipe("guess", Shape(), _with_turns("guess", 1.0)),
+    "guess": Recipe("guess", Shape(), _with_turns("guess", 0.4)),
     "peer": Recipe("peer", Shape(layers=2, init_std=0.02), None),
 }
 

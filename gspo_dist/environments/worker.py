@@ -169,8 +169,12 @@ def serve(connection: Connection) -> None:
             answer = Answer("diverged", str(error))
         except (Exception, SystemExit) as error:
             answer = Answer("failed", f"{type(error).__name__}: {error}", traceback.format_exc())
-        if not isinstance(message, End):
+        if isinstance(message, End):  # nobody waits for an answer to it, also where closing fails
+            continue
+        try:
             connection.send(answer)
+        except OSError:
+            return  # the parent went while this was answered
 
 
 def main(descriptor: int, parent: int) -> None:

@@ -62,6 +62,24 @@ def test_vllm_keeps_the_contract_of_every_engine(tmp_path):
     assert run_case("contract", tmp_path)["kept"]
 
 
+def test_a_slow_tool_holds_no_engine_and_episodes_are_hfs(tmp_path):
+    """Laws 22 and 25 on a real engine, and no wait: one tool answers only after the engine has gone on.
+
+    An engine that waited for it would never do the ten ticks that open its gate. The tool would miss its
+    deadline, and its episode would have failed.
+    """
+    result = run_case("turns", tmp_path)
+    assert result["was_held"]
+    assert result["held_ticks"] >= 10
+    assert result["held_tokens"] >= 10
+    assert result["failed"] == []
+    assert len(result["turns"]) == 12
+    assert result["turns"].count(4) >= 6  # most of them have more than three turns
+    assert result["gap"] < 1e-5
+    assert result["wrong_routes"] == 0
+    assert result["unsaid"] == 0
+
+
 def test_sampling_follows_the_models_distribution(tmp_path):
     result = run_case("distribution", tmp_path)
     assert result["cells"] > 50

@@ -220,6 +220,128 @@ def contract(folder):
     return {"kept": True}
 
 
+TOOL = '''
+import os, pathlib, time
+from gspo_dist.environments.protocol import Observation
+
+class Tool:
+    """The first call of all waits until the test opens the gate."""
+
+    def __init__(self, folder):
+        self.folder, self.turns = pathlib.Path(folder), 0
+
+    def reset(self, prompt, seed):
+        return f"t{200 + seed % 100} t3"
+
+    def step(self, turn):
+        self.turns += 1
+        if self.turns == 1 and self._is_first():
+            while not (self.folder / "open").exists():
+                time.sleep(0.01)
+        return Observation(f"t{300 + self.turns} t{400 + len(turn)}", reward=1.0, done=self.turns == 4)
+
+    def _is_first(self):
+        try:
+            os.close(os.open(self.folder / "held", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+'''
+
+
+def turns(folder):
+    """Two steps of episodes with K = 1, while one of them waits for its tool until engines have gone on."""
+    from transformers import AutoTokenizer
+
+    from gspo_dist.config import EnvironmentConfig
+    from gspo_dist.environments.pool import LocalEnvironmentPool
+    from gspo_dist.rollout.pool import LocalRolloutPool
+    from gspo_dist.rollout.turns import Bridge
+    from gspo_dist.trainer.clockwork import Clockwork
+    from gspo_dist.trainer.episodes import Episodes
+    from gspo_dist.trainer.pipeline import Collector
+
+    model = make_model(folder)
+    (folder / "tool.py").write_text(TOOL)
+    knobs = {"factory": f"{folder}/tool.py:Tool", "options": {"folder": str(folder)}, "workers": 2}
+    environment = EnvironmentConfig(**knobs, timeout_s=60.0)
+    tools = LocalEnvironmentPool(environment)  # its processes import while the engine starts
+    settings = {"max_completion_tokens": 96, "prompts_per_step": 2, "group_size": 3, "steps_ahead": 1}
+    engine = make_engine(folder, record_routing=True, **settings)
+    tools.start()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pool = LocalRolloutPool(engine)
+    advance, held = pool.advance, [0, 0]
+
+    def watched(*asked):
+        """Opens the gate when the engine has done ten ticks, and ten tokens, while a tool was waiting."""
+        is_held = (folder / "held").exists() and not (folder / "open").exists()
+        told = advance(*asked)
+        if is_held:
+            for progress in told.values():
+                held[0], held[1] = held[0] + progress.ticks, held[1] + progress.tokens
+            if min(held) >= 10:
+                (folder / "open").touch()
+        return told
+
+    pool.advance = watched
+    spec = SamplingSpec(3, 96, seed=7, record_routing=True, stop_token_ids=tuple(range(2, 100)))
+    episodes = Episodes(environment, tools, Bridge(tokenizer, limit=8))
+    collector = Collector(
+        engine.config, 2, pool, None, Cursor(), lambda step: spec, Clockwork(engine.config), episodes=episodes
+    )
+    rollouts = []
+    for step in (1, 2):
+        collector.sample(step)
+        rollouts += collector.judged(step)
+        collector.pause()
+    tools.close()
+    gaps, wrong, unsaid = [], 0, 0
+    for rollout in rollouts:
+        c = rollout.completion
+        gaps.append(np.abs((c.logprobs - wanted_logprobs(model, rollout))[c.loss_mask]).max())
+        row = [*rollout.prompt.token_ids, *c.token_ids.tolist()]
+        wrong += int((np.sort(c.routing.expert_ids, axis=-1)[:-1] != hf_routes(model, row)[:-1]).sum())
+        wrong += int((~c.routing.known[:-1]).sum())
+        for turn in c.turns:
+            told = tokenizer(turn.observation if turn.stop > turn.end else "")["input_ids"]
+            unsaid += c.token_ids[turn.end : turn.stop].tolist() != told
+            unsaid += bool(c.loss_mask[turn.end : turn.stop].any()) + int(
+                (~c.loss_mask[turn.start : turn.end]).sum()
+            )
+    engine.close()
+    return {
+        "held_ticks": held[0],
+        "held_tokens": held[1],
+        "was_held": (folder / "held").exists(),
+        "gap": float(max(gaps)),
+        "wrong_routes": wrong,
+        "unsaid": unsaid,
+        "turns": [len(rollout.completion.turns) - 1 for rollout in rollouts],
+        "failed": [turn.failed for rollout in rollouts for turn in rollout.completion.turns if turn.failed],
+        "reasons": sorted({rollout.completion.finish_reason for rollout in rollouts}),
+    }
+
+
+def wanted_logprobs(model, rollout):
+    """HF's, of every token of the completion, on the whole sequence at once."""
+    prompt, c = rollout.prompt.token_ids, rollout.completion
+    return hf_logprobs(model, [*prompt, *c.token_ids.tolist()])[len(prompt) - 1 :]
+
+
+class Cursor:
+    """Prompts of 9, 16, 23, ... tokens."""
+
+    taken = 0
+
+    def next(self, count):
+        self.taken += count
+        return prompts(range(9, 9 + 7 * self.taken, 7))[-count:]
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+
 def distribution(folder):
     """20,000 first tokens against the model's probabilities: a chi-square over tokens with enough mass."""
     from scipy import stats

@@ -48,6 +48,10 @@ class Counter:
             return Observation(str(os.getpid()))
         return Observation(f"{self.count}{turn}", reward=0.5, parts={"seen": 1})
 
+class Closed(Counter):
+    def close(self):
+        raise OSError("already closed")
+
 class Saved(Counter):
     def state_dict(self):
         return {"count": self.count}
@@ -230,6 +234,16 @@ def test_a_process_has_no_more_at_hand_than_a_pipe_takes(make, monkeypatch) -> N
     pool.submit([call(4, "y", [OPENED[4]]), call(5, "y", [OPENED[5]])])
     assert len(pool.given[0]) == 1
     assert len(replies(pool, 2)) == 2
+
+
+def test_an_episode_that_fails_to_close_is_over_and_the_next_answer_is_the_next_calls(make) -> None:
+    pool = make("Closed")
+    pool.submit([call(0), call(1)])
+    replies(pool, 2)
+    pool.end([(0, 0)])
+    pool.submit([call(1, "a", [OPENED[1]])])
+    told = replies(pool, 1)[1]
+    assert (told.failed, told.observation.text) == ("", "1a")
 
 
 def test_without_a_stated_reward_a_failure_stops_the_run_with_the_trace(make) -> None:
