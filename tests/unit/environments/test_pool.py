@@ -50,7 +50,8 @@ class Counter:
 
 class Closed(Counter):
     def close(self):
-        raise OSError("already closed")
+        if self.count:
+            raise OSError("already closed")
 
 class Saved(Counter):
     def state_dict(self):
@@ -240,6 +241,8 @@ def test_an_episode_that_fails_to_close_is_over_and_the_next_answer_is_the_next_
     pool = make("Closed")
     pool.submit([call(0), call(1)])
     replies(pool, 2)
+    pool.submit([call(0, "a", [OPENED[0]])])
+    replies(pool, 1)
     pool.end([(0, 0)])
     pool.submit([call(1, "a", [OPENED[1]])])
     told = replies(pool, 1)[1]
