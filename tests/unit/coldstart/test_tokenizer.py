@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -36,6 +36,7 @@ def test_special_tokens_are_where_the_model_config_says(loaded):
     assert loaded.chat_template is None
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=CHARACTERS, min_size=1, max_size=40))
 def test_text_survives_the_round_trip(loaded, text):
     ids = loaded(text)["input_ids"]
