@@ -11,7 +11,13 @@ SLOW = ("integration", "parity")
 """Folders whose tests take seconds to minutes each. One unmarked file more than doubles the quick run."""
 QUICK = ("test_launchers.py",)
 """Files in them that start shell scripts only."""
-ALONE = ("test_cluster.py", "test_hosts.py", "test_quickstart.py", "test_sync_hosts.py")
+ALONE = (
+    "test_cluster.py",
+    "test_hosts.py",
+    "test_lost_engines.py",
+    "test_quickstart.py",
+    "test_sync_hosts.py",
+)
 """Files whose tests start a Ray cluster, Slurm, several hosts or kill processes: more than a core each."""
 
 
