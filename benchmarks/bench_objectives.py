@@ -49,8 +49,12 @@ def cases(tokens: int) -> dict[str, Callable[[], None]]:
 
     def case(name: str) -> Callable[[], None]:
         objective = get_objective(name)
-        # m2po's cut and rspo's shift are found outside of the loss.
-        reads = {"second_moment_cut": 0.05, "router_shift": torch.full_like(old, 0.9)}
+        # m2po's cut, rspo's shift and the mean score are found outside of the loss.
+        reads = {
+            "second_moment_cut": 0.05,
+            "router_shift": torch.full_like(old, 0.9),
+            "expected_score": torch.full_like(old, -1.0),
+        }
         extra = {name: reads[name] for name in objective.spec.reads}
 
         def run() -> None:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.partition import longest_first
 from gspo_dist.routing.trace import RoutingTrace
@@ -179,6 +180,7 @@ def pack_sequences(
     engine = np.zeros(total, np.float32)
     versions = np.full(total, NO_VERSION, np.int32)
     advantage = np.zeros(total, np.float32)
+    candidates = _candidates(chosen)
     own = [advantages[i] for i in index]
     for rollout, given, start, stop in zip(chosen, own, cu[:-1], cu[1:], strict=True):
         completion = rollout.completion
@@ -199,6 +201,22 @@ def pack_sequences(
         rollout_logprobs=torch.from_numpy(engine),
         rollout_index=torch.tensor(list(index), dtype=torch.int64),
         policy_versions=torch.from_numpy(versions),
+        candidate_ids=None if candidates is None else torch.from_numpy(candidates.ids),
+        candidate_logprobs=None if candidates is None else torch.from_numpy(candidates.logprobs),
+    )
+
+
+def _candidates(rollouts: Sequence[Rollout]) -> Candidates | None:
+    """Those of the completions, end to end; a prompt's tokens have none."""
+    return Candidates.join(
+        [
+            part
+            for r in rollouts
+            for part in (
+                (len(r.prompt.token_ids), None),
+                (len(r.completion), r.completion.candidates),
+            )
+        ]
     )
 
 

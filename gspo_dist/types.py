@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.routing.trace import RouterScores, RoutingTrace
 
 
@@ -82,6 +83,8 @@ class Completion:
     """Rows of prompt and completion, P + N. None unless the engine was asked to record."""
     turns: tuple[Turn, ...] = ()
     """The turns of an episode, the reset first. Empty without an environment."""
+    candidates: Candidates | None = None
+    """The likeliest tokens at every place. None unless the engine was asked for them."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -89,6 +92,11 @@ class Completion:
             got = len(getattr(self, name))
             if got != n:
                 raise ValueError(f"completion.{name} must have one entry per token: got {got} for {n} tokens")
+        if self.candidates is not None and len(self.candidates) != n:
+            raise ValueError(
+                f"completion.candidates must have one row per token: got {len(self.candidates)} for "
+                f"{n} tokens"
+            )
         if not np.isfinite(self.logprobs).all():
             at = int(np.flatnonzero(~np.isfinite(self.logprobs))[0])
             raise ValueError(
@@ -114,14 +122,22 @@ class Completion:
         if routing is None and self.routing is not None:
             routing = self.routing.continued(self.routing.expert_ids[:0], len(self.routing) + len(more))
         turns = (*self.turns, *more.turns)
+        candidates = Candidates.join([(len(self), self.candidates), (len(more), more.candidates)])
         return Completion(
-            **joined, finish_reason=more.finish_reason, text=more.text, routing=routing, turns=turns
+            **joined,
+            finish_reason=more.finish_reason,
+            text=more.text,
+            routing=routing,
+            turns=turns,
+            candidates=candidates,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as bytes: Ray (2.60) ships every small array as a buffer of its own, ten times slower."""
         arrays = tuple(np.asarray(getattr(self, name), dtype).tobytes() for name, dtype in COLUMNS.items())
-        return _completion, (arrays, self.finish_reason, self.text, self.routing, self.turns)
+        return _completion, (
+            *(arrays, self.finish_reason, self.text, self.routing, self.turns, self.candidates),
+        )
 
 
 COLUMNS: dict[str, type[np.generic]] = {
@@ -139,12 +155,20 @@ def _completion(
     text: str,
     routing: RoutingTrace | None,
     turns: tuple[Turn, ...],
+    candidates: Candidates | None,
 ) -> Completion:
     """What `Completion.__reduce__` wrote; its arrays are read-only, like all that Ray delivers."""
     arrays: dict[str, np.ndarray] = {
         name: np.frombuffer(data, dtype) for (name, dtype), data in zip(COLUMNS.items(), columns, strict=True)
     }
-    return Completion(**arrays, finish_reason=finish_reason, text=text, routing=routing, turns=turns)
+    return Completion(
+        **arrays,
+        finish_reason=finish_reason,
+        text=text,
+        routing=routing,
+        turns=turns,
+        candidates=candidates,
+    )
 
 
 NO_VERSION = -1
@@ -218,6 +242,10 @@ class PackedBatch:
     """Expert ids by input token. Where they are present, the learner replays them."""
     old_router: RouterScores | None = None
     """What the old policy's routers thought of its experts, by input token (objective rspo)."""
+    candidate_ids: torch.Tensor | None = None
+    """[T, K] int32: the likeliest tokens where token t was sampled (objective score_centering)."""
+    candidate_logprobs: torch.Tensor | None = None
+    """[T, K] float32: the engine's log-probs of them. -inf where there is none."""
 
     @property
     def num_tokens(self) -> int:
@@ -276,6 +304,8 @@ class SamplingSpec:
     """A completion ends with the first of them, besides the model's own."""
     record_routing: bool = False
     """Whether the completions come with the experts that the engine chose."""
+    candidates: int = 0
+    """How many of the likeliest tokens come with every token that is sampled."""
 
 
 UNBEGUN = Completion(

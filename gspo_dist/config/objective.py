@@ -50,7 +50,7 @@ class ObjectiveConfig:
 
     name: str = "gspo"
     """gspo | gspo_token | luspo | grpo | dapo | dr_grpo | cispo | gmpo | sapo | minirl | reinforce |
-    dppo_tv | dppo_kl | vespo | m2po | rspo, or an objective of yours: package.module:name."""
+    dppo_tv | dppo_kl | vespo | m2po | rspo | score_centering, or one of your own: package.module:name."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the objective, e.g. {clip_low: 3e-4, clip_high: 4e-4}. Others keep the paper's values."""
     aggregation: str | None = None
@@ -150,6 +150,14 @@ class ObjectiveConfig:
                 f"objective.advantage={self.advantage_name} {why}: got {self.selection.overlong_penalty}; "
                 "set it to 0 and let the reward charge for length, or use another advantage"
             )
+
+    @property
+    def candidates(self) -> int:
+        """How many of its likeliest tokens the engine gives with every sampled one, for this objective."""
+        spec = specs.OBJECTIVE_SPECS.get(self.name)
+        if spec is None or "expected_score" not in spec.reads:
+            return 0
+        return int(specs.resolve_params(spec.name, spec.defaults, self.params)["candidates"])
 
     @property
     def advantage_name(self) -> str | None:

@@ -69,7 +69,7 @@ class RunConfig:
         self._check_in_process()
         self._check_ahead()
         self._check_selection()
-        self._check_router_shift()
+        self._check_reads()
         self._check_environment()
         self._check_accepted()
         check_consistency(self.learner, self.rollout)
@@ -145,14 +145,17 @@ class RunConfig:
                 "as every group of one is: got rollout.group_size 1; raise it, or set degenerate=keep"
             )
 
-    def _check_router_shift(self) -> None:
+    def _check_reads(self) -> None:
         name = self.objective.name
-        if "router_shift" in legality.spec_of(name).reads and self.learner.backend != "eager":
-            raise ValueError(
-                f"objective {name} weighs tokens by their routers' shift, which the eager learner alone "
-                f"measures: got learner.backend {self.learner.backend}; use learner=eager, or "
-                "objective=gmpo, the same without it"
-            )
+        for what, why, other in (
+            ("router_shift", "weighs tokens by their routers' shift", "gmpo"),
+            ("expected_score", "reads log-probs of other tokens than the sampled ones", "reinforce"),
+        ):
+            if what in legality.spec_of(name).reads and self.learner.backend != "eager":
+                raise ValueError(
+                    f"objective {name} {why}, which the eager learner alone measures: got learner.backend "
+                    f"{self.learner.backend}; use learner=eager, or objective={other}, the same without it"
+                )
 
     def _check_accepted(self) -> None:
         # Here and not in CheckpointConfig, because only a whole run knows every knob.

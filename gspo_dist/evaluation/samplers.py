@@ -123,6 +123,7 @@ class EngineSampler:
             temperature=suite.temperature,
             top_p=suite.top_p,
             record_routing=False,
+            candidates=0,
         )
         prompts = {ask.place: self.prompts.of(suite, ask.problem) for ask in asks}
         refused = [ask for ask in asks if not self.prompts.fits(prompts[ask.place])]

@@ -128,11 +128,17 @@ class EagerLearner:
                 replaying(self.policy.hf, batch),
                 contextlib.nullcontext() if meter is None else routers.watch(self.policy.hf, meter),
             ):
-                logprobs, entropy = self.policy(**model_inputs(batch, index, self.device))
+                inputs = model_inputs(
+                    batch, index, self.device, with_candidates="expected_score" in spec.objective.spec.reads
+                )
+                logprobs, entropy, *candidates = self.policy(**inputs)
                 # The router that helps to predict token t sees token t - 1.
                 shift = None if meter is None else meter.shift()[index.to(self.device) - 1]
                 loss, stats = micro_batch_loss(
-                    logprobs, entropy, batch, spec, index=index, router_shift=shift
+                    *(logprobs, entropy, batch, spec),
+                    index=index,
+                    router_shift=shift,
+                    candidate_logprobs=candidates[0] if candidates else None,
                 )
                 loss.backward()
             parts.append(stats)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from gspo_dist.learners import attention
 from gspo_dist.learners.head.logprobs import taken_logprobs
+from gspo_dist.learners.head.others import other_logprobs
 from gspo_dist.learners.hf_folder import check_loaded, check_model_folder
 from gspo_dist.learners.mixers import SequenceMixers, check_layers, check_mixers
 from gspo_dist.models.shape import read_shape
@@ -48,8 +49,13 @@ class LogprobHead(nn.Module):
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
 
-    def forward(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [N, H], token_ids [N] -> logprobs [N] float32, entropy [N] float32 (detached), in nats."""
+    def forward(
+        self, hidden: torch.Tensor, token_ids: torch.Tensor, others: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """hidden [N, H], token_ids [N] -> logprobs [N] float32, entropy [N] float32 (detached), in nats.
+
+        With others [N, K] (more token ids) a third: their log-probs [N, K].
+        """
         out = taken_logprobs(
             hidden,
             self.weight,
@@ -61,7 +67,20 @@ class LogprobHead(nn.Module):
             logit_softcap=self.logit_softcap,
         )
         assert out.entropy is not None  # taken_logprobs computes it unless told otherwise
-        return out.logprobs, out.entropy
+        if others is None:
+            return out.logprobs, out.entropy
+        more = other_logprobs(
+            hidden,
+            self.weight,
+            token_ids,
+            out.logprobs,
+            others,
+            bias=self.bias,
+            temperature=self.temperature,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+        )
+        return out.logprobs, out.entropy, more
 
 
 class PolicyModel(nn.Module):
@@ -95,8 +114,11 @@ class PolicyModel(nn.Module):
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         index: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        others: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """[T], [T], [S + 1], [N] (places of the wanted tokens) -> their log-probs and entropies, [N] float32.
+
+        With others [N, K] (more token ids at those places) also the log-probs of these, [N, K].
 
         Example: tokens [5 6 7 8] of one sequence and index [2, 3] give log p(7 | 5 6) and log p(8 | 5 6 7),
         from the hidden states at places 1 and 2.
@@ -107,17 +129,30 @@ class PolicyModel(nn.Module):
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=layout
         )
         hidden = out.last_hidden_state[0]
-        return self.hf.get_output_embeddings()(hidden[index - 1], token_ids[index])
+        return self.hf.get_output_embeddings()(hidden[index - 1], token_ids[index], others)
 
 
-def model_inputs(batch: PackedBatch, index: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-    """The keyword arguments of `PolicyModel.forward` for a packed batch, on `device`."""
+def model_inputs(
+    batch: PackedBatch, index: torch.Tensor, device: torch.device, *, with_candidates: bool = False
+) -> dict[str, torch.Tensor]:
+    """The keyword arguments of `PolicyModel.forward` for a packed batch, on `device`.
+
+    with_candidates: also asks for the log-probs of the engine's likeliest tokens. Raises ValueError where the
+    batch has none.
+    """
     tensors = {
         "token_ids": batch.token_ids,
         "position_ids": batch.position_ids,
         "cu_seqlens": batch.cu_seqlens,
         "index": index,
     }
+    if with_candidates:
+        if batch.candidate_ids is None:
+            raise ValueError(
+                "the objective reads the engine's likeliest tokens, and these rollouts came without them: "
+                "use an engine that gives them (rollout=vllm or rollout=reference)"
+            )
+        tensors["others"] = batch.candidate_ids[index]
     return {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 

@@ -11,6 +11,7 @@ from gspo_dist.config import CorrectionConfig
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives import mismatch, staleness
 from gspo_dist.objectives.aggregate import Denominators, Segments
+from gspo_dist.objectives.centering import expected_score
 from gspo_dist.objectives.objective import Objective
 from gspo_dist.objectives.staleness import LagOffsets
 from gspo_dist.types import PackedBatch
@@ -113,6 +114,7 @@ def micro_batch_loss(
     index: torch.Tensor | None = None,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
     router_shift: torch.Tensor | None = None,
+    candidate_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Stat]]:
     """This rank's share of the mini-batch loss, and its stats.
 
@@ -120,7 +122,8 @@ def micro_batch_loss(
     logprobs: [N] float32 nats, with gradient; entropy: [N] nats. Both belong to the tokens at `index`, by
     default all trained tokens. Under context parallelism `index` holds this rank's trained tokens, and
     `all_reduce` sums over the ranks that share the sequences. router_shift: [N], how little the routers have
-    moved since the old policy, where the learner measured that.
+    moved since the old policy, where the learner measured that. candidate_logprobs: [N, K], with gradient, of
+    the engine's likeliest tokens, where the objective reads them.
     Raises FloatingPointError naming the rollout of a log-prob that is not finite, or those of such a loss.
     Raises InexactError as `spec.exact` says.
     """
@@ -147,6 +150,11 @@ def micro_batch_loss(
         high=spec.correction.high,
         logprobs=logprobs.detach(),
     )
+    extra = _extra(spec, router_shift)
+    rest = None
+    if candidate_logprobs is not None and batch.candidate_logprobs is not None:
+        sampled = batch.candidate_logprobs[index].to(device)
+        extra["expected_score"], rest = expected_score(sampled, candidate_logprobs)
     result = spec.objective.loss(
         logprobs,
         old,
@@ -156,7 +164,7 @@ def micro_batch_loss(
         ref_logprobs=ref,
         correction=correction,
         offset=_offset(logprobs.detach(), old, segments, batch, index, spec),
-        extra=_extra(spec, router_shift),
+        extra=extra,
     )
     if not torch.isfinite(result.loss):
         raise FloatingPointError(
@@ -165,6 +173,8 @@ def micro_batch_loss(
     stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)}
     if router_shift is not None:
         stats["objective/router_shift"] = Stat.mean(router_shift)
+    if rest is not None:
+        stats["objective/candidates_rest"] = Stat.mean(rest)
     if spec.measure_mismatch:
         learner = logprobs.detach() if batch.old_logprobs is None else old
         stats |= _against_engine(learner, rollout_logprobs, segments, batch, index, spec)

@@ -138,6 +138,16 @@ RULES: tuple[Rule, ...] = (
         lambda c: "router_shift" in spec_of(c.objective).reads and c.old_logprobs == "rollout",
         ("objective", "old_logprobs"),
     ),
+    Rule(
+        "no weight on a centred score",
+        "the mean score that is taken out is that under the engine's distribution as it is; a weight on the "
+        "sampled token alone would leave a mean that is not 0",
+        "set correction=none, or a correction that only drops (geometric_reject, veto, opsm)",
+        lambda c: (
+            c.correction.endswith(("_truncate", "_mask")) and "expected_score" in spec_of(c.objective).reads
+        ),
+        ("correction", "objective"),
+    ),
 )
 
 _AGGREGATION_REASON = (

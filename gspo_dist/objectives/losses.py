@@ -440,3 +440,26 @@ def m2po(
     ratio = bounded_exp(log_ratio)
     loss = (-ratio * advantages).masked_fill(dropped, 0.0)
     return Surrogate(loss, ratio.detach(), dropped & (advantages < 0), dropped & (advantages > 0))
+
+
+# --- centred ---
+
+
+def score_centering(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    candidates: int,
+    expected_score: Tensor,
+) -> Surrogate:
+    """Score centering, arXiv 2609.20807, on REINFORCE: A_t (log pi(y_t) - C_t).
+
+    C_t is the mean of log pi over the engine's own distribution (`centering.expected_score`), with gradient:
+    where engine and learner differ, what is left of the gradient has no part that pulls one to the other.
+    old_logprobs weigh nothing; they are for the statistics. candidates: the engine's likeliest tokens from
+    which C_t was made.
+    """
+    ratio = bounded_exp((logprobs - old_logprobs).detach())
+    return Surrogate(-advantages * (logprobs - expected_score), ratio, no_clip(ratio), no_clip(ratio))

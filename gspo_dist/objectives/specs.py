@@ -218,6 +218,15 @@ _SPECS = (
         reads=("router_shift",),
         source="arXiv 2510.23027 (router shift, on GMPO)",
     ),
+    ObjectiveSpec(
+        "score_centering",
+        "sequence_sum",
+        "leave_one_out",
+        defaults={"candidates": 32},
+        clip=None,
+        reads=("expected_score",),
+        source="arXiv 2609.20807 (score centering, on RLOO)",
+    ),
 )
 OBJECTIVE_SPECS: dict[str, ObjectiveSpec] = {spec.name: spec for spec in _SPECS}
 """The built-in objectives by name."""
@@ -225,6 +234,8 @@ OBJECTIVE_SPECS: dict[str, ObjectiveSpec] = {spec.name: spec for spec in _SPECS}
 
 # --- parameter rules ---
 
+MOST_CANDIDATES = 128
+"""Tokens whose log-probs an engine gives beside each sampled one, at most: 1 KiB a token."""
 POSITIVE = (
     *("tau_positive", "tau_negative", "delta_low", "delta_high", "second_moment"),
     *("k_positive", "k_negative", "lambda_positive", "lambda_negative"),
@@ -288,6 +299,13 @@ def check_params(owner: str, params: Mapping[str, Any], *, clip: str | None) -> 
         raise ValueError(
             f"{owner}.shift_floor must lie between 0 and 1, as the shift does: got {params['shift_floor']}"
         )
+    if "candidates" in params:
+        k = _number(owner, "candidates", params["candidates"])
+        if k != int(k) or not 1 <= k <= MOST_CANDIDATES:
+            raise ValueError(
+                f"{owner}.candidates must be a whole number from 1 to {MOST_CANDIDATES}: got "
+                f"{params['candidates']!r}"
+            )
     for name in POSITIVE:
         if name in params and _number(owner, name, params[name]) <= 0:
             raise ValueError(f"{owner}.{name} must be > 0: got {params[name]}")

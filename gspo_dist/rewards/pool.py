@@ -326,6 +326,8 @@ class LocalRewardPool:
 
 
 def bare(item: Item) -> Item:
-    """Without the expert choices: they are most of a rollout's bytes, and no reward reads them."""
+    """Without expert choices and candidates: they are most of a rollout's bytes, and no reward reads them."""
     rollout_id, prompt, completion = item
-    return rollout_id, prompt, replace(completion, routing=None) if completion.routing else completion
+    if completion.routing is None and completion.candidates is None:
+        return item
+    return rollout_id, prompt, replace(completion, routing=None, candidates=None)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.types import COLUMNS, Completion, Prompt, SamplingSpec, Work, WorkKey
 
 
@@ -40,6 +41,8 @@ class Growth:
     """[sum of counts] float32."""
     policy_versions: np.ndarray
     """[sum of counts] int32."""
+    candidates: Candidates | None = None
+    """Of every place, where they were asked for."""
 
     def parts(self) -> dict[WorkKey, Completion]:
         """Completion in the making -> its new tokens, as what `Work.extended` takes."""
@@ -52,6 +55,7 @@ class Growth:
                 self.policy_versions[end - n : end],
                 "",
                 "",
+                candidates=None if self.candidates is None else self.candidates[end - n : end],
             )
             for key, n, end in zip(self.keys, self.counts.tolist(), ends.tolist(), strict=True)
         }
@@ -65,7 +69,9 @@ class Growth:
             for name, dtype in COLUMNS.items()
             if name != "loss_mask"  # all of them True: an engine made the tokens
         }
-        return Growth(tuple(grown), np.array([len(part) for part in grown.values()], np.int64), **columns)
+        counts = np.array([len(part) for part in grown.values()], np.int64)
+        candidates = Candidates.join([(len(part), part.candidates) for part in grown.values()])
+        return Growth(tuple(grown), counts, **columns, candidates=candidates)
 
 
 @dataclass(frozen=True)

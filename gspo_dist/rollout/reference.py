@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.config import RolloutConfig
 from gspo_dist.rollout.engine import (
     EngineInfo,
@@ -65,6 +66,15 @@ def truncate(logprobs: np.ndarray, top_p: float) -> np.ndarray:
     return out - np.log(np.exp(out).sum(axis=-1, keepdims=True))
 
 
+def likeliest(table: np.ndarray, k: int) -> Candidates:
+    """The k likeliest tokens of each row of log-probs [n, V]; those beyond V are -inf."""
+    order = np.argsort(-table, axis=-1, kind="stable")[:, :k]
+    found = Candidates.none(len(table), k)
+    found.ids[:, : order.shape[1]] = order
+    found.logprobs[:, : order.shape[1]] = np.take_along_axis(table, order, axis=-1)
+    return found
+
+
 @dataclass
 class Rows:
     """Unfinished completions of one group, side by side: all have T tokens with the prompt.
@@ -84,6 +94,8 @@ class Rows:
     """[tokens since the submit] the policy version that sampled each column."""
     finished: np.ndarray
     """[n] which were reported as whole."""
+    candidates: list[Candidates]
+    """[tokens since the submit] a row of work in each; empty where they are not asked for."""
     reported: int = 0
     """Columns that a slice has told of already."""
 
@@ -97,6 +109,7 @@ class Rows:
             np.zeros((n, 0), np.float32),
             np.zeros(0, np.int32),
             np.zeros(n, np.bool_),
+            [],
         )
 
     @property
@@ -114,6 +127,7 @@ class Rows:
             policy_versions=self.versions[start:],
             finish_reason=reason,
             text=text,
+            candidates=Candidates.join([(1, c[row : row + 1]) for c in self.candidates[start:]]),
         )
 
 
@@ -203,6 +217,8 @@ class ReferenceEngine:
         rows.logprobs = np.concatenate([rows.logprobs, logprobs], axis=1)
         rows.tokens = np.concatenate([rows.tokens, token[:, None]], axis=1)
         rows.versions = np.append(rows.versions, np.int32(self.policy_version))
+        if spec.candidates:
+            rows.candidates.append(likeliest(table, spec.candidates))
 
     def _finish(self, rows: Rows) -> dict[WorkKey, Completion]:
         """The completions that became whole with the last tick."""

@@ -95,7 +95,8 @@ def audit_folder(folder: Path, config: RunConfig, sequences: int) -> Audit:
     alone = replace(config, cluster=replace(config.cluster, colocated=False))  # it never has to sleep
     engine = engine_factory(alone, str(folder), "cpu", 0)(name="audit")
     try:
-        spec = replace(sampling_spec(config, tokenizer, engine.info()), n=1, record_routing=False)
+        spec = sampling_spec(config, tokenizer, engine.info())
+        spec = replace(spec, n=1, record_routing=False, candidates=0)
         groups = engine.generate(prompts, spec, range(len(prompts)))
         return compare(cast(VllmEngine, engine), policy, prompts, [group[0] for group in groups])
     finally:

@@ -32,6 +32,7 @@ def evaluate(run: Run) -> dict[str, float]:
         top_p=config.top_p,
         seed=run.config.seed + 1,
         record_routing=False,
+        candidates=0,
     )
     start = time.perf_counter()
     ids = range(EVALUATION_IDS, EVALUATION_IDS + len(run.heldout))

@@ -74,7 +74,7 @@ def start(run: Run) -> None:
     A resumed learner is ahead of the model folder that the engines loaded. A resumed run
     was evaluated already.
     """
-    spec = replace(run.sampling, n=1, record_routing=False)
+    spec = replace(run.sampling, n=1, record_routing=False, candidates=0)
     groups = run.pool.generate(run.probe_prompts, spec, range(len(run.probe_prompts)))
     publish(run, [(prompt, group[0]) for prompt, group in zip(run.probe_prompts, groups, strict=True)])
     row = run.suites.start(run.completed_steps)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.files import write_text
 from gspo_dist.rewards.reward import Judged
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
@@ -94,6 +95,9 @@ def _columns(parts: list[Completion]) -> dict[str, np.ndarray]:
     for name, dtype in COLUMNS.items():
         joined = np.concatenate([np.zeros(0, dtype), *(getattr(c, name) for c in parts)])
         columns[name] = joined.astype(dtype, copy=False)
+    candidates = Candidates.join([(len(c), c.candidates) for c in parts])
+    if candidates is not None:
+        columns |= {"candidate_ids": candidates.ids, "candidate_logprobs": candidates.logprobs}
     if traces:
         columns["route_rows"] = np.array([len(t) for t in traces], np.int64)
         columns["expert_ids"] = np.concatenate([t.expert_ids for t in traces])
@@ -158,6 +162,10 @@ def _completions(rows: list[dict[str, Any]], path: Path) -> list[Completion]:
         data = {name: columns[name] for name in columns.files}
     cuts = np.cumsum(data["counts"])[:-1]
     split = {name: np.split(data[name], cuts) for name in COLUMNS}
+    candidates: list[Candidates | None] = [None] * len(rows)
+    if "candidate_ids" in data:
+        both = (np.split(data[name], cuts) for name in ("candidate_ids", "candidate_logprobs"))
+        candidates = [Candidates(ids, logprobs) for ids, logprobs in zip(*both, strict=True)]
     traces = iter(_traces(data))
     out = []
     for i, row in enumerate(rows):
@@ -168,7 +176,16 @@ def _completions(rows: list[dict[str, Any]], path: Path) -> list[Completion]:
         own = {name: arrays[i] for name, arrays in split.items()}
         turns = tuple(Turn(**turn) for turn in row.get("turns", ()))
         reason, text = row["finish_reason"], row["text"]
-        out.append(Completion(**own, finish_reason=reason, text=text, routing=routing, turns=turns))
+        out.append(
+            Completion(
+                **own,
+                finish_reason=reason,
+                text=text,
+                routing=routing,
+                turns=turns,
+                candidates=candidates[i],
+            )
+        )
     return out
 
 

@@ -44,6 +44,7 @@ FLOORS = {
     "config": 1,
     "planner": 1,
     "types": 1,
+    "candidates": 1,
     "packing": 1,
     "probes": 1,
     "objectives": 0,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.rollout.engine import EngineInfo, Growth, Progress
 from gspo_dist.rollout.seeds import work_keys
 from gspo_dist.routing.trace import RoutingTrace
@@ -62,7 +63,11 @@ class Flights:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        slots = self._take_slots(len(work), max(item.spec.max_tokens for item in work))
+        slots = self._take_slots(
+            len(work),
+            max(item.spec.max_tokens for item in work),
+            max(item.spec.candidates for item in work),
+        )
         for item, key, slot in zip(work, work_keys(work), slots, strict=True):
             spec = item.spec
             params = SamplingParams(
@@ -81,13 +86,13 @@ class Flights:
             internal_id = self.llm.llm_engine.add_request(name, {"prompt_token_ids": item.tokens()}, params)
             self._flights[name] = Flight(item, slot, internal_id, len(item.so_far))
 
-    def _take_slots(self, count: int, max_tokens: int) -> list[int]:
+    def _take_slots(self, count: int, max_tokens: int, candidates: int) -> list[int]:
         """Rows of the sampler's buffers for `count` more completions; the buffers grow where they must."""
         missing = count - len(self._free_slots)
         if missing > 0:
             self._free_slots += range(self._slots, self._slots + missing)
             self._slots += missing
-        self.llm.collective_rpc("gspo_room", args=(self._slots, max_tokens))
+        self.llm.collective_rpc("gspo_room", args=(self._slots, max_tokens, candidates))
         taken, self._free_slots = self._free_slots[:count], self._free_slots[count:]
         return taken
 
@@ -136,9 +141,28 @@ class Flights:
         ids, logprobs, versions = self.llm.collective_rpc("gspo_read", args=at)[0]
         cuts = np.cumsum(counts)[:-1]
         columns = (np.split(column, cuts) for column in (ids.astype(np.int64), logprobs, versions))
+        candidates = self._read_candidates(spans, at, cuts)
         return {
-            name: Completion(own, np.ones(len(own), np.bool_), own_logprobs, own_versions, "", "")
+            name: Completion(
+                *(own, np.ones(len(own), np.bool_), own_logprobs, own_versions, "", ""),
+                candidates=candidates.get(name),
+            )
             for name, own, own_logprobs, own_versions in zip(spans, *columns, strict=True)
+        }
+
+    def _read_candidates(
+        self, names: Iterable[str], at: tuple[np.ndarray, np.ndarray], cuts: np.ndarray
+    ) -> dict[str, Candidates]:
+        """The candidates of those completions whose work asks for them, each as many as it asks for."""
+        wanted = {name: self._flights[name].work.spec.candidates for name in names}
+        if not any(wanted.values()):
+            return {}
+        found = self.llm.collective_rpc("gspo_read_candidates", args=at)[0]
+        ids, logprobs = (np.split(column, cuts) for column in found)
+        return {
+            name: Candidates(own_ids[:, :k], own_logprobs[:, :k])
+            for (name, k), own_ids, own_logprobs in zip(wanted.items(), ids, logprobs, strict=True)
+            if k
         }
 
     def _finish(

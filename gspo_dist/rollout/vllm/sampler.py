@@ -60,19 +60,28 @@ class KeyedSampler(Sampler):
         self.tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(1, 1, device=device)
         self.versions = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        self.candidate_ids = torch.zeros(1, 1, 0, dtype=torch.int32, device=device)
+        self.candidate_logprobs = torch.zeros(1, 1, 0, device=device)
 
-    def room(self, slots: int, max_tokens: int) -> None:
-        """Makes room for `slots` completions of at most `max_tokens` tokens; what is there stays.
+    def room(self, slots: int, max_tokens: int, candidates: int = 0) -> None:
+        """Makes room for `slots` completions of at most `max_tokens` tokens, with `candidates` at each place.
 
-        There is one more row, which takes what requests of others sample.
+        What is there stays. There is one more row, which takes what requests of others sample.
         """
-        rows, columns = self.tokens.shape
+        rows, columns, k = self.candidate_ids.shape
+        if rows > slots and columns >= max_tokens and k >= candidates:
+            return
+        shape = max(rows, slots + 1), max(columns, max_tokens)
         for name in ("tokens", "logprobs", "versions"):
             old = getattr(self, name)
-            if rows < slots + 1 or columns < max_tokens:
-                new = old.new_zeros(max(rows, slots + 1), max(columns, max_tokens))
-                new[: rows - 1, :columns] = old[:-1]
-                setattr(self, name, new)
+            new = old.new_zeros(shape)
+            new[: rows - 1, :columns] = old[:-1]
+            setattr(self, name, new)
+        for name, nothing in (("candidate_ids", 0), ("candidate_logprobs", -torch.inf)):
+            old = getattr(self, name)
+            new = old.new_full((*shape, max(k, candidates)), nothing)
+            new[: rows - 1, :columns, :k] = old[:-1]
+            setattr(self, name, new)
 
     def read(self, slots: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Token ids, log-probs and policy versions [N] at the places (slots[i], columns[i])."""
@@ -83,6 +92,12 @@ class KeyedSampler(Sampler):
             self.logprobs[at].cpu().numpy(),
             self.versions[at].cpu().numpy(),
         )
+
+    def read_candidates(self, slots: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and log-probs [N, K] of the likeliest tokens at those places."""
+        device = self.tokens.device
+        at = torch.from_numpy(slots).to(device), torch.from_numpy(columns).to(device)
+        return self.candidate_ids[at].cpu().numpy(), self.candidate_logprobs[at].cpu().numpy()
 
     def compute_logprobs(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, V] of prompt tokens -> log-probs [rows, V] float32 at `prompt_temperature`.
@@ -151,6 +166,11 @@ class KeyedSampler(Sampler):
         self.logprobs[slots, at] = logprobs.gather(1, sampled.unsqueeze(1)).squeeze(1)
         self.tokens[slots, at] = sampled.to(torch.int32)
         self.versions[slots, at] = self.policy_version
+        k = min(self.candidate_ids.shape[2], logprobs.shape[1])
+        if k:
+            likeliest = logprobs.topk(k, dim=1)
+            self.candidate_logprobs[slots, at, :k] = likeliest.values
+            self.candidate_ids[slots, at, :k] = likeliest.indices.to(torch.int32)
 
     def look_up(self) -> None:
         """Finds keys and slots of the rows in their present order, if that has changed."""

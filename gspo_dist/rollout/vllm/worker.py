@@ -30,9 +30,9 @@ class WorkerExtension:
         layers = [m.layer_id for m in self.model_runner.get_model().modules() if isinstance(m, MoERunner)]
         return {"moe_layers": sorted(layers)}
 
-    def gspo_room(self, slots: int, max_tokens: int) -> None:
-        """Makes room for `slots` completions of at most `max_tokens` tokens."""
-        self.model_runner.sampler.room(slots, max_tokens)
+    def gspo_room(self, slots: int, max_tokens: int, candidates: int) -> None:
+        """Makes room for `slots` completions of at most `max_tokens` tokens, with their candidates."""
+        self.model_runner.sampler.room(slots, max_tokens, candidates)
 
     def gspo_read(
         self, slots: np.ndarray, columns: np.ndarray
@@ -42,6 +42,12 @@ class WorkerExtension:
         None from every worker but the first: all of them sample the same, and one copy is read.
         """
         return None if self.rank else self.model_runner.sampler.read(slots, columns)
+
+    def gspo_read_candidates(
+        self, slots: np.ndarray, columns: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids and log-probs [N, K] of the likeliest tokens at those places. None as in `gspo_read`."""
+        return None if self.rank else self.model_runner.sampler.read_candidates(slots, columns)
 
     def gspo_clear(self) -> None:
         """Empties the sampler's tables: nothing is in the making."""

@@ -200,6 +200,7 @@ def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> Sampli
             *stop_ids(tokenizer, config.environment.stop),
         ),
         record_routing=records_routing(config, info.moe_layers) and info.can_record_routing,
+        candidates=config.objective.candidates,
     )
 
 

@@ -139,6 +139,7 @@ CONFIGURATIONS = {
         "rollout.length_schedule=[[1, 4]]",
     ],
     "rspo": ["objective=rspo", "objective.selection.degenerate=drop"],
+    "score_centering": ["objective=score_centering"],
     "turns": [
         *("environment.factory='FOLDER/game.py:Game'", "environment.max_turns=2"),
         *("environment.stop=[0,1,2,3,4,5,6,7,8,9,a,b,c,d,e,f,g,h]", "environment.failure_reward=0"),

@@ -41,6 +41,8 @@ def extra_of(name, t, offset=0.0, second_moment=0.04):
     """What the objective reads beside log-probs, of a whole mini-batch `t`."""
     if name == "rspo":
         return {"router_shift": shift_of(len(t.ids))}
+    if name == "score_centering":
+        return {"expected_score": -2.0 * shift_of(len(t.ids))}
     if name != "m2po":
         return {}
     values = squares(t.logprobs, t.old + offset, t.advantages)
@@ -136,6 +138,8 @@ def _token_terms(name: str, lp: float, old: float, a: float, p: dict) -> tuple[f
         return m * r * a * lp, m * r * a
     if name == "reinforce":
         return r * a * lp, r * a
+    if name == "score_centering":
+        return a * (lp - p["expected"]), a
     if name in ("dppo_tv", "dppo_kl"):
         new, was = math.exp(lp), math.exp(old)
         if name == "dppo_tv":
@@ -227,7 +231,8 @@ def reference(
             if name == "m2po":
                 value = grad = 0.0 if (i, t) in dropped else math.exp(x - y) * a
             else:
-                value, grad = _token_terms(name, x, y, a, params)
+                own = params | {"expected": -2.0 * shifts[i][t]} if name == "score_centering" else params
+                value, grad = _token_terms(name, x, y, a, own)
             loss -= scale * value
             grads.append(-scale * grad)
     return loss, grads

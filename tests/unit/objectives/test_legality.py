@@ -52,6 +52,10 @@ from gspo_dist.objectives import legality
         ({"objective": "m2po", "old_logprobs": "rollout", "guard_action": "recentre"}, ["no clip"]),
         ({"objective": "dppo_tv", "old_logprobs": "rollout", "guard_action": "recompute"}, ["no clip"]),
         ({"objective": "luspo", "aggregation": "sequence_mean"}, ["weighs a sequence", "sequence_sum"]),
+        (
+            {"objective": "score_centering", "old_logprobs": "recompute", "correction": "token_truncate"},
+            ["a weight on the sampled token alone", "geometric_reject"],
+        ),
         ({"objective": "vespo", "aggregation": "sequence_mean"}, ["weighs a sequence", "constant_length"]),
         (
             {"objective": "luspo", "params": {"clip_low": 0.2, "clip_high": 0.28}},

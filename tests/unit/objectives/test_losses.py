@@ -226,6 +226,7 @@ def test_zero_advantage_gives_zero_gradient_and_a_broken_token_stays_finite(name
     lp = torch.tensor([-0.1, -0.1, -0.1], dtype=torch.float32, requires_grad=True)
     old = torch.tensor([-0.2, -0.2, -400.0])
     reads = {"second_moment_cut": math.inf, "router_shift": torch.tensor([1.0, 0.9, 0.2])}
+    reads["expected_score"] = torch.tensor([-0.1, -2.0, -300.0])
     extra = {read: reads[read] for read in OBJECTIVE_SPECS[name].reads}
     result = get_objective(name).loss(
         lp, old, torch.zeros(3), of_lengths(1, 2), Denominators(2, 3, 4), extra=extra

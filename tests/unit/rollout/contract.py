@@ -53,6 +53,7 @@ class Contract:
         self.adding_changes_nothing(whole)
         self.continuing_changes_nothing(whole)
         self.growth_is_what_is_lost_with_an_engine(whole)
+        self.candidates_are_the_likeliest_whoever_sampled(whole)
         self.a_run_of_fixed_ticks_repeats_over_updates()
         self.turns_are_the_policys()
         self.withdrawing_leaves_a_usable_engine(whole)
@@ -127,6 +128,43 @@ class Contract:
             self.one.submit(again)
             found |= self.one.advance().finished
             same(found, whole)
+
+    def candidates_are_the_likeliest_whoever_sampled(self, whole: dict[WorkKey, Completion]) -> None:
+        """They change no token, go through slices and from engine to engine, and are the policy's."""
+        work = [replace(item, spec=replace(SPEC, candidates=5)) for item in self.work]
+        self.one.submit(work)
+        told = self.one.advance(7)
+        found, known = dict(told.finished), told.growth.parts()
+        left = self.one.withdraw()
+        assert self.is_empty(self.one)
+        for item in left:
+            assert item.so_far.candidates.ids.tolist() == known[item.key].candidates.ids.tolist()
+        self.two.submit(left)
+        found |= self.two.advance().finished
+        same(found, whole)
+        for c in found.values():
+            ids, logprobs = c.candidates.ids, c.candidates.logprobs
+            assert ids.shape == logprobs.shape == (len(c), 5)
+            assert (np.diff(logprobs, axis=1) <= 0).all()
+            sampled = ids == c.token_ids[:, None]
+            # The sampled token is among them with its own log-prob, or less likely than all of them.
+            assert np.abs(logprobs - c.logprobs[:, None])[sampled].max(initial=0.0) < EXACT
+            assert (logprobs[~sampled.any(1), -1] >= c.logprobs[~sampled.any(1)] - EXACT).all()
+        (g, _), c = next((key, c) for key, c in found.items() if len(c) == 20)
+        start = len(self.prompts[g].token_ids)
+        row = np.array([*self.prompts[g].token_ids, *c.token_ids])
+        for place in (0, 8, 19):  # of the first engine and of the second
+            for k in (0, 4):
+                other = np.append(row[: start + place], c.candidates.ids[place, k])
+                assert abs(self.logprobs(0, other)[-1] - c.candidates.logprobs[place, k]) < EXACT
+        vocabulary = self.one.info().vocab_size
+        all_of_it = replace(SPEC, n=1, max_tokens=2, candidates=vocabulary + 2)
+        [[c]] = self.one.generate(self.prompts[:1], all_of_it, [0])
+        assert np.isneginf(c.candidates.logprobs[:, vocabulary:]).all()
+        assert sorted(c.candidates.ids[0, :vocabulary].tolist()) == list(range(vocabulary))
+        assert np.abs(np.exp(c.candidates.logprobs[:, :vocabulary]).sum(1) - 1).max() < EXACT
+        [[bare]] = self.one.generate(self.prompts[:1], replace(SPEC, n=1), [0])
+        assert bare.candidates is None
 
     def growth_is_what_is_lost_with_an_engine(self, whole: dict[WorkKey, Completion]) -> None:
         """What slices tell makes up for a withdrawal that cannot come any more."""

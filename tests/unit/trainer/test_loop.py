@@ -87,7 +87,18 @@ def test_on_policy_first_mini_batch_has_ratio_one_and_no_clipping(model, reward_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
-    ["grpo_r2", "grpo_r3", "gspo_r3", "gspo_recompute", "dapo_loss", "sapo", "minirl", "m2po", "rspo"],
+    [
+        "grpo_r2",
+        "grpo_r3",
+        "gspo_r3",
+        "gspo_recompute",
+        "dapo_loss",
+        "sapo",
+        "minirl",
+        "m2po",
+        "rspo",
+        "score_centering",
+    ],
 )
 def test_every_path_of_old_logprobs_and_replay_runs(model, reward_file, tmp_path, objective):
     _, rows = go(config(model, reward_file, tmp_path / "run", f"objective={objective}", "steps=2"))
@@ -95,6 +106,10 @@ def test_every_path_of_old_logprobs_and_replay_runs(model, reward_file, tmp_path
     assert last["learner/policy_version"] == 4.0
     if objective == "rspo":
         assert 0.7 < last["objective/router_shift"] < 1.0  # the policy has moved before the second mini-batch
+    if objective == "score_centering":
+        # The head of 32 of the vocabulary's tokens has most of the mass and not all.
+        assert 0.0 < last["objective/candidates_rest"] < 0.5
+        assert last["old_logprobs/recomputed"] == 0.0
     if objective == "m2po":
         assert last["old_logprobs/recomputed"] == 0.0
     if objective in ("grpo_r2", "grpo_r3", "gspo_recompute"):

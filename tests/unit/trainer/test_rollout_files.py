@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.trainer.buffer import Buffer
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
 from gspo_dist.types import COLUMNS
@@ -30,7 +32,9 @@ def saved(tmp_path):
     del step.verdicts[LATE]
     step.finished[DONE] = replace(step.finished[DONE], routing=trace(2 + 9, 3))
     at = [item.key for item in waiting].index(OPEN)
-    waiting[at] = replace(waiting[at], so_far=replace(waiting[at].so_far, routing=trace(2 + 10, 5)))
+    likeliest = Candidates(np.arange(20, dtype=np.int32).reshape(10, 2), np.full((10, 2), -0.5, np.float32))
+    so_far = replace(waiting[at].so_far, routing=trace(2 + 10, 5), candidates=likeliest)
+    waiting[at] = replace(waiting[at], so_far=so_far)
     assert {len(item.so_far) for item in waiting} == {10}
     return collector, json.loads(json.dumps(save_rollouts(collector.buffer, tmp_path)))
 
@@ -43,6 +47,9 @@ def facts(completion):
         {name: (column.dtype, column.tolist()) for name, column in columns.items()},
         completion.finish_reason,
         completion.text,
+        completion.candidates is not None
+        and np.isfinite(completion.candidates.logprobs).any()
+        and (completion.candidates.ids.tolist(), completion.candidates.logprobs.tolist()),
         trace
         and (trace.expert_ids.dtype, trace.expert_ids.tolist(), trace.known.tolist(), trace.num_experts),
     )

@@ -144,6 +144,26 @@ def test_room_grows_and_keeps_what_is_there() -> None:
     assert keyed.tokens.shape == (1, 1)
 
 
+def test_the_likeliest_tokens_stand_beside_the_sampled_one() -> None:
+    keyed = sampler_of(Runner(["a"], {"a": {EXTRA: (1, 1, 2)}}, [0]), 2, 3)
+    keyed.room(2, 3, 2)
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    keyed(logits.clone(), metadata(1, temperature=0.5))
+    ids, logprobs = keyed.read_candidates(np.array([1, 1, 0]), np.array([2, 0, 2]))
+    assert ids.tolist() == [[1, 2], [0, 0], [0, 0]]
+    table = (2 * logits[0]).log_softmax(0)
+    assert logprobs[0] == pytest.approx([float(table[1]), float(table[2])], abs=1e-6)
+    assert np.isneginf(logprobs[1:]).all()
+    keyed.room(4, 3, 5)  # more than the vocabulary has, and more completions: what is there stays
+    ids, again = keyed.read_candidates(np.array([1]), np.array([2]))
+    assert again[0, :2].tolist() == logprobs[0].tolist()
+    assert np.isneginf(again[0, 2:]).all()
+    keyed(logits.clone(), metadata(1, temperature=0.5))
+    assert keyed.read_candidates(np.array([1]), np.array([2]))[0].tolist() == [[1, 2, 0, 0, 0]]
+    keyed.clear()
+    assert keyed.candidate_ids.shape == (1, 1, 0)
+
+
 def test_greedy_rows_take_the_largest_and_their_log_probs_are_untempered() -> None:
     runner = Runner(["a"], {"a": {EXTRA: (1, 0, 0)}}, [0])
     keyed = sampler_of(runner, 1, 1)
