@@ -23,6 +23,8 @@ usage: gspo COMMAND [arguments]
                 gspo data FILE --model DIR --reward math --against OTHER_FILE
   plan        what a run needs and whether it fits, before paying for GPUs
                 gspo plan experiment=qwen3_30b_a3b/gspo layout=qwen3_30b_a3b_4x8
+                gspo plan ... --search                  the fastest layouts of these GPUs that fit
+                gspo plan ... --calibrate=RUN_DIR       at the speeds of a run of your own
                 gspo plan ... --kuberay > job.yaml      the same run for Kubernetes
   export      a run's weights as an HF folder
                 gspo export --run RUN_DIR --to FOLDER

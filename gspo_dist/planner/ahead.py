@@ -9,10 +9,12 @@ from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.hardware import Gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 from gspo_dist.planner.pipeline import Lengths, Machine, Outcome, simulate
-from gspo_dist.planner.throughput import Assumptions, StepTime, decode_step_s, step_time
+from gspo_dist.planner.throughput import Assumptions, StepTime, decode_step_s, prefill_token_s, step_time
 
 SHOWN = (0, 1, 2, 3, 4)
 """Values of rollout.steps_ahead that a plan compares, beside the run's own."""
+ENOUGH, GROUPS = 512, 4
+"""Rollouts of a simulated step, and groups of each engine, above which a simulation is thinned."""
 FEW, MANY = 3, 8
 """Steps of a simulation that are counted: many where a step has few rollouts, and is soon simulated."""
 
@@ -54,24 +56,46 @@ def machine_of(
 ) -> Machine:
     """The planner's own numbers as the machine of a simulation.
 
-    A decode step's context is the mean prompt with half of the mean completion, as in `throughput.collect_s`.
+    A decode step's context is the mean prompt and what a running completion has on average.
     """
-    prompt = work.mean_fill * work.run.rollout.max_prompt_tokens
-    completion = work.mean_fill * work.run.rollout.max_completion_tokens
+    prompt = work.mean_prompt
+    context = prompt + work.lengths.half_way
     places = max(1, min(places, engine.config.max_num_seqs or places))
-    rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
     return Machine(
         engines=engine.engines,
         places=places,
-        step_s=[
-            decode_step_s(model, engine, gpu, max(1, n), prompt + completion / 2, assume)
-            for n in range(places + 1)
-        ],
-        learn_s=time.logprobs_s + time.train_s + time.side_s,
-        publish_s=time.sync_s,
-        prefill_s=model.forward_flops(1, prompt + completion / 2) / rate,
+        step_s=[decode_step_s(model, engine, gpu, max(1, n), context, assume) for n in range(places + 1)],
+        learn_s=time.learn_s,
+        publish_s=time.pause_s,
+        prefill_s=prefill_token_s(model, engine, gpu, context, assume),
         prompt_tokens=round(prompt),
         colocated=engine.colocated,
+    )
+
+
+def thinning(work: Workload, engines: int) -> int:
+    """How many rollouts one of a simulation stands for: a power of two, more than 1 for large steps.
+
+    Each of a thinner step's sequences takes that many places. What the tail of a step is like stays, because
+    every engine still has several groups.
+    """
+    prompts, factor = work.run.rollout.prompts_per_step, 1
+    while work.rollouts >= 2 * factor * ENOUGH and not prompts % (2 * factor):
+        if prompts < 2 * factor * GROUPS * engines:
+            break
+        factor *= 2
+    return factor
+
+
+def thinned(machine: Machine, factor: int) -> Machine:
+    """A machine of which each sequence stands for `factor` of them."""
+    places = max(1, machine.places // factor)
+    last = len(machine.step_s) - 1
+    return replace(
+        machine,
+        places=places,
+        step_s=[machine.step_s[min(n * factor, last)] for n in range(places + 1)],
+        prefill_s=machine.prefill_s * factor,
     )
 
 
@@ -88,9 +112,10 @@ def draw(lengths: Lengths, work: Workload, steps: int, seed: int = 0) -> list[li
 
 def steps_of(machine: Machine, groups: Sequence[Sequence[int]], work: Workload, ahead: int) -> Outcome:
     """A simulated run on the first of `groups`."""
-    prompts = work.run.rollout.prompts_per_step
+    factor = thinning(work, machine.engines)
+    prompts = work.run.rollout.prompts_per_step // factor
     groups = groups[: prompts * steps_needed(work, ahead)]
-    return simulate(machine, groups, prompts, ahead, warm_up=ahead + 1, cool_down=ahead)
+    return simulate(thinned(machine, factor), groups, prompts, ahead, warm_up=ahead + 1, cool_down=ahead)
 
 
 def look_ahead(

@@ -28,6 +28,12 @@ class Gpu:
     """Its share of the node's network cards in 1e9 bytes per second, one direction: one 400-Gbit/s card."""
     gpus_per_node: int = 8
     """GPUs of this kind per node."""
+    nvlink_gb_s: float = 450.0
+    """Between GPUs of one NVLink domain, in 1e9 bytes per second and direction."""
+    nvlink_gpus: int = 8
+    """GPUs of one NVLink domain: those of a node, or of a rack."""
+    pcie_gb_s: float = 64.0
+    """To the memory of its host, in 1e9 bytes per second and direction."""
 
     @property
     def memory(self) -> int:
@@ -39,15 +45,25 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100-40GB", 39.4, 312.0, 1555.0, 25.0),
-        Gpu("A100-80GB", 79.2, 312.0, 2039.0, 25.0),
+        Gpu("A100-40GB", 39.4, 312.0, 1555.0, 25.0, nvlink_gb_s=300.0, pcie_gb_s=32.0),
+        Gpu("A100-80GB", 79.2, 312.0, 2039.0, 25.0, nvlink_gb_s=300.0, pcie_gb_s=32.0),
         Gpu("H100-80GB", 79.2, 989.0, 3350.0),
         Gpu("H200-141GB", 139.8, 989.0, 4800.0),
         Gpu("H20-96GB", 95.1, 148.0, 4000.0),
-        Gpu("B200-180GB", 178.0, 2250.0, 7700.0),
-        Gpu("B300-288GB", 268.0, 2250.0, 8000.0, 100.0),
-        Gpu("GB200-186GB", 184.0, 2500.0, 8000.0, gpus_per_node=4),
-        Gpu("L40S-48GB", 44.5, 362.0, 864.0, 12.5),
+        Gpu("B200-180GB", 178.0, 2250.0, 7700.0, nvlink_gb_s=900.0),
+        Gpu("B300-288GB", 268.0, 2250.0, 8000.0, 100.0, nvlink_gb_s=900.0),
+        Gpu(
+            "GB200-186GB",
+            184.0,
+            2500.0,
+            8000.0,
+            gpus_per_node=4,
+            nvlink_gb_s=900.0,
+            nvlink_gpus=72,
+            pcie_gb_s=450.0,
+        ),
+        # No NVLink: its GPUs talk over PCIe.
+        Gpu("L40S-48GB", 44.5, 362.0, 864.0, 12.5, nvlink_gb_s=32.0, pcie_gb_s=32.0),
     )
 }
 

@@ -8,6 +8,7 @@ rule of `config` cannot be built.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from gspo_dist.checks import divisors
 from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig
 from gspo_dist.config.rollout import PROBE_SEQUENCES, PROBE_TOKENS
 from gspo_dist.models.shape import ModelShape
+from gspo_dist.planner.pipeline import Lengths
 
 BYTES = {"fp32": 4, "bf16": 2}
 """Bytes per weight of each `precision`."""
@@ -82,6 +84,11 @@ class LearnerLayout:
     def expert_tensor(self) -> int:
         """Ranks that share each expert's matrices."""
         return self._knob(megatron="expert_tensor_parallel", otherwise=1)
+
+    @property
+    def grouped(self) -> bool:
+        """A layer's local experts are computed by one kernel, not one after the other."""
+        return self._knob(megatron="grouped_gemm", otherwise=False)
 
     @property
     def recompute(self) -> str:
@@ -218,6 +225,14 @@ class Workload:
     """Where its numbers come from."""
     mean_fill: float = 0.5
     """Assumed mean length of prompts and completions, as a share of the longest allowed."""
+    measured: Lengths | None = None
+    """How long completions are, where more is known than `mean_fill`."""
+    mean_prompt_tokens: float | None = None
+    """Mean length of a prompt, where more is known than `mean_fill`."""
+    unpacked: int | None = None
+    """Sequences of a micro-batch in frameworks that do not pack (published runs). None packs."""
+    forward_budget: int | None = None
+    """Tokens of a micro-batch in a forward pass alone, in frameworks where that differs (published runs)."""
 
     @property
     def rollouts(self) -> int:
@@ -229,10 +244,33 @@ class Workload:
         """Tokens of the longest sequence, prompt and completion."""
         return self.run.rollout.max_model_len
 
+    @functools.cached_property
+    def lengths(self) -> Lengths:
+        """How long completions are."""
+        limit = self.run.rollout.max_completion_tokens
+        if self.measured is not None:
+            return self.measured
+        plan = self.run.plan
+        return Lengths(plan.length_mean or self.mean_fill * limit, plan.length_spread, limit)
+
+    @property
+    def mean_prompt(self) -> float:
+        """Expected tokens of a prompt."""
+        known = self.mean_prompt_tokens or self.run.plan.prompt_mean
+        if known is not None:
+            return known
+        rollout = self.run.rollout
+        return min(1.0, self.lengths.mean / rollout.max_completion_tokens) * rollout.max_prompt_tokens
+
+    @property
+    def mean_completion(self) -> float:
+        """Expected tokens of a completion."""
+        return self.lengths.mean
+
     @property
     def mean_length(self) -> float:
         """Expected tokens per sequence."""
-        return self.mean_fill * self.max_length
+        return self.mean_prompt + self.mean_completion
 
     @property
     def tokens(self) -> float:
@@ -273,8 +311,7 @@ class Workload:
         """Tokens that the learner computes per step for the weight sync's probe, averaged over the steps."""
         rollout = self.run.rollout
         every = rollout.weight_sync.probe_every
-        completion = min(PROBE_TOKENS, self.mean_fill * rollout.max_completion_tokens)
-        tokens = PROBE_SEQUENCES * (self.mean_fill * rollout.max_prompt_tokens + completion)
+        tokens = PROBE_SEQUENCES * (self.mean_prompt + min(PROBE_TOKENS, self.mean_completion))
         return tokens / every if every else 0.0
 
     @property

@@ -181,6 +181,12 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
     return device, host
 
 
+def checkpoint_bytes(model: ModelShape, layout: LearnerLayout) -> int:
+    """Bytes of one checkpoint of the learner: weights, master weights and moments of every parameter once."""
+    per = _per_parameter(layout)
+    return round((per.weights + per.optimizer) * model.total)
+
+
 def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recompute: str) -> float:
     """Bytes that one layer keeps for its backward pass, per token of the micro-batch.
 
@@ -292,6 +298,8 @@ class EngineMemory:
     """Sequences of the longest length decoded at once."""
     concurrency_mean: int
     """Sequences of the assumed mean length decoded at once."""
+    decoded: int
+    """Sequences decoded at once on average: those that the cache holds when each has what it has half way."""
 
 
 LEAST_SEQUENCES = 256
@@ -368,6 +376,7 @@ def engine_memory(
         kv_tokens,
         min(at_once, kv_tokens // work.max_length),
         min(at_once, int(kv_tokens // max(work.mean_length, 1))),
+        min(at_once, int(kv_tokens // max(work.mean_prompt + work.lengths.half_way, 1))),
     )
 
 

@@ -15,10 +15,12 @@ step by decode step.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import operator
 import random
+import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ class Lengths:
         """`size` lengths for each of so many groups, at least 1 token each."""
         rng = random.Random(seed)
         shared, own = math.sqrt(self.group_share), math.sqrt(1.0 - self.group_share)
-        centre = self._centre()
+        centre = self.centre
         out = []
         for _ in range(groups):
             group = shared * rng.gauss(0.0, 1.0)
@@ -60,7 +62,8 @@ class Lengths:
             out.append([max(1, min(self.limit, round(math.exp(x)))) for x in logs])
         return out
 
-    def _centre(self) -> float:
+    @functools.cached_property
+    def centre(self) -> float:
         """The mean of the logarithm with which the cut lengths have `mean`, by bisection."""
         low, high = math.log(self.mean) - 10.0 * self.spread - 1.0, math.log(self.limit) + 10.0 * self.spread
         for _ in range(80):
@@ -75,6 +78,28 @@ class Lengths:
         z = (math.log(self.limit) - centre) / self.spread
         below = math.exp(centre + self.spread**2 / 2) * _normal_cdf(z - self.spread)
         return below + self.limit * _normal_cdf(-z)
+
+    def survival(self, tokens: float) -> float:
+        """Share of completions that are longer than `tokens`."""
+        if tokens >= self.limit:
+            return 0.0
+        if tokens <= 0:
+            return 1.0
+        if not self.spread:
+            return float(math.log(tokens) < self.centre)
+        return _normal_cdf((self.centre - math.log(tokens)) / self.spread)
+
+    def quantiles(self, count: int) -> list[float]:
+        """`count` lengths that stand for the distribution: the middles of its equal shares, rising."""
+        normal = statistics.NormalDist()
+        deviations = (normal.inv_cdf((i + 0.5) / count) for i in range(count))
+        return [max(1.0, min(self.limit, math.exp(self.centre + self.spread * z))) for z in deviations]
+
+    @functools.cached_property
+    def half_way(self) -> float:
+        """Tokens that a running completion has on average, at a moment drawn by chance: E[X^2] / 2 E[X]."""
+        drawn = self.quantiles(200)
+        return sum(n * n for n in drawn) / sum(drawn) / 2
 
     @staticmethod
     def of(lengths: Sequence[int], limit: int) -> Lengths:

@@ -116,13 +116,15 @@ def plan(
 
     hardware: None plans a CPU host, where every process lives in host memory and no time is estimated.
     gpus_per_node: None takes the GPU's own number.
-    host_gib: memory of one host; None takes 1.5 TiB for a GPU host and 16 GiB for a CPU host.
+    host_gib: memory of one host; None takes `plan.host_gib`, or 1.5 TiB for a GPU host and 16 GiB for a CPU
+    host.
     refusals: the run's own check of a learner's layout against the model and the machine.
-    lengths: measured lengths of completions. Prompts are then taken to fill their limit as completions do.
-    None assumes half of the limit, with the spread `plan.length_spread`.
+    lengths: measured lengths of completions. None takes `plan.length_mean`, or half of the limit, with the
+    spread `plan.length_spread`.
     ahead: also simulate what rollouts begun ahead gain, which takes about a second.
     """
     p = _gather(run, model, hardware, nodes, gpus_per_node, host_gib, refusals, lengths)
+    hardware, assume = p.gpu, as_measured(run, assume)
     refused = refusals(p.learner) + (p.engine.problems(model) if p.engine.engines else [])
     if refused:  # sizes that do not divide have no memory table worth showing
         nothing = MemoryTable("learner rank", (), p.capacity), None, MemoryTable("host", (), p.host_bytes)
@@ -135,8 +137,8 @@ def plan(
     found = _check_memory(p, table, sampled, host, offloaded)
     step: StepTime | None = None
     limits: tuple[Timeout, ...] = ()
-    if hardware is not None and sampled is not None and sampled.concurrency_mean > 0:
-        step = step_time(model, p.learner, p.engine, p.work, hardware, sampled.concurrency_mean, assume)
+    if hardware is not None and sampled is not None and sampled.decoded > 0:
+        step = step_time(model, p.learner, p.engine, p.work, hardware, sampled.decoded, assume)
         limits = timeouts(run, step)
         if not found.problems:  # the times of a run that does not fit are not worth a timeout
             _check_timeouts(limits, found)
@@ -150,7 +152,7 @@ def plan(
         host,
         step,
         limits,
-        _ahead(p, sampled, assume, lengths) if ahead and step is not None and not found.problems else None,
+        _ahead(p, sampled, assume) if ahead and step is not None and not found.problems else None,
         tuple(found.problems),
         tuple(found.advice),
         tuple(_notes(p, sampled)),
@@ -170,20 +172,33 @@ def _gather(
     """The arguments of `plan` with its defaults filled in."""
     learner, engine, work = read_run(run)
     if lengths is not None:
-        work = replace(work, mean_fill=min(1.0, lengths.mean / run.rollout.max_completion_tokens))
+        work = replace(work, measured=lengths)
+    if gpu is not None and run.plan.network_gb_s is not None:
+        gpu = replace(gpu, network_gb_s=run.plan.network_gb_s)
     if gpus_per_node is None:
         gpus_per_node = gpu.gpus_per_node if gpu else learner.world_size
+    if host_gib is None:
+        host_gib = run.plan.host_gib
     if host_gib is None:
         host_gib = GPU_HOST_GIB if gpu else CPU_HOST_GIB
     host_bytes = int(host_gib * GIB)
     return _Planned(run, model, learner, engine, work, gpu, nodes, gpus_per_node, host_bytes, refusals)
 
 
-def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions, lengths: Lengths | None) -> Ahead:
+def as_measured(run: RunConfig, assume: Assumptions) -> Assumptions:
+    """What is assumed, at the speeds that the run's plan gives its learner and its engines."""
+    plan = run.plan
+    return replace(
+        assume,
+        learner_speed=assume.learner_speed * plan.learner_speed,
+        engine_speed=assume.engine_speed * plan.engine_speed,
+    )
+
+
+def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions) -> Ahead:
     """Simulations of the run, and of other splits of its GPUs that it would accept and that fit."""
     assert p.gpu is not None  # a step has a time only on GPUs with engines
     assert sampled is not None
-    limit = p.run.rollout.max_completion_tokens
     mini_batch = p.work.rollouts // p.run.mini_batches
 
     def allowed(learner: LearnerLayout, engine: EngineLayout) -> bool:
@@ -198,9 +213,9 @@ def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions, lengt
         p.engine,
         p.work,
         p.gpu,
-        sampled.concurrency_mean,
+        sampled.decoded,
         assume,
-        lengths or Lengths(p.work.mean_fill * limit, p.run.plan.length_spread, limit),
+        p.work.lengths,
         steps_ahead=p.run.rollout.steps_ahead,
         allowed=allowed,
     )
@@ -381,7 +396,7 @@ def _notes(p: _Planned, sampled: EngineMemory | None) -> Iterator[str]:
         yield "without expert parallelism every rank computes all experts of a layer"
     if sampled is not None and engine.engines:
         each = p.work.rollouts / engine.engines
-        at_once = sampled.concurrency_mean
+        at_once = sampled.decoded
         if 0 < at_once < each:
             yield (
                 f"an engine decodes about {at_once} of its {each:.0f} rollouts at once: "

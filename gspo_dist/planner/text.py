@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gspo_dist.planner.ahead import Ahead
-from gspo_dist.planner.hardware import gib
+from gspo_dist.planner.hardware import GIB, gib
 from gspo_dist.planner.memory import MemoryTable
 from gspo_dist.planner.plan import Plan
+from gspo_dist.planner.search import Found
+from gspo_dist.planner.throughput import StepTime
 from gspo_dist.planner.timeouts import Timeout
 
 
@@ -27,13 +31,9 @@ def format_plan(result: Plan) -> str:
         )
     if result.step:
         s = result.step
-        parts = (
-            f"collect {s.collect_s:.0f}, log-probs {s.logprobs_s:.0f}, train {s.train_s:.0f}, weight sync "
-            f"{s.sync_s:.0f}, side passes {s.side_s:.1f}"
-        )
         lines.append(
-            f"about {s.total_s:.0f} s per step: {parts}; {s.tokens_per_s_per_gpu:,.0f} tokens/s per GPU "
-            "(rough: see gspo_dist/planner/throughput.py for what is assumed)"
+            f"about {s.total_s:.0f} s per step: {_parts(s)}; {s.tokens_per_s_per_gpu:,.0f} tokens/s per GPU "
+            "(benchmarks/reports/planner.md: how far this clock is from published runs)"
         )
         lines += [_format_timeout(limit) for limit in result.timeouts]
     lines += [f"note: {note}" for note in result.notes]
@@ -43,6 +43,47 @@ def format_plan(result: Plan) -> str:
     lines += [f"  {problem}" for problem in result.problems]
     lines += [f"  try {advice}" for advice in result.advice]
     return "\n".join(lines)
+
+
+def _parts(s: StepTime) -> str:
+    """The parts of a step. Those that only some runs have are named where they take time."""
+    always = {"collect": s.collect_s, "log-probs": s.logprobs_s, "train": s.train_s, "weight sync": s.sync_s}
+    some = {
+        "side passes": s.side_s,
+        "sleep and wake": s.switch_s,
+        "checkpoints": s.checkpoint_s,
+        "evaluation": s.evaluation_s,
+        "driver": s.driver_s,
+    }
+    said = [f"{name} {seconds:.0f}" for name, seconds in always.items()]
+    return ", ".join(said + [f"{name} {seconds:.1f}" for name, seconds in some.items() if seconds])
+
+
+def format_found(found: Sequence[Found]) -> str:
+    """The table of a search, and the overrides of each of its rows."""
+    if not found:
+        return "nothing fits: no layout of these GPUs that the run accepts has room"
+    lines = [
+        "      s per  tokens/s                 GiB of a  GiB of an    GiB of",
+        "       step   per GPU  ahead  GPUs     learner  engine GPU   a host  limited by",
+    ]
+    for i, f in enumerate(found, 1):
+        assert f.plan.engine is not None
+        learner, engine, host = (
+            table.total / GIB for table in (f.plan.learner, f.plan.engine.table, f.plan.host)
+        )
+        ranks = f.overrides[0].partition("=")[2]
+        rest = "shared" if "cluster.colocated=true" in f.overrides else _engine_gpus(f.overrides)
+        lines.append(
+            f"{i:>3}{f.outcome.step_s:>8.0f}{f.tokens_per_s_per_gpu:>10,.0f}{f.outcome.steps_ahead:>7}"
+            f"{f'{ranks}+{rest}':>9}{learner:>9.1f}{engine:>12.1f}{host:>9.0f}  {f.limit}"
+        )
+    return "\n".join([*lines, "", *(f"{i:>3}  {' '.join(f.overrides)}" for i, f in enumerate(found, 1))])
+
+
+def _engine_gpus(overrides: Sequence[str]) -> int:
+    values = dict(word.split("=") for word in overrides)
+    return int(values["rollout.engines"]) * int(values["rollout.tensor_parallel"])
 
 
 def _format_timeout(limit: Timeout) -> str:

@@ -1,57 +1,41 @@
-"""A rough time for one step: FLOPs over achieved FLOP/s, bytes over achieved bandwidth.
+"""The time of one step, part by part.
 
-Every guess has a name in `Assumptions`.
+    sampling       gspo_dist/planner/decode.py
+    passes         gspo_dist/planner/training.py: log-probs, the update, the side passes
+    weight sync    a latency per tensor, and all weights over one network card (separate engines) or over the
+                   cards of each node (colocated)
+    colocation     the engines' weights to host memory and back
+    checkpoint, evaluation   their seconds over the steps between two of them
+    driver         a constant, and a constant per rollout
 
-    decode step   max(bytes read / bandwidth, FLOPs / rate) + overhead, for c sequences on one engine
-                  bytes = weights touched (a batch of c tokens meets a share 1 - (1 - k/E)^c of the experts)
-                  + KV cache
-    training      3 forward passes' FLOPs (4 with full recomputation) over ranks x TFLOP/s x MFU
-    log-probs     1 forward pass, where old log-probs are recomputed or a reference is kept
-    side passes   1 forward pass over the guard's subset, the flip sample and the sync's probe
-    weight sync   all weights over a network card's achieved bandwidth
-
-It orders layouts and finds the part that dominates. Expect it to be right within a factor of two.
+What is assumed stands in gspo_dist/planner/calibration.py. How far it is from published runs stands in
+benchmarks/reports/planner.md.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gspo_dist.models.shape import ModelShape
+from gspo_dist.planner.calibration import ASSUMPTIONS, Assumptions, GpuSpeed
+from gspo_dist.planner.decode import collect_s, decode_step_s, experts_touched, prefill_token_s
 from gspo_dist.planner.hardware import Gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
+from gspo_dist.planner.memory import checkpoint_bytes, engine_weights
+from gspo_dist.planner.training import optimizer_s, pass_s
 
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What is guessed."""
-
-    megatron_mfu: float = 0.18
-    """Share of a GPU's FLOP/s that Megatron trains at (model FLOPs utilisation).
-
-    Published for Qwen3-30B-A3B: 0.31 to 0.40 on H20, a slow chip that is easily fed. H100s reach about
-    half of that.
-    """
-    other_mfu: float = 0.08
-    """The same of HF models under DeepSpeed or eager."""
-    forward_mfu_gain: float = 1.3
-    """How much faster per FLOP a forward pass alone is than training."""
-    decode_bandwidth: float = 0.55
-    """Share of memory bandwidth that decoding reaches."""
-    decode_mfu: float = 0.35
-    """Share of a GPU's FLOP/s that decoding large batches reaches."""
-    decode_overhead_s: float = 0.006
-    """Scheduling and sampling of one decode step."""
-    tensor_parallel_overhead_s: float = 0.003
-    """All-reduces of one decode step with tensor parallelism."""
-    sync_bandwidth: float = 0.2
-    """Share of a network card that a weight sync reaches, gathering and loading included."""
-    tail_share: float = 0.05
-    """Share of sequences that still decode when most have reached the mean length."""
-
-
-ASSUMPTIONS = Assumptions()
+__all__ = [
+    "ASSUMPTIONS",
+    "Assumptions",
+    "GpuSpeed",
+    "StepTime",
+    "collect_s",
+    "decode_step_s",
+    "experts_touched",
+    "prefill_token_s",
+    "step_time",
+    "sync_s",
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class StepTime:
     logprobs_s: float
     """Old log-probs and those of the reference."""
     train_s: float
-    """Forward and backward passes of all mini-batches."""
+    """Forward and backward passes of all mini-batches, with their optimiser steps."""
     sync_s: float
     """New weights to the engines."""
     tokens: float
@@ -76,6 +60,16 @@ class StepTime:
     """The flip sample, averaged over the steps."""
     probe_s: float = 0.0
     """The learner's side of the weight sync's probe, averaged over the steps."""
+    optimizer_s: float = field(default=0.0, kw_only=True)
+    """The optimiser steps' share of `train_s`."""
+    switch_s: float = field(default=0.0, kw_only=True)
+    """Colocated engines going to sleep and waking up."""
+    checkpoint_s: float = field(default=0.0, kw_only=True)
+    """Writing checkpoints, averaged over the steps."""
+    evaluation_s: float = field(default=0.0, kw_only=True)
+    """Held-out evaluation, averaged over the steps."""
+    driver_s: float = field(default=0.0, kw_only=True)
+    """The driver's own work."""
 
     @property
     def side_s(self) -> float:
@@ -83,72 +77,29 @@ class StepTime:
         return self.guard_s + self.flips_s + self.probe_s
 
     @property
+    def learn_s(self) -> float:
+        """What the learner does between two publications, in which separate engines can go on."""
+        return self.logprobs_s + self.train_s + self.side_s + self.switch_s + self.driver_s
+
+    @property
+    def pause_s(self) -> float:
+        """What nobody else works beside: publication, checkpoint and evaluation."""
+        return self.sync_s + self.checkpoint_s + self.evaluation_s
+
+    @property
     def total_s(self) -> float:
-        return self.collect_s + self.logprobs_s + self.train_s + self.sync_s + self.side_s
+        return self.collect_s + self.learn_s + self.pause_s
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
         return self.tokens / self.total_s / self.gpus
 
 
-def experts_touched(model: ModelShape, tokens: float) -> float:
-    """Expected share of a layer's experts that `tokens` evenly routed tokens meet: 1 - (1 - k/E)^tokens."""
-    if not model.num_experts:
-        return 0.0
-    return 1.0 - (1.0 - model.top_k / model.num_experts) ** tokens
-
-
-def decode_step_s(
-    model: ModelShape, engine: EngineLayout, gpu: Gpu, sequences: float, context: float, assume: Assumptions
-) -> float:
-    """Seconds of one decode step of one engine with `sequences` sequences of `context` tokens each."""
-    dense = model.total - model.experts_total - (0 if model.tied else model.embedding)
-    weights = engine.width * (dense + model.experts_total * experts_touched(model, sequences))
-    cache = sequences * context * model.kv_bytes_per_token(engine.width)
-    tp = engine.tensor_parallel
-    read = (weights + cache) / (tp * gpu.hbm_gb_s * 1e9 * assume.decode_bandwidth)
-    flops = sequences * (2.0 * model.active_without_embedding + 4.0 * model.layers * model.q * context)
-    compute = flops / (tp * gpu.tflops * 1e12 * assume.decode_mfu)
-    return (
-        max(read, compute) + assume.decode_overhead_s + (assume.tensor_parallel_overhead_s if tp > 1 else 0.0)
-    )
-
-
-def collect_s(
-    model: ModelShape,
-    engine: EngineLayout,
-    work: Workload,
-    gpu: Gpu,
-    concurrency: int,
-    assume: Assumptions,
-    *,
-    prompts: int | None = None,
-    samples: int | None = None,
-) -> float:
-    """Seconds to sample a step's completions: waves of `concurrency` sequences, then the longest alone.
-
-    prompts, samples: other numbers of prompts and of completions per prompt than a step's.
-    """
-    prompts = prompts or work.run.rollout.prompts_per_step
-    samples = samples or work.run.rollout.group_size
-    each = math.ceil(prompts * samples / engine.engines)
-    batch = max(1, min(each, concurrency))
-    completion = work.mean_fill * work.run.rollout.max_completion_tokens
-    context = work.mean_fill * work.run.rollout.max_prompt_tokens + completion / 2
-    steps = each / batch * completion
-    decode = steps * decode_step_s(model, engine, gpu, batch, context, assume)
-    few = max(1.0, assume.tail_share * batch)
-    tail = (work.run.rollout.max_completion_tokens - completion) * decode_step_s(
-        model, engine, gpu, few, work.max_length, assume
-    )
-    # Siblings share a prefix, so a group's prompt is read once.
-    prefill = each * work.mean_fill * work.run.rollout.max_prompt_tokens / samples
-    rate = engine.tensor_parallel * gpu.tflops * 1e12 * assume.decode_mfu
-    return (
-        decode
-        + tail
-        + model.forward_flops(prefill, work.mean_fill * work.run.rollout.max_prompt_tokens) / rate
-    )
+def sync_s(model: ModelShape, learner: LearnerLayout, gpu: Gpu, assume: Assumptions, cards: int = 1) -> float:
+    """Seconds of a publication over `cards` network cards at once."""
+    tensors = model.layers * 8 + 3 + model.moe_layers * (1 + 3 * model.num_experts)
+    copied = learner.width * model.total / (cards * gpu.network_gb_s * 1e9 * assume.sync_share)
+    return assume.sync_tensor_s * tensors + copied
 
 
 def step_time(
@@ -160,29 +111,51 @@ def step_time(
     concurrency: int,
     assume: Assumptions = ASSUMPTIONS,
 ) -> StepTime:
-    """Estimates one synchronous step (collect, log-probs, mini-batches, weight sync, one after the other)."""
-    mfu = assume.megatron_mfu if learner.backend == "megatron" else assume.other_mfu
-    forward = model.forward_flops(work.tokens, work.mean_length)
-    rate = learner.world_size * gpu.tflops * 1e12 * mfu
-    passes = 4.0 if learner.recompute == "full" else 3.0
-    gpus = (
-        learner.world_size
-        if engine.colocated
-        else learner.world_size + engine.engines * engine.tensor_parallel
-    )
+    """Estimates one synchronous step (collect, log-probs, mini-batches, weight sync, one after the other).
 
-    def forward_s(tokens: float) -> float:
-        """A forward pass alone over sequences of the mean length."""
-        return model.forward_flops(tokens, work.mean_length) / (rate * assume.forward_mfu_gain)
+    concurrency: sequences that an engine decodes at once on average.
+    """
+    run = work.run
+    per_node = run.plan.gpus_per_node or gpu.gpus_per_node
 
+    def forward_s(sequences: float) -> float:
+        return pass_s(model, learner, work, gpu, sequences, assume)
+
+    def of_tokens_s(tokens: float) -> float:
+        """A forward pass alone over so many tokens, in sequences of the mean length."""
+        return forward_s(tokens / work.mean_length)
+
+    passes = run.mini_batches
+    update = passes * pass_s(model, learner, work, gpu, work.rollouts / passes, assume, update=True)
+    steps = passes * optimizer_s(model, learner, gpu, per_node, assume)
+    switch = 0.0
+    if engine.colocated:
+        switch = 2 * engine_weights(model, engine) / (gpu.pcie_gb_s * 1e9 * assume.pcie_share)
+    checkpoint = 0.0
+    if run.checkpoint.every:
+        hosts = -(-learner.world_size // per_node)
+        checkpoint = (
+            checkpoint_bytes(model, learner) / (hosts * run.plan.storage_gb_s * 1e9) / run.checkpoint.every
+        )
+    evaluation = 0.0
+    if run.evaluation.every and engine.engines:
+        held_out, samples = run.evaluation.prompts, run.evaluation.samples
+        once = collect_s(model, engine, work, gpu, concurrency, assume, prompts=held_out, samples=samples)
+        evaluation = once / run.evaluation.every
+    separate = engine.engines * engine.tensor_parallel
     return StepTime(
         collect_s=collect_s(model, engine, work, gpu, concurrency, assume) if engine.engines else 0.0,
-        logprobs_s=work.forward_passes * forward_s(work.tokens),
-        train_s=passes * forward / rate,
-        sync_s=learner.width * model.total / (gpu.network_gb_s * 1e9 * assume.sync_bandwidth),
+        logprobs_s=work.forward_passes * forward_s(work.rollouts),
+        train_s=update + steps,
+        sync_s=sync_s(model, learner, gpu, assume, per_node if engine.colocated else 1),
         tokens=work.tokens,
-        gpus=gpus,
-        guard_s=forward_s(work.guard_tokens),
-        flips_s=forward_s(work.flip_tokens) if model.moe_layers else 0.0,
-        probe_s=forward_s(work.probe_tokens),
+        gpus=learner.world_size if engine.colocated else learner.world_size + separate,
+        guard_s=of_tokens_s(work.guard_tokens),
+        flips_s=of_tokens_s(work.flip_tokens) if model.moe_layers else 0.0,
+        probe_s=of_tokens_s(work.probe_tokens),
+        optimizer_s=steps,
+        switch_s=switch,
+        checkpoint_s=checkpoint,
+        evaluation_s=evaluation,
+        driver_s=assume.driver_s + assume.rollout_s * work.rollouts,
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from gspo_dist.cli.compose import run_config
-from gspo_dist.cli.plan import plan_text, planned_model
+from gspo_dist.cli.plan import calibrated, main, plan_text, planned, planned_model, search_text
 from gspo_dist.config import RunConfig
+from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.models.config_file import BUILT_IN
@@ -123,6 +124,68 @@ def test_a_plan_takes_lengths_from_a_runs_samples(tmp_path):
     assert "lengths lognormal, mean 375, spread 0.775" in text  # log 2 times the deviation of 0, 1, 2, 3
     with pytest.raises(ValueError, match=r"needs a run folder with sampled completions: .*elsewhere"):
         plan_text(run_config([*LARGE, f"plan.lengths_from={tmp_path / 'elsewhere'}"]))
+
+
+def test_lengths_memory_and_network_are_knobs(tmp_path):
+    """Each one given moves what it stands for: mean and spread, the host's memory, the publication."""
+    text = plan_text(run_config([*LARGE, "plan.length_mean=1000", "plan.prompt_mean=300"]))
+    assert "mean 1,000, spread 0.8" in text
+    small = plan_text(run_config([*LARGE, "plan.host_gib=100"]))
+    assert verdict(small)[0] == "does not fit"
+    assert "and has 100.0 GiB" in small
+    # 2 x 30.5 GB at 0.4 of 5 GB/s, and 0.1 ms for each of 18,867 tensors
+    assert "weight sync 32," in plan_text(run_config([*LARGE, "plan.network_gb_s=5"]))
+    (tmp_path / "mine.jsonl").write_text('{"tokens": 500}\n')
+    text = plan_text(run_config([*LARGE, f"plan.lengths_from={tmp_path / 'mine.jsonl'}"]))
+    assert "lengths lognormal, mean 500, spread 0" in text
+
+
+def run_folder(folder: Path, *overrides: str) -> Path:
+    """A folder as a run leaves it, of four steps of 400 s of sampling and 540 s of learning."""
+    row = {"time/update_s": 540.0, "time/old_logprobs_s": 0.0, "time/collect_s": 400.0}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_mapping(run_config([*LARGE, *overrides]))))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    return folder
+
+
+def test_calibrate_measures_speeds_on_a_run_and_plans_with_them(tmp_path, capsys):
+    own = planned(run_config(LARGE)).step
+    folder = run_folder(tmp_path / "run")
+    config, said = calibrated(run_config(LARGE), str(folder))
+    assert config.plan.learner_speed == pytest.approx(own.train_s / 540, rel=1e-6)
+    assert config.plan.engine_speed == pytest.approx(own.collect_s / 400, rel=1e-6)
+    assert f"plan.learner_speed={own.train_s / 540:.3g} plan.engine_speed={own.collect_s / 400:.3g}" in said
+    step = planned(config).step
+    assert step.train_s == pytest.approx(540, rel=1e-6)
+    assert step.collect_s == pytest.approx(400, rel=1e-6)
+    main([*LARGE, f"--calibrate={folder}"])
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_calibrate_says_what_it_cannot_measure(tmp_path):
+    with pytest.raises(ValueError, match=r"needs a run folder: .*nowhere has no config\.json"):
+        calibrated(run_config(LARGE), str(tmp_path / "nowhere"))
+    folder = run_folder(tmp_path / "ahead", "rollout.steps_ahead=1")
+    config, said = calibrated(run_config(LARGE), str(folder))
+    assert config.plan.engine_speed == 1.0
+    assert "not measured: it overlaps" in said
+    cpu = run_folder(tmp_path / "cpu", "plan.gpu=null")
+    with pytest.raises(ValueError, match=r"give plan\.gpu=H100"):
+        calibrated(run_config([*LARGE, "plan.gpu=null"]), str(cpu))
+
+
+def test_a_search_is_a_table_of_layouts_that_can_be_typed_in(capsys):
+    short = ["rollout.prompts_per_step=64", "rollout.group_size=4"]
+    main([*LARGE, *short, "--search=0"])
+    lines = capsys.readouterr().out.splitlines()
+    first = next(line for line in lines if "learner.world_size=" in line).split()[1:]
+    assert "rollout.steps_ahead=0" in first
+    assert verdict(plan_text(run_config([*LARGE, *short, *first]))) == ["fits"]
+    with pytest.raises(ValueError, match="--search takes a number of steps ahead: got 'far'"):
+        search_text(run_config(LARGE), "far")
+    with pytest.raises(ValueError, match=r"give plan\.gpu=H100"):
+        search_text(run_config([*LARGE, "plan.gpu=null"]), "")
 
 
 @pytest.mark.slow

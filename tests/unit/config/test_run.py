@@ -63,6 +63,10 @@ from gspo_dist.config.mapping import from_mapping
         ),
         ({"plan": {"gpu": ""}}, r"plan.gpu needs a value: got none; leave it out, or write plan.gpu=null"),
         ({"plan": {"model": ""}}, r"plan.model needs a value"),
+        (
+            {"plan": {"length_mean": 900, "lengths_from": "runs/a"}},
+            r"plan.length_mean and plan.lengths_from both give the mean: got 900 and runs/a; leave one",
+        ),
         ({"plan": {"fallback_model": ""}}, r"plan.fallback_model needs a value"),
     ],
 )

@@ -81,6 +81,13 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "flips.every": [(0, -1, "at least 0")],
     "flips.sequences": [(1, 0, "at least 1")],
     "plan.nodes": [(1, 0, "at least 1")],
+    "plan.host_gib": [(1e-9, 0.0, "above 0"), (None, -1.0, "above 0")],
+    "plan.network_gb_s": [(1e-9, 0.0, "above 0")],
+    "plan.storage_gb_s": [(1e-9, 0.0, "above 0")],
+    "plan.prompt_mean": [(1e-9, 0.0, "above 0")],
+    "plan.length_mean": [(1e-9, 0.0, "above 0")],
+    "plan.learner_speed": [(1e-9, 0.0, "above 0")],
+    "plan.engine_speed": [(1e-9, 0.0, "above 0")],
     "plan.gpus_per_node": [(1, 0, "at least 1"), (None, -8, "at least 1")],
 }
 CHOICES = {

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 
 from gspo_dist.planner import format_plan
-from gspo_dist.planner.ahead import SHOWN, draw, look_ahead, machine_of, steps_needed, steps_of
-from gspo_dist.planner.pipeline import Lengths
+from gspo_dist.planner.ahead import (
+    SHOWN,
+    draw,
+    look_ahead,
+    machine_of,
+    steps_needed,
+    steps_of,
+    thinned,
+    thinning,
+)
+from gspo_dist.planner.pipeline import Lengths, simulate
 from gspo_dist.planner.throughput import ASSUMPTIONS, decode_step_s, step_time
 from tests.unit.planner.views import ENGINE, H100, LEARNER, QWEN, change, plan_of, work_of
 
@@ -24,13 +33,14 @@ def test_a_machine_is_made_of_the_planners_own_numbers():
     time = step_time(QWEN, LEARNER, ENGINE, WORK, H100, 48, ASSUMPTIONS)
     m = machine_of(QWEN, ENGINE, WORK, H100, 48, time, ASSUMPTIONS)
     assert (m.engines, m.places, m.colocated) == (8, 48, False)
-    assert m.learn_s == time.logprobs_s + time.train_s + time.side_s
+    assert m.learn_s == time.logprobs_s + time.train_s + time.side_s + time.driver_s
     assert m.publish_s == time.sync_s
-    assert m.step_s[17] == decode_step_s(QWEN, ENGINE, H100, 17, 512 + 1024, ASSUMPTIONS)
+    assert m.step_s[17] == decode_step_s(QWEN, ENGINE, H100, 17, 512 + WORK.lengths.half_way, ASSUMPTIONS)
     assert len(m.step_s) == 49
     assert m.prompt_tokens == 512
     # Reading a token costs its forward pass at the rate that decoding reaches: 0.35 of two GPUs' 989 TFLOP/s.
-    assert m.prefill_s == pytest.approx(QWEN.forward_flops(1, 1536) / (2 * 989e12 * 0.35), rel=1e-12)
+    read = QWEN.forward_flops(1, 512 + WORK.lengths.half_way)
+    assert m.prefill_s == pytest.approx(read / (2 * 989e12 * 0.35), rel=1e-12)
     few = machine_of(QWEN, change(ENGINE, max_num_seqs=8), WORK, H100, 48, time, ASSUMPTIONS)
     assert few.places == 8
 
@@ -110,8 +120,25 @@ def test_measured_lengths_replace_the_assumed_ones():
     result = plan_of(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4, lengths=measured, ahead=True)
     assert result.ahead.lengths == measured
     assumed = plan_of(LEARNER, ENGINE, WORK, QWEN, H100, nodes=4, ahead=True)
-    assert result.step.train_s < 0.6 * assumed.step.train_s  # half of the tokens
-    assert result.ahead.outcomes[0].step_s < 0.6 * assumed.ahead.outcomes[0].step_s
+    assert result.step.tokens == 32 * (256 + 1024)  # prompts fill as much of their limit
+    assert result.step.train_s < 0.9 * assumed.step.train_s
+    assert result.ahead.outcomes[0].step_s < 0.7 * assumed.ahead.outcomes[0].step_s
+
+
+def test_large_steps_are_thinned_and_small_ones_are_not():
+    """One rollout stands for eight: an eighth of the groups and places, the same seconds within 10%."""
+    assert thinning(WORK, 8) == 1
+    large = work_of(256, 16, prompt=1024, completion=4096)
+    assert thinning(large, 4) == 8
+    assert thinning(large, 32) == 2  # every engine keeps four groups
+    assert thinning(work_of(255, 16), 4) == 1
+    time = step_time(QWEN, LEARNER, ENGINE, large, H100, 512, ASSUMPTIONS)
+    machine = machine_of(QWEN, ENGINE, large, H100, 512, time, ASSUMPTIONS)
+    thin = thinned(machine, 8)
+    assert (thin.places, thin.step_s[3], thin.prefill_s) == (64, machine.step_s[24], 8 * machine.prefill_s)
+    groups = draw(LENGTHS, large, steps_needed(large, 1))
+    whole = simulate(machine, groups[: 256 * steps_needed(large, 1)], 256, 1, warm_up=2, cool_down=1)
+    assert steps_of(machine, groups, large, 1).step_s == pytest.approx(whole.step_s, rel=0.1)
 
 
 def test_a_run_that_does_not_fit_is_not_simulated():
