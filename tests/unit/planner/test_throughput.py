@@ -83,7 +83,7 @@ def test_a_batch_empties_as_its_lengths_say() -> None:
     """Equal lengths are one wave after the other; lengths that differ leave places empty at the end."""
     equal = Lengths(1000, 0.0, 4000)
     assert batch_s(8, 8, equal, lambda n, t: 1.0) == pytest.approx(1000, rel=0.05)
-    # Waves of equal lengths stay in step, and the clock takes sequences to be anywhere: up to half a wave more.
+    # Waves of equal lengths stay in step. The clock takes sequences to be anywhere: up to half a wave more.
     assert 3000 <= batch_s(24, 8, equal, lambda n, t: 1.0) < 3500
     spread = Lengths(1000, 1.0, 8000)
     # A cost by sequence counts every token once, however places empty.
