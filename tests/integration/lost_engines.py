@@ -3,8 +3,8 @@ and of what the engines sample when a process, a host or a link is gone.
 
     python lost_engines.py FOLDER      writes what it saw to FOLDER/seen.json
 
-The learner is twelve tensors and the engines sample from a table; what is between them (actors, pool, link,
-transport, Ray) is the package's.
+The learner is sync_cluster's twelve tensors, and the engines sample from a table. What is between them
+(actors, pool, link, transport, Ray) is the package's.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gspo_dist.actors.learner_group import RayLearnerGroup
 from gspo_dist.actors.rollout_pool import RayRolloutPool
 from gspo_dist.config import LearnerConfig, RolloutConfig, WeightSyncConfig
 from gspo_dist.rollout import fleet
-from gspo_dist.rollout.engine import EngineInfo, Progress, SyncReceipt, group_work
+from gspo_dist.rollout.engine import Progress, group_work
 from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.publisher import WeightPublisher
 from gspo_dist.types import Prompt, SamplingSpec, Work
-from gspo_dist.weights.shm import ShmSource
-from gspo_dist.weights.source import make_source
-from gspo_dist.weights.stream import buckets
 from gspo_dist.weights.tolerance import ProbeTolerance
+from tests.integration.sync_cluster import Engine, Learner
 from tests.unit.rollout.table_policy import TablePolicy
 
 TIMEOUT_S = 20.0
@@ -48,29 +45,13 @@ WORK = group_work(
     SamplingSpec(n=3, max_tokens=40, seed=5),
     range(6),
 )
-ELEMENTS, TENSORS = 1 << 18, 12  # 1 MiB each, so that a bucket of 4 MiB holds four
 
 
-class Learner:
-    """Twelve tensors that grow by one with every step."""
-
-    is_exporter, data_parallel_rank, policy_version = True, 0, 0
-
-    def __init__(self) -> None:
-        self.tensors = {f"w{i}": torch.full((ELEMENTS,), float(i)) for i in range(TENSORS)}
-
-    def weights(self, bucket_bytes: int, *, stacked: bool) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        yield from buckets(iter(self.tensors.items()), bucket_bytes)
-
-
-class SamplingEngine:
+class SamplingEngine(Engine):
     """Keeps what arrives and samples from a table. A file named after it says how and when it ends."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self.source: Any = ShmSource()
-        self.got: dict[str, torch.Tensor] = {}
-        self.buckets = 0
+        super().__init__(name, folder)
         self.engine = ReferenceEngine(SAMPLED, TablePolicy(0, vocab_size=40), name=name)
 
     def _meets_its_fate(self, verb: str) -> None:
@@ -80,9 +61,6 @@ class SamplingEngine:
             how = signal.Signals[fate.read_text()]
             fate.unlink()
             os.kill(os.getpid(), how)
-
-    def info(self) -> EngineInfo:
-        return EngineInfo(self.name, "cpu", 1, 1, 0, 0, 0, False, 1)
 
     def submit(self, work: list[Work]) -> None:
         self.engine.submit(work)
@@ -94,26 +72,13 @@ class SamplingEngine:
     def withdraw(self) -> list[Work]:
         return self.engine.withdraw()
 
-    def init_weight_sync(self, info: Mapping[str, Any]) -> None:
-        self.source.close()
-        self.source = make_source(info)
-
-    def start_weight_update(self) -> None:
-        self.got, self.buckets = {}, 0
-
     def update_weights(self, info: Mapping[str, Any]) -> None:
-        self.buckets += 1
-        self.got.update({name: tensor.clone() for name, tensor in self.source.begin(info)()})
+        super().update_weights(info)
         if self.buckets == 2:
             self._meets_its_fate("update_weights")
 
     def abandon_weight_update(self) -> None:
         self.got = {}
-
-    def finish_weight_update(self, policy_version: int) -> SyncReceipt:
-        sums = {name: self.source.checksum(tensor) for name, tensor in self.got.items()}
-        assert all(bool((self.got[f"w{i}"] == i).all()) for i in range(TENSORS))
-        return SyncReceipt(policy_version, sums, len(sums), 0, 0.0)
 
     def close(self) -> None:
         self.source.close()

@@ -21,19 +21,16 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("lost")
     with Hosts(3, folder, {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}) as hosts:
         start = (RAY, "start", "--block", "--num-cpus=2", "--object-store-memory=100000000")
-        for i in (1, 2, 3):
+        for i in (1, 2, 3):  # one after the other: Ray gives a node 30 s to start
             own = (
                 ("--head", "--port=6379", "--include-dashboard=false")
                 if i == 1
                 else ("--address=10.77.0.1:6379",)
             )
-            log = (folder / f"ray{i}.log").open("w")
-            hosts[i - 1].start(*start, *own, f"--node-ip-address=10.77.0.{i}", stdout=log, stderr=log)
-            if i == 1:
-                wait_until(lambda: "Ray runtime started" in (folder / "ray1.log").read_text(), 60, "the head")
-        for i in (2, 3):
-            log_file = folder / f"ray{i}.log"
-            wait_until(lambda file=log_file: "Ray runtime started" in file.read_text(), 60, f"host{i}")
+            path = folder / f"ray{i}.log"
+            with path.open("w") as log:
+                hosts[i - 1].start(*start, *own, f"--node-ip-address=10.77.0.{i}", stdout=log, stderr=log)
+            wait_until(lambda path=path: "Ray runtime started" in path.read_text(), 60, f"host{i}")
         output = (folder / "driver.log").open("w")
         driver = hosts[0].start(
             sys.executable, ROOT / "tests/integration/lost_engines.py", folder, stdout=output, stderr=output
