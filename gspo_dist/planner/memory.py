@@ -47,6 +47,18 @@ EXPERT_SKEW = 1.25
 """Tokens of the busiest expert-parallel rank over the mean."""
 ZERO_BUCKET = 500_000_000
 """Elements of DeepSpeed's default reduce bucket. Two are in use."""
+SAVE_EXTRA = 8
+"""Host memory of a Megatron rank that saves, in bytes per parameter that it holds: pieces of the states, and
+their copies on the way to the file."""
+LOAD_BYTES = 4.5
+"""Host memory of a DeepSpeed rank that starts at ZeRO 0 to 2, in bytes per parameter of the model: it builds
+the whole model before it keeps its share. Measured on CPU processes."""
+PINNED_ROUNDING = 1 / 3
+"""What torch's rounding of pinned blocks up to a power of two adds, as a share (torch 2.13; the blocks of
+Qwen3-30B-A3B: 0.27 to 0.33)."""
+TOKEN_BYTES = 54
+"""Host memory of a rollout's token beside its route: 17 in the completion (id, mask, log-prob, version), 29
+in the packed batch (those, position and advantage), 8 for log-probs that the learner computes."""
 HOST_BASE = 8 * GIB
 """Operating system, Ray and its object store on one host."""
 
@@ -277,8 +289,7 @@ def sleeping_engines(model: ModelShape, engine: EngineLayout) -> tuple[Item, ...
     """Weights that colocated engines move to host memory while the learner works (vLLM's sleep, level 1).
 
     They share one host. The memory is pinned, and torch keeps it when they wake, so it is there during a sync
-    as well. Not counted: torch 2.13 rounds each pinned block up to a power of two (for Qwen3-30B-A3B
-    a third more).
+    as well. `host_memory` counts what rounding adds to it.
     """
     if not engine.colocated:
         return ()
@@ -381,12 +392,19 @@ def engine_memory(
 
 
 def rollout_bytes(model: ModelShape, work: Workload) -> int:
-    """Bytes of a step's rollouts at the longest: their routing traces, and 40 per token for all else.
-
-    A token has an id, a mask, a version and its log-probs, and in a packed batch its position and advantage.
-    """
+    """Bytes of a step's rollouts at the longest: their routing traces, and `TOKEN_BYTES` for all else."""
     row = model.trace_bytes_per_token if work.trace_sets else 0
-    return work.rollouts * work.max_length * (row + 40)
+    return work.rollouts * work.max_length * (row + TOKEN_BYTES)
+
+
+def passing_host_bytes(model: ModelShape, layout: LearnerLayout) -> Item | None:
+    """What one rank takes in host memory for a time: while it loads, or while it saves a checkpoint."""
+    if layout.backend == "megatron":
+        extra = SAVE_EXTRA * rank_parameters(model, layout).all
+        return Item("saving", extra, f"a checkpoint, {SAVE_EXTRA} bytes per held parameter")
+    if layout.backend == "deepspeed" and layout.zero_stage < 3:
+        return Item("loading", round(LOAD_BYTES * model.total), "the whole model on every rank")
+    return None
 
 
 def host_memory(
@@ -398,13 +416,15 @@ def host_memory(
     capacity: int,
     residents: tuple[Item, ...] = (),
     asleep: tuple[Item, ...] = (),
+    passing: Item | None = None,
 ) -> MemoryTable:
-    """The fullest host: two weight-sync buckets, the step's routing traces, its ranks' offloaded states.
+    """The fullest host: two weight-sync buckets, the step's rollouts and routes, its ranks' offloaded states.
 
     width: bytes per weight that travels.
     offloaded: items of one rank in host memory. The host holds those of `ranks` ranks.
     residents: processes that live in host memory whole (a CPU host).
     asleep: what engines that sleep keep here (`sleeping_engines`).
+    passing: what one rank takes for a time (`passing_host_bytes`).
     """
     # A tensor larger than a bucket travels alone. Experts travel one by one, so the largest is the embedding.
     bucket = max(work.bucket_bytes, width * model.embedding)
@@ -412,11 +432,19 @@ def host_memory(
         Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
         Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets"),
     ]
+    held = TOKEN_BYTES * work.rollouts * work.max_length
+    items.append(Item("rollouts", held, f"{TOKEN_BYTES} bytes per token, at the longest"))
     row = model.trace_bytes_per_token
     if work.trace_sets and row:
         note = f"{row} bytes per token, at the longest" + (
             "; the engines' and R2's" if work.trace_sets > 1 else ""
         )
         items.append(Item("routing", work.trace_sets * work.rollouts * work.max_length * row, note))
-    items += [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
+    away = [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
+    items += away
+    pinned = 0 if residents else sum(i.bytes for i in (*away, *asleep))
+    if pinned:
+        items.append(Item("pinned rounding", round(PINNED_ROUNDING * pinned), "torch's blocks of 2^n bytes"))
+    if passing is not None:
+        items.append(Item(passing.name, passing.bytes * ranks, f"{ranks} ranks: {passing.note}"))
     return MemoryTable("host", (*items, *asleep, *residents), capacity)

@@ -20,6 +20,7 @@ from gspo_dist.planner.memory import (
     host_memory,
     learner_memory,
     learner_states,
+    passing_host_bytes,
     sleeping_engines,
 )
 from gspo_dist.planner.pipeline import Lengths
@@ -229,7 +230,16 @@ def _host(
     if p.gpu is not None:
         asleep = sleeping_engines(p.model, p.engine)
         ranks = min(ranks, p.gpus_per_node)
-        return host_memory(p.model, p.work, p.learner.width, offloaded, ranks, p.host_bytes, asleep=asleep)
+        return host_memory(
+            p.model,
+            p.work,
+            p.learner.width,
+            offloaded,
+            ranks,
+            p.host_bytes,
+            asleep=asleep,
+            passing=passing_host_bytes(p.model, p.learner),
+        )
     residents = [Item("learner ranks", table.total * ranks, f"{ranks} processes")]
     if sampled is not None:
         engines = p.engine.engines * p.engine.tensor_parallel  # each worker is a process
