@@ -174,8 +174,7 @@ def _gather(
     learner, engine, work = read_run(run)
     if lengths is not None:
         work = replace(work, measured=lengths)
-    if gpu is not None and run.plan.network_gb_s is not None:
-        gpu = replace(gpu, network_gb_s=run.plan.network_gb_s)
+    gpu = gpu and as_connected(run, gpu)
     if gpus_per_node is None:
         gpus_per_node = gpu.gpus_per_node if gpu else learner.world_size
     if host_gib is None:
@@ -184,6 +183,12 @@ def _gather(
         host_gib = GPU_HOST_GIB if gpu else CPU_HOST_GIB
     host_bytes = int(host_gib * GIB)
     return _Planned(run, model, learner, engine, work, gpu, nodes, gpus_per_node, host_bytes, refusals)
+
+
+def as_connected(run: RunConfig, gpu: Gpu) -> Gpu:
+    """The GPU on the network that the run's plan names."""
+    given = run.plan.network_gb_s
+    return gpu if given is None else replace(gpu, network_gb_s=given)
 
 
 def as_measured(run: RunConfig, assume: Assumptions) -> Assumptions:

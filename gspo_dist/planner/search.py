@@ -26,7 +26,7 @@ from gspo_dist.planner.hardware import Gpu
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload, read_run
 from gspo_dist.planner.memory import engine_memory, learner_memory
 from gspo_dist.planner.pipeline import Lengths, Outcome
-from gspo_dist.planner.plan import Plan, Refusals, as_measured, plan
+from gspo_dist.planner.plan import Plan, Refusals, as_connected, as_measured, plan
 from gspo_dist.planner.throughput import StepTime, step_time
 
 DEGREES = (1, 2, 4, 8, 16)
@@ -97,9 +97,7 @@ def search(
     """
     learner, _, work = read_run(run)
     work = replace(work, measured=lengths)
-    if run.plan.network_gb_s is not None:
-        gpu = replace(gpu, network_gb_s=run.plan.network_gb_s)
-    assume, total = as_measured(run, assume), nodes * gpus_per_node
+    gpu, assume, total = as_connected(run, gpu), as_measured(run, assume), nodes * gpus_per_node
     learners = {
         ranks: _fastest_learners(run, model, learner, work, gpu, ranks, refusals, assume)
         for ranks in [*_sizes(total), total]

@@ -57,6 +57,16 @@ def test_what_the_run_refuses_is_not_offered(found):
     assert {values(one)["learner.megatron.pipeline_parallel"] for one in held} == {"1"}
     assert {values(one)["rollout.steps_ahead"] for one in held} == {"0"}
     assert search(RUN, QWEN, H100, 2, 8, refusals=lambda layout: ["no"]) == []
+    # The next best takes the place of what is refused: here each size's own best.
+    best = {
+        values(one)["learner.world_size"]: values(one)["learner.megatron.tensor_parallel"] for one in found
+    }
+    assert set(best.values()) == {"1"}
+    cut = search(
+        RUN, QWEN, H100, 2, 8, most_ahead=0, refusals=lambda layout: ["cut it"] if layout.tensor == 1 else []
+    )
+    assert cut
+    assert "1" not in {values(one)["learner.megatron.tensor_parallel"] for one in cut}
 
 
 def test_nothing_is_offered_where_nothing_fits():
