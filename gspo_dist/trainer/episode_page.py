@@ -20,16 +20,41 @@ EPISODES = "episodes.jsonl"
 WORST = -6.0
 """Log-probs from here down have the strongest colour, in nats."""
 STYLE = """
-body { font: 14px/1.5 sans-serif; margin: 2em auto; max-width: 70em; color: #222; }
-.tokens { font-family: monospace; white-space: pre-wrap; word-break: break-all; line-height: 2; }
-.tokens span { padding: 2px 1px; border-bottom: 2px solid transparent; }
-.prompt { color: #888; }
-.environment { background: #e8e8e8; color: #444; border-bottom-color: #999 !important; }
-table { border-collapse: collapse; margin: .5em 0 2em; }
-td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: left; vertical-align: top; }
-td { font-family: monospace; white-space: pre-wrap; }
-h2 { margin-bottom: 0; } .facts { color: #555; margin-top: 0; }
+body { font: 14px/1.5 sans-serif; margin: 2em auto; max-width: 64em; padding: 0 1em; color: #222; }
+h1 { font-size: 1.5em; } h2 { font-size: 1em; margin: 0; }
+section { border: 1px solid #ccc; border-radius: 4px; padding: .6em 1em; margin: 0 0 1em; }
+.facts { color: #555; margin: 0; }
+.tokens { font: 15px/2.1 monospace; white-space: pre-wrap; word-break: break-all; margin: .3em 0; }
+.tokens span { padding: 2px 1px; border-bottom: 3px solid transparent; }
+.prompt { color: #777; }
+.environment { background: #e2e2e2; color: #444; }
+.tokens .more { border-bottom-color: #2a7f3f; } .tokens .less { border-bottom-color: #8a3fa0; }
+table { border-collapse: collapse; width: 100%; }
+td, th { border-top: 1px solid #ddd; padding: 2px 8px; text-align: left; vertical-align: top; }
+td { font-family: monospace; white-space: pre-wrap; word-break: break-all; }
+th { font-weight: normal; color: #555; white-space: nowrap; }
+td.number { text-align: right; white-space: nowrap; } th.number { text-align: right; }
 """
+LEGEND = (
+    '<p class="tokens"><span class="prompt">the prompt</span> <span class="environment">the environment\'s, '
+    "not trained on</span> the policy's: redder is less likely, "
+    + "".join(
+        f'<span style="background: rgba(220, 60, 40, {x / WORST:.2f})">{x:g}</span> '
+        for x in (0.0, -3.0, WORST)
+    )
+    + 'nats <span class="more">advantage above 0</span> <span class="less">below 0</span></p>'
+    "<p>Hold the pointer over a token for its log-prob, policy version and advantage.</p>"
+)
+TURN_COLUMNS = {
+    "turn": "",
+    "the policy said": "",
+    "the environment answered": "",
+    "reward": "number",
+    "advantage, mean": "number",
+    "log-prob, mean": "number",
+    "versions": "number",
+}
+"""Columns of an episode's table of turns, with their classes."""
 
 
 def episode_rows(
@@ -94,10 +119,7 @@ def page_of(run_dir: Path, last: int = 5) -> str:
     title = html.escape(f"Episodes of {run_dir.name}")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>Sampled tokens are coloured by their "
-        "log-prob: the redder, the less likely. Tokens of the environment are grey: they are read, and "
-        "nothing is trained on them. Hold the pointer over a token for its numbers.</p>"
-        f"{body}</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{LEGEND}{body}</body></html>\n"
     )
 
 
@@ -108,15 +130,20 @@ def _episode(row: Mapping[str, Any]) -> str:
         f"answer {row['answer']}",
         *(f"{name} {value:g}" for name, value in row["parts"].items()),
     ]
-    turns = "".join(_turn(number, turn, row) for number, turn in enumerate(row["turns"]))
+    # A reset that says nothing is no row.
+    turns = [(i, turn) for i, turn in enumerate(row["turns"]) if i or turn["answer"] or turn["failed"]]
+    head = "".join(f"<th{_classed(kind)}>{name}</th>" for name, kind in TURN_COLUMNS.items())
     return (
-        f"<h2>Step {row['step']}, rollout {row['rollout_id']} of group {row['group_id']}</h2>"
+        f"<section><h2>Step {row['step']}, rollout {row['rollout_id']} of group {row['group_id']}</h2>"
         f'<p class="facts">{html.escape(", ".join(facts))}</p>'
         f'<div class="tokens"><span class="prompt">{html.escape(row["prompt"])}</span>'
         f"{''.join(_tokens(row))}</div>"
-        "<table><tr><th>turn</th><th>the policy said</th><th>the environment answered</th><th>reward</th>"
-        f"<th>log-prob, mean</th><th>versions</th></tr>{turns}</table>"
+        f"<table><tr>{head}</tr>{''.join(_turn(i, turn, row) for i, turn in turns)}</table></section>"
     )
+
+
+def _classed(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
 
 
 def _tokens(row: Mapping[str, Any]) -> Iterable[str]:
@@ -127,20 +154,27 @@ def _tokens(row: Mapping[str, Any]) -> Iterable[str]:
             yield f'<span class="environment" title="token {place}: the environment&#39;s">{shown}</span>'
             continue
         strength = min(1.0, logprob / WORST)
+        sign = _classed("more" if advantage > 0 else "less" if advantage < 0 else "")
         about = f"token {place}: log-prob {logprob:g}, version {version}, advantage {advantage:g}"
-        yield f'<span style="background: rgba(220, 60, 40, {strength:.2f})" title="{about}">{shown}</span>'
+        style = f"background: rgba(220, 60, 40, {strength:.2f})"
+        yield f'<span{sign} style="{style}" title="{about}">{shown}</span>'
 
 
 def _turn(number: int, turn: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     own = slice(turn["start"], turn["end"])
-    logprobs, versions = row["logprobs"][own], sorted(set(row["versions"][own]))
-    mean = f"{sum(logprobs) / len(logprobs):.3f}" if logprobs else ""
     cells = [
         "reset" if number == 0 else str(number),
         turn["said"],
         turn["answer"] or turn["failed"],
         f"{turn['reward']:g}",
-        mean,
-        ", ".join(map(str, versions)),
+        _mean(row["advantages"][own]),
+        _mean(row["logprobs"][own]),
+        ", ".join(map(str, sorted(set(row["versions"][own])))),
     ]
-    return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    kinds = TURN_COLUMNS.values()
+    told = (f"<td{_classed(kind)}>{html.escape(c)}</td>" for c, kind in zip(cells, kinds, strict=True))
+    return f"<tr>{''.join(told)}</tr>"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f}" if values else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -37,7 +39,8 @@ def test_rows_hold_every_token_with_what_is_known_of_it() -> None:
 
 
 def test_the_page_is_made_by_the_command(tmp_path, capsys) -> None:
-    rows = episode_rows(rollouts(), [2.0], lambda ids: ["<", "b>", "\n", "&", "e"], 1)
+    given = [np.array([0, 1.5, 2.5, 0, -1.0])]
+    rows = episode_rows(rollouts(), given, lambda ids: ["<", "b>", "\n", "&", "e"], 1)
     append(tmp_path / EPISODES, [{"step": step, **rows[0]} for step in (1, 2, 3)])
     main(["episodes", str(tmp_path), "--steps", "2"])
     path = tmp_path / "episodes.html"
@@ -45,12 +48,30 @@ def test_the_page_is_made_by_the_command(tmp_path, capsys) -> None:
     page = path.read_text()
     assert page == page_of(tmp_path, 2)
     assert [f"Step {step}, rollout 0" in page for step in (1, 2, 3)] == [False, True, True]
-    assert page.count('class="environment"') == 4
-    assert 'title="token 1: log-prob -3, version 7, advantage 2">b&gt;</span>' in page
-    assert "rgba(220, 60, 40, 0.50)" in page
+    red = "background: rgba(220, 60, 40, 0.50)"
+    assert page.count('class="environment" title="token') == 4
+    more = "token 1: log-prob -3, version 7, advantage 1.5"
+    assert page.count(f'<span class="more" style="{red}" title="{more}">b&gt;</span>') == 2
+    less = "token 4: log-prob -3, version 7, advantage -1"
+    assert page.count(f'<span class="less" style="{red}" title="{less}">e</span>') == 2
     assert "2&lt;3?" in page
-    assert "<td>timeout</td>" in page
     assert "reward 0.25, ended by failed, answer None, n 2" in page
+    cells = [re.findall("<td[^>]*>(.*?)</td>", line) for line in page.split("<tr>")]
+    assert [own for own in cells if own][:3] == [
+        ["reset", "", "&lt;", "0", "", "", ""],
+        ["1", "ab", "&amp;", "0.5", "2.000", "-3.000", "7"],
+        ["2", "c", "timeout", "0", "-1.000", "-3.000", "7"],
+    ]
+
+
+def test_a_reset_that_says_nothing_is_no_row(tmp_path) -> None:
+    (row,) = episode_rows(rollouts(), [0.0], lambda ids: ["t"] * len(ids), 1)
+    row["turns"][0]["answer"] = ""
+    append(tmp_path / EPISODES, [{"step": 1, **row}])
+    page = page_of(tmp_path)
+    assert ">reset</td>" not in page
+    assert '<span class="more" style' not in page
+    assert '<span class="less" style' not in page
 
 
 def test_a_run_without_episodes_is_refused(tmp_path, capsys) -> None:
