@@ -4,8 +4,8 @@
         "calculator:with the tool=runs/calculator" "calculator:without=runs/calculator_without" \\
         "guess:=runs/guess" "Python:=runs/python_tool"
 
-Lines with dots are held-out episodes (greedy), thin ones those of training (sampled), dotted ones the calls of
-tools per episode of training.
+Lines with dots are held-out episodes (greedy), thin ones those of training (sampled), dotted ones the calls
+of tools per episode of training.
 """
 
 from __future__ import annotations
