@@ -95,6 +95,29 @@ def test_rollouts_begun_ahead_go_through_the_pipeline_that_runs_have():
     )  # two decimals each
 
 
+def test_a_slow_tool_is_waited_for_where_nothing_else_is_begun():
+    """Three turns of 0.3 s each lie in a step of K = 0, whatever the host does."""
+    sizes = ["--wait", 0.3, "--ahead", 0, "--steps", 1, "--learn", 0.1, "--tick", 0.001]
+    ahead, seconds, episodes, of_none, of_k0, busy = table(run("bench_turns.py", *sizes))["0.3"]
+    assert ahead == "0"
+    assert number(seconds) > 3 * 0.3 + 0.1
+    assert number(episodes) == pytest.approx(32 / number(seconds), rel=0.02)
+    assert [number(of_none), of_k0] == [1.0, "1.00x"]
+    assert 0 < number(busy) < 100
+
+
+def test_curves_of_runs_are_drawn_with_what_they_began_and_ended_with(tmp_path):
+    row = {"step": 0, "eval/heldout/accuracy": 0.25}
+    last = {"step": 4, "eval/heldout/accuracy": 0.75, "rollout/reward_mean": 0.5, "reward/tool_calls": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(last)}\n")
+    to = tmp_path / "curves.png"
+    told = run("draw_environments.py", "--to", to, f"game:with the tool={tmp_path}", f"other:={tmp_path}")
+    assert told.splitlines() == [
+        f"{name}: 25.0% -> 75.0% held out" for name in ("game with the tool", "other")
+    ]
+    assert to.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_learner_is_timed_as_a_run_starts_it(model):
     sizes = ["--sequences", 8, "--mean", 8, "--repeats", 1]
     rows = table(run("bench_learner.py", "--only", "eager", "--model", model, *sizes))
