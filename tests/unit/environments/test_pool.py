@@ -219,6 +219,16 @@ def test_a_process_goes_on_with_the_next_call_while_nobody_listens(make) -> None
     assert [answer.value.observation.text for answer in answers] == [OPENED[g][1] for g in range(5)]
 
 
+def test_the_deadline_of_a_call_begins_with_the_answer_before_it(make) -> None:
+    pool = make()
+    pool.submit([call(0), call(1, "hang", [OPENED[1]])])
+    first = pool.workers[0].deadline
+    assert list(replies(pool, 1)) == [0]
+    assert [given.call.turn for given in pool.given[0]] == ["hang"]
+    # It is not here yet, so it may take twice as long: once for its turn so far.
+    assert pool.workers[0].deadline > first + 59.0
+
+
 def test_a_process_has_no_more_at_hand_than_a_pipe_takes(make, monkeypatch) -> None:
     """Else parent and process wait for each other: answers of 300 kB, and a megabyte of calls."""
     pool = make()
