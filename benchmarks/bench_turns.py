@@ -3,9 +3,10 @@
     python benchmarks/bench_turns.py             a tool that takes 0, 0.1 and 1 s, with K = 0 and 1
     python benchmarks/bench_turns.py --turn      milliseconds of a turn, beside the sampling of a real engine
 
-The first runs the collector, the driver of episodes, the Ray pool and the thread beside the learner.
-Decoding, learning and the tool are simulated by sleeping, so that the table says what waits for what,
-whatever the host does beside. The tool answers as many calls at a time as it is asked.
+The first runs the collector, the driver of episodes, the books of the pool and the reference engine on a
+virtual clock, as tests/unit/trainer/test_virtual_clock.py does. A decode step, learning and the tool take the
+seconds that they are given, so the table says what waits for what. It is the same on every host. Reading a
+history again costs nothing in it.
 
 The second plays episodes with one vLLM engine in this process and environments in processes of their own.
 """
@@ -13,12 +14,10 @@ The second plays episodes with one vLLM engine in this process and environments 
 from __future__ import annotations
 
 import argparse
-import functools
+import heapq
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,13 @@ from gspo_dist.config import EnvironmentConfig, RolloutConfig
 from gspo_dist.environments.pool import LocalEnvironmentPool, Reply
 from gspo_dist.environments.protocol import Observation
 from gspo_dist.environments.worker import Call
+from gspo_dist.rollout import reference
+from gspo_dist.rollout.fleet import Answers, Fleet
+from gspo_dist.rollout.reference import ReferenceEngine
+from gspo_dist.rollout.turns import Bridge
+from gspo_dist.trainer.clockwork import SLICE_S, Clockwork, Slice
+from gspo_dist.trainer.episodes import Episodes, play
+from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.types import Prompt, SamplingSpec, WorkKey
 
 PROMPT = 3
@@ -56,34 +62,33 @@ class Echo:
 class Case:
     """What is simulated. Seconds."""
 
-    prompts: int = 8
+    prompts: int = 16
     """Prompts per step."""
     group: int = 4
     """Episodes per prompt."""
     turns: int = 3
     """Turns of an episode."""
-    median: int = 16
+    median: int = 32
     """Median length of a turn, in tokens."""
     spread: float = 0.5
     """Standard deviation of the logarithm of the length."""
-    tick_s: float = 0.01
+    tick_s: float = 0.02
     """A decode step without its sequences."""
-    per_sequence_s: float = 0.0002
+    per_sequence_s: float = 0.0004
     """What each sequence adds to a decode step."""
-    learn_s: float = 1.0
+    learn_s: float = 4.0
     """The learner's time for one step."""
-    steps: int = 4
+    publish_s: float = 0.1
+    """A weight sync."""
+    workers: int = 0
+    """Calls that the tool answers at a time; 0: as many as it is asked."""
+    steps: int = 6
     """Steps that are counted."""
 
     @property
     def limit(self) -> int:
         """The longest episode, in tokens."""
         return 8 * self.turns * self.median
-
-    @property
-    def step_s(self) -> list[float]:
-        """Seconds of a decode step of 0, 1, 2, ... sequences."""
-        return [self.tick_s + self.per_sequence_s * n for n in range(self.prompts * self.group * 4)]
 
 
 class TurnPolicy:
@@ -128,25 +133,65 @@ class Words:
         return ""
 
 
-class SleepingTools:
-    """An `EnvironmentPool` whose every call takes `wait_s`, however many there are at a time."""
+class VirtualFleet(Fleet):
+    """One engine whose decode steps take virtual seconds. Nothing runs beside anything else in truth."""
 
-    def __init__(self, wait_s: float, turns: int) -> None:
-        self.wait_s, self.turns = wait_s, turns
+    runs_beside = False
+
+    def __init__(self, config: RolloutConfig, case: Case) -> None:
+        super().__init__(["engine-0"], 1.0)
+        self.case, self.now, self.busy = case, 0.0, 0.0
+        fleet = self
+
+        class Engine(ReferenceEngine):
+            def _tick(self, rows: reference.Rows) -> None:
+                if rows is self.rows[0]:
+                    n = sum(int((~own.finished).sum()) for own in self.rows)
+                    fleet.now += case.tick_s + case.per_sequence_s * n
+                    fleet.busy += case.tick_s + case.per_sequence_s * n
+                super()._tick(rows)
+
+        policy: Any = TurnPolicy(case)
+        self.engine = Engine(config, policy, name="engine-0")
+        # The engine's slices end by its module's clock.
+        reference.time = SimpleNamespace(monotonic=lambda: fleet.now)  # type: ignore[attr-defined]
+
+    def each(self, method: str, arguments: Mapping[str, tuple[Any, ...]], timeout: float) -> Answers:
+        return {name: getattr(self.engine, method)(*own) for name, own in arguments.items()}, {}
+
+
+class VirtualClockwork(Clockwork):
+    """Slices by the fleet's clock."""
+
+    def __init__(self, config: RolloutConfig, fleet: VirtualFleet) -> None:
+        super().__init__(config)
+        self.fleet, self.learned = fleet, 0.0
+
+    def slice_beside(self, is_learned: bool) -> Slice | None:
+        return Slice(None, SLICE_S) if self.fleet.now < self.learned else None
+
+
+class VirtualTools:
+    """An `EnvironmentPool` whose every call takes `wait_s` of the fleet's time."""
+
+    def __init__(self, wait_s: float, case: Case, fleet: VirtualFleet) -> None:
+        self.wait_s, self.case, self.fleet = wait_s, case, fleet
         self.due: dict[WorkKey, tuple[float, Call]] = {}
+        self.free = [0.0] * case.workers
+        """When each worker has answered what it was asked, as a heap."""
 
     def submit(self, calls: Sequence[Call]) -> None:
-        now = time.monotonic()
-        self.due |= {
-            call.key: (now + (self.wait_s if call.turn is not None else 0.0), call) for call in calls
-        }
+        for call in calls:
+            begun = max(self.fleet.now, heapq.heappop(self.free)) if self.free else self.fleet.now
+            done = begun + (self.wait_s if call.turn is not None else 0.0)
+            if self.case.workers:
+                heapq.heappush(self.free, done)
+            self.due[call.key] = done, call
 
     def poll(self, seconds: float, mine: Callable[[WorkKey], bool] = lambda key: True) -> list[Reply]:
-        due = [at for at, call in self.due.values() if mine(call.key)]
-        if due:
-            time.sleep(max(0.0, min(seconds, min(due) - time.monotonic())))
-        now = time.monotonic()
-        told = [call for at, call in self.due.values() if at <= now and mine(call.key)]
+        first = min((at for at, call in self.due.values() if mine(call.key)), default=self.fleet.now)
+        self.fleet.now = max(self.fleet.now, min(first, self.fleet.now + seconds))
+        told = [call for at, call in self.due.values() if at <= self.fleet.now and mine(call.key)]
         for call in told:
             del self.due[call.key]
         return [Reply(call.key, self._answer(call)) for call in told]
@@ -154,7 +199,7 @@ class SleepingTools:
     def _answer(self, call: Call) -> Observation:
         if call.turn is None:
             return Observation()
-        return Observation("answer", done=len(call.history) == self.turns)
+        return Observation("answer", done=len(call.history) == self.case.turns)
 
     def end(self, keys: Iterable[WorkKey]) -> None:
         """Nothing is kept of an episode."""
@@ -163,35 +208,34 @@ class SleepingTools:
         return []
 
 
-def make_simulated(config: RolloutConfig, case: Case, *, name: str) -> Any:
-    """One engine, in its own process."""
-    from bench_async import SimulatedEngine
+class Prompts:
+    """A cursor over prompts whose last token counts them."""
 
-    engine = SimulatedEngine(config, TurnPolicy(case), name=name)  # type: ignore[arg-type]
-    engine.step_s = case.step_s
-    return engine
+    taken = 0
+
+    def next(self, count: int) -> list[Prompt]:
+        self.taken += count
+        return [Prompt(f"p{i}", (1, 2, 10 + i), "") for i in range(self.taken - count, self.taken)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+
+def judge(items: Sequence[Any]) -> list[Any]:
+    return [SimpleNamespace(reward=0.0, parts={}) for _ in items]
 
 
 @dataclass
 class Measured:
-    """One run."""
+    """One run, in virtual seconds."""
 
     step_s: float
     engine_busy: float
     """Share of the time in which the engine decodes."""
 
 
-def simulate_run(case: Case, ahead: int, wait_s: float, folder: Path) -> Measured:
-    """Steps of the real pipeline with simulated work."""
-    import bench_async
-    import ray
-
-    from gspo_dist.actors.rollout_pool import RayRolloutPool
-    from gspo_dist.rollout.turns import Bridge
-    from gspo_dist.trainer.clockwork import Clockwork
-    from gspo_dist.trainer.episodes import Episodes
-    from gspo_dist.trainer.pipeline import Collector
-
+def simulate_run(case: Case, ahead: int, wait_s: float) -> Measured:
+    """Steps of the real pipeline on a virtual clock."""
     config = RolloutConfig(
         engine="reference",
         engines=1,
@@ -202,33 +246,28 @@ def simulate_run(case: Case, ahead: int, wait_s: float, folder: Path) -> Measure
         max_completion_tokens=case.limit,
         steps_ahead=ahead,
     )
-    for module in (sys.modules[__name__], bench_async):
-        ray.cloudpickle.register_pickle_by_value(module)
-    pool = RayRolloutPool(config, functools.partial(make_simulated, config, case), [{"num_cpus": 0}], folder)
-    pool.start()
+    fleet: Any = VirtualFleet(config, case)
+    clockwork = VirtualClockwork(config, fleet)
     spec = SamplingSpec(n=case.group, max_tokens=case.limit, seed=1, stop_token_ids=(END,))
+    tools: Any = VirtualTools(wait_s, case, fleet)
     environment = EnvironmentConfig(factory="guess", max_turns=case.turns)
-    tools: Any = SleepingTools(wait_s, case.turns)
     episodes = Episodes(environment, tools, Bridge(Words(), limit=8))
     steps = case.steps + 2 * ahead + 1
-    judges: Any = SimpleNamespace(judge=bench_async.judge)
-    cursor: Any = bench_async.Prompts()
+    judges: Any = SimpleNamespace(judge=judge)
+    cursor: Any = Prompts()
     collector = Collector(
-        config, steps, pool, judges, cursor, lambda step: spec, Clockwork(config), episodes=episodes
+        config, steps, fleet, judges, cursor, lambda step: spec, clockwork, episodes=episodes
     )
-    books = bench_async.Books(pool)
-    begun = time.monotonic()
     rows = []
     for step in range(1, steps + 1):
         collector.sample(step)
         collector.judged(step)
+        clockwork.learned = fleet.now + case.learn_s
         with collector.beside_learner():
-            time.sleep(case.learn_s)
+            """The engine samples on in the learner's seconds, where steps are begun ahead."""
         collector.pause()
-        pool.start_weight_update(60.0)
-        pool.finish_weight_update(step, 60.0)
-        rows.append((time.monotonic() - begun, books.busy))
-    pool.close()
+        fleet.now = max(fleet.now, clockwork.learned) + case.publish_s
+        rows.append((fleet.now, fleet.busy))
     # The steps after the engine is full, and before nothing is begun any more.
     first, last = ahead, len(rows) - 1 - ahead
     elapsed = rows[last][0] - rows[first][0]
@@ -239,36 +278,27 @@ def print_tools(
     case: Case, waits: Sequence[float], ahead: Sequence[int]
 ) -> dict[tuple[float, int], Measured]:
     """The table of tools by their time."""
-    from gspo_dist.actors.session import start_ray, stop_ray
-    from gspo_dist.config import ClusterConfig
-
     count = case.prompts * case.group
     print(
         f"One engine, {case.prompts} x {case.group} episodes of {case.turns} turns per step. Tokens of a "
-        f"turn are lognormal: median {case.median}, spread {case.spread:g}. Simulated: a decode step of n "
-        f"sequences takes {1e3 * case.tick_s:g} + {1e3 * case.per_sequence_s:g} n ms, learning "
-        f"{case.learn_s:g} s.\n"
+        f"turn are lognormal: median {case.median}, spread {case.spread:g}. A decode step of n sequences "
+        f"takes {1e3 * case.tick_s:g} + {1e3 * case.per_sequence_s:g} n ms, learning {case.learn_s:g} s, a "
+        f"publication {case.publish_s:g} s. Calls at a time: {case.workers or 'as many as are asked'}.\n"
     )
     print(
         "| tool, s | steps ahead | s per step | episodes per s | of a tool of 0 s | of K = 0 | engine busy |"
     )
     print("|---" * 7 + "|")
     found: dict[tuple[float, int], Measured] = {}
-    start_ray(ClusterConfig())
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for wait_s in waits:
-                for k in ahead:
-                    m = simulate_run(case, k, wait_s, Path(folder) / f"{wait_s}-{k}")
-                    found[wait_s, k] = m
-                    print(
-                        f"| {wait_s:g} | {k} | {m.step_s:.2f} | {count / m.step_s:.1f} | "
-                        f"{found[waits[0], k].step_s / m.step_s:.2f} | "
-                        f"{found[wait_s, ahead[0]].step_s / m.step_s:.2f}x | {m.engine_busy:.0%} |",
-                        flush=True,
-                    )
-    finally:
-        stop_ray()
+    for wait_s in waits:
+        for k in ahead:
+            m = found[wait_s, k] = simulate_run(case, k, wait_s)
+            print(
+                f"| {wait_s:g} | {k} | {m.step_s:.2f} | {count / m.step_s:.1f} | "
+                f"{found[waits[0], k].step_s / m.step_s:.2f} | "
+                f"{found[wait_s, ahead[0]].step_s / m.step_s:.2f}x | {m.engine_busy:.0%} |",
+                flush=True,
+            )
     return found
 
 
@@ -278,8 +308,6 @@ def print_turn(counts: Sequence[int], rounds: int, overrides: list[str]) -> dict
     from gspo_dist.coldstart.make import ensure_model
     from gspo_dist.coldstart.tokenizer import build_tokenizer
     from gspo_dist.rollout.pool import LocalRolloutPool
-    from gspo_dist.rollout.turns import Bridge
-    from gspo_dist.trainer.episodes import Episodes, play
     from gspo_dist.trainer.setup.factories import engine_factory
 
     config = run_config(["experiment=study", "model=peer", "rollout.max_completion_tokens=256", *overrides])
@@ -348,8 +376,8 @@ def main() -> None:
     parser.add_argument("--wait", type=float, nargs="+", default=[0.0, 0.1, 1.0], help="seconds of the tool")
     parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1], help="values of steps_ahead")
     parser.add_argument("--steps", type=int, default=Case.steps, help="steps that are counted")
-    parser.add_argument("--learn", type=float, default=Case.learn_s, help="seconds of the simulated learner")
-    parser.add_argument("--tick", type=float, default=Case.tick_s, help="seconds of a simulated decode step")
+    parser.add_argument("--learn", type=float, default=Case.learn_s, help="seconds of the learner")
+    parser.add_argument("--workers", type=int, default=0, help="calls at a time; 0: as many as are asked")
     parser.add_argument("--episodes", type=int, nargs="+", default=[1, 16, 64], help="at a time (--turn)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of --turn")
     parser.add_argument("overrides", nargs="*", help="hydra overrides (--turn)")
@@ -357,7 +385,7 @@ def main() -> None:
     if options.turn:
         print_turn(options.episodes, options.rounds, options.overrides)
     else:
-        case = Case(learn_s=options.learn, tick_s=options.tick, steps=options.steps)
+        case = Case(learn_s=options.learn, workers=options.workers, steps=options.steps)
         print_tools(case, options.wait, options.ahead)
 
 
