@@ -377,6 +377,7 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, nargs="+", default=[0, 1], help="values of steps_ahead")
     parser.add_argument("--steps", type=int, default=Case.steps, help="steps that are counted")
     parser.add_argument("--learn", type=float, default=Case.learn_s, help="seconds of the learner")
+    parser.add_argument("--prompts", type=int, default=Case.prompts, help="per step, of 4 episodes each")
     parser.add_argument("--workers", type=int, default=0, help="calls at a time; 0: as many as are asked")
     parser.add_argument("--episodes", type=int, nargs="+", default=[1, 16, 64], help="at a time (--turn)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of --turn")
@@ -385,7 +386,7 @@ def main() -> None:
     if options.turn:
         print_turn(options.episodes, options.rounds, options.overrides)
     else:
-        case = Case(learn_s=options.learn, workers=options.workers, steps=options.steps)
+        case = Case(options.prompts, learn_s=options.learn, workers=options.workers, steps=options.steps)
         print_tools(case, options.wait, options.ahead)
 
 
