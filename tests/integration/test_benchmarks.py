@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.objectives import OBJECTIVES
+from gspo_dist.rollout import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -95,19 +97,23 @@ def test_rollouts_begun_ahead_go_through_the_pipeline_that_runs_have():
     )  # two decimals each
 
 
-def test_a_slow_tool_is_waited_for_where_nothing_else_is_begun():
+def test_a_slow_tool_is_waited_for_where_nothing_else_is_begun(monkeypatch, capsys):
     """On a virtual clock: three turns of 0.5 s lie in a step of K = 0. One worker takes 24 x 0.5 s for it."""
-    sizes = ["--prompts", 2, "--ahead", 0, "--steps", 1, "--learn", 1]
-    text = run("bench_turns.py", "--wait", 0, 0.5, *sizes)
-    rows = table(text)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(reference, "time", reference.time)  # the clock is the benchmark's, and is put back
+    import bench_turns
+
+    case = bench_turns.Case(prompts=2, steps=1, learn_s=1.0)
+    bench_turns.print_tools(case, [0.0, 0.5], [0])
+    rows = table(capsys.readouterr().out)
     alone, seconds = number(rows["0"][1]), number(rows["0.5"][1])
     assert 1.0 < seconds - alone < 2.0
     assert number(rows["0.5"][2]) == pytest.approx(8 / seconds, abs=0.06)
     assert number(rows["0.5"][3]) == pytest.approx(alone / seconds, abs=0.01)
     assert rows["0.5"][4] == "1.00x"
-    assert text == run("bench_turns.py", "--wait", 0, 0.5, *sizes)  # the same on every host
-    queued = table(run("bench_turns.py", "--wait", 0.5, *sizes, "--workers", 1))["0.5"]
-    assert number(queued[1]) > 24 * 0.5
+    bench_turns.print_tools(case, [0.0, 0.5], [0])
+    assert table(capsys.readouterr().out) == rows  # the same on every host
+    assert bench_turns.simulate_run(replace(case, workers=1), 0, 0.5).step_s > 24 * 0.5
 
 
 def test_curves_of_runs_are_drawn_with_what_they_began_and_ended_with(tmp_path):
