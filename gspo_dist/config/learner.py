@@ -181,6 +181,9 @@ class LearnerConfig:
     environment's OMP_NUM_THREADS caps the share."""
     timeout_s: float = 1800.0
     """Longest that any collective or call may take before the rank counts as dead."""
+    max_skipped_steps: int = 3
+    """Optimiser steps in a row that a gradient which is not finite may cost. Such a step changes neither weights
+    nor optimiser, and one more ends the run. 0 ends it at the first."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -195,6 +198,7 @@ class LearnerConfig:
         at_least("learner.world_size", self.world_size, 1)
         at_least("learner.token_budget", self.token_budget, 1)
         at_least("learner.threads", self.threads, 0)
+        at_least("learner.max_skipped_steps", self.max_skipped_steps, 0)
         above("learner.timeout_s", self.timeout_s, 0)
         if self.backend == "eager" and self.world_size != 1:
             raise ValueError(

@@ -150,16 +150,15 @@ class EagerLearner:
             torch.zeros_like(m) if g is None else g for m, g in zip(self.masters, self.gradients, strict=True)
         ]
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
         if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm is {norm.item()} at policy version {self.policy_version}"
-            )
+            self.gradients = [None] * len(self.parameters)
+            return OptimStep(float(norm), lr, self.policy_version, skipped=True)
         clip = self.config.optimizer.grad_clip
         # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which DeepSpeed and Megatron follow.
         scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad.mul_(scale)
-        lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
         set_groups(self.optimizer.param_groups, self.config.optimizer, lr)
         self.optimizer.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):

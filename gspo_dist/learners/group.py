@@ -62,7 +62,7 @@ class LearnerGroup(Protocol):
     def optim_step(self) -> OptimStep:
         """Makes one optimiser step and counts `policy_version` up. Once per mini-batch.
 
-        Raises FloatingPointError when the gradient's norm is not finite, before the weights move.
+        A gradient that is not finite changes nothing: what is returned says that the step was skipped.
         """
         ...
 

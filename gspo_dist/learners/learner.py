@@ -32,7 +32,9 @@ class OptimStep:
     lr: float
     """Learning rate that was used."""
     policy_version: int
-    """The version that the step made."""
+    """The version that the step made, or the one before where it was skipped."""
+    skipped: bool = False
+    """Whether the gradient was not finite, so that weights, optimiser and version stayed what they were."""
 
 
 def refuse_scores(asked: bool) -> None:
@@ -99,8 +101,8 @@ class Learner(Protocol):
         """Clips, steps, advances the schedule, clears the gradients. Collective.
 
         Once per `forward_backward` of a mini-batch: another call would step again, on gradients of zero, and
-        count a version. Raises FloatingPointError when the gradient's norm is not finite, on every rank and
-        before the weights move.
+        count a version. Where the gradient's norm is not finite, every rank skips the step: it clears the
+        gradients and changes nothing else.
         """
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gspo_dist.checkpoint import Checkpoint
+from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
 from gspo_dist.trainer.run import Run, UnfinishedSave
@@ -66,6 +67,24 @@ def commit(run: Run) -> None:
         run.learner.wait_saved()
     run.last_checkpoint = run.store.commit(unfinished.folder, unfinished.step, unfinished.state)
     run.unfinished_save = None
+
+
+def count_skips(run: Run, optim: OptimStep) -> None:
+    """Counts optimiser steps that were skipped in a row.
+
+    Raises FloatingPointError beyond `learner.max_skipped_steps`. A checkpoint that is still being written is
+    finished first.
+    """
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if optim.skipped else 0
+    most = run.config.learner.max_skipped_steps
+    if run.skipped_in_a_row <= most:
+        return
+    commit(run)
+    raise FloatingPointError(
+        f"learner.max_skipped_steps allows {most} optimiser steps in a row without a finite gradient: got "
+        f"{run.skipped_in_a_row}, the last with norm {optim.grad_norm}; lower learner.optimizer.lr or look at "
+        "the rollouts of this step, and resume"
+    )
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

@@ -25,7 +25,7 @@ from gspo_dist.metrics.jsonl import append
 from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.trainer import step_metrics
-from gspo_dist.trainer.checkpointing import checkpoint_due, commit, save, what_is_saved
+from gspo_dist.trainer.checkpointing import checkpoint_due, commit, count_skips, save, what_is_saved
 from gspo_dist.trainer.collect import collect
 from gspo_dist.trainer.episode_page import EPISODES
 from gspo_dist.trainer.heldout import evaluate, evaluation_due
@@ -109,6 +109,7 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
             with run.clock("update"):
                 stats.append(run.learner.forward_backward(routed, spec))
                 optim.append(run.learner.optim_step())
+            count_skips(run, optim[-1])
             del routed  # its copy of the traces; the rollouts hold the batch's
             run.guard.observe(stats[-1], index, run.publisher.probed_offset)
             with run.clock("flips"):

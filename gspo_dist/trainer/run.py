@@ -77,6 +77,8 @@ class Run:
     """Steps of the checkpoint that this process continues from; the next step is one more."""
     tokens_seen: int = 0
     """Completion tokens trained on so far, over the run's interruptions."""
+    skipped_in_a_row: int = 0
+    """Optimiser steps, up to the last one, that were skipped for a gradient that is not finite."""
     last_checkpoint: Path | None = None
     unfinished_save: UnfinishedSave | None = None
     first_evaluation: dict[str, float] = field(default_factory=dict)

@@ -216,7 +216,9 @@ def update_metrics(
         for name in BY_MINI_BATCH:
             if f"objective/{name}" in own:
                 out[f"objective/mini_batch_{index}/{name}"] = own[f"objective/{name}"].result()
-    out["learner/grad_norm"] = sum(o.grad_norm for o in optim) / len(optim)
+    norms = [o.grad_norm for o in optim if not o.skipped]
+    out["learner/grad_norm"] = sum(norms) / len(norms) if norms else math.nan
+    out["learner/skipped_steps"] = float(len(optim) - len(norms))
     out["learner/lr"] = optim[-1].lr
     out["learner/policy_version"] = float(optim[-1].policy_version)
     return out

@@ -162,16 +162,24 @@ def broken(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
         poison.remove()
     learner.engine.destroy()
     learner = ranks.learner(spec)
-    if ranks.rank == 1:  # a gradient that overflows after a finite loss
-        next(p for p in learner.policy.parameters() if p.requires_grad).register_hook(
-            lambda g: g * float("nan")
-        )
-    learner.forward_backward(mine, case.make_spec(spec["data"][0]))
-    try:
+    poisoned = [ranks.rank == 1]  # a gradient that overflows after a finite loss
+    next(p for p in learner.policy.parameters() if p.requires_grad).register_hook(
+        lambda g: g * float("nan") if poisoned[0] else g
+    )
+    own = case.make_spec(spec["data"][0])
+    out["weights"] = []
+    out["steps"] = []
+    for bad in (False, True, False):
+        poisoned[0] = bad and ranks.rank == 1
+        learner.forward_backward(mine, own)
+        out["steps"].append(learner.optim_step())
+        out["weights"].append({n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket})
+    learner.engine.destroy()
+    learner = ranks.learner(spec)  # one that never saw it
+    for _ in range(2):
+        learner.forward_backward(mine, own)
         learner.optim_step()
-    except FloatingPointError as raised:
-        out["gradient"] = str(raised)
-    out["version"] = learner.policy_version
+    out["weights"].append({n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket})
     learner.engine.destroy()
     return out
 

@@ -97,6 +97,12 @@ def main(job: dict, rank: int) -> dict:
             assert stacked.keys() == stream.keys()
             assert all(torch.equal(stacked[n], stream[n]) for n in stream)
             out.setdefault("travelled", []).append((travelled, len(stream)))
+        elif name == "skip":
+            learner.forward_backward(mine, spec)
+            if rank == 1:
+                next(p for p in learner.ddp[0].parameters()).main_grad.fill_(float("nan"))
+            step = learner.optim_step()
+            out["skipped"] = (step.skipped, step.policy_version)
         elif name == "save":
             learner.save(Path(argument))
         elif name == "wait":

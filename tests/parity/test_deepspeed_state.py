@@ -263,6 +263,20 @@ def test_weights_that_are_not_the_models_are_refused_by_name(lab: dict, name: st
 
 
 @pytest.mark.parametrize("name", BROKEN)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing(lab: dict, name: str) -> None:
+    """Weights stay bit for bit, and so does what follows."""
+    for rank in lab["got"]:
+        steps = rank[name]["steps"]
+        assert [s.skipped for s in steps] == [False, True, False]
+        assert [s.policy_version for s in steps] == [1, 1, 2]
+        first, after, last, never = rank[name]["weights"]
+        assert [key for key in first if not torch.equal(first[key], after[key])] == []
+        assert [key for key in last if not torch.equal(last[key], never[key])] == []
+    first, _, last, _ = lab["got"][0][name]["weights"]
+    assert any(not torch.equal(first[key], last[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", BROKEN)
 def test_a_number_gone_wrong_on_one_rank_raises_on_all(lab: dict, name: str) -> None:
     for rank in lab["got"]:
         seen = rank[name]
@@ -271,8 +285,6 @@ def test_a_number_gone_wrong_on_one_rank_raises_on_all(lab: dict, name: str) -> 
             "loss"
         ]
         assert "as many micro-batches" in seen["count"], seen["count"]
-        assert "gradient norm" in seen["gradient"]
-        assert seen["version"] == 0
 
 
 @pytest.mark.parametrize("name", ["bf16_zero1", "bf16_zero2", "bf16_zero3"])

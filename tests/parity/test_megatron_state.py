@@ -150,6 +150,33 @@ def test_plain_optimizer_saves_synchronously(reference: Reference, tmp_path: Pat
     assert_weights(again[0]["weights"][0], reference.end, 1e-5)
 
 
+def test_every_rank_writes_its_share_which_any_layout_reads(
+    reference: Reference, tmp_path: Path, crew: Crew
+) -> None:
+    """Two replicas under ep2, then tensor and context ranks: norms have twins there, states other ranges."""
+    saved, other = tmp_path / "checkpoint", tmp_path / "other"
+    run(crew, tmp_path / "a", reference, 4, EP2, [["train", 2], ["save", str(saved)], "wait"])
+    shares = [sum(p.stat().st_size for p in saved.glob(f"__{rank}_*.distcp")) for rank in range(4)]
+    assert max(shares) < 1.2 * min(shares), shares
+    twins = {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}
+    run(crew, tmp_path / "b", reference, 4, twins, [["load", str(saved)], ["save", str(other)], "wait"])
+    again = run(crew, tmp_path / "c", reference, 2, {}, [["load", str(other)], ["train", 1], "weights"])
+    assert again[0]["version"] == 2
+    assert_weights(again[0]["weights"][0], reference.end, 1e-5)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing(
+    reference: Reference, tmp_path: Path, crew: Crew
+) -> None:
+    """Weights and what follows are bit for bit those of a run that never saw it."""
+    actions = [["train", 1], "skip", ["train", 1], "weights"]
+    skipped = run(crew, tmp_path / "a", reference, 2, EP2, actions)
+    plain = run(crew, tmp_path / "b", reference, 2, EP2, [["train", 2], "weights"])
+    assert [rank["skipped"] for rank in skipped] == [(True, 1), (True, 1)]
+    assert [s["policy_version"] for s in skipped[0]["steps"]] == [1, 2]
+    assert_identical(skipped[0]["weights"][0], plain[0]["weights"][0])
+
+
 def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     saved = tmp_path / "checkpoint"
     run(crew, tmp_path / "a", reference, 1, {}, [["train", 1], ["save", str(saved)], "wait"])

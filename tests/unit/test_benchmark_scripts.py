@@ -6,9 +6,12 @@ import ast
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = sorted(path.relative_to(BENCHMARKS) for path in BENCHMARKS.rglob("*.py"))
@@ -59,3 +62,40 @@ def test_the_report_has_the_counts_and_the_ratios(bench_exact):
     told = bench_exact.report([("quickstart", "bf16", 2, case())], "python benchmarks/bench_exact.py")
     assert "| quickstart | bf16 | 2 | 10 | 10 | 2 | 1.0e-02 | 5.0e-01 | 10 | 10 |" in told
     assert "| quickstart | bf16 | 2 | 2.00 | 0.75 | 2.0e-06 |" in told
+
+
+@pytest.fixture(scope="module")
+def bench_checkpoint():
+    spec = importlib.util.spec_from_file_location("bench_checkpoint", BENCHMARKS / "bench_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_files_count_for_the_rank_whose_number_they_carry(bench_checkpoint, tmp_path):
+    sizes = {"__0_0.distcp": 3, "__1_0.distcp": 5, "__11_1.distcp": 7, "metadata.json": 11, "random_1.pt": 13}
+    sizes |= {"bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt": 17, "mp_rank_00_model_states.pt": 19}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert [bench_checkpoint.written_by(tmp_path, rank) for rank in (0, 1, 2, 11)] == [33, 35, 0, 7]
+
+
+def test_what_is_held_for_a_moment_is_the_peak(bench_checkpoint):
+    with bench_checkpoint.Peak(0.001) as peak:
+        for _ in range(3):
+            block = bytearray(b"x" * (64 << 20))
+            time.sleep(0.05)
+            del block
+    assert 60 << 20 < peak.extra < 100 << 20
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_bytes_read_of_files_and_of_items_are_counted(bench_checkpoint, tmp_path):
+    torch.save(torch.zeros(1000), tmp_path / "a.pt")
+    with bench_checkpoint.counted_reads() as read:
+        torch.load(tmp_path / "a.pt")
+    assert read == [(tmp_path / "a.pt").stat().st_size]
+    dcp.save({"w": torch.zeros(500)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with bench_checkpoint.counted_reads() as read:
+        dcp.load({"w": torch.ones(500)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert 2000 <= sum(read) < 4000

@@ -181,10 +181,10 @@ class DeepSpeedLearner:
         set_groups(self.engine.optimizer.param_groups, self.config.optimizer, lr)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
-        # The norm is of all ranks' gradients, so all ranks raise together. DeepSpeed marks a bad one by
-        # inf or -1.
+        # The norm is of all ranks' gradients, so all ranks skip together. DeepSpeed (0.19.8) marks a bad one
+        # by inf or -1, and has not stepped then.
         if not 0 <= norm < float("inf"):
-            raise FloatingPointError(f"gradient norm is not finite at policy version {self.policy_version}")
+            return OptimStep(float("inf"), lr, self.policy_version, skipped=True)
         self.policy_version += 1
         return OptimStep(norm, lr, self.policy_version)
 
@@ -192,13 +192,15 @@ class DeepSpeedLearner:
         """Clips for ZeRO 0 in fp32, whose bare torch optimiser reports no norm to DeepSpeed.
 
         All replicas hold the same summed gradient then, so each clips alone. The 1e-6 is the eager learner's.
+        A gradient that is not finite is taken away: AdamW leaves parameters without one as they are.
         """
-        gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         self._plain_norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(self._plain_norm):
-            raise FloatingPointError(f"gradient norm is not finite at policy version {self.policy_version}")
+            for parameter in parameters:
+                parameter.grad = None
+            return
         clip = self.config.optimizer.grad_clip
         if clip:
             torch._foreach_mul_(gradients, min(1.0, clip / (float(self._plain_norm) + 1e-6)))

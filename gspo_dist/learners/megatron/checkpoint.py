@@ -5,6 +5,9 @@ Weights and optimiser state are stored under global names, with their place in t
 on the layout, such as the groups of parameters, stays out. So a run saved with expert_parallel 2 goes
 on with tensor_parallel 2. The learner has no dropout and draws no random numbers, so there is no
 random state to keep.
+
+Every rank writes and reads its share. Optimiser states are pieces of whole tensors (`shares.py`), and what
+replicas have in common is divided among them (megatron-core's wrappers).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -25,10 +29,19 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_dist.learners.megatron import shares
 from gspo_dist.learners.state_files import writing
 from gspo_dist.models.shape import ModelShape
 
@@ -77,14 +90,16 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        state = sharded_state(learner, loading=False)
+        state, _ = sharded_state(learner, loading=False)
         state[COMMON] = {
             "policy_version": policy_version,
             "architecture": dataclasses.asdict(learner.architecture),
         }
         self.folder = folder
         with writing(folder):
-            request = dist_checkpointing.save(state, str(folder), async_sharded_save=self.queue is not None)
+            request = dist_checkpointing.save(
+                state, str(folder), save_strategy(), async_sharded_save=self.queue is not None
+            )
         if self.queue is not None and request is not None:
             self.queue.schedule_async_request(request)
 
@@ -103,20 +118,45 @@ class CheckpointWriter:
             self.queue.close()
 
 
-def sharded_state(learner: LearnerState, *, loading: bool) -> dict[str, Any]:
-    """Weights and optimiser state with their global places. All else is marked as this rank's own."""
+def save_strategy() -> Any:
+    """The file format, its writing divided among the replicas of each tensor."""
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _replicas())
+
+
+def load_strategy(folder: Path) -> Any:
+    """Its reading likewise: one replica reads a tensor and sends it to the others."""
+    return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _replicas())
+
+
+def _replicas() -> dist.ProcessGroup:
+    """The ranks that hold the same dense weights. Copies of an expert are among them.
+
+    Not all ranks: copies over tensor ranks (norms) are cut into other pieces there, and two pieces that begin at
+    one place would be taken for the same.
+    """
+    return mpu.get_data_parallel_group(with_context_parallel=True)
+
+
+def sharded_state(
+    learner: LearnerState, *, loading: bool
+) -> tuple[dict[str, Any], dict[int, list[shares.Held]]]:
+    """Weights and optimiser state with their global places. All else is marked as this rank's own.
+
+    The second is what the distributed optimisers of the chain hold: the memory that a load reads into.
+    """
     # A copy, because 0.16.1 writes the data-parallel group of the moment into it.
     metadata = dict(METADATA)
     models = {
         f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(learner.chunks)
     }
-    state = learner.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    with shares.instead_of_gathering(learner.optimizer) as held:
+        state = learner.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     # 0.16.1's plain optimisers mark some of it themselves; loading undoes one mark.
     kept = (ShardedBase, LocalNonpersistentObject)
     dict_list_map_inplace(lambda x: x if isinstance(x, kept) else LocalNonpersistentObject(x), state)
     for part in models.values():
         _drop_extra_state(part)
-    return {"models": models, "optimizer": state}
+    return {"models": models, "optimizer": state}, held
 
 
 def _drop_extra_state(part: dict[str, Any]) -> None:
@@ -135,17 +175,17 @@ def load(learner: LearnerState, folder: Path) -> int:
     Raises ValueError, before a tensor is read, for a folder that is not a whole checkpoint of this model.
     """
     folder = Path(folder)
-    state = sharded_state(learner, loading=True)
+    state, held = sharded_state(learner, loading=True)
     check(state, folder)
     try:
-        loaded = dist_checkpointing.load(state, str(folder))
+        loaded = dist_checkpointing.load(state, str(folder), load_strategy(folder))
     except CheckpointException as error:  # no Exception (torch 2.13): nothing would tell how the run ended
         raise ValueError(f"{folder} cannot be read: {error}") from error
     for i, chunk in enumerate(learner.chunks):
         # Not strict, because the extra state was left out. `check` has seen every tensor.
         chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)
     policy_version = int(loaded[COMMON]["policy_version"])
-    _load_optimizer(learner.optimizer, loaded["optimizer"], policy_version)
+    _load_optimizer(learner.optimizer, loaded["optimizer"], policy_version, held)
     return policy_version
 
 
@@ -200,7 +240,9 @@ def _tensors(value: Any) -> list[ShardedTensor]:
     return [value] if isinstance(value, ShardedTensor) else []
 
 
-def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
+def _load_optimizer(
+    optimizer: Any, state: dict[Any, Any], steps: int, held: dict[int, list[shares.Held]]
+) -> None:
     """Gives each optimiser of the chain its state, and Adam the steps that its moments have seen.
 
     Every parameter is updated in every step, so the count is the policy version, and no checkpoint stores it.
@@ -213,9 +255,9 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     # 0.16.1 numbers the states of a chain, and hands over the state itself where one optimiser is alone.
     states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
-    for part, own in zip(parts, states, strict=True):
+    for i, (part, own) in enumerate(zip(parts, states, strict=True)):
         inner = part.optimizer
-        moments = own.pop("param_state", None)
+        own.pop("param_state", None)
         adamw = isinstance(inner, torch.optim.AdamW)
         stored = own.get("optimizer", own)
         # The plain optimisers of 0.16.1 drop a step of 0 when they prepare to load, and torch wants one.
@@ -228,8 +270,8 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any], steps: int) -> None:
         if adamw:
             for values in inner.state.values():
                 values.pop("step", None)
-        if moments is not None:
-            part.load_parameter_state_from_fully_reshardable(moments)
+        if i in held:
+            shares.restore(part, held[i])
         if adamw:
             for values in inner.state.values():
                 values["step"] = torch.tensor(float(steps))

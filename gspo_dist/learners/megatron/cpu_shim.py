@@ -24,7 +24,7 @@ import torch
 
 # Modules that name device="cuda" in a factory call, or print a dtype as "torch.cuda.FloatTensor". They make
 # token counters (schedules), norms and found_inf flags (optimizer, clip_grads, utils), a warm-up tensor
-# (param_and_grad_buffer) and a loss tracker (moe_utils).
+# (param_and_grad_buffer), a loss tracker (moe_utils) and what ranks send each other in a load (exchange_utils).
 NAMES_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.pipeline_parallel.p2p_communication",
@@ -36,6 +36,7 @@ NAMES_CUDA = (
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.utils",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.exchange_utils",
 )
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "ones_like")
 
@@ -152,6 +153,12 @@ def _stand_in_for_megatron() -> None:
     # Set to a Transformer Engine wrapper when TE imports, and left callable when it does not.
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = None
+    # A rank takes part in the sending of tensors that it does not need, in memory that it makes for them.
+    sharded: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping").ShardedTensor
+    plain_init = sharded.init_data
+    sharded.init_data = lambda self, device, *a, **k: plain_init(
+        self, "cpu" if device == "cuda" else device, *a, **k
+    )
     # megatron-core turns split sizes into host arrays only when they are CUDA tensors. all_to_all
     # wants host numbers.
     dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")

@@ -14,6 +14,7 @@ Gradients are summed and not averaged, because denominators are global.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -352,16 +353,17 @@ class MegatronLearner:
     def optim_step(self) -> OptimStep:
         finalize_model_grads(self.ddp)
         lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
-        norm = optim.clipped_step(self.optimizer, self.config.optimizer, lr, self.policy_version)
+        norm = optim.clipped_step(self.optimizer, self.config.optimizer, lr)
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._accumulated = 0
-        self.policy_version += 1
+        skipped = not math.isfinite(norm)
+        self.policy_version += not skipped
         if self.gpu:
             # The step is over when this returns, so that its time is not counted as the next verb's.
             torch.cuda.synchronize()
-        return OptimStep(norm, lr, self.policy_version)
+        return OptimStep(norm, lr, self.policy_version, skipped)
 
     def _gather_parameters(self) -> None:
         """Completes the gathers that overlap_param_gather left for the next forward pass."""

@@ -23,7 +23,7 @@ def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[Dis
         overlap_grad_reduce=megatron.overlap_grad_reduce,
         overlap_param_gather=megatron.overlap_param_gather,
         use_distributed_optimizer=megatron.distributed_optimizer,
-        check_for_nan_in_grad=False,  # optim_step refuses a norm that is not finite, and says at which step
+        check_for_nan_in_grad=False,  # optim_step skips a norm that is not finite
         average_in_collective=False,
     )
     # Only the first chunk's reductions can hide behind a backward pass that still runs.
@@ -95,16 +95,16 @@ def _allocate(inner: Any) -> None:
 
 
 @torch.no_grad()
-def clipped_step(optimizer: Any, knobs: OptimizerConfig, lr: float, policy_version: int) -> float:
+def clipped_step(optimizer: Any, knobs: OptimizerConfig, lr: float) -> float:
     """Clips by the global norm, steps at `lr` with these knobs and returns the norm. Collective.
 
-    Raises FloatingPointError for a norm that is not finite, before anything is changed.
+    Where the norm is not finite, it does not step.
     """
     set_groups(optimizer.param_groups, knobs, lr)
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm} at policy version {policy_version}")
+        return norm
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0:

@@ -3,6 +3,7 @@ keeps, what it exports."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -273,15 +274,27 @@ def test_a_log_prob_that_is_not_a_number_names_the_rollout(model: Path) -> None:
         learner.forward_backward([good], spec())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_step(model: Path) -> None:
-    learner = make(model)
-    before = [m.clone() for m in learner.masters]
-    learner.forward_backward([near(learner, batch((0, 1)))], spec())
-    learner.gradients[0][0] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"gradient norm is .* at policy version 0"):
-        learner.optim_step()
-    assert all(torch.equal(a, b) for a, b in zip(before, learner.masters, strict=True))
-    assert learner.policy_version == 0
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_changes_nothing(model: Path, tmp_path: Path, bad: float) -> None:
+    """Weights and optimiser stay as they were, and what follows is as if the step had not been asked for."""
+    learner, other = make(model), make(model)
+    packed = near(learner, batch((0, 1)))
+    for one in (learner, other):
+        one.forward_backward([packed], spec())
+        one.optim_step()
+    learner.forward_backward([packed], spec())
+    learner.gradients[0][0] = bad
+    step = learner.optim_step()
+    assert (step.skipped, step.policy_version) == (True, 1)
+    assert not math.isfinite(step.grad_norm)
+    for one, name in ((learner, "a"), (other, "b")):
+        one.forward_backward([packed], spec())
+        assert (one.optim_step().skipped, one.policy_version) == (False, 2)
+        one.save(tmp_path / name)
+    states = [torch.load(tmp_path / name / "eager.pt") for name in "ab"]
+    assert all(torch.equal(a, b) for a, b in zip(*(s["masters"] for s in states), strict=True))
+    for a, b in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 5000, 1 << 30])

@@ -9,8 +9,16 @@ import pytest
 
 from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.config import CheckpointConfig, FlipsConfig, GuardConfig, ObjectiveConfig, RolloutConfig
+from gspo_dist.learners.learner import OptimStep
 from gspo_dist.objectives.objective import get_objective
-from gspo_dist.trainer.checkpointing import checkpoint_due, commit, restore, save, what_is_saved
+from gspo_dist.trainer.checkpointing import (
+    checkpoint_due,
+    commit,
+    count_skips,
+    restore,
+    save,
+    what_is_saved,
+)
 from gspo_dist.trainer.clockwork import Clockwork
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
@@ -37,7 +45,7 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
     config = SimpleNamespace(
         steps=steps,
         checkpoint=CheckpointConfig(**checkpoint),
-        learner=SimpleNamespace(saves_asynchronously=asynchronous),
+        learner=SimpleNamespace(saves_asynchronously=asynchronous, max_skipped_steps=1),
     )
     return SimpleNamespace(
         config=config,
@@ -55,6 +63,7 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
         seconds_before=0.0,
         first_evaluation={},
         last_evaluation={},
+        skipped_in_a_row=0,
         unfinished_save=None,
         last_checkpoint=None,
         completed_steps=0,
@@ -163,6 +172,21 @@ def test_an_asynchronous_manifest_is_of_the_moment_of_the_save(tmp_path):
     commit(run)
     state = run.store.newest().state
     assert (state["tokens_seen"], state["policy_version"]) == (10, 2)
+
+
+def test_a_bound_on_skipped_steps_in_a_row_stops_and_keeps_the_save_that_was_under_way(tmp_path):
+    run = run_of(tmp_path, asynchronous=True)
+    save(run, 1)
+    good, bad = OptimStep(1.0, 0.1, 4), OptimStep(float("inf"), 0.1, 4, skipped=True)
+    for step in (bad, good, bad):
+        count_skips(run, step)
+    assert run.skipped_in_a_row == 1
+    assert run.store.newest() is None
+    with pytest.raises(
+        FloatingPointError, match=r"max_skipped_steps allows 1 .* got 2, the last with norm inf"
+    ):
+        count_skips(run, bad)
+    assert run.store.newest().step == 1
 
 
 @pytest.mark.parametrize(

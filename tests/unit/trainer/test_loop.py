@@ -370,6 +370,30 @@ def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
     run.release()
 
 
+def test_a_gradient_that_is_not_finite_costs_one_step(model, reward_file, tmp_path):
+    """The second mini-batch of four is skipped, so three versions are made. Where none may be, the run stops."""
+    overrides = ("flips.every=0", "data.heldout=null", "steps=2", "mini_batches=2")
+
+    def poison(at):
+        def watch(run):
+            step, calls = run.learner.optim_step, iter(range(4))
+
+            def poisoned():
+                if next(calls) == at:
+                    run.learner.learner.gradients[0][0] = float("nan")
+                return step()
+
+            run.learner.optim_step = poisoned
+
+        return watch
+
+    _, rows = go(config(model, reward_file, tmp_path / "a", *overrides), poison(1))
+    assert [row["learner/skipped_steps"] for row in rows if "learner/lr" in row] == [1.0, 0.0]
+    assert [row["learner/policy_version"] for row in rows if "learner/lr" in row] == [1.0, 3.0]
+    with pytest.raises(FloatingPointError, match="max_skipped_steps allows 0"):
+        go(config(model, reward_file, tmp_path / "b", *overrides, "learner.max_skipped_steps=0"), poison(0))
+
+
 @pytest.mark.slow
 def test_a_diverging_run_says_where_it_was_and_what_is_saved(model, reward_file, tmp_path):
     run = build(config(model, reward_file, tmp_path / "run", "checkpoint.every=1", "flips.every=0"))

@@ -127,6 +127,15 @@ def test_sums_of_a_mini_batch_are_averaged_over_them_and_counts_are_added():
     assert out["learner/policy_version"] == 5.0
 
 
+def test_a_skipped_step_is_counted_and_its_norm_left_out():
+    skipped = OptimStep(math.inf, 0.2, 4, skipped=True)
+    out = update_metrics(first_and_second(), [OptimStep(3.0, 0.1, 4), skipped])
+    assert (out["learner/skipped_steps"], out["learner/grad_norm"]) == (1.0, 3.0)
+    out = update_metrics(first_and_second(), [skipped, skipped])
+    assert (out["learner/skipped_steps"], out["learner/policy_version"]) == (2.0, 4.0)
+    assert math.isnan(out["learner/grad_norm"])
+
+
 def test_the_log_ratio_is_reported_by_mean_and_standard_deviation():
     out = update_metrics(first_and_second(), [OptimStep(1.0, 0.1, 4)] * 2)
     average, square = (0.5 + 3 * 0.1) / 4, (0.5 + 3 * 0.3) / 4

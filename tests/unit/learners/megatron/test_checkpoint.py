@@ -23,7 +23,7 @@ def test_resuming_gives_a_fused_adam_its_steps(nested: bool) -> None:
         optimizer=SimpleNamespace(param_groups=[{}], state={}), load_state_dict=given.append
     )
     own = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}, {"lr": 0.2}]}
-    checkpoint._load_optimizer(part, {"optimizer": own} if nested else own, 7)
+    checkpoint._load_optimizer(part, {"optimizer": own} if nested else own, 7, {})
     (state,) = given
     assert [g["step"] for g in (state["optimizer"] if nested else state)["param_groups"]] == [7, 7]
     assert list(own["state"][0]) == ["exp_avg"]  # FusedAdam refuses a step among a parameter's tensors
@@ -69,7 +69,8 @@ def test_a_full_disk_ends_a_save_as_an_error_of_the_disk(asynchronous: bool, tmp
     """In the background the writing process fails, which is known when the save is waited for."""
     monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: {})
+    monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: ({}, {}))
+    monkeypatch.setattr(checkpoint, "save_strategy", lambda: None)
     writer = checkpoint.CheckpointWriter(asynchronous)
     saved = (lambda *args, **kwargs: object()) if asynchronous else fails
     monkeypatch.setattr(checkpoint.dist_checkpointing, "save", saved)
@@ -93,7 +94,8 @@ def test_a_full_disk_ends_a_save_as_an_error_of_the_disk(asynchronous: bool, tmp
 
 
 def test_a_state_that_cannot_be_read_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: {})
+    monkeypatch.setattr(checkpoint, "sharded_state", lambda *args, **kwargs: ({}, {}))
+    monkeypatch.setattr(checkpoint, "load_strategy", lambda folder: None)
     monkeypatch.setattr(checkpoint, "check", lambda *args: None)
     monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
     with pytest.raises(ValueError, match=rf"(?s){tmp_path} cannot be read"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,13 +70,12 @@ def test_a_step_clips_by_the_norm_before_clipping(
     monkeypatch.setattr("megatron.core.optimizer.clip_grads.torch", cpu_shim._TorchOnCpu("torch"))
     monkeypatch.setattr(torch.Tensor, "type", lambda self: "torch.cuda.FloatTensor")
     optimizer = PlainOptimizer([3.0, 4.0], clip)
-    assert clipped_step(optimizer, OptimizerConfig(), 0.1, 7) == 5.0
+    assert clipped_step(optimizer, OptimizerConfig(), 0.1) == 5.0
     assert [p.item() for p in optimizer.parameters] == pytest.approx(moved, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_stops_before_the_step(bad: float) -> None:
+def test_a_norm_that_is_not_finite_does_not_step(bad: float) -> None:
     optimizer = PlainOptimizer([3.0, bad], 1.0)
-    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf) at policy version 7"):
-        clipped_step(optimizer, OptimizerConfig(), 0.1, 7)
+    assert not math.isfinite(clipped_step(optimizer, OptimizerConfig(), 0.1))
     assert not optimizer.stepped
