@@ -19,6 +19,11 @@ class CheckpointConfig:
     """Go on from the newest whole checkpoint of run_dir, if there is one."""
     save_last: bool = True
     """Save after the last step, whatever `every` is. Studies set this to false: they need no weights."""
+    hf_every: int = 0
+    """Write the weights alone as an HF folder, `run_dir/hf/step-...`, every so many steps and after the last.
+    0 writes none. With `save_last` false a finished run keeps no optimiser states."""
+    keep_hf: int = 2
+    """Newest of these folders kept."""
     restarts: int = 3
     """Times that a run whose learner died goes on by itself from its newest checkpoint, without a new one in
     between. Engines and reward workers that die need none of them."""
@@ -29,4 +34,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least("checkpoint.every", self.every, 0)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.hf_every", self.hf_every, 0)
+        at_least("checkpoint.keep_hf", self.keep_hf, 1)
         at_least("checkpoint.restarts", self.restarts, 0)

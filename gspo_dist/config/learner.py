@@ -182,8 +182,8 @@ class LearnerConfig:
     timeout_s: float = 1800.0
     """Longest that any collective or call may take before the rank counts as dead."""
     max_skipped_steps: int = 3
-    """Optimiser steps in a row that a gradient which is not finite may cost. Such a step changes neither weights
-    nor optimiser, and one more ends the run. 0 ends it at the first."""
+    """Optimiser steps in a row that may be skipped for a gradient that is not finite. They change neither
+    weights nor optimiser. One more ends the run; 0 ends it at the first."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

@@ -376,10 +376,10 @@ SECTIONS = (
     )),
     Section("Learner", "trainer/step_metrics.py", (
         Metric("learner/grad_norm", "gradient",
-               "Global L2 norm of the gradient before clipping, mean over the step's mini-batches that were not "
-               "skipped."),
+               "Global L2 norm of the gradient before clipping, mean over the step's mini-batches without "
+               "skipped ones."),
         Metric("learner/skipped_steps", "optimiser steps",
-               "Mini-batches of the step whose gradient was not finite. They changed neither weights nor optimiser."),
+               "Mini-batches of the step whose gradient was not finite. They change no weight."),
         Metric("learner/lr", "learning rate", "That of the step's last mini-batch."),
         Metric("learner/policy_version", "optimiser steps", "Completed after this step."),
     )),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 from gspo_dist.checkpoint import Checkpoint
+from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
@@ -45,6 +48,26 @@ def save(run: Run, step: int) -> None:
         commit(run)
 
 
+def save_hf(run: Run, step: int) -> None:
+    """Writes the weights after `step` as an HF folder where `checkpoint.hf_every` asks for it.
+
+    It is read back and compared before it appears. The oldest beyond `checkpoint.keep_hf` are removed. Raises
+    ValueError on a full disk.
+    """
+    every, keep = run.config.checkpoint.hf_every, run.config.checkpoint.keep_hf
+    if not every or (step % every and step != run.config.steps):
+        return
+    root = run.run_dir.resolve() / "hf"
+    root.mkdir(exist_ok=True)
+    target = root / f"step-{step:06d}"
+    # A resumed run may come to a step again.
+    shutil.rmtree(target, ignore_errors=True)
+    run.learner.export(ensure_model(run.config.model), target)
+    folders = (path for path in root.glob("step-*") if path.name[5:].isdigit())
+    for old in sorted(folders, key=lambda path: int(path.name[5:]))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def save_again(run: Run, step: int) -> None:
     """Saves the state after `step` off the schedule, with the rollouts that were made since.
 
@@ -82,8 +105,8 @@ def count_skips(run: Run, optim: OptimStep) -> None:
     commit(run)
     raise FloatingPointError(
         f"learner.max_skipped_steps allows {most} optimiser steps in a row without a finite gradient: got "
-        f"{run.skipped_in_a_row}, the last with norm {optim.grad_norm}; lower learner.optimizer.lr or look at "
-        "the rollouts of this step, and resume"
+        f"{run.skipped_in_a_row}, the last with norm {optim.grad_norm}; lower learner.optimizer.lr "
+        "or look at the rollouts of this step, and resume"
     )
 
 

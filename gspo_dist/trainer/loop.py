@@ -25,7 +25,7 @@ from gspo_dist.metrics.jsonl import append
 from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.trainer import step_metrics
-from gspo_dist.trainer.checkpointing import checkpoint_due, commit, count_skips, save, what_is_saved
+from gspo_dist.trainer.checkpointing import checkpoint_due, commit, count_skips, save, save_hf, what_is_saved
 from gspo_dist.trainer.collect import collect
 from gspo_dist.trainer.episode_page import EPISODES
 from gspo_dist.trainer.heldout import evaluate, evaluation_due
@@ -66,6 +66,7 @@ def run_step(run: Run, step: int) -> None:
         commit(run)
         if checkpoint_due(run, step):
             save(run, step)
+        save_hf(run, step)
 
 
 def start(run: Run) -> None:

@@ -131,8 +131,8 @@ def load_strategy(folder: Path) -> Any:
 def _replicas() -> dist.ProcessGroup:
     """The ranks that hold the same dense weights. Copies of an expert are among them.
 
-    Not all ranks: copies over tensor ranks (norms) are cut into other pieces there, and two pieces that begin at
-    one place would be taken for the same.
+    Not all ranks: copies over tensor ranks (norms) may be cut into other pieces there. Two pieces that
+    begin at one place would be taken for the same.
     """
     return mpu.get_data_parallel_group(with_context_parallel=True)
 

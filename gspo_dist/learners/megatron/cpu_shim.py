@@ -24,7 +24,8 @@ import torch
 
 # Modules that name device="cuda" in a factory call, or print a dtype as "torch.cuda.FloatTensor". They make
 # token counters (schedules), norms and found_inf flags (optimizer, clip_grads, utils), a warm-up tensor
-# (param_and_grad_buffer), a loss tracker (moe_utils) and what ranks send each other in a load (exchange_utils).
+# (param_and_grad_buffer), a loss tracker (moe_utils) and what ranks send each other in a
+# load (exchange_utils).
 NAMES_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.pipeline_parallel.p2p_communication",

@@ -1,9 +1,9 @@
-"""The optimiser states that a rank holds, as pieces of whole tensors: what it holds is what it writes and reads.
+"""The optimiser states that a rank holds, as pieces of whole tensors: it writes and reads what it holds.
 
-megatron-core's distributed optimiser gives each data-parallel rank a range of every parameter, flattened. Its own
-format for any layout (0.16.1, fully_reshardable) gathers the whole tensors on every rank first. That takes up to 30
-bytes of host memory per parameter. A range of a flattened tensor is a few boxes of the tensor, and the file format
-takes boxes. So no rank gathers anything.
+megatron-core's distributed optimiser gives each data-parallel rank a range of every flattened parameter.
+Its own format for any layout (0.16.1, fully_reshardable) gathers whole tensors on every rank first. That takes
+up to 30 bytes of host memory per parameter. A range of a flattened tensor is a few boxes of the tensor, and
+the file format takes boxes. So no rank gathers anything.
 
 Names and whole shapes are those of fully_reshardable, so either reads what the other wrote.
 """
@@ -66,8 +66,8 @@ def _in_row(shape: tuple[int, ...], row: int, start: int, end: int) -> list[Box]
 def parts(sharded: ShardedTensor | ShardedTensorFactory, key: str) -> list[tuple[int, ShardedTensor]]:
     """Where a parameter's flattened elements have their global place: (first element, tensor without data).
 
-    A factory cuts the parameter into several tensors (gate and up projections of one matrix). It is asked with a
-    tensor without memory: the views that it makes say where in the parameter they lie.
+    A factory cuts the parameter into several tensors (gate and up projections of one matrix). It is asked
+    with a tensor without memory: the views that it makes say where in the parameter they lie.
     """
     if isinstance(sharded, ShardedTensor):
         return [(0, replace(sharded, key=key, data=None, dtype=torch.float32))]
@@ -86,8 +86,8 @@ def pieces(
 ) -> dict[int, ShardedTensor]:
     """`flat`, the elements from `start` on of a flattened parameter, as tensors with a global place.
 
-    Their data are views of `flat`. The prepended axes of an expert become real ones of size 1, because boxes of
-    unequal sizes have no others (0.16.1).
+    Their data are views of `flat`. The prepended axes of an expert become real ones of size 1, because boxes
+    of unequal sizes have no others (0.16.1).
     """
     found: dict[int, ShardedTensor] = {}
     end = start + flat.numel()

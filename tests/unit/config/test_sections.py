@@ -69,6 +69,8 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "logger.samples_per_step": [(0, -1, "at least 0")],
     "checkpoint.every": [(0, -1, "at least 0")],
     "checkpoint.keep": [(1, 0, "at least 1")],
+    "checkpoint.hf_every": [(0, -1, "at least 0")],
+    "checkpoint.keep_hf": [(1, 0, "at least 1")],
     "evaluation.every": [(0, -1, "at least 0")],
     "evaluation.prompts": [(1, 0, "at least 1")],
     "evaluation.samples": [(1, 0, "at least 1")],

@@ -11,12 +11,14 @@ from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.config import CheckpointConfig, FlipsConfig, GuardConfig, ObjectiveConfig, RolloutConfig
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.objectives.objective import get_objective
+from gspo_dist.trainer import checkpointing
 from gspo_dist.trainer.checkpointing import (
     checkpoint_due,
     commit,
     count_skips,
     restore,
     save,
+    save_hf,
     what_is_saved,
 )
 from gspo_dist.trainer.clockwork import Clockwork
@@ -172,6 +174,30 @@ def test_an_asynchronous_manifest_is_of_the_moment_of_the_save(tmp_path):
     commit(run)
     state = run.store.newest().state
     assert (state["tokens_seen"], state["policy_version"]) == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "kept"),
+    [(0, 4, []), (2, 4, [2, 4]), (1, 3, [2, 3]), (3, 4, [3, 4]), (5, 4, [4])],
+)
+def test_weights_alone_are_written_on_their_schedule_and_the_newest_kept(
+    tmp_path, monkeypatch, every, steps, kept
+):
+    monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
+    run = run_of(tmp_path, steps=steps, hf_every=every)
+    run.config.model = None
+    asked = []
+
+    def export(source, target):
+        asked.append((source, target))
+        target.mkdir()  # as the real one, it asks for a folder that is not there
+        (target / "model.safetensors").write_bytes(b"x")
+
+    run.learner.export = export
+    for step in [*range(1, steps + 1), steps]:  # the last one again, as after a resume
+        save_hf(run, step)
+    assert [path.name for path in sorted(tmp_path.glob("hf/*"))] == [f"step-{n:06d}" for n in kept]
+    assert all(source == tmp_path / "source" for source, _ in asked)
 
 
 def test_a_bound_on_skipped_steps_in_a_row_stops_and_keeps_the_save_that_was_under_way(tmp_path):

@@ -371,7 +371,7 @@ def test_a_failing_reward_names_the_rollout(model, reward_file, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_costs_one_step(model, reward_file, tmp_path):
-    """The second mini-batch of four is skipped, so three versions are made. Where none may be, the run stops."""
+    """The second mini-batch of four is skipped: three versions are made. Where none may be, the run stops."""
     overrides = ("flips.every=0", "data.heldout=null", "steps=2", "mini_batches=2")
 
     def poison(at):
