@@ -1,9 +1,9 @@
 """The optimiser states that a rank holds, as pieces of whole tensors: it writes and reads what it holds.
 
-megatron-core's distributed optimiser gives each data-parallel rank a range of every flattened parameter.
-Its own format for any layout (0.16.1, fully_reshardable) gathers whole tensors on every rank first. That takes
-up to 30 bytes of host memory per parameter. A range of a flattened tensor is a few boxes of the tensor, and
-the file format takes boxes. So no rank gathers anything.
+megatron-core's distributed optimiser gives each data-parallel rank a range of every flattened parameter. Its
+format for any layout (0.16.1, fully_reshardable) gathers whole tensors on every rank first, which takes up to
+30 bytes of host memory per parameter. A range of a flattened tensor is a few boxes of the tensor, and the
+file format takes boxes. So no rank gathers anything.
 
 Names and whole shapes are those of fully_reshardable, so either reads what the other wrote.
 """
