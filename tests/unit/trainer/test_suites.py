@@ -199,6 +199,7 @@ def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatc
     monkeypatch.setattr(loop, "publish", publish)
     monkeypatch.setattr(loop, "log", lambda run, metrics, step: rows.append(metrics.evaluation))
     monkeypatch.setattr(loop, "commit", lambda run: None)
+    monkeypatch.setattr(loop, "save_hf", lambda run, step: told.append(f"HF folder after {step}"))
     monkeypatch.setattr(loop, "checkpoint_due", lambda run, step: False)
     monkeypatch.setattr(loop, "evaluation_due", lambda run, step: False)
     monkeypatch.setattr(loop.step_metrics, "speed_metrics", lambda *args: {})
@@ -215,7 +216,7 @@ def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatc
     loop.run_step(run, 7)
     assert told == [
         *("collector begins", "suites begins", "learn", "suites ends", "collector ends"),
-        *("finish", "publish", "after 7"),
+        *("finish", "publish", "after 7", "HF folder after 7"),
     ]
     assert rows == [{"eval/own/avg@2": 0.5, "eval/at_step": 6.0}]
 

@@ -63,7 +63,7 @@ def test_in_process_parts_end_together(model, reward_file, tmp_path, monkeypatch
 
 
 HOSTS = [Node(f"n{i}", f"host{i}", f"10.0.0.{i}", 2, 0, 1 << 30) for i in (1, 2, 3)]
-ROLLOUTS = 4 * 4 * (16 + 8) * (2 * 2 + 1 + 40)
+ROLLOUTS = 4 * 4 * (16 + 8) * (2 * 2 + 1 + 54)
 
 
 class Places:
@@ -145,7 +145,7 @@ def test_every_kind_of_actor_is_made_with_its_own_settings_and_ended_with_the_bl
             *(f"learner-{i} learners-host" for i in range(2)),
             *(f"engine-{i} engines-host" for i in range(3)),
         ]
-        # 4 x 4 rollouts of at most 16 + 8 tokens: 2 layers x 2 experts and a mark, and 40 for the rest
+        # 4 x 4 rollouts of at most 16 + 8 tokens: 2 layers x 2 experts and a mark, and 54 for the rest
         assert cluster["started"] == [(c.cluster, ROLLOUTS)]
         assert cluster["stopped"] == places.released == pool.closed == 0
     assert (pool.closed, learner.closed, rewards.closed) == (1, 1, 1)
