@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -82,10 +83,10 @@ def test_files_count_for_the_rank_whose_number_they_carry(bench_checkpoint, tmp_
 
 def test_what_is_held_for_a_moment_is_the_peak(bench_checkpoint):
     with bench_checkpoint.Peak(0.001) as peak:
-        for _ in range(3):
-            block = bytearray(b"x" * (64 << 20))
-            time.sleep(0.05)
-            del block
+        block, deadline = np.ones(8 << 20), time.monotonic() + 30  # 64 MiB, each page written
+        while peak.extra < 60 << 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        del block
     assert 60 << 20 < peak.extra < 100 << 20
 
 

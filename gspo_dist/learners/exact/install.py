@@ -124,8 +124,8 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return engine.linear(x, module.weight, module.bias)
 
 
-def _head(head: Any, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden [N, H], token_ids [N] -> log-probs and entropies [N] float32.
+def _head(head: Any, hidden: Tensor, token_ids: Tensor, others: Tensor | None = None) -> tuple[Tensor, ...]:
+    """hidden [N, H], token_ids [N] -> log-probs and entropies [N] float32, and those of others [N, K].
 
     The engine's logits, then the tempered log-softmax of its sampler. The learner's own head keeps a running
     maximum and sum instead, which never holds the logits.
@@ -134,7 +134,8 @@ def _head(head: Any, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]
     table = (logits.float() / head.temperature).log_softmax(dim=-1)
     with torch.no_grad():
         entropy = -(table.exp() * table).sum(dim=-1)
-    return table.gather(1, token_ids[:, None])[:, 0], entropy
+    taken = table.gather(1, token_ids[:, None])[:, 0]
+    return (taken, entropy) if others is None else (taken, entropy, table.gather(1, others.long()))
 
 
 # --- attention ---

@@ -163,3 +163,14 @@ def test_a_part_of_an_attention_that_is_not_computed_is_refused_without_gradient
     policy.hf.base_model.layers[1].self_attn.sliding_window = 16
     with torch.no_grad(), pytest.raises(ValueError, match="sees 16 tokens, and a sequence has 40"):
         logprobs(policy)
+
+
+def test_other_tokens_have_the_log_probs_of_the_plain_head(folder):
+    """Those that score_centering reads; the taken token is one of them."""
+    exact, plain = (load_policy(folder, "fp32", consistency=c) for c in ("exact", "off"))
+    hidden, taken = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+    others = torch.stack([taken, taken + 40], dim=1).int()
+    found, _, more = exact.hf.get_output_embeddings()(hidden, taken, others)
+    _, _, wanted = plain.hf.get_output_embeddings()(hidden, taken, others)
+    assert more[:, 0].tolist() == found.tolist()
+    assert (more - wanted).abs().max() < 1e-5
