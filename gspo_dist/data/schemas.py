@@ -45,13 +45,13 @@ def lookup(row: Mapping[str, Any], key: str) -> tuple[bool, Any]:
 
 
 def question_key(row: Mapping[str, Any], wanted: str) -> str | None:
-    """The field that holds the question; None where there is none."""
+    """The field that holds the question. None where there is none."""
     names = (wanted, *QUESTIONS) if wanted == DEFAULT_QUESTION else (wanted,)
     return next((name for name in names if lookup(row, name)[0]), None)
 
 
 def answer_key(row: Mapping[str, Any], wanted: str) -> str | None:
-    """The field that holds the answer; None where there is none."""
+    """The field that holds the answer. None where there is none."""
     names = (wanted, *ANSWERS) if wanted == DEFAULT_ANSWER else (wanted,)
     found = [name for name in names if lookup(row, name)[0]]
     # A null column is passed over where another one is filled.
@@ -59,7 +59,7 @@ def answer_key(row: Mapping[str, Any], wanted: str) -> str | None:
 
 
 def as_messages(value: Any) -> Any:
-    """Messages from their JSON text and from [{from, value}]; everything else as it is.
+    """Messages from their JSON text and from [{from, value}]. Everything else as it is.
 
     Example: [{"from": "human", "value": "1+1?"}] gives [{"role": "user", "content": "1+1?"}].
     """

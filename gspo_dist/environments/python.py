@@ -25,7 +25,7 @@ class Ran(NamedTuple):
 def python(code: str) -> str:
     """Runs a Python program and returns what it prints.
 
-    code: the program; it sees no network and no files of the host
+    code: the program, which sees no network and no files of the host
     """
     return run(code).text
 

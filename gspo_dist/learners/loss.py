@@ -150,11 +150,7 @@ def micro_batch_loss(
         high=spec.correction.high,
         logprobs=logprobs.detach(),
     )
-    extra = _extra(spec, router_shift)
-    rest = None
-    if candidate_logprobs is not None and batch.candidate_logprobs is not None:
-        sampled = batch.candidate_logprobs[index].to(device)
-        extra["expected_score"], rest = expected_score(sampled, candidate_logprobs)
+    extra, seen = _extra(spec, batch, index, router_shift, candidate_logprobs)
     result = spec.objective.loss(
         logprobs,
         old,
@@ -170,30 +166,43 @@ def micro_batch_loss(
         raise FloatingPointError(
             f"loss is {result.loss.item()} in a micro-batch of rollouts {batch.rollout_index.tolist()}"
         )
-    stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)}
-    if router_shift is not None:
-        stats["objective/router_shift"] = Stat.mean(router_shift)
-    if rest is not None:
-        stats["objective/candidates_rest"] = Stat.mean(rest)
+    stats = dict(result.stats) | {"objective/entropy": Stat.mean(entropy)} | seen
     if spec.measure_mismatch:
         learner = logprobs.detach() if batch.old_logprobs is None else old
         stats |= _against_engine(learner, rollout_logprobs, segments, batch, index, spec)
     return result.loss, stats
 
 
-def _extra(spec: LossSpec, router_shift: torch.Tensor | None) -> dict[str, float | torch.Tensor]:
-    """What the objective's surrogate reads beside log-probs."""
+def _extra(
+    spec: LossSpec,
+    batch: PackedBatch,
+    index: torch.Tensor,
+    router_shift: torch.Tensor | None,
+    candidate_logprobs: torch.Tensor | None,
+) -> tuple[dict[str, float | torch.Tensor], dict[str, Stat]]:
+    """What the objective's surrogate reads beside log-probs, and what is reported of it.
+
+    An objective that lacks what it reads is told so by `Objective.loss`.
+    """
     found: dict[str, float | torch.Tensor] = {}
-    if "router_shift" in spec.objective.spec.reads and router_shift is not None:
-        found["router_shift"] = router_shift
-    if "second_moment_cut" in spec.objective.spec.reads:
+    seen: dict[str, Stat] = {}
+    reads = spec.objective.spec.reads
+    if router_shift is not None:
+        seen["objective/router_shift"] = Stat.mean(router_shift)
+        if "router_shift" in reads:
+            found["router_shift"] = router_shift
+    if candidate_logprobs is not None and batch.candidate_logprobs is not None:
+        engine = batch.candidate_logprobs[index].to(candidate_logprobs.device)
+        found["expected_score"], rest = expected_score(engine, candidate_logprobs)
+        seen["objective/candidates_rest"] = Stat.mean(rest)
+    if "second_moment_cut" in reads:
         if spec.second_moment_cut is None:
             raise ValueError(
                 f"{spec.objective.spec.name} masks over the whole mini-batch, of which a micro-batch knows a "
                 "part: LossSpec.second_moment_cut must be given (trainer/whole_batch.py finds it)"
             )
         found["second_moment_cut"] = spec.second_moment_cut
-    return found
+    return found, seen
 
 
 def _offset(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gspo_dist.objectives.advantages import group_advantages
     from gspo_dist.objectives.aggregate import Denominators, Segments
-    from gspo_dist.objectives.losses import Surrogate
     from gspo_dist.objectives.mismatch import Correction, correction, mismatch_metrics, mismatch_stats
     from gspo_dist.objectives.objective import OBJECTIVES, Objective, ObjectiveResult, get_objective
     from gspo_dist.objectives.offset import Clip
     from gspo_dist.objectives.specs import OBJECTIVE_SPECS, ObjectiveSpec
+    from gspo_dist.objectives.surrogate import Surrogate
 
 __all__ = [
     "OBJECTIVES",
@@ -48,7 +48,7 @@ _HOME = {
     "ObjectiveResult": "objective",
     "ObjectiveSpec": "specs",
     "Segments": "aggregate",
-    "Surrogate": "losses",
+    "Surrogate": "surrogate",
     "correction": "mismatch",
     "get_objective": "objective",
     "group_advantages": "advantages",

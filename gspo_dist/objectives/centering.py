@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gspo_dist.objectives.losses import LEAST_REST
+from gspo_dist.objectives.surrogate import LEAST_REST
 
 
 def expected_score(engine: Tensor, learner: Tensor) -> tuple[Tensor, Tensor]:

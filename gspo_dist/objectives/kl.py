@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gspo_dist.objectives.losses import LOG_RATIO_LIMIT
+from gspo_dist.objectives.surrogate import LOG_RATIO_LIMIT
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.aggregate import Segments
-from gspo_dist.objectives.losses import LOG_RATIO_LIMIT, bounded_exp
 from gspo_dist.objectives.specs import check_correction
+from gspo_dist.objectives.surrogate import LOG_RATIO_LIMIT, bounded_exp
 
 # --- corrections ---
 

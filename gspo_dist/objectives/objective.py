@@ -17,7 +17,6 @@ from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives import legality, losses
 from gspo_dist.objectives.aggregate import AGGREGATE, Denominators, Segments
 from gspo_dist.objectives.kl import KL
-from gspo_dist.objectives.losses import LOG_RATIO_LIMIT, Surrogate
 from gspo_dist.objectives.mismatch import Correction
 from gspo_dist.objectives.offset import Clip
 from gspo_dist.objectives.specs import (
@@ -28,6 +27,7 @@ from gspo_dist.objectives.specs import (
     check_params,
     resolve_params,
 )
+from gspo_dist.objectives.surrogate import LOG_RATIO_LIMIT, Surrogate
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ CORRECTIONS: dict[str, dict[str, float]] = {
     "veto": {"low": 1e-4},
     "opsm": {"high": 1e-3},
 }
-"""Correction name -> its bounds and their defaults; formulas and sources stand in `mismatch`."""
+"""Correction name -> its bounds and their defaults. Formulas and sources stand in `mismatch`."""
 
 WIDE_SEQUENCE_CLIP = 0.02
 """Clip size from which an objective on sequence ratios is refused unless the user insists by name.
@@ -244,7 +244,7 @@ POSITIVE = (
 
 
 def resolve_params(owner: str, defaults: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """`defaults` overlaid with `params`; an unknown parameter is refused with the nearest known one."""
+    """`defaults` overlaid with `params`. An unknown parameter is refused with the nearest known one."""
     for key in params:
         if key not in defaults:
             raise ValueError(f"{owner} has no parameter {key!r}; {nearest(key, defaults)}")
@@ -285,7 +285,7 @@ def check_clip(owner: str, clip_low: object, clip_high: object, *, log_space: bo
 
 
 def check_params(owner: str, params: Mapping[str, Any], *, clip: str | None) -> None:
-    """Range checks of every parameter that the built-in objectives know; ValueError names owner and field."""
+    """Range checks of every parameter that the built-in objectives know. ValueError names owner and field."""
     if clip is not None and "clip_low" in params and "clip_high" in params:
         check_clip(owner, params["clip_low"], params["clip_high"], log_space=clip == "log")
     if params.get("dual_clip") is not None:

@@ -2,11 +2,11 @@
 
 Three sieves, each on what the one before let through:
 
-1. every learner's layout of every size that its configuration and the run's own checks accept, and that fits
-   its GPU; of those of one size the fastest two, with the optimiser on the GPU or in host memory;
-2. every way to give the other GPUs to engines, and every number of steps ahead, ordered by a bound: the parts
-   of a step one after the other, or the slower of learner and engines where they overlap;
-3. in that order, what `plan` says fits, simulated (gspo_dist/planner/pipeline.py), until enough are found.
+1. Every learner's layout of every size that its configuration and the run's own checks accept, and that fits
+   its GPU. Of those of one size the fastest two go on, with the optimiser on the GPU and in host memory.
+2. Every way to give the other GPUs to engines, and every number of steps ahead. A bound orders them: the
+   parts of a step one after the other, or the slower of learner and engines where they overlap.
+3. In that order, what `plan` says fits is simulated (gspo_dist/planner/pipeline.py), until enough are found.
 
 Nothing that changes what is trained is touched: batch, lengths, precision and token budget stay.
 """

@@ -78,8 +78,9 @@ class Worker:
     """One process that answers, as its parent sees it: a reward's, or an environment's."""
 
     def __init__(self, config: Any, module: str = "gspo_dist.rewards.worker") -> None:
-        """Starts the process, which begins to import the reward. module: whose `main` it runs; it gets
-        `config` first.
+        """Starts the process, which begins to import the reward.
+
+        module: whose `main` it runs. That is given `config` first.
         """
         self.connection, theirs = Pipe()
         with theirs:
@@ -93,7 +94,7 @@ class Worker:
         self.connection.send(config)
         self.ready = False
         self.places: deque[int] = deque()
-        """Places of the items that it was given and has not judged; it works on the first."""
+        """Places of the items that it was given and has not judged. It works on the first."""
         self.deadline = time.monotonic() + START_TIMEOUT_S
 
     @property
@@ -111,7 +112,7 @@ class Worker:
         return True
 
     def answers(self) -> Iterator[Answer | None]:
-        """What it has said up to now; None, at the end, when it has died."""
+        """What it has said up to now. None at the end: it has died."""
         try:
             while self.connection.poll():
                 yield self.connection.recv()
@@ -134,7 +135,7 @@ class Worker:
         return answer.value
 
     def end(self, grace_s: float = 0.0) -> str:
-        """Kills it and all that it started. Returns how it ended, in words; a second call says the same.
+        """Kills it and all that it started. Returns how it ended, in words. A second call says the same.
 
         grace_s: the time that it has to end by itself, so that it can be told how it died.
         """
@@ -177,7 +178,7 @@ class LocalRewardPool:
     """Judges rollouts in `reward.workers` processes of this host, one rollout per process at a time."""
 
     def __init__(self, config: RewardConfig) -> None:
-        """Starts the processes; `start` waits for them.
+        """Starts the processes, for which `start` waits.
 
         A reward file is found from this working directory.
         """
@@ -208,7 +209,7 @@ class LocalRewardPool:
             self.workers.pop().end()
 
     def _run(self, items: Sequence[Item]) -> list[Judged]:
-        """Judges the items; without any, waits for the workers that are starting."""
+        """Judges the items. Without any, it waits for the workers that are starting."""
         waiting, verdicts = deque(range(len(items))), dict[int, Judged]()
         self.again = set()
         while len(self.workers) < self.config.workers:  # an earlier call failed, and has ended them

@@ -8,7 +8,7 @@
 `step` counts from 1. What is logged, evaluated and saved under a step is the state after it. Random draws of
 a step take its index, step - 1.
 
-The verbs stand here and in collect.py; their parts have modules of their own: pipeline.py (rollouts that are
+The verbs stand here and in collect.py. Their parts have modules of their own: pipeline.py (rollouts that are
 begun before their step), old_logprobs.py and guard.py (where old log-probs come from), publisher.py (the
 weight sync), step_metrics.py (what is reported), checkpointing.py, heldout.py, suites.py. Everything is put
 together in setup/build.py.
@@ -39,7 +39,7 @@ from gspo_dist.types import Completion, Prompt, Rollout
 
 
 def train(run: Run) -> dict[str, object]:
-    """Trains from the run's first step to its last; returns what is also written to summary.json."""
+    """Trains from the run's first step to its last. Returns what is also written to summary.json."""
     start(run)
     for step in range(run.completed_steps + 1, run.config.steps + 1):
         run_step(run, step)
@@ -47,7 +47,7 @@ def train(run: Run) -> dict[str, object]:
 
 
 def run_step(run: Run, step: int) -> None:
-    """Collects, learns, publishes; then logs, evaluates and saves what is due."""
+    """Collects, learns and publishes. Then logs, evaluates and saves what is due."""
     with failures_say_what_is_saved(run, step):
         run.clock.restart()
         rollouts = collect(run, step)
@@ -156,7 +156,7 @@ def prepare(run: Run, rollouts: Sequence[Rollout], step: int) -> tuple[Selected,
 
 
 def publish(run: Run, sampled: Sequence[tuple[Prompt, Completion]]) -> Metrics:
-    """The learner's weights to every engine, checked; log-probs of `sampled` are compared when a
+    """The learner's weights to every engine, checked. Log-probs of `sampled` are compared when a
     probe is due. What the engines have in the making goes on under the new weights with the next `collect`.
     """
     with run.clock("sync"):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import mmap
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.unit.benchmark_script import BENCHMARKS, loaded
+
 SCRIPTS = sorted(path.relative_to(BENCHMARKS) for path in BENCHMARKS.rglob("*.py"))
 
 
@@ -37,10 +36,8 @@ def test_help_tells_what_is_measured_and_how_to_run_it(script):
 
 @pytest.fixture(scope="module")
 def bench_exact():
-    spec = importlib.util.spec_from_file_location("bench_exact", BENCHMARKS / "bench_exact.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded("bench_exact") as script:
+        yield script
 
 
 def case(**exact):
@@ -67,10 +64,8 @@ def test_the_report_has_the_counts_and_the_ratios(bench_exact):
 
 @pytest.fixture(scope="module")
 def bench_checkpoint():
-    spec = importlib.util.spec_from_file_location("bench_checkpoint", BENCHMARKS / "bench_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded("bench_checkpoint") as script:
+        yield script
 
 
 def test_files_count_for_the_rank_whose_number_they_carry(bench_checkpoint, tmp_path):

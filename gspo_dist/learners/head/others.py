@@ -46,7 +46,7 @@ def other_logprobs(
     ids = torch.cat([token_ids[:, None], others], dim=1).long()
     x = _RowProducts.apply(hidden, weight, ids)
     if bias is not None:
-        x = x + bias.float()[ids]
+        x = x + bias[ids].to(x.dtype)
     x = x * logit_scale
     if logit_softcap is not None:
         x = logit_softcap * torch.tanh(x / logit_softcap)

@@ -10,7 +10,7 @@ from gspo_dist.rollout.vllm.sampler import KeyedSampler
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker class; `self` is the worker."""
+    """Mixed into vLLM's worker class, so that `self` is the worker."""
 
     rank: int
     model_runner: Any
@@ -18,7 +18,7 @@ class WorkerExtension:
     weight_transfer_engine: Any
 
     def gspo_install(self) -> dict[str, Any]:
-        """Puts the sampler in place; returns the numbers of the layers with routed experts.
+        """Puts the sampler in place. Returns the numbers of the layers with routed experts.
 
         RuntimeError: vLLM runs another model runner than the sampler is written for.
         """

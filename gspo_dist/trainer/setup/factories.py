@@ -147,7 +147,7 @@ def make_objective(config: RunConfig) -> Objective:
 
 
 def learner_factory(config: RunConfig, model: str, device: str) -> Callable[..., Learner]:
-    """What builds a rank's learner in the rank's process; it lacks the rank and the address to meet at."""
+    """What builds a rank's learner in the rank's process. It lacks the rank and the address to meet at."""
     return functools.partial(
         make_learner,
         config.learner,
@@ -162,7 +162,7 @@ def learner_factory(config: RunConfig, model: str, device: str) -> Callable[...,
 def engine_factory(
     config: RunConfig, model: str, device: str, moe_layers: int
 ) -> Callable[..., RolloutEngine]:
-    """What builds an engine in its process; it lacks the engine's name."""
+    """What builds an engine in its process. It lacks the engine's name."""
     return functools.partial(
         make_engine,
         config.rollout,
@@ -234,8 +234,9 @@ def begins_equal(config: RunConfig) -> bool:
 def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int, wandb_mode: Mode | None) -> Sinks:
     """Where a run reports: metrics.jsonl and samples.jsonl always, the console and W&B as configured.
 
-    wandb_mode: what `choose_mode` found before anything heavy started; None is without W&B. Raises OSError
-    when metrics.jsonl cannot be written; the others are said and left out.
+    wandb_mode: what `choose_mode` found before anything heavy started. None is without W&B.
+
+    Raises OSError when metrics.jsonl cannot be written. Others that cannot be are said and left out.
     """
     record = MetricsFile(run_dir, completed_steps)
     others: list[Sink] = []

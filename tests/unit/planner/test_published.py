@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+from tests.unit.benchmark_script import BENCHMARKS, loaded
+
 MISSED = {
     "235B-A22B, 128 + 128 H100, 1 step off",
     "235B-A22B, 128 GB200 colocated, on-policy",
@@ -21,12 +18,8 @@ MISSED = {
 
 @pytest.fixture(scope="module")
 def plan_rows():
-    spec = importlib.util.spec_from_file_location("plan_rows", BENCHMARKS / "plan_rows.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_rows"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["plan_rows"]
+    with loaded("plan_rows") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

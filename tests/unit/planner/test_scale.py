@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+from tests.unit.benchmark_script import loaded
 
 
 @pytest.fixture(scope="module")
 def scale():
-    spec = importlib.util.spec_from_file_location("plan_scale", BENCHMARKS / "plan_scale.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_scale"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["plan_scale"]
+    with loaded("plan_scale") as script:
+        yield script
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gspo_dist.candidates import Candidates
 from gspo_dist.config import RewardConfig
 from gspo_dist.rewards.pool import CHUNK, DEATHS_IN_A_ROW, LocalRewardPool, Worker
 from gspo_dist.rewards.reward import Judged, RewardError
@@ -334,11 +335,16 @@ def test_a_reward_has_no_keyboard(pool_of, items_of, reward_file):
             os.close(descriptor)
 
 
-def test_no_reward_sees_expert_choices(pool_of, items_of, reward_file):
-    ask = reward_file("def f(p, c):\n    return float(c.routing is None)\n", "ask.py")
+def test_no_reward_sees_expert_choices_or_candidates(pool_of, items_of, reward_file):
+    ask = reward_file(
+        "def f(p, c):\n    return float(c.routing is None and c.candidates is None)\n", "ask.py"
+    )
     ((rollout_id, prompt, answer),) = items_of("abc")
     traced = replace(answer, routing=RoutingTrace(np.zeros((5, 1, 2), np.uint8), np.ones(5, bool), 8))
-    assert rewards(pool_of(function=f"{ask}:f").judge([(rollout_id, prompt, traced)])) == [1.0]
+    weighed = replace(answer, candidates=Candidates.none(len(answer), 3))
+    pool = pool_of(function=f"{ask}:f")
+    for full in (traced, weighed):
+        assert rewards(pool.judge([(rollout_id, prompt, full)])) == [1.0]
     assert traced.routing is not None
 
 

@@ -593,3 +593,31 @@ def test_a_learner_that_exports_weights_in_the_wrong_place_stops_before_the_firs
     c = config(model, reward_file, tmp_path / "run", "rollout.weight_sync.probe_tolerance=null")
     with pytest.raises(WeightSyncError, match="after a sync of the very weights that it had loaded"):
         go(c, watch)
+
+
+@pytest.mark.slow
+def test_the_last_hf_folder_of_a_run_is_the_policy_that_it_ends_with(model, reward_file, tmp_path):
+    """Read by HF alone. The folder of the step before holds other weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ends = {}
+
+    def keep(run):
+        release = run.release
+
+        def last():
+            ends.update({n: p.detach().clone() for n, p in run.learner.learner.policy.hf.named_parameters()})
+            release()
+
+        run.release = last
+
+    c = config(model, reward_file, tmp_path / "run", "steps=2", "checkpoint.hf_every=1")
+    go(c, keep)
+    one, two = (
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / f"run/hf/step-00000{n}").named_parameters())
+        for n in (1, 2)
+    )
+    assert ends
+    assert all(torch.equal(two[name], value) for name, value in ends.items())
+    assert not all(torch.equal(one[name], value) for name, value in ends.items())
