@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from bench_async import Prompts, judge
 
 from gspo_dist.config import EnvironmentConfig, RolloutConfig
 from gspo_dist.environments.pool import LocalEnvironmentPool, Reply
@@ -206,23 +207,6 @@ class VirtualTools:
 
     def take_events(self) -> list[Any]:
         return []
-
-
-class Prompts:
-    """A cursor over prompts whose last token counts them."""
-
-    taken = 0
-
-    def next(self, count: int) -> list[Prompt]:
-        self.taken += count
-        return [Prompt(f"p{i}", (1, 2, 10 + i), "") for i in range(self.taken - count, self.taken)]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken}
-
-
-def judge(items: Sequence[Any]) -> list[Any]:
-    return [SimpleNamespace(reward=0.0, parts={}) for _ in items]
 
 
 @dataclass
