@@ -34,6 +34,8 @@ usage: gspo COMMAND [arguments]
                 gspo episodes RUN_DIR
   make-model  the quickstart's cold-start model
                 gspo make-model [--to FOLDER]
+  upcycle     a dense model's folder as a mixture of experts
+                gspo upcycle DENSE FOLDER --experts 4 --top-k 2 --noise 0.02
   workspace   one W&B page for the arms of a study
                 gspo workspace --study NAME --to FILE
   legality    which objective, old log-probs, replay and correction go together, and why the rest is refused
@@ -58,6 +60,7 @@ COMMANDS = {
     "audit": "audit",
     "episodes": "episodes",
     "make-model": "make_model",
+    "upcycle": "upcycle",
     "workspace": "workspace",
     "legality": "legality",
     "doctor": "doctor",

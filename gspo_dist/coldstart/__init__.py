@@ -1,1 +1,1 @@
-"""Small models made on the spot: the quickstart's cold start, and a random one for speed comparisons."""
+"""Models to start from: small ones made on the spot, and mixtures of experts made of dense ones."""

@@ -1,0 +1,247 @@
+"""Sparse upcycling: a dense HF model as a mixture of experts that starts from what the dense one knows.
+
+Every feed-forward layer becomes `experts` copies of itself behind a router (Komatsuzaki et al.,
+arXiv 2212.05055). The weights of a token's top-k experts sum to one. So with equal experts the layer computes
+sum_i w_i f(x) = f(x), whatever the router says: without noise the outputs are the dense model's. Noise tells
+the experts apart, so that routing matters and experts can part ways.
+
+Tensors are read and written one after the other, at most `shard_bytes` of them held at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gspo_dist.coldstart.upcycle_config import SHARED_WIDTH, family_for, moe_config
+from gspo_dist.weights.checksum import host_checksum
+from gspo_dist.weights.export import WEIGHT_FILES, verify_folder
+from gspo_dist.weights.folder import ModelFolder
+from gspo_dist.weights.stream import NamedTensor, buckets
+
+SHARD_BYTES = 1 << 30
+"""Bytes of a weight file, the largest that is held in memory at once."""
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_PARTS = ("gate", "up", "down")
+_MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+@dataclass(frozen=True)
+class Upcycling:
+    """What is made of each feed-forward layer."""
+
+    experts: int
+    """Experts per layer."""
+    top_k: int = 2
+    """Experts that one token meets."""
+    noise: float = 0.02
+    """Spread of the experts' noise, as a share of that of the matrix it is added to. 0: all equal."""
+    router_std: float = 0.02
+    """Standard deviation of the router's weights. With 0 every token ties, and meets the same experts."""
+    seed: int = 0
+    """Of noise and routers. The same seed gives the same bytes."""
+    family: str | None = None
+    """mixtral | qwen2_moe | qwen3_moe. None: the one that fits the dense model."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 2:
+            raise ValueError(
+                f"top_k must be at least 2: got {self.top_k}; a token's weights are scaled to sum to one, so "
+                "a single expert always has weight 1 and its router never gets a gradient"
+            )
+        if self.experts < self.top_k:
+            raise ValueError(f"experts must be at least top_k: got {self.experts} and {self.top_k}")
+        for name in ("noise", "router_std"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0: got {getattr(self, name)}")
+
+
+def upcycle(source: Path, target: Path, plan: Upcycling, *, shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+    """Writes the MoE of the dense HF folder `source` to `target`; returns {parameters, tensors, layers}.
+
+    Tokenizer and generation config are copied. The folder is written beside `target`, read back, compared by
+    checksum, and only then appears, whole.
+
+    ValueError: `target` is not empty, the model cannot be mapped (upcycle_config), its tensors are not
+    exactly those of its config, or there is no room on the disk.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"the folder to upcycle to must be new or empty: {target} is not; name another")
+    folder = ModelFolder(source)
+    family = family_for(folder.config, plan.family)
+    config = moe_config(folder.config, family, plan.experts, plan.top_k)
+    # The files decide (ModelFolder.tied): a config may say tied beside a head of its own.
+    config.tie_word_embeddings = folder.tied
+    _check_tensors(folder, family)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(folder, plan, target.parent)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES, "config.json"))
+        config.save_pretrained(partial)
+        facts = _write(_tensors(folder, family, plan), partial, shard_bytes)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return facts | {"layers": int(config.num_hidden_layers)}
+
+
+def _write(weights: Iterator[NamedTensor], folder: Path, shard_bytes: int) -> dict[str, int]:
+    """Writes the weight files and their index, and reads them back."""
+    index: dict[str, str] = {}
+    sent: dict[str, int] = {}
+    parameters = total = 0
+    for number, shard in enumerate(buckets(weights, shard_bytes), 1):
+        file = f"model-{number:05d}.safetensors"
+        save_file(dict(shard), folder / file, metadata={"format": "pt"})
+        for name, tensor in shard:
+            index[name], sent[name] = file, host_checksum(tensor)
+            parameters, total = parameters + tensor.numel(), total + tensor.nbytes
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
+    (folder / "model.safetensors.index.json").write_text(text + "\n")
+    verify_folder(folder, sent)
+    return {"parameters": parameters, "tensors": len(sent)}
+
+
+def _layer_names(config: Any, family: str) -> list[str]:
+    """What a dense layer holds besides its feed-forward matrices, without the prefix of the layer."""
+    kind = config.model_type
+    names = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
+    if kind == "qwen2":
+        names += [f"self_attn.{p}_proj.bias" for p in "qkv"]
+    elif getattr(config, "attention_bias", False):
+        names += [f"self_attn.{p}_proj.bias" for p in "qkvo"]
+    if kind == "qwen3":
+        names += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    return [*names, "input_layernorm.weight", "post_attention_layernorm.weight"]
+
+
+def _check_tensors(folder: ModelFolder, family: str) -> None:
+    """Raises ValueError unless the folder holds exactly the tensors of its config, in a type for noise."""
+    config = folder.config
+    inner = [*_layer_names(config, family), *(f"mlp.{part}_proj.weight" for part in _PARTS)]
+    wanted = {f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in inner}
+    wanted |= {"model.embed_tokens.weight", "model.norm.weight"} | (
+        set() if folder.tied else {"lm_head.weight"}
+    )
+    held = {n for n in folder.tensors if not n.endswith("rotary_emb.inv_freq")}
+    held -= set(folder.twin[:1]) if folder.twin else set()
+    if missing := sorted(wanted - held):
+        raise ValueError(
+            f"model folder {folder.path} lacks {missing[0]} ({len(missing)} such), which its config.json "
+            "needs; copy the folder again"
+        )
+    if extra := sorted(held - wanted):
+        raise ValueError(
+            f"{family} has no place for {extra[0]} ({len(extra)} such) of {folder.path}; upcycle a model "
+            "without it"
+        )
+    if odd := sorted(n for n in wanted if folder.tensors[n].dtype not in _BYTES):
+        raise ValueError(
+            f"weights must be one of {', '.join(_BYTES)}: {odd[0]} of {folder.path} is "
+            f"{folder.tensors[odd[0]].dtype}; save the model in bf16 or fp32 first"
+        )
+
+
+def _check_room(folder: ModelFolder, plan: Upcycling, parent: Path) -> None:
+    """Raises ValueError when the disk has no room for the MoE."""
+    needed = 0
+    for name, tensor in folder.tensors.items():
+        copies = plan.experts if ".mlp." in name else 1
+        size = _BYTES.get(tensor.dtype, 4)
+        for length in tensor.shape:
+            size *= length
+        needed += copies * size
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(
+            f"no room for the MoE: it needs {needed / 2**20:.0f} MiB, and {parent} has "
+            f"{free / 2**20:.0f} MiB free; make room, or take fewer experts"
+        )
+
+
+def _tensors(folder: ModelFolder, family: str, plan: Upcycling) -> Iterator[NamedTensor]:
+    """The MoE's tensors under the names of its published folders, layer by layer."""
+    yield "model.embed_tokens.weight", folder.read("model.embed_tokens.weight")
+    for i in range(folder.config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        for name in _layer_names(folder.config, family):
+            yield prefix + name, folder.read(prefix + name)
+        if family == "qwen2_moe" and folder.config.model_type != "qwen2":
+            # vLLM 0.30 builds these biases whatever `qkv_bias` says, so they are there, and zero.
+            for p in "qkv":
+                weight = folder.read(f"{prefix}self_attn.{p}_proj.weight")
+                yield f"{prefix}self_attn.{p}_proj.bias", torch.zeros(weight.shape[0], dtype=weight.dtype)
+        yield from _experts(folder, prefix, family, plan)
+    yield "model.norm.weight", folder.read("model.norm.weight")
+    if not folder.tied:
+        yield "lm_head.weight", folder.read("lm_head.weight")
+
+
+def _experts(folder: ModelFolder, prefix: str, family: str, plan: Upcycling) -> Iterator[NamedTensor]:
+    """The router and the experts of one layer, and the silent shared expert of Qwen2-MoE."""
+    block = prefix + ("block_sparse_moe." if family == "mixtral" else "mlp.")
+    dense = {part: folder.read(f"{prefix}mlp.{part}_proj.weight") for part in _PARTS}
+    hidden, dtype = dense["gate"].shape[1], dense["gate"].dtype
+
+    def drawn(name: str, *shape: int) -> torch.Tensor:
+        return plan.router_std * _normal(shape, plan.seed, name)
+
+    yield block + "gate.weight", drawn(block + "gate.weight", plan.experts, hidden).to(dtype)
+    for e in range(plan.experts):
+        for part in _PARTS:
+            leaf = _MIXTRAL[part] if family == "mixtral" else f"{part}_proj"
+            name = f"{block}experts.{e}.{leaf}.weight"
+            yield name, _noised(dense[part], plan, name)
+    if family == "qwen2_moe":
+        shared = block + "shared_expert."
+        for part in ("gate", "up"):
+            name = f"{shared}{part}_proj.weight"
+            yield name, drawn(name, SHARED_WIDTH, hidden).to(dtype)
+        yield f"{shared}down_proj.weight", torch.zeros(hidden, SHARED_WIDTH, dtype=dtype)
+        yield f"{block}shared_expert_gate.weight", torch.zeros(1, hidden, dtype=dtype)
+
+
+def _noised(matrix: torch.Tensor, plan: Upcycling, name: str) -> torch.Tensor:
+    """A copy of the matrix with the noise of the tensor `name`. Drawn and added in float32."""
+    if plan.noise == 0:
+        return matrix.clone()  # files refuse tensors that share memory
+    exact = matrix.float()
+    return (exact + plan.noise * exact.std() * _normal(tuple(matrix.shape), plan.seed, name)).to(matrix.dtype)
+
+
+def _normal(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
+    """Standard normal numbers that depend on seed and name alone, so no order of writing changes them."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+@torch.no_grad()
+def largest_difference(dense: Path, moe: Path, *, tokens: int = 64, seed: int = 0) -> tuple[float, float]:
+    """(mean, largest) |difference| of the two folders' log-probs over random tokens, in nats, in float32.
+
+    Every entry of the vocabulary counts. Both models are held at once.
+    """
+    from transformers import AutoModelForCausalLM
+
+    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (dense, moe)]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(models[0].config.vocab_size, (1, tokens), generator=generator)
+    ours, theirs = (m(ids, use_cache=False).logits[0].log_softmax(-1) for m in models)
+    gap = (ours - theirs).abs()
+    return float(gap.mean()), float(gap.max())
