@@ -31,17 +31,18 @@ TIMEOUT_S = 300.0
 """Seconds for the process. It needs about ten, most of them for imports."""
 
 
-def ask(module: str, config: dict[str, Any], folder: Path | None = None) -> list[Finding]:
-    """What `check(config, folder)` of a module finds, on one rank on the CPU.
+def ask(module: str, config: dict[str, Any], argument: Path | str | None = None) -> list[Finding]:
+    """What `check(config, argument)` of a module finds, on one rank on the CPU.
 
-    config: of an HF model. folder: holds the model itself; None: only the architecture is checked.
+    config: of an HF model. argument, of a learner's module: the folder of the model itself; None: only the
+    architecture is checked.
 
     Raises RuntimeError, with the end of what it said, when the process does not come to a result.
     """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", module, *([] if folder is None else [str(folder)])],
+            [sys.executable, "-m", module, *([] if argument is None else [str(argument)])],
             input=json.dumps(config),
             capture_output=True,
             text=True,

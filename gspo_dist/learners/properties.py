@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from gspo_dist.learners.eager import hf_logprobs
 from gspo_dist.learners.hf_model import load_policy
+from gspo_dist.models.config_file import text_config
 from gspo_dist.models.miniature import VOCABULARY, miniature
 from gspo_dist.models.shape import shape_from_config
 from gspo_dist.probes import from_sequences
@@ -47,7 +48,7 @@ class Finding:
     """What one property came to."""
 
     property: str
-    """One of alone, packed, names, routes."""
+    """One of alone, packed, names, routes; engine, where an engine was asked (trainer/setup/engine_check)."""
     passed: bool
     """Whether it holds."""
     measured: str
@@ -159,10 +160,14 @@ def save_miniature(original: PreTrainedModel, folder: Path) -> None:
     (folder / "tokenizer.json").touch()  # a model folder has one; nothing here reads it
 
 
-def small_config(config: dict[str, Any]) -> PretrainedConfig:
-    """The miniature's config as transformers reads it from a file, which is how it reads every model's."""
+def small_config(config: dict[str, Any], keep: Sequence[str] = ()) -> PretrainedConfig:
+    """The miniature's config as transformers reads it from a file, which is how it reads every model's.
+
+    keep: sizes that stay as the model has them, where it has them.
+    """
+    kept = {key: size for key, size in text_config(config).items() if key in keep}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(miniature(config)))
+        (Path(folder) / "config.json").write_text(json.dumps(miniature(config) | kept))
         return AutoConfig.from_pretrained(folder)
 
 

@@ -31,6 +31,7 @@ import importlib.metadata
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,10 +140,15 @@ def inspect(folder: str | Path, cache_dir: Path | None = None, *, kind: Kind = "
     source = ModelFolder(folder)
     config = read_config(source.path / "config.json")
     kept = None if cache_dir is None else cache_dir / f"{fingerprint(config, source, kind)}.json"
+    return remember(kept, lambda: _check(config, source, kind), least=2)
+
+
+def remember(kept: Path | None, check: Callable[[], SelfCheck], *, least: int) -> SelfCheck:
+    """The result in a file, or that of `check`, which is written there if it has `least` findings or more."""
     found = None if kept is None else _read(kept)
     if found is None:
-        found = _check(config, source, kind)
-        if kept is not None and len(found.findings) > 1:
+        found = check()
+        if kept is not None and len(found.findings) >= least:
             _keep(kept, found)
     return found
 

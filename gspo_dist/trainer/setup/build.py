@@ -46,6 +46,7 @@ from gspo_dist.trainer.setup.checks import (
     name_selection,
     resolve_device,
 )
+from gspo_dist.trainer.setup.engine_check import check_engine
 from gspo_dist.trainer.setup.environment import (
     CheckedEnvironment,
     asks_function,
@@ -166,6 +167,7 @@ def check_run(config: RunConfig) -> Checked:
         suite_prompts(config, tokenizer).check(suites)
     device = resolve_device(config.cluster)
     check_backend(config, device, model)
+    check_engine(model, config, device)
     make_cursor(config, train)  # refuses a query set that is larger than its source
     name_age(config)
     name_selection(config)
