@@ -18,9 +18,9 @@ class ModelConfig:
     cache_dir: str = "~/.cache/gspo_dist"
     """Where made models are kept, and what self-checks found."""
     self_check: bool = True
-    """Try before the run, on a small copy of the architecture, that learner and engine compute what transformers
-    computes (learners/self_check.py, trainer/setup/engine_check.py). A model that fails is refused. False: the
-    run starts all the same."""
+    """Try before the run, on a small copy of the architecture, that learner and engine compute what
+    transformers computes (learners/self_check.py, trainer/setup/engine_check.py). A model that fails is
+    refused. False: the run starts all the same."""
 
     def __post_init__(self) -> None:
         if self.path is None:
