@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from gspo_dist.checks import above, at_least, choose, divisors
 
@@ -55,6 +56,10 @@ class DeepSpeedConfig:
     """Keep optimiser states in host memory (GPU hosts, ZeRO 1 to 3)."""
     offload_params: bool = False
     """Keep parameters in host memory (GPU hosts, ZeRO 3)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """More keys of DeepSpeed's own configuration, merged into it:
+    `+learner.deepspeed.config.zero_optimization.reduce_bucket_size=100000000`. Names are checked before a run
+    starts. Keys that gspo_dist sets itself are refused, with the knob to use instead."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -113,6 +118,14 @@ class MegatronConfig:
     pre-train or to study, not for RL as such."""
     async_save: bool = True
     """Write checkpoints in the background."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """More fields of megatron-core's TransformerConfig:
+    `+learner.megatron.transformer.recompute_modules=[moe,layernorm]`. Names and types are checked before a
+    run starts. Fields that gspo_dist sets itself are refused, with the knob to use instead."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """More fields of its DistributedDataParallelConfig, checked in the same way: bucket_size and others."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """More fields of its OptimizerConfig, checked in the same way: optimizer_offload_fraction and others."""
 
     def __post_init__(self) -> None:
         for name in (

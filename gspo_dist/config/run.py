@@ -14,7 +14,7 @@ from gspo_dist.config.evaluation import EvaluationConfig
 from gspo_dist.config.flips import FlipsConfig
 from gspo_dist.config.learner import LearnerConfig
 from gspo_dist.config.logger import LoggerConfig
-from gspo_dist.config.mapping import knobs
+from gspo_dist.config.mapping import described, knobs
 from gspo_dist.config.model import ModelConfig
 from gspo_dist.config.objective import ObjectiveConfig
 from gspo_dist.config.plan import PlanConfig
@@ -160,8 +160,9 @@ class RunConfig:
     def _check_accepted(self) -> None:
         # Here and not in CheckpointConfig, because only a whole run knows every knob.
         known = knobs(RunConfig)
+        open_ended = [knob for knob, kind in known.items() if described(kind) == "a mapping"]
         for key in self.checkpoint.accept:
-            if key not in known:
+            if key not in known and not any(key.startswith(f"{knob}.") for knob in open_ended):
                 raise ValueError(
                     f"checkpoint.accept must hold knobs or sections of a run: got {key!r}; "
                     f"{nearest(key, known)}"

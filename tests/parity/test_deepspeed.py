@@ -54,7 +54,9 @@ TWO_RANKS = {
     "shared_experts2": ("shared", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
 }
 REFERENCED = {
-    "reference_zero2": {"deepspeed": {"zero_stage": 2}},
+    "reference_zero2": {
+        "deepspeed": {"zero_stage": 2, "config": {"zero_optimization": {"reduce_bucket_size": 3000}}}
+    },
     "reference_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
     "reference_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}},
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.deepspeed.passed import WHERE, check_passed, merged
 from gspo_dist.models.shape import ModelShape
 
 AUTOEP_MODEL_TYPES = ("qwen3_moe", "qwen2_moe")
@@ -47,6 +50,7 @@ def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
             raise ValueError(
                 f"learner.deepspeed.{name} needs a GPU host: got device {device!r}; set it to false"
             )
+    check_passed(ds)
     if ds.expert_parallel == 1:
         return
     if ds.zero_stage == 0:
@@ -118,7 +122,28 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
         out["gradient_clipping"] = opt.grad_clip if stage or config.precision == "bf16" else 0.0
     if ds.expert_parallel > 1:
         out["expert_parallel"] = autoep_section(ds.expert_parallel, ds.grouped_mm, model)
-    return out
+    passed = ds.config
+    if not trains:  # a reference has no optimiser whose states could be anywhere
+        passed = {
+            key: {k: v for k, v in value.items() if k != "offload_optimizer"}
+            if key == "zero_optimization"
+            else value
+            for key, value in passed.items()
+        }
+    return merged(out, passed)
+
+
+def check_values(deepspeed: ModuleType, settings: dict[str, Any], passed: Mapping[str, Any]) -> None:
+    """Has DeepSpeed read its configuration before it gets a model, for what is of a wrong type.
+
+    Raises ValueError with the keys that were passed on and what DeepSpeed says of them.
+    """
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(settings))
+    except (ValueError, TypeError, AssertionError) as error:
+        if not passed:
+            raise
+        raise ValueError(f"DeepSpeed refuses {WHERE}={dict(passed)}: {error}") from error
 
 
 def autoep_section(size: int, grouped_mm: bool, model: ModelShape) -> dict[str, Any]:

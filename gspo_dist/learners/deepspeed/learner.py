@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from gspo_dist.config import LearnerConfig
-from gspo_dist.learners.deepspeed.config import check, engine_config, import_deepspeed
+from gspo_dist.learners.deepspeed.config import check, check_values, engine_config, import_deepspeed
 from gspo_dist.learners.deepspeed.export import full_weights
 from gspo_dist.learners.deepspeed.load import load_partitioned
 from gspo_dist.learners.eager import hf_logprobs, replaying
@@ -78,6 +78,7 @@ class DeepSpeedLearner:
         self.policy_version = 0
         self.deepspeed = import_deepspeed(device)
         self._join(master_addr, master_port)
+        check_values(self.deepspeed, engine_config(config, self.shape), config.deepspeed.config)
         self.routers: ModuleType = autoep_routers if config.deepspeed.expert_parallel > 1 else hf_routers
         self.lr_factor = lr_factor(config.optimizer, total_steps)
         self.engine = self._wrap(model_path, temperature, trains=True)

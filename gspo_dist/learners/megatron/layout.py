@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from gspo_dist.checks import divisors
 from gspo_dist.config import LearnerConfig, MegatronConfig
+from gspo_dist.learners.megatron.passed import UNEVEN, check_passed
 from gspo_dist.models.shape import ModelShape
 
 TRANSFORMER_ENGINE = ">=2.9,<2.12"
@@ -83,7 +84,8 @@ def check_layout(config: MegatronConfig, model: ModelShape, world_size: int) -> 
     if sequence:
         _divides("tensor_parallel", tp, "hidden_size", model.hidden)
     stages = pp * config.virtual_stages
-    _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.layers)
+    if not any(key in config.transformer for key in UNEVEN):
+        _divides("pipeline_parallel x virtual_stages", stages, "num_hidden_layers", model.layers)
     _check_experts(config, model, sequence)
     return Layout(
         world_size,
@@ -175,6 +177,7 @@ def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
         raise ValueError(
             "learner.megatron.overlap_param_gather needs overlap_grad_reduce: got false; set it too"
         )
+    check_passed(megatron)
 
 
 def check_transformer_engine() -> None:

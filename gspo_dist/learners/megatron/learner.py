@@ -124,6 +124,7 @@ class MegatronLearner:
         self.transformer = builder.transformer_config(
             self.architecture, self.layout, config.megatron, config.precision, gpu=self.gpu
         )
+        optim.ddp_config(config), optim.optimizer_config(config)  # what they refuse, before weights are read
         self.chunks = builder.build_chunks(self.architecture, self.layout, self.transformer, gpu=self.gpu)
         load_weights(self.chunks, source, self.architecture)
         self.reference = self._frozen_copy(source) if keep_reference else None

@@ -8,6 +8,8 @@ does the vocabulary projection, so that logits are never held.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -65,7 +68,7 @@ def transformer_config(
     # Named for dense models too: 0.16.1's default dispatcher refuses variable lengths where
     # nothing is dispatched.
     moe = _moe_settings(model, config, gpu) if model.moe_layers else {"moe_token_dispatcher_type": "alltoall"}
-    built = TransformerConfig(
+    settings: dict[str, Any] = dict(
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
@@ -110,9 +113,27 @@ def transformer_config(
         **_recompute_settings(model, config, gpu),
         **moe,
     )
+    with naming("learner.megatron.transformer", config.transformer):
+        built = TransformerConfig(**(settings | _as_values(config.transformer)))
     # 0.16.1 refuses the bias with softmax scores when the config is made; CountingRouter implements it.
     built.moe_router_enable_expert_bias = bool(model.moe_layers and config.expert_bias)
     return built
+
+
+@contextlib.contextmanager
+def naming(section: str, passed: Mapping[str, Any]) -> Iterator[None]:
+    """Around megatron-core's own checks: what they refuse of the keys that were passed on names the knob."""
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError) as error:
+        if not passed:
+            raise
+        raise ValueError(f"megatron-core refuses {section}={dict(passed)}: {error}; unset it") from error
+
+
+def _as_values(passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that were passed on, with the Enum of a name."""
+    return {key: AttnBackend[v] if key == "attention_backend" else v for key, v in passed.items()}
 
 
 def _moe_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[str, Any]:

@@ -12,20 +12,28 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from gspo_dist.config import LearnerConfig, OptimizerConfig
+from gspo_dist.learners.megatron.model import naming
 from gspo_dist.learners.schedule import set_groups
+
+
+def ddp_config(config: LearnerConfig) -> DistributedDataParallelConfig:
+    """megatron-core's config of its gradient buffers. ValueError for what it refuses of the user's keys."""
+    megatron = config.megatron
+    settings: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "overlap_grad_reduce": megatron.overlap_grad_reduce,
+        "overlap_param_gather": megatron.overlap_param_gather,
+        "use_distributed_optimizer": megatron.distributed_optimizer,
+        "check_for_nan_in_grad": False,  # optim_step skips a norm that is not finite
+        "average_in_collective": False,
+    }
+    with naming("learner.megatron.ddp", megatron.ddp):
+        return DistributedDataParallelConfig(**(settings | megatron.ddp))
 
 
 def wrap(chunks: list[Any], transformer: Any, config: LearnerConfig) -> list[DistributedDataParallel]:
     """One DDP per chunk, which keeps and sums gradients in fp32 buffers."""
-    megatron = config.megatron
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=megatron.overlap_grad_reduce,
-        overlap_param_gather=megatron.overlap_param_gather,
-        use_distributed_optimizer=megatron.distributed_optimizer,
-        check_for_nan_in_grad=False,  # optim_step skips a norm that is not finite
-        average_in_collective=False,
-    )
+    ddp = ddp_config(config)
     # Only the first chunk's reductions can hide behind a backward pass that still runs.
     return [
         DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=i > 0)
@@ -37,11 +45,11 @@ def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
     """AdamW as the other learners run it, with one weight decay for all parameters.
 
     Master weights and moments are fp32. The moments are bf16 with precision_aware_optimizer,
-    unless they are offloaded.
+    unless they are offloaded. ValueError for what megatron-core refuses of the user's keys.
     """
     knobs, megatron = config.optimizer, config.megatron
     lower = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
-    return MegatronOptimizerConfig(
+    settings: dict[str, Any] = dict(
         optimizer="adam",
         lr=knobs.lr,
         min_lr=0.0,
@@ -65,6 +73,11 @@ def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
         overlap_cpu_optimizer_d2h_h2d=megatron.optimizer_cpu_offload,
         **(lower if megatron.precision_aware_optimizer and not megatron.optimizer_cpu_offload else {}),
     )
+    passed = {
+        key: getattr(torch, v) if key.endswith("_dtype") else v for key, v in megatron.optimizer.items()
+    }
+    with naming("learner.megatron.optimizer", megatron.optimizer):
+        return MegatronOptimizerConfig(**(settings | passed))
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: LearnerConfig) -> Any:

@@ -40,6 +40,7 @@ from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.checks import (
     check_backend,
     check_model,
+    check_passed_on,
     check_vocabulary,
     load_tokenizer,
     name_age,
@@ -132,6 +133,7 @@ def check_run(config: RunConfig) -> Checked:
     """Everything that can be found wrong before a process starts, the quickest first. Raises ValueError."""
     objective = make_objective(config)
     resolve_reward(config.reward)
+    check_passed_on(config.learner)
     run_dir = Path(config.run_dir).expanduser().resolve()
     store = CheckpointStore(run_dir, config.checkpoint.keep)
     checkpoint = store.newest() if config.checkpoint.resume else None

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from gspo_dist.config import ClusterConfig, RunConfig
+from gspo_dist.config import ClusterConfig, LearnerConfig, RunConfig
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives import age_rules, legality
 from gspo_dist.types import Prompt
@@ -102,6 +102,18 @@ def resolve_transport(config: RunConfig, device: str) -> str:
     if cluster.in_process:
         return "shm"
     return "auto" if on_host or device != "cuda" else "nccl"
+
+
+def check_passed_on(learner: LearnerConfig) -> None:
+    """Names and types of what is passed on to DeepSpeed or megatron-core. Raises ValueError."""
+    if learner.backend == "deepspeed":
+        from gspo_dist.learners.deepspeed.passed import check_passed
+
+        check_passed(learner.deepspeed)
+    if learner.backend == "megatron":
+        from gspo_dist.learners.megatron.passed import check_passed as check_megatron
+
+        check_megatron(learner.megatron)
 
 
 def check_backend(config: RunConfig, device: str, model: str) -> None:

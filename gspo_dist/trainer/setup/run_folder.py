@@ -28,6 +28,9 @@ MATHEMATICS = (
     "learner.precision",
     "learner.optimizer",
     "learner.fp32_head",
+    "learner.deepspeed.config",
+    "learner.megatron.transformer",
+    "learner.megatron.optimizer",
     "rollout.engine",
     "rollout.precision",
     "rollout.prompts_per_step",
@@ -51,6 +54,16 @@ OPERATIONS = (
     "reward.timeout_s",
     "environment.workers",
     "environment.timeout_s",
+    "learner.megatron.transformer.recompute_modules",
+    "learner.megatron.transformer.recompute_method",
+    "learner.megatron.transformer.cpu_offloading",
+    "learner.megatron.transformer.cpu_offloading_num_layers",
+    "learner.megatron.transformer.fine_grained_activation_offloading",
+    "learner.megatron.transformer.offload_modules",
+    "learner.megatron.transformer.num_layers_in_first_pipeline_stage",
+    "learner.megatron.transformer.num_layers_in_last_pipeline_stage",
+    "learner.megatron.optimizer.optimizer_offload_fraction",
+    "learner.megatron.optimizer.overlap_cpu_optimizer_d2h_h2d",
 )
 """Inside those sections, what only decides how the work is done."""
 

@@ -90,6 +90,8 @@ def test_bad_input_names_rule_value_and_way_out(values, message):
         {"cluster": {"in_process": True}, "learner": {"backend": "eager"}, "reward": {"workers": 2}},
         {"objective": {"params": {"clip_low": 0.2, "clip_high": 0.27}, "allow_wide_clip": True}},
         {"checkpoint": {"accept": ["reward", "learner.optimizer", "data.train"]}},
+        # the keys of a mapping are the user's own
+        {"checkpoint": {"accept": ["objective.params.clip_low", "learner.megatron.ddp.bucket_size"]}},
     ],
 )
 def test_what_agrees_runs(values):

@@ -6,7 +6,8 @@ import pytest
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, OptimizerConfig
-from gspo_dist.learners.deepspeed.config import check, engine_config
+from gspo_dist.learners.deepspeed.config import check, check_values, engine_config, import_deepspeed
+from gspo_dist.learners.deepspeed.passed import FREE, TOP
 from gspo_dist.models.shape import ModelShape, shape_from_config
 
 
@@ -105,3 +106,105 @@ def test_offloading_is_of_what_the_reference_has() -> None:
     assert policy["offload_optimizer"] == policy["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert reference["offload_param"] == policy["offload_param"]
     assert "offload_optimizer" not in reference
+
+
+@pytest.mark.parametrize(
+    ("passed", "message"),
+    [
+        (
+            {"comms_loger": {}},
+            r"learner\.deepspeed\.config must hold names that DeepSpeed's configuration has: got "
+            r"'comms_loger'; did you mean 'comms_logger'\?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 5}},
+            r"config\.zero_optimization must hold .*: got 'reduce_bucket_sise'; did you mean 'reduce_",
+        ),
+        ({"timers": {"throughput": {"enable": False}}}, r"timers\.throughput must .*did you mean 'enabled'"),
+        ({"flops_profiler": {"step": 1}}, r"flops_profiler must hold names .*got 'step'"),
+        ({"zero_optimization": 3}, r"zero_optimization must be a section: got 3"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            r"leave alone what gspo_dist sets itself: got stage=3; set learner\.deepspeed\.zero_stage",
+        ),
+        ({"gradient_clipping": 2.0}, r"gradient_clipping=2\.0; set learner\.optimizer\.grad_clip"),
+        ({"bf16": {"enabled": True}}, r"enabled=True; set learner\.precision"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}},
+            r"offload_optimizer needs learner\.deepspeed\.offload_optimizer: got false",
+        ),
+    ],
+)
+def test_what_cannot_be_passed_on_is_refused_with_the_way_out(passed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(config(config=passed), MOE, "cpu")
+
+
+def test_what_is_passed_on_is_merged_section_by_section() -> None:
+    passed = {
+        "zero_optimization": {
+            "stage3_prefetch_bucket_size": 7,
+            "overlap_comm": False,
+            "offload_optimizer": {"ratio": 0.5},
+        },
+        "wall_clock_breakdown": True,
+    }
+    mine = config(zero_stage=2, offload_optimizer=True, config=passed)
+    check(mine, MOE, "cuda")
+    out = engine_config(mine, MOE)
+    plain = engine_config(config(zero_stage=2, offload_optimizer=True), MOE)
+    assert out.pop("wall_clock_breakdown") is True
+    zero, own = out.pop("zero_optimization"), plain.pop("zero_optimization")
+    assert zero == own | {
+        "stage3_prefetch_bucket_size": 7,
+        "overlap_comm": False,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True, "ratio": 0.5},
+    }
+    assert out == plain
+    frozen = engine_config(mine, MOE, trains=False)  # its states are nowhere
+    assert frozen["zero_optimization"] == {
+        "stage": 0,
+        "overlap_comm": False,
+        "stage3_prefetch_bucket_size": 7,
+    }
+    assert passed["zero_optimization"]["offload_optimizer"] == {"ratio": 0.5}  # the user's own is untouched
+
+
+class Asked(dict):
+    """A configuration that notes which of its keys DeepSpeed asks for."""
+
+    keys_asked: set[str]
+
+    def __init__(self, *pairs: object) -> None:
+        super().__init__(*pairs)
+        self.keys_asked = set()
+
+    def _asked(self, key: str) -> None:
+        self.keys_asked.add(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._asked(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: object = None) -> object:
+        self._asked(key)
+        return super().get(key, default)
+
+    def keys(self) -> Asked:  # type: ignore[override]
+        return self
+
+
+def test_the_list_of_keys_is_what_deepspeed_reads() -> None:
+    asked = Asked({"train_micro_batch_size_per_gpu": 1})
+    import_deepspeed("cpu").DeepSpeedConfig(asked)
+    assert asked.keys_asked == set(FREE) | set(TOP)
+
+
+def test_a_wrong_type_is_told_before_deepspeed_gets_a_model() -> None:
+    deepspeed = import_deepspeed("cpu")
+    check_values(deepspeed, engine_config(config(), MOE), {})
+    passed = {"zero_optimization": {"reduce_bucket_size": "many"}}
+    with pytest.raises(
+        ValueError, match=r"DeepSpeed refuses learner\.deepspeed\.config=.*reduce_bucket_size"
+    ):
+        check_values(deepspeed, engine_config(config(config=passed), MOE), passed)

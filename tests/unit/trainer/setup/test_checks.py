@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist.config import ClusterConfig, RunConfig
+from gspo_dist.trainer.setup.build import check_run
 from gspo_dist.trainer.setup.checks import (
     check_backend,
     check_model,
+    check_passed_on,
     check_vocabulary,
     load_tokenizer,
     resolve_device,
@@ -234,3 +236,23 @@ def test_gpu_hosts_are_waited_for_where_the_environment_was_made_for_them(
     monkeypatch.setattr("gspo_dist.actors.session.cluster_gpus", lambda: 8)
     resolve_device(ClusterConfig(address="auto", device=device))
     assert waited == [waits]
+
+
+@pytest.mark.parametrize(
+    ("backend", "section", "passed", "message"),
+    [
+        ("deepspeed", "deepspeed", {"config": {"zero_optimisation": {}}}, "did you mean 'zero_optimization'"),
+        ("megatron", "megatron", {"ddp": {"bucket_sise": 1}}, "did you mean 'bucket_size'"),
+    ],
+)
+def test_a_misspelt_key_of_a_backend_is_told_before_a_model_is_looked_for(
+    model, reward_file, tmp_path, backend, section, passed, message
+):
+    """Other backends' keys are not read."""
+    c = config(model, reward_file, tmp_path)
+    learner = replace(c.learner, **{section: replace(getattr(c.learner, section), **passed)})
+    check_passed_on(learner)
+    object.__setattr__(c, "learner", replace(learner, backend=backend))
+    object.__setattr__(c, "model", replace(c.model, path=str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match=message):
+        check_run(c)

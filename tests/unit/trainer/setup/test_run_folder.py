@@ -73,6 +73,9 @@ def test_checkpoints_are_not_overwritten_by_a_run_that_will_not_resume(folder):
         "model.cache_dir=/elsewhere",
         "checkpoint.every=3",
         "rollout.engines=3",
+        "+learner.megatron.ddp.bucket_size=5",
+        "+learner.megatron.transformer.recompute_modules=[moe]",
+        "+learner.megatron.optimizer.optimizer_offload_fraction=0.5",
     ],
 )
 def test_what_only_decides_how_the_work_is_done_may_change(folder, change):
@@ -89,13 +92,16 @@ def test_what_only_decides_how_the_work_is_done_may_change(folder, change):
         ("reward.timeout_reward=1.0", r"reward\.timeout_reward \(was 0\.0, now 1\.0\)"),
         ("environment.max_turns=3", r"environment\.max_turns \(was 8, now 3\)"),
         ("learner.optimizer.lr=0.5", r"learner\.optimizer\.lr \(was .*, now 0\.5\)"),
+        ("+learner.megatron.transformer.cp_comm_type=a2a", r".*cp_comm_type \(was None, now 'a2a'\)"),
+        ("+learner.megatron.optimizer.exp_avg_dtype=bfloat16", r".*dtype \(was None, now 'bfloat16'\)"),
+        ("+learner.deepspeed.config.zero_optimization.sub_group_size=5", r".*size \(was None, now 5\)"),
         ("data.train=other.jsonl", r"data\.train \(was 'arithmetic', now 'other\.jsonl'\)"),
     ],
 )
 def test_what_decides_what_a_step_computes_is_refused_by_key_and_values_unless_accepted(
     folder, change, said, caplog
 ):
-    key = change.split("=")[0]
+    key = change.lstrip("+").split("=")[0]
     way_out = rf"'checkpoint\.accept=\[{key}\]'".replace(".", r"\.").replace(r"\\.", r"\.")
     with pytest.raises(ValueError, match=f"made with other settings: {said}; restore them, .*{way_out}"):
         resume(folder, change)
