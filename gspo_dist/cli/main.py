@@ -32,8 +32,8 @@ usage: gspo COMMAND [arguments]
                 gspo audit RUN_DIR
   episodes    a page of a run's episodes, token by token
                 gspo episodes RUN_DIR
-  make-model  the quickstart's cold-start model
-                gspo make-model [--to FOLDER]
+  make-model  the quickstart's cold-start model, or a pretrained one
+                gspo make-model [--recipe smollm] [--to FOLDER]
   upcycle     a dense model's folder as a mixture of experts
                 gspo upcycle DENSE FOLDER --experts 4 --top-k 2 --noise 0.02
   workspace   one W&B page for the arms of a study

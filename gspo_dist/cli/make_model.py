@@ -1,4 +1,4 @@
-"""`gspo make-model`: a built-in cold-start model, made and kept."""
+"""`gspo make-model`: a model to start from, made and kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--recipe",
         default=ModelConfig.recipe,
-        help="quickstart (default) or peer (random weights, for tests of speed)",
+        help="quickstart (default), peer (random weights, for tests of speed), or smollm (a pretrained model "
+        "from the package index, made a mixture of experts)",
     )
     parser.add_argument("--to", help="also copy the folder here")
     parser.add_argument("--cache-dir", default=ModelConfig.cache_dir, help="where made models are kept")
@@ -26,8 +27,12 @@ def main(args: Sequence[str]) -> None:
 
 def _make(recipe: str, cache_dir: str, target: str | None) -> None:
     from gspo_dist.coldstart.make import ensure_model
+    from gspo_dist.coldstart.pretrained import PRETRAINED, make_pretrained
 
-    folder = ensure_model(ModelConfig(recipe=recipe, cache_dir=cache_dir))
+    if recipe in PRETRAINED:
+        folder = make_pretrained(PRETRAINED[recipe], cache_dir)
+    else:
+        folder = ensure_model(ModelConfig(recipe=recipe, cache_dir=cache_dir))
     if target:
         shutil.copytree(folder, target, dirs_exist_ok=True)
     print(target or folder)

@@ -201,8 +201,11 @@ def planned_model(config: RunConfig) -> tuple[Mapping[str, Any], str]:
 
 def _recipe(name: str) -> tuple[Mapping[str, Any], str]:
     from gspo_dist.coldstart.model import model_config
+    from gspo_dist.coldstart.pretrained import PRETRAINED, planned_config
     from gspo_dist.coldstart.recipes import recipe_named
 
+    if name in PRETRAINED:
+        return planned_config(PRETRAINED[name]), name
     # The saved model names its class; a config that was never saved does not.
     hf = {**model_config(recipe_named(name).shape).to_dict(), "architectures": ["Qwen3MoeForCausalLM"]}
     return hf, name

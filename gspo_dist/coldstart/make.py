@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from gspo_dist.coldstart.model import build_model, save_model
+from gspo_dist.coldstart.pretrained import PRETRAINED, find_pretrained
 from gspo_dist.coldstart.recipes import Recipe, recipe_named
 from gspo_dist.coldstart.warm_start import train
 from gspo_dist.config import ModelConfig
@@ -33,9 +34,12 @@ def ensure_model(config: ModelConfig, log: Log = print, *, seed: int = 0) -> Pat
 
     A made model lies in cache_dir under its recipe's name and fingerprint, so that a changed recipe makes a
     new one. Processes that ask together wait for the one that makes it. It may be called again at any time.
+    A recipe of a pretrained model is only found here; ValueError says how to make it.
     """
     if config.path is not None:
         return Path(config.path).expanduser().absolute()
+    if config.recipe in PRETRAINED:
+        return find_pretrained(PRETRAINED[config.recipe], config.cache_dir)
     recipe = recipe_named(config.recipe)
     cache = Path(config.cache_dir).expanduser().absolute()
     folder = cache / f"{recipe.name}-{recipe.fingerprint(seed)}"

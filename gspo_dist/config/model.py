@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from gspo_dist.checks import choose
 
+RECIPES = ("quickstart", "peer", "calculator", "python", "guess", "smollm")
+"""What coldstart/ can make."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -14,7 +17,8 @@ class ModelConfig:
     path: str | None = None
     """Folder of an HF model (config.json, safetensors, tokenizer). Null: make `recipe` and keep it."""
     recipe: str = "quickstart"
-    """quickstart | peer: the built-in model that is made where `path` is null (`gspo make-model`)."""
+    """quickstart | peer | calculator | python | guess: the built-in model that is made where `path` is null.
+    smollm: a pretrained one, which `gspo make-model --recipe smollm` downloads once."""
     cache_dir: str = "~/.cache/gspo_dist"
     """Where made models are kept, and what self-checks found."""
     self_check: bool = True
@@ -24,4 +28,4 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            choose("model.recipe", self.recipe, ("quickstart", "peer", "calculator", "python", "guess"))
+            choose("model.recipe", self.recipe, RECIPES)

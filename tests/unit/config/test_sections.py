@@ -94,7 +94,7 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
 }
 CHOICES = {
     "data.bad_rows": ["stop", "skip"],
-    "model.recipe": ["quickstart", "peer"],
+    "model.recipe": ["quickstart", "peer", "calculator", "python", "guess", "smollm"],
     "learner.backend": ["eager", "deepspeed", "megatron"],
     "learner.precision": ["fp32", "bf16"],
     "learner.optimizer.schedule": ["constant", "linear", "cosine"],
