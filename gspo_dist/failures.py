@@ -13,6 +13,10 @@ class ProcessTimeout(TimeoutError):
     """A process did not answer in time; the message names it and shows its last lines."""
 
 
+class CollectiveTimeout(ProcessTimeout):
+    """A rank waited too long for another one; the message says in which collective."""
+
+
 class Event(NamedTuple):
     """Something that happened to a process of the run, for whoever keeps the record."""
 

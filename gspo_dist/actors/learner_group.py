@@ -10,9 +10,11 @@ from typing import Any
 
 import ray
 
-from gspo_dist.actors.process import ActorProcess, Actors
+from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied, ProcessTimeout
 from gspo_dist.actors.weight_link import LINK_SHARE, WeightLink
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
+from gspo_dist.failures import CollectiveTimeout
+from gspo_dist.learners.collectives import PREFIX, Watch, dumps, record_in, stuck_at
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
@@ -25,6 +27,9 @@ from gspo_dist.weights.send import SentReport
 START_TIMEOUT_S = 600.0
 """A rank reads the model and meets all others before it answers for the first time."""
 
+SILENCE_S = 15.0
+"""What ranks may give up on a collective apart. Who is silent longer has not given up: it never came."""
+
 LearnerFactory = Callable[..., Learner]
 """make(rank=, world_size=, master_addr=, master_port=) -> Learner. Picklable; a call imports its backend."""
 
@@ -34,7 +39,9 @@ class LearnerRank(ActorProcess):
 
     def __init__(self, name: str, log_dir: str) -> None:
         super().__init__(name, log_dir)
+        self._log_dir = Path(log_dir)
         self._learner: Learner | None = None
+        self._watch: Watch | None = None
         self._link: WeightLink | None = None
 
     @property
@@ -43,26 +50,41 @@ class LearnerRank(ActorProcess):
             raise RuntimeError(f"{self.name} has no learner yet: call start first")
         return self._learner
 
-    def start(self, make: LearnerFactory, rank: int, world_size: int, address: tuple[str, int]) -> int:
+    @property
+    def watch(self) -> Watch:
+        if self._watch is None:
+            raise RuntimeError(f"{self.name} has no learner yet: call start first")
+        return self._watch
+
+    def start(self, make: LearnerFactory, config: LearnerConfig, rank: int, address: tuple[str, int]) -> int:
         """Builds the learner, which joins the process group. Returns the replica that this rank belongs to.
 
         Called once, on all ranks at the same time, before every other verb.
         """
-        self._learner = make(rank=rank, world_size=world_size, master_addr=address[0], master_port=address[1])
+        short = min(config.collective_timeout_s, config.timeout_s)
+        self._watch = Watch(self.name, self._log_dir, short, config.timeout_s)
+        record_in(self._watch.folder)
+        with self._watch.waiting(START_TIMEOUT_S):
+            self._learner = make(
+                rank=rank, world_size=config.world_size, master_addr=address[0], master_port=address[1]
+            )
         return self._learner.data_parallel_rank
 
     def logprobs(
         self, batches: Sequence[PackedBatch], *, answering: Sequence[str], **options: bool
     ) -> list[LogprobOutput]:
         """`Learner.logprobs`. Ranks that are not among `answering` compute as much and return nothing."""
-        outputs = self.learner.logprobs(batches, **options)
+        with self.watch.computing("logprobs"):
+            outputs = self.learner.logprobs(batches, **options)
         return outputs if self.name in answering else []
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
-        return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
+        with self.watch.computing("forward_backward"):
+            return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
 
     def optim_step(self) -> OptimStep:
-        return self.learner.optim_step()
+        with self.watch.computing("optim_step"):
+            return self.learner.optim_step()
 
     def send_weights(
         self, sync: WeightSyncConfig, engines: Mapping[str, Any], log_dir: str
@@ -71,6 +93,10 @@ class LearnerRank(ActorProcess):
 
         The exporter returns what it sent, every other rank None.
         """
+        with self.watch.waiting(sync.timeout_s):
+            return self._send(sync, engines, log_dir)
+
+    def _send(self, sync: WeightSyncConfig, engines: Mapping[str, Any], log_dir: str) -> SentReport | None:
         deadline = time.monotonic() + LINK_SHARE * sync.timeout_s
         stream = self.learner.weights(sync.bucket_bytes, stacked=True)
         try:
@@ -98,11 +124,12 @@ class LearnerRank(ActorProcess):
 
     def export(self, source: str, target: str) -> int | None:
         """Writes the weights as an HF folder and returns their number; None from the other ranks."""
-        if self.learner.is_exporter:
-            return write_hf_folder(hf_items(self.learner), Path(source), Path(target))
-        for _ in hf_items(self.learner):
-            pass
-        return None
+        with self.watch.waiting():
+            if self.learner.is_exporter:
+                return write_hf_folder(hf_items(self.learner), Path(source), Path(target))
+            for _ in hf_items(self.learner):
+                pass
+            return None
 
     def empty_cache(self) -> None:
         """Gives the GPU memory that only the allocator holds to a colocated engine."""
@@ -118,13 +145,16 @@ class LearnerRank(ActorProcess):
                 f"checkpoint folder {folder} is not visible on {socket.gethostname()}: run_dir must lie on a "
                 "file system that all nodes share"
             )
-        self.learner.save(Path(folder))
+        with self.watch.waiting():
+            self.learner.save(Path(folder))
 
     def load(self, folder: str) -> None:
-        self.learner.load(Path(folder))
+        with self.watch.waiting():
+            self.learner.load(Path(folder))
 
     def wait_saved(self) -> None:
-        self.learner.wait_saved()
+        with self.watch.waiting():
+            self.learner.wait_saved()
 
 
 class RayLearnerGroup:
@@ -160,10 +190,44 @@ class RayLearnerGroup:
         first = {"learner-0": handles["learner-0"].host.remote()}
         address = self.actors.gather(first, START_TIMEOUT_S)["learner-0"]
         refs = {
-            name: handle.start.remote(self.make, rank, self.config.world_size, address)
+            name: handle.start.remote(self.make, self.config, rank, address)
             for rank, (name, handle) in enumerate(handles.items())
         }
-        self.replica_of = self.actors.gather(refs, max(START_TIMEOUT_S, self.config.timeout_s))
+        self.replica_of = self._gather(refs, max(START_TIMEOUT_S, self.config.timeout_s))
+
+    def _gather(self, refs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """`Actors.gather`. Its error also says which ranks were silent, and where dumps are."""
+        begun = time.time()
+        try:
+            return self.actors.gather(refs, timeout)
+        except (ProcessDied, ProcessTimeout) as error:
+            if isinstance(error, CollectiveTimeout):
+                self._name_silent(refs, error)
+            found = dumps(self.actors.log_dir, begun)
+            if found:
+                command = f"torchfrtrace --prefix {PREFIX} --allow-incomplete-ranks {found[0].parent}"
+                error.add_note(
+                    f"dumps of the flight recorder: {', '.join(map(str, found))}; compare the ranks by "
+                    f"{command} (-j shows all of it)"
+                )
+            raise
+
+    def _name_silent(self, refs: Mapping[str, Any], error: CollectiveTimeout) -> None:
+        """Notes the ranks that answer nothing while the others give up: those that are waited for."""
+        _, silent = ray.wait(list(refs.values()), num_returns=len(refs), timeout=SILENCE_S)
+        for name in (name for name, ref in refs.items() if ref in silent):
+            path = self.actors.log_dir / f"{name}.log"
+            lines = stuck_at(path.read_text(errors="replace")) if path.is_file() else []
+            where = "\n".join(["  it was at", *(f"    {line}" for line in lines)])
+            error.add_note(
+                f"{name} has not answered at all: the others wait for it\n"
+                + (where if lines else self.actors.tail(name))
+            )
+
+    def _call(self, method: str, *args: Any, timeout: float) -> dict[str, Any]:
+        """The same call on every rank; answers by name. Raises what `_gather` raises."""
+        handles = self.actors.handles.items()
+        return self._gather({n: getattr(handle, method).remote(*args) for n, handle in handles}, timeout)
 
     def _scatter(self, method: str, micro_batches: MicroBatches, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Calls `method(micro_batches of its replica, ...)` on every rank.
@@ -176,7 +240,7 @@ class RayLearnerGroup:
             name: getattr(self.actors.handles[name], method).remote(parts[replica], *args, **kwargs)
             for name, replica in self.replica_of.items()
         }
-        return self.actors.gather(refs, self.config.timeout_s)
+        return self._gather(refs, self.config.timeout_s)
 
     def logprobs(
         self,
@@ -204,30 +268,30 @@ class RayLearnerGroup:
         return merge_stats(list(self._scatter("forward_backward", mini.micro_batches, spec).values()))
 
     def optim_step(self) -> OptimStep:
-        step = self.actors.call_all("optim_step", timeout=self.config.timeout_s)["learner-0"]
+        step = self._call("optim_step", timeout=self.config.timeout_s)["learner-0"]
         self.policy_version = step.policy_version
         return step
 
     def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
-        answers = self.actors.call_all(
+        answers = self._call(
             "send_weights", sync, dict(engines), str(self.actors.log_dir), timeout=sync.timeout_s
         )
         return next(report for report in answers.values() if report is not None)
 
     def export(self, source: Path, target: Path) -> int:
         """Writes an HF folder on the exporter's host; returns the number of tensors."""
-        answers = self.actors.call_all("export", str(source), str(target), timeout=self.config.timeout_s)
+        answers = self._call("export", str(source), str(target), timeout=self.config.timeout_s)
         return next(count for count in answers.values() if count is not None)
 
     def save(self, folder: Path) -> None:
-        self.actors.call_all("save", str(folder), timeout=self.config.timeout_s)
+        self._call("save", str(folder), timeout=self.config.timeout_s)
 
     def load(self, folder: Path, policy_version: int) -> None:
-        self.actors.call_all("load", str(folder), timeout=self.config.timeout_s)
+        self._call("load", str(folder), timeout=self.config.timeout_s)
         self.policy_version = policy_version
 
     def wait_saved(self) -> None:
-        self.actors.call_all("wait_saved", timeout=self.config.timeout_s)
+        self._call("wait_saved", timeout=self.config.timeout_s)
 
     def empty_cache(self) -> None:
         self.actors.call_all("empty_cache", timeout=self.config.timeout_s)

@@ -193,7 +193,12 @@ class LearnerConfig:
     """CPU threads of each rank. 0 shares the cores that this process may use among the ranks, and the
     environment's OMP_NUM_THREADS caps the share."""
     timeout_s: float = 1800.0
-    """Longest that any collective or call may take before the rank counts as dead."""
+    """Longest that any call may take before the rank counts as dead, and any collective of a call that may
+    rightly wait for one rank: the start, the first update (kernels compile), saves, publications."""
+    collective_timeout_s: float = 600.0
+    """Longest that a collective of any other call may take. A rank waits there for the slowest one, so it is
+    short of an update by far. The error names the collective, the rank that is missing, and the dumps of
+    torch's flight recorder. A longer one than `timeout_s` counts as that."""
     max_skipped_steps: int = 3
     """Optimiser steps in a row that may be skipped for a gradient that is not finite. They change neither
     weights nor optimiser. One more ends the run; 0 ends it at the first."""
@@ -213,6 +218,7 @@ class LearnerConfig:
         at_least("learner.threads", self.threads, 0)
         at_least("learner.max_skipped_steps", self.max_skipped_steps, 0)
         above("learner.timeout_s", self.timeout_s, 0)
+        above("learner.collective_timeout_s", self.collective_timeout_s, 0)
         if self.backend == "eager" and self.world_size != 1:
             raise ValueError(
                 "learner.world_size must be 1 for the eager learner: "

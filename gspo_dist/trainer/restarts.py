@@ -50,7 +50,8 @@ def train_run(config: RunConfig) -> tuple[Path, dict[str, object]]:
                 raise
             where = saved.name if saved else "the beginning, nothing was saved yet"
             died.append(Event("restart", "run", f"from {where}: {first_line(error)}"))
-            log.warning("the run begins again from %s: %s", where, error)
+            notes = getattr(error, "__notes__", [])  # such as which rank was stuck
+            log.warning("the run begins again from %s: %s", where, "\n".join([str(error), *notes]))
             if run is not None:
                 run.sinks.abandon()
             # What the failed attempt has saved is this run's own, whatever the first start was told.

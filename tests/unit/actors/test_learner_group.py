@@ -16,6 +16,7 @@ from gspo_dist.actors import learner_group
 from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
 from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, WeightSyncConfig
+from gspo_dist.learners.collectives import Watch
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.aggregate import Denominators
@@ -198,6 +199,7 @@ def test_the_exporter_alone_writes_the_folder_and_the_others_help(monkeypatch, t
     for number in (2, 3):
         rank = object.__new__(LearnerRank)
         rank._learner = CountingLearner(number, RANKS, "host", 1)
+        rank._watch = Watch("learner", tmp_path, 60.0, 60.0)
         drawn = []
         real = rank._learner.weights
 
@@ -214,15 +216,16 @@ def test_the_exporter_alone_writes_the_folder_and_the_others_help(monkeypatch, t
 def test_the_groups_answer_to_an_export_is_the_exporters():
     group = object.__new__(RayLearnerGroup)
     group.config = LearnerConfig()
+    handle = SimpleNamespace(export=SimpleNamespace(remote=lambda *arguments: arguments))
     asked = []
 
-    def call_all(*arguments, timeout):
-        asked.append((*arguments, timeout))
+    def gather(refs, timeout):
+        asked.append((refs, timeout))
         return {"learner-0": None, "learner-1": 5, "learner-2": None}
 
-    group.actors = SimpleNamespace(call_all=call_all)
+    group.actors = SimpleNamespace(gather=gather, handles={"learner-0": handle, "learner-1": handle})
     assert group.export(Path("source"), Path("target")) == 5
-    assert asked == [("export", "source", "target", group.config.timeout_s)]
+    assert asked == [(dict.fromkeys(group.actors.handles, ("source", "target")), group.config.timeout_s)]
 
 
 def test_the_exporter_meets_the_engines_once_and_delivers_every_bucket_to_each(group, folder):
@@ -252,6 +255,6 @@ def test_a_rank_that_dies_is_named_with_its_last_words(ray_here, tmp_path):
 
 def test_no_verb_comes_before_start():
     rank = object.__new__(LearnerRank)
-    rank.name, rank._learner = "learner-2", None
+    rank.name, rank._learner, rank._watch = "learner-2", None, None
     with pytest.raises(RuntimeError, match="learner-2 has no learner yet: call start first"):
         rank.optim_step()

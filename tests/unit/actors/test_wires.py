@@ -20,6 +20,7 @@ from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.actors.reward_pool import GRACE_S, RayRewardPool, RewardWorker
 from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, RewardConfig, RolloutConfig, WeightSyncConfig
+from gspo_dist.learners.collectives import Watch
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.packing import MiniBatch
@@ -129,7 +130,9 @@ def test_ranks_are_built_within_the_learners_time_at_one_address(ray_calls, tmp_
     group.start()
     assert waits == [("host", learner_group.START_TIMEOUT_S), ("start", LEARNER_S)]
     started = [(name, args) for name, method, args, _ in calls if method == "start"]
-    assert started == [(f"learner-{rank}", (group.make, rank, 2, ("10.0.0.1", 29600))) for rank in range(2)]
+    assert started == [
+        (f"learner-{rank}", (group.make, group.config, rank, ("10.0.0.1", 29600))) for rank in range(2)
+    ]
 
 
 def test_a_publication_waits_as_long_as_the_sync_may_take(ray_calls, tmp_path) -> None:
@@ -209,6 +212,7 @@ class Learner:
 def rank_of(learner) -> LearnerRank:
     rank = object.__new__(LearnerRank)
     rank.name, rank._learner, rank._link = "learner-0", learner, None
+    rank._watch = Watch("learner-0", Path("logs"), 60.0, 60.0)
     return rank
 
 

@@ -16,6 +16,7 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
     "learner.world_size": [(1, 0, "at least 1")],
     "learner.threads": [(0, -1, "at least 0")],
     "learner.timeout_s": [(1e-9, 0.0, "above 0")],
+    "learner.collective_timeout_s": [(1e-9, 0.0, "above 0")],
     "learner.optimizer.lr": [(1e-12, 0.0, "above 0")],
     "learner.optimizer.eps": [(1e-12, 0.0, "above 0")],
     "learner.optimizer.min_lr_ratio": [(0.0, -1e-9, "in [0, 1]"), (1.0, 1.001, "in [0, 1]")],

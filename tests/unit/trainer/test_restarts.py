@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from gspo_dist.config import CheckpointConfig, RunConfig
-from gspo_dist.failures import Event, ProcessDied, ProcessTimeout
+from gspo_dist.failures import CollectiveTimeout, Event, ProcessDied, ProcessTimeout
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.metrics.sinks import Sinks
 from gspo_dist.rollout.pool import NoEngineLeft
@@ -52,6 +52,16 @@ SAVED = Path("checkpoints/step-000004")
 
 def config(count, resume=False):
     return RunConfig(checkpoint=CheckpointConfig(restarts=count, resume=resume))
+
+
+def test_a_stuck_rank_is_named_where_the_run_begins_again(monkeypatch, caplog):
+    error = CollectiveTimeout("learner-0 waited 600 s in gloo:all_reduce")
+    error.add_note("learner-1 has not answered at all")
+    Attempts(monkeypatch, (error, SAVED), {"steps": 9})
+    assert train_run(config(1)) == (Path("run"), {"steps": 9})
+    assert (
+        "again from step-000004: learner-0 waited 600 s in gloo:all_reduce\nlearner-1 has not" in caplog.text
+    )
 
 
 def test_a_dead_or_silent_learner_is_started_again_from_the_newest_checkpoint(monkeypatch):
