@@ -15,6 +15,7 @@ from gspo_dist.actors.learner_group import LearnerRank
 from gspo_dist.actors.process import Actors, ProcessDied, ProcessTimeout
 from gspo_dist.actors.weight_link import WeightLink, hear_all
 from gspo_dist.config import WeightSyncConfig
+from gspo_dist.learners.collectives import Watch
 from gspo_dist.weights.collective import CollectiveTransport
 from gspo_dist.weights.group import TransferFailed
 from gspo_dist.weights.verify import WeightSyncError
@@ -240,6 +241,7 @@ def rank(monkeypatch):
     monkeypatch.setattr(learner_group, "WeightLink", Link)
     rank = object.__new__(LearnerRank)
     rank.name, rank._link, rank.host = "learner-0", None, lambda: ("10.0.0.1", 1)
+    rank._watch = Watch("learner-0", Path("logs"), 60.0, 60.0)
     rank.drawn = []
 
     def weights(bucket_bytes, stacked):
