@@ -12,19 +12,25 @@ from gspo_dist.cli.exits import guarded
 def main(args: Sequence[str]) -> None:
     """Writes the folder and says what is in it."""
     parser = argparse.ArgumentParser(
-        "gspo export", description="Writes a run's newest checkpoint as an HF folder."
+        "gspo export",
+        description="Writes a run's newest checkpoint as an HF folder. It reads the weights in the "
+        "checkpoint's files, and needs neither GPUs nor the learner's processes.",
     )
     parser.add_argument("--run", required=True, type=Path, help="run folder")
     parser.add_argument("--to", required=True, type=Path, help="new or empty folder")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="also start the run's learner, and compare its log-probs with those of transformers over the "
+        "folder",
+    )
     options = parser.parse_args(args)
-    guarded(lambda: _export(options.run.expanduser().resolve(), options.to.expanduser()))
+    guarded(lambda: _export(options.run.expanduser().resolve(), options.to.expanduser(), options.probe))
 
 
-def _export(run_dir: Path, target: Path) -> None:
+def _export(run_dir: Path, target: Path, probe: bool) -> None:
     from gspo_dist.trainer.export import export_run
 
-    done = export_run(run_dir, target)
-    print(
-        f"{done['folder']}: {done['tensors']} tensors after step {done['step']}, read back; log-probs are "
-        f"the learner's to {done['mean_abs']:.1e} nats"
-    )
+    done = export_run(run_dir, target, probe=probe)
+    compared = f"; log-probs are the learner's to {done['mean_abs']:.1e} nats" if probe else ""
+    print(f"{done['folder']}: {done['tensors']} tensors after step {done['step']}, read back{compared}")

@@ -18,13 +18,13 @@ from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
 from gspo_dist.learners.schedule import lr_factor, set_groups
-from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state
+from gspo_dist.learners.state_files import check_resume, map_state, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.scores import ScoreRecorder, ShiftMeter
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.names import hf_named_weights
-from gspo_dist.weights.stream import buckets
+from gspo_dist.weights.stream import NamedTensor, buckets
 
 FILE = "eager.pt"
 
@@ -203,6 +203,24 @@ class EagerLearner:
 
     def close(self) -> None:
         """Nothing to leave: there is no process group."""
+
+
+def stored_weights(folder: Path, model_path: str | Path, precision: str) -> Iterator[NamedTensor]:
+    """Streams the weights that `EagerLearner.save` wrote to `folder`, as it would export them.
+
+    The masters are mapped and the optimiser's states not read. The model itself is in memory, since this
+    learner is for models that are. Raises ValueError as `load` does.
+    """
+    hf = load_policy(model_path, precision).hf
+    masters = map_state(folder / FILE)["masters"]
+    with torch.no_grad():
+        for parameter, saved in zip(hf.parameters(), masters, strict=True):
+            if parameter.shape != saved.shape:
+                raise ValueError(
+                    f"checkpoint {folder} is of another model: {saved.shape} for {parameter.shape}"
+                )
+            parameter.copy_(saved)
+    yield from hf_named_weights(hf)
 
 
 def replaying(

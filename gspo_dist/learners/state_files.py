@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,23 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `write_state` saved. Raises ValueError, naming the file, when it is missing or torn."""
+    return _load(path, map_location=device)
+
+
+def map_state(path: Path, trusted: Sequence[Any] | None = None) -> dict[str, Any]:
+    """What `write_state` or a learner's own writer saved, its tensors mapped: a page is read when it is used.
+
+    trusted: classes that may lie in the file beside tensors and plain values. Raises as `read_state` does.
+    """
+    with torch.serialization.safe_globals(list(trusted or ())):
+        return _load(path, map_location="cpu", mmap=True)
+
+
+def _load(path: Path, **how: Any) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path.parent} has no {path.name}: it is torn, or of another backend")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, weights_only=True, **how)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         # EINVAL is what a zip without its end gives.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:

@@ -30,14 +30,19 @@ def of_loaded_model(source: ModelFolder) -> Shapes:
     transformers keeps the rules by which it read this very folder, and the stream turns them round. So they
     are found here by its own loader, on tensors without memory.
     """
-    model = _blank(_config(source))
+    return FileNames(loaded_model(source)).expected()
+
+
+def loaded_model(source: ModelFolder) -> PreTrainedModel:
+    """The model of a folder without memory for its weights, with the rules by which transformers read it."""
+    model = blank_model(source)
     blank = {n: torch.empty(stored.shape, device="meta") for n, stored in source.tensors.items()}
     settings = LoadStateDictConfig(
         device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(model)
     )
     convert_and_load_state_dict_in_model(model, blank, settings)
     model.tie_weights()
-    return FileNames(model).expected()
+    return model
 
 
 def of_family(source: ModelFolder) -> Shapes:
@@ -45,12 +50,17 @@ def of_family(source: ModelFolder) -> Shapes:
 
     Names are those that transformers gives the family when it saves one.
     """
-    return of_config(_config(source))
+    return FileNames(blank_model(source)).expected()
 
 
 def of_config(config: PretrainedConfig) -> Shapes:
     """The stream of a model that is built from a config."""
     return FileNames(_blank(config)).expected()
+
+
+def blank_model(source: ModelFolder) -> PreTrainedModel:
+    """The model of a folder's config, without memory for its weights."""
+    return _blank(_config(source))
 
 
 def _config(source: ModelFolder) -> PretrainedConfig:

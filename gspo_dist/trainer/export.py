@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_dist.checkpoint import CheckpointStore
+from gspo_dist.checkpoint import Checkpoint, CheckpointStore
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.config import RunConfig
 from gspo_dist.config.mapping import from_mapping, read_mapping
@@ -17,8 +17,9 @@ from gspo_dist.learners.hf_model import DTYPES
 from gspo_dist.models.shape import read_shape
 from gspo_dist.trainer.publisher import learner_logprobs
 from gspo_dist.trainer.setup.checks import check_model, resolve_device
+from gspo_dist.trainer.setup.factories import stored_weights
 from gspo_dist.trainer.setup.processes import Processes
-from gspo_dist.weights.export import probe_folder
+from gspo_dist.weights.export import probe_folder, write_hf_folder
 from gspo_dist.weights.tolerance import LEVELS
 from gspo_dist.weights.verify import WeightSyncError
 
@@ -40,20 +41,34 @@ def run_config_of(run_dir: Path) -> RunConfig:
         raise
 
 
-def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
-    """Writes the newest checkpoint of a run as an HF folder, with the learner that wrote the checkpoint.
+def export_run(run_dir: Path, target: Path, *, probe: bool = False) -> dict[str, Any]:
+    """Writes the newest checkpoint of a run as an HF folder, from the checkpoint's files alone.
 
-    The folder is read back, and transformers' own forward over it is compared with the learner's log-probs.
-    Returns folder, step, number of tensors, and the mean |difference| in nats. Raises ValueError when there
-    is no checkpoint or `target` is in use, and WeightSyncError when the folder is not the learner's model.
+    No learner is started and no GPU is needed. The weights pass through memory one by one. The folder is read
+    back and compared with them.
+
+    probe: also starts the learner that wrote the checkpoint, and compares its log-probs with those of
+    transformers' own forward over the folder.
+
+    Returns folder, step, number of tensors, and with `probe` the mean |difference| in nats. Raises ValueError
+    when there is no checkpoint or `target` is in use, and WeightSyncError when the folder is not the
+    learner's model.
     """
     config = run_config_of(run_dir)
     checkpoint = CheckpointStore(run_dir, config.checkpoint.keep).newest()
     if checkpoint is None:
         raise ValueError(f"run {run_dir} has no checkpoint: set checkpoint.every or let it finish")
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"the folder to export to must be new or empty: {target} is not")
-    model = str(ensure_model(config.model))
+    model = ensure_model(config.model)
+    weights = stored_weights(config.learner, str(model), checkpoint.learner)
+    tensors = write_hf_folder(weights, Path(model), target.resolve())
+    done: dict[str, Any] = {"folder": str(target), "step": checkpoint.step, "tensors": tensors}
+    if probe:
+        done["mean_abs"] = _probe(config, run_dir, checkpoint, str(model), target.resolve())
+    return done
+
+
+def _probe(config: RunConfig, run_dir: Path, checkpoint: Checkpoint, model: str, folder: Path) -> float:
+    """`check_export` with the learner of the run, started and loaded for it."""
     config = replace(
         config,
         rollout=replace(config.rollout, engines=1),
@@ -64,9 +79,7 @@ def export_run(run_dir: Path, target: Path) -> dict[str, Any]:
         learner = processes.learner()
         learner.start()
         learner.load(checkpoint.learner, checkpoint.state["policy_version"])
-        tensors = learner.export(Path(model), target.resolve())
-        mean = check_export(learner, config, target.resolve())
-    return {"folder": str(target), "step": checkpoint.step, "tensors": tensors, "mean_abs": mean}
+        return check_export(learner, config, folder)
 
 
 def check_export(learner: LearnerGroup, config: RunConfig, folder: Path) -> float:

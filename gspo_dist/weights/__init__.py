@@ -28,7 +28,8 @@ Which file has which verb:
 - `bucket`: named tensors laid end to end in one flat buffer. `checksum`: one number per tensor.
 - `transport`: the protocols of both sides. `shm` implements them on one host, `collective` across hosts and
   between GPUs, over a process group (`group`: gloo or nccl). `source` makes the engine's side.
-- `send`: the loop over buckets. `verify`: the verdicts. `export`: the same stream as an HF folder, read back.
+- `send`: the loop over buckets. `verify`: the verdicts. `export`: the same stream as an HF folder, read back;
+  `shards` writes its files tensor by tensor.
 - The engine's side is in `rollout.vllm.receivers` (vLLM's MoE layers in `rollout.vllm.experts`) and
   `rollout.reference`. How the engines are reached is in `learners.group` (one process) and
   `actors.weight_link` (Ray), which also picks the transport.

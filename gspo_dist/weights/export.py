@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.folder import ModelFolder, read_folder
-from gspo_dist.weights.stream import NamedTensor, buckets
+from gspo_dist.weights.shards import ShardWriter
+from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.verify import WeightSyncError, check_probe
 
 SHARD_BYTES = 4 << 30
-"""Bytes of a weight file, the largest that is held in memory at once."""
+"""Bytes of a weight file at most. A larger tensor has a file of its own."""
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt")
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def _room(parent: Path) -> Iterator[None]:
     """Around whatever writes below `parent`. Raises ValueError on a full disk; other errors pass."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # copytree collects its files' errors as texts, and safetensors (0.8) keeps no errno.
+    except OSError as error:
+        # copytree collects its files' errors as texts.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise
@@ -77,50 +77,56 @@ def _room(parent: Path) -> Iterator[None]:
 
 
 def _write_shards(weights: Iterable[NamedTensor], folder: ModelFolder, target: Path) -> dict[str, int]:
-    """Writes the stream and what the source adds to it; returns the checksum of every tensor written."""
+    """Writes the stream and what the source adds to it; returns the checksum of every tensor written.
+
+    One tensor is in memory at a time.
+    """
     sent: dict[str, int] = {}
-    index: dict[str, str] = {}
-    total = 0
+    writer = ShardWriter(target, SHARD_BYTES, folder.tensors)
 
-    def write(tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal total
-        nbytes = sum(t.nbytes for t in tensors.values())
-        free = shutil.disk_usage(target).free
-        if free < nbytes:
-            raise ValueError(
-                f"no room for the export: the next file needs {nbytes / 2**20:.0f} MiB, and {target.parent} "
-                f"has {free / 2**20:.0f} MiB free; make room or export to another disk"
+    def write(name: str, tensor: torch.Tensor) -> None:
+        # Streamed tensors may be views of one fused parameter.
+        tensor = tensor.detach().cpu().contiguous()
+        if not sent:
+            _check_room(folder, tensor.dtype, target)
+        sent[name] = host_checksum(tensor)
+        writer.add(name, tensor)
+
+    try:
+        for name, tensor in weights:
+            folder.check_shapes({name: tuple(tensor.shape)}, "the export")
+            if name in sent:
+                raise WeightSyncError(f"the learner exported {name} twice")
+            write(name, tensor)
+            if folder.twin is not None and name == folder.twin[1]:
+                write(folder.twin[0], tensor)
+            del tensor  # before the next one is made
+        folder.check_whole(sent, "the export")
+        kept = sorted(folder.ignored - set(sent))
+        if kept:
+            log.warning(
+                "%d tensors that transformers does not load are copied from %s unchanged: %s ...",
+                len(kept),
+                folder.path,
+                kept[0],
             )
-        name = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(tensors, target / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-        sent.update({key: host_checksum(t) for key, t in tensors.items()})
-        total += nbytes
-
-    for shard in buckets(weights, SHARD_BYTES):
-        folder.check_shapes({name: tuple(t.shape) for name, t in shard}, "the export")
-        again = [name for name, _ in shard if name in sent]
-        if again:
-            raise WeightSyncError(f"the learner exported {again[0]} twice")
-        # Contiguous clones: streamed tensors may be views of one fused parameter, which safetensors refuses.
-        tensors = {name: t.cpu().contiguous().clone() for name, t in shard}
-        if folder.twin is not None and folder.twin[1] in tensors:
-            tensors[folder.twin[0]] = tensors[folder.twin[1]].clone()
-        write(tensors)
-    folder.check_whole(sent, "the export")
-    kept = sorted(folder.ignored - set(sent))
-    if kept:
-        log.warning(
-            "%d tensors that transformers does not load are copied from %s unchanged: %s ...",
-            len(kept),
-            folder.path,
-            kept[0],
-        )
-        for part in buckets(((name, folder.read(name)) for name in kept), SHARD_BYTES):
-            write(dict(part))
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
-    (target / "model.safetensors.index.json").write_text(text + "\n")
+        for name in kept:
+            write(name, folder.read(name))
+        writer.close()
+    finally:
+        writer.abandon()
     return sent
+
+
+def _check_room(folder: ModelFolder, dtype: torch.dtype, target: Path) -> None:
+    """ValueError where the source's tensors, stored as `dtype`, would not fit on the disk of `target`."""
+    needed = sum(math.prod(tensor.shape) for tensor in folder.tensors.values()) * dtype.itemsize
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise ValueError(
+            f"no room for the export: it takes about {needed / 2**20:.0f} MiB, and {target.parent} has "
+            f"{free / 2**20:.0f} MiB free; make room or export to another disk"
+        )
 
 
 def verify_folder(folder: Path, sent: dict[str, int]) -> None:

@@ -83,8 +83,9 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(77 + ranks.rank)
     first.save(folder)
     noise = torch.rand(3)
+    saved = case.exported(first)
     on = case.train(first, spec["data"][2:], [ranks.rank])
-    out = {"on": on, "weights_on": case.exported(first), "noise_on": noise}
+    out = {"on": on, "weights_saved": saved, "weights_on": case.exported(first), "noise_on": noise}
     first.engine.destroy()
     second = ranks.learner(spec)
     out["refused"] = _refused(lambda: second.load(folder.parent / "elsewhere"))

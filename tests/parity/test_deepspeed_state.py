@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gspo_dist.learners.deepspeed.stored import stored_weights
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.weights.folder import ModelFolder
 from tests.parity import deepspeed_case as case
 from tests.parity.ranks import run_ranks
 
@@ -159,6 +161,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     got = run_ranks(WORKER, {"cases": cases}, 2)
     return {
         "got": got,
+        "model": model,
+        "folders": {name: spec["folder"] for name, spec in cases.items()},
         "traces": traces,
         "routed": routed,
         "bf16": bf16_run,
@@ -221,6 +225,21 @@ def test_resuming_equals_not_stopping_bit_for_bit(lab: dict, name: str) -> None:
         assert seen["weights_on"].keys() == seen["weights_back"].keys()
         for key, weight in seen["weights_on"].items():
             assert torch.equal(weight, seen["weights_back"][key]), key
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_the_files_alone_give_the_saved_weights_bit_for_bit(lab: dict, name: str) -> None:
+    """Up to ZeRO 2 without any file of the optimiser. ZeRO 3 has its weights there and nowhere else."""
+    folder = lab["folders"][name]
+    if RESUMED[name]["deepspeed"]["zero_stage"] < 3:
+        for path in folder.glob("deepspeed/*optim_states.pt"):
+            path.unlink()
+    want = lab["got"][0][name]["weights_saved"]
+    got = dict(stored_weights(folder, ModelFolder(lab["model"])))
+    assert got.keys() == want.keys()
+    for key, weight in want.items():
+        assert got[key].dtype == weight.dtype
+        assert torch.equal(got[key], weight), key
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

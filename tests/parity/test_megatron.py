@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.learners.megatron.stored import stored_weights
 from gspo_dist.metrics.stat import merge_stats, results
+from gspo_dist.models.shape import read_shape
 from tests.parity import megatron_case as case
 from tests.parity.ranks import Crew
 
@@ -212,7 +214,7 @@ def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, c
         reference.batches,
         world_size,
         layout,
-        ["weights", "logits", "train", "weights"],
+        ["weights", "logits", "train", "weights", ["save", str(tmp_path / "saved")], "wait"],
     )
     logits = assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
     training = assert_training(ranks, reference)
@@ -220,3 +222,5 @@ def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, c
     assert_weights(before, stored(reference.model), 0.0)
     weights = assert_weights(after, reference.end, 1e-5, reference.start)
     measured("megatron", f"{kind}: {name}", logits=logits, weights=weights, **training)
+    alone = dict(stored_weights(tmp_path / "saved", read_shape(reference.model)))
+    assert_weights(alone, after, 0.0)  # read from the checkpoint by this process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.learners.megatron.stored import stored_weights
 from gspo_dist.metrics.stat import merge_stats, results
+from gspo_dist.models.shape import read_shape
 from gspo_dist.routing.trace import RoutingTrace
 from tests.parity import megatron_case as case
 from tests.parity.ranks import Crew
@@ -31,6 +35,11 @@ def run(
     crew: Crew, folder: Path, reference: Reference, world_size: int, layout: dict, actions: list, **job
 ) -> list[dict]:
     return launch(crew, folder, reference.model, reference.batches, world_size, layout, actions, **job)
+
+
+def stored_alone(folder: str | Path, reference: Reference) -> dict:
+    """The weights that this process, which is no rank of anything, finds in a checkpoint."""
+    return dict(stored_weights(Path(folder), read_shape(reference.model)))
 
 
 def assert_identical(got: dict, want: dict) -> None:
@@ -122,6 +131,7 @@ def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_pa
         **job,
     )
     assert {t.dtype for t in first[0]["weights"][0].values()} == {torch.bfloat16}
+    assert_identical(stored_alone(saved, reference), first[0]["weights"][0])
     crew.close()
     again = run(
         crew, tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job
@@ -155,7 +165,9 @@ def test_every_rank_writes_its_share_which_any_layout_reads(
 ) -> None:
     """Two replicas under ep2, then tensor and context ranks: norms have twins there, states other ranges."""
     saved, other = tmp_path / "checkpoint", tmp_path / "other"
-    run(crew, tmp_path / "a", reference, 4, EP2, [["train", 2], ["save", str(saved)], "wait"])
+    first = run(
+        crew, tmp_path / "a", reference, 4, EP2, [["train", 2], "weights", ["save", str(saved)], "wait"]
+    )
     shares = [sum(p.stat().st_size for p in saved.glob(f"__{rank}_*.distcp")) for rank in range(4)]
     assert max(shares) < 1.2 * min(shares), shares
     twins = {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}
@@ -163,6 +175,24 @@ def test_every_rank_writes_its_share_which_any_layout_reads(
     again = run(crew, tmp_path / "c", reference, 2, {}, [["load", str(other)], ["train", 1], "weights"])
     assert again[0]["version"] == 2
     assert_weights(again[0]["weights"][0], reference.end, 1e-5)
+    for folder in (saved, other):
+        destroy_optimizer(folder)
+        assert_identical(stored_alone(folder, reference), first[0]["weights"][0])
+
+
+def destroy_optimizer(folder: Path) -> None:
+    """Writes zeros over every piece of the optimiser's states, which are most of the bytes."""
+    places = FileSystemReader(str(folder)).read_metadata().storage_data
+    zeroed = kept = 0
+    for index, place in places.items():
+        if index.fqn.startswith("optimizer."):
+            with (folder / place.relative_path).open("r+b") as file:
+                file.seek(place.offset)
+                file.write(bytes(place.length))
+            zeroed += place.length
+        else:
+            kept += place.length
+    assert zeroed > 2 * kept
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing(
@@ -191,6 +221,9 @@ def test_wrong_checkpoints_are_refused_by_name(reference: Reference, tmp_path: P
     )
     assert f"lacks 1 of its 2 shards: {shard.name}" in same[0]["errors"][0]
     assert "is not a finished megatron checkpoint" in same[0]["errors"][1]
+    for folder, message in zip((torn, unfinished), same[0]["errors"], strict=True):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            stored_alone(folder, reference)
     plain = case.make_model("qwen3_moe_plain", tmp_path / "plain")
     other = launch(crew, tmp_path / "c", plain, reference.batches, 1, {}, [["load_error", str(saved)]])
     assert "is of another model: it has no decoder.layers.1.mlp." in other[0]["errors"][0]

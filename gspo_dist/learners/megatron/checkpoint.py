@@ -38,10 +38,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_dist.learners.megatron import shares
+from gspo_dist.learners.megatron.stored import read_finished
 from gspo_dist.learners.state_files import writing
 from gspo_dist.models.shape import ModelShape
 
@@ -194,18 +194,7 @@ def check(state: dict[str, Any], folder: Path) -> None:
 
     ValueError names the missing file, or the first tensor whose name or shape differs.
     """
-    if not (folder / "metadata.json").is_file():
-        raise ValueError(
-            f"{folder} is not a finished megatron checkpoint: it has no metadata.json; resume from another"
-        )
-    metadata = FileSystemReader(str(folder)).read_metadata()
-    files = sorted({place.relative_path for place in (metadata.storage_data or {}).values()})
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"checkpoint {folder} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:4])}; "
-            "copy it again or resume from another"
-        )
+    read_finished(folder)
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     for tensor in nested_values(state):
         for wanted in _tensors(tensor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from gspo_dist.metrics.console import ConsoleSink
 from gspo_dist.metrics.jsonl import MetricsFile, SamplesFile
 from gspo_dist.metrics.sinks import Sink, Sinks, going_on_without
 from gspo_dist.metrics.wandb_sink import Mode, open_wandb
+from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives.objective import Objective, get_objective
 from gspo_dist.rollout.engine import EngineInfo, RolloutEngine
 from gspo_dist.rollout.turns import stop_ids
 from gspo_dist.trainer.setup.checks import resolve_transport
 from gspo_dist.types import SamplingSpec
+from gspo_dist.weights.folder import ModelFolder
+from gspo_dist.weights.stream import NamedTensor
 from gspo_dist.weights.tolerance import ProbeTolerance
 
 
@@ -76,6 +79,25 @@ def make_learner(
         "MASTER_PORT": str(master_port),
     }
     return MegatronLearner(config, model_path, **common)
+
+
+def stored_weights(config: LearnerConfig, model_path: str, folder: Path) -> Iterator[NamedTensor]:
+    """The weights of a learner's checkpoint under HF names, read from its files alone, one after the other.
+
+    No process is started, and optimiser states are not read but where they are all that there is of the
+    weights (ZeRO 3's masters). Raises ValueError for a checkpoint that is torn or of another model.
+    """
+    if config.backend == "eager":
+        from gspo_dist.learners import eager
+
+        return eager.stored_weights(folder, model_path, config.precision)
+    if config.backend == "deepspeed":
+        from gspo_dist.learners.deepspeed import stored as deepspeed
+
+        return deepspeed.stored_weights(folder, ModelFolder(model_path))
+    from gspo_dist.learners.megatron import stored as megatron
+
+    return megatron.stored_weights(folder, read_shape(Path(model_path)))
 
 
 def make_engine(

@@ -185,14 +185,17 @@ def test_export_takes_the_run_and_the_folder(monkeypatch, capsys, tmp_path: Path
 
     asked = []
 
-    def written(run_dir: Path, target: Path) -> dict[str, Any]:
-        asked.append((run_dir, target))
-        return {"folder": str(target), "tensors": 7, "step": 3, "mean_abs": 2.5e-7}
+    def written(run_dir: Path, target: Path, *, probe: bool) -> dict[str, Any]:
+        asked.append((run_dir, target, probe))
+        done: dict[str, Any] = {"folder": str(target), "tensors": 7, "step": 3}
+        return done | {"mean_abs": 2.5e-7} if probe else done
 
     monkeypatch.setattr(export, "export_run", written)
     monkeypatch.chdir(tmp_path)
     main(["export", "--run", "run", "--to", "out"])
-    assert asked == [(tmp_path / "run", Path("out"))]
+    assert capsys.readouterr().out == "out: 7 tensors after step 3, read back\n"
+    main(["export", "--run", "run", "--to", "out", "--probe"])
+    assert asked == [(tmp_path / "run", Path("out"), False), (tmp_path / "run", Path("out"), True)]
     said = capsys.readouterr().out
     assert said == "out: 7 tensors after step 3, read back; log-probs are the learner's to 2.5e-07 nats\n"
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_dist.config import LearnerConfig, RunConfig
+from gspo_dist.checkpoint import CheckpointStore
+from gspo_dist.config import LearnerConfig, ModelConfig, RolloutConfig, RunConfig
+from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.group import LocalLearnerGroup
+from gspo_dist.trainer import export
 from gspo_dist.trainer.export import check_export
 from gspo_dist.weights.tolerance import LEVELS
 from gspo_dist.weights.verify import WeightSyncError
@@ -58,3 +64,73 @@ def test_an_exports_tolerance_is_the_users_number_or_follows_the_precision(tmp_p
     assert check_export(group, config, folder) > 1e-15  # fp32's limit, which is as it was
     with pytest.raises(WeightSyncError, match="probe_tolerance is 1e-15"):
         check_export(group, strict, folder)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run's folder with one checkpoint of an eager learner that has trained; the learner itself."""
+    make(tmp_path / "start", "qwen3_moe")
+    config = RunConfig(
+        model=ModelConfig(path=str(tmp_path / "start")),
+        learner=LearnerConfig(backend="eager", precision="bf16", world_size=1),
+        rollout=RolloutConfig(max_prompt_tokens=8, max_completion_tokens=16),
+    )
+    learner = EagerLearner(config.learner, tmp_path / "start", total_steps=1)
+    for parameter, master in zip(learner.parameters, learner.masters, strict=True):
+        master.mul_(1.1)
+        parameter.data.copy_(master)
+    folder = tmp_path / "run"
+    store = CheckpointStore(folder, 1)
+    partial = store.begin(3)
+    learner.save(partial / "learner")
+    store.commit(partial, 3, {"policy_version": 3})
+    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
+    return folder, LocalLearnerGroup(learner)
+
+
+def test_a_run_is_exported_from_its_files_without_a_learner(run_dir, tmp_path, monkeypatch) -> None:
+    """Bit for bit what the learner itself exports."""
+    folder, group = run_dir
+
+    def started(*args, **kwargs):
+        raise AssertionError("a learner was started")
+
+    monkeypatch.setattr(export, "Processes", started)
+    done = export.export_run(folder, tmp_path / "out")
+    assert done == {"folder": str(tmp_path / "out"), "step": 3, "tensors": 45}
+    group.export(tmp_path / "start", tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model-00001.safetensors") for name in ("out", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(ours[name], tensor), name
+    with pytest.raises(ValueError, match="must be new or empty"):
+        export.export_run(folder, tmp_path / "out")
+
+
+def test_a_probe_starts_the_learner_loads_it_and_compares(run_dir, tmp_path, monkeypatch) -> None:
+    folder, group = run_dir
+    asked = []
+
+    class Started:
+        def __init__(self, config, *args, **kwargs) -> None:
+            asked.append((config.rollout.engines, config.cluster.colocated, kwargs))
+
+        def __enter__(self):
+            return SimpleNamespace(learner=lambda: group)
+
+        def __exit__(self, *error) -> None: ...
+
+    monkeypatch.setattr(export, "Processes", Started)
+    for parameter in group.learner.parameters:  # what it starts from; the checkpoint must come in
+        parameter.data.mul_(0.5)
+    done = export.export_run(folder, tmp_path / "out", probe=True)
+    assert asked == [(1, False, {"engines": False})]
+    assert done["mean_abs"] < 5e-4  # bf16 rounds
+    assert group.policy_version == 0  # as the fixture's learner counts
+
+
+def test_a_run_without_a_checkpoint_says_so(run_dir, tmp_path) -> None:
+    shutil.rmtree(run_dir[0] / "checkpoints")
+    with pytest.raises(ValueError, match=r"has no checkpoint: set checkpoint\.every"):
+        export.export_run(run_dir[0], tmp_path / "out")

@@ -6,12 +6,12 @@ import errno
 import json
 import logging
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gspo_dist.weights import export
@@ -19,6 +19,7 @@ from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.export import probe_folder, verify_folder, write_hf_folder
 from gspo_dist.weights.folder import read_folder
 from gspo_dist.weights.names import hf_named_weights
+from gspo_dist.weights.shards import ShardFile
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.weights.tiny_models import FAMILIES, logits, make, read
 
@@ -155,11 +156,11 @@ def test_a_full_disk_is_said_with_both_numbers_and_leaves_nothing(tmp_path, monk
 
 
 def test_a_disk_that_fills_under_way_is_said_alike_whoever_meets_it(tmp_path, monkeypatch):
-    """safetensors meets it in an error of its own, and copytree in a list of texts."""
+    """A weight file meets it as it is, and copytree in a list of texts."""
     hf, copytree = make(tmp_path / "source", "qwen3"), shutil.copytree
 
-    def onto_full(tensors, path, metadata):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def onto_full(self, name, tensor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device", target)
@@ -167,7 +168,7 @@ def test_a_disk_that_fills_under_way_is_said_alike_whoever_meets_it(tmp_path, mo
     def copy(source, target, ignore):
         return copytree(source, target, ignore=ignore, copy_function=full)
 
-    for owner, name, put in ((export, "save_file", onto_full), (shutil, "copytree", copy)):
+    for owner, name, put in ((ShardFile, "add", onto_full), (shutil, "copytree", copy)):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, put)
             with pytest.raises(
@@ -183,24 +184,43 @@ def test_other_errors_of_an_export_pass(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(export, "save_file", denied)
+    monkeypatch.setattr(ShardFile, "add", denied)
     with pytest.raises(PermissionError):
         write_hf_folder(hf_named_weights(hf), tmp_path / "source", tmp_path / "out")
 
 
 def test_a_disk_that_gives_back_other_bytes_is_seen(tmp_path, monkeypatch):
     hf = make(tmp_path / "source", "qwen3")
-    write = export.save_file
+    add = ShardFile.add
 
-    def flip(tensors, path, metadata):
-        tensors = {n: t.clone() for n, t in tensors.items()}
-        tensors["model.norm.weight"][3] += 1
-        write(tensors, path, metadata=metadata)
+    def flip(self, name, tensor):
+        if name == "model.norm.weight":
+            tensor = tensor.clone()
+            tensor[3] += 1
+        add(self, name, tensor)
 
-    monkeypatch.setattr(export, "save_file", flip)
+    monkeypatch.setattr(ShardFile, "add", flip)
     with pytest.raises(WeightSyncError, match=r"model\.norm\.weight reads back from .* with other bytes"):
         write_hf_folder(hf_named_weights(hf), tmp_path / "source", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_tensor_is_on_disk_before_the_next_one_is_asked_for(tmp_path):
+    """Each tensor dies before the next is made: no file is gathered in memory first."""
+    hf = make(tmp_path / "source", "qwen3_moe")
+    stored = dict(hf_named_weights(hf))
+    last: list[weakref.ref] = []
+
+    def stream():
+        for name, tensor in stored.items():
+            assert not last or last[0]() is None, "the tensor before is still held"
+            own = tensor.clone()
+            last[:] = [weakref.ref(own)]
+            yield name, own
+            del own
+
+    write_hf_folder(stream(), tmp_path / "source", tmp_path / "out")
+    assert len(last) == 1
 
 
 def test_a_folder_with_other_tensors_than_were_written_is_seen(tmp_path):

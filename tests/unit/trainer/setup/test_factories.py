@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gspo_dist.learners.eager import EagerLearner
+from gspo_dist.models.shape import read_shape
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.trainer.setup.factories import (
     begins_equal,
@@ -20,6 +23,7 @@ from gspo_dist.trainer.setup.factories import (
     records_routing,
     resolved_weight_sync,
     sampling_spec,
+    stored_weights,
 )
 from gspo_dist.weights.tolerance import LEVELS
 from tests.unit.trainer.small import config
@@ -303,3 +307,24 @@ def test_the_weight_syncs_transport_is_resolved_and_nothing_else(model, reward_f
     c = config(model, reward_file, tmp_path)
     assert c.rollout.weight_sync.transport == "auto"
     assert resolved_weight_sync(c, "cpu") == replace(c.rollout.weight_sync, transport="shm")
+
+
+@pytest.mark.parametrize("backend", ["eager", "deepspeed", "megatron"])
+def test_a_checkpoint_is_read_by_the_module_of_its_learner(
+    model, reward_file, tmp_path, monkeypatch, backend
+):
+    where = "eager" if backend == "eager" else f"{backend}.stored"
+    reader = importlib.import_module(f"gspo_dist.learners.{where}")
+    asked = []
+    monkeypatch.setattr(reader, "stored_weights", lambda *given: asked.append(given) or iter(()))
+    run = config(model, reward_file, tmp_path)
+    learner = replace(run.learner, backend=backend, precision="bf16")
+    assert list(stored_weights(learner, str(model), tmp_path)) == []
+    ((folder, source, *rest),) = asked
+    assert folder == tmp_path
+    if backend == "eager":
+        assert (source, rest) == (str(model), ["bf16"])
+    elif backend == "deepspeed":
+        assert source.path == Path(model)
+    else:
+        assert source == read_shape(Path(model))
