@@ -18,6 +18,7 @@ from gspo_dist.learners.collectives import PREFIX, Watch, dumps, record_in, stuc
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.learners.profile import Profiler
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
@@ -43,6 +44,7 @@ class LearnerRank(ActorProcess):
         self._learner: Learner | None = None
         self._watch: Watch | None = None
         self._link: WeightLink | None = None
+        self._profiler = Profiler()
 
     @property
     def learner(self) -> Learner:
@@ -130,6 +132,12 @@ class LearnerRank(ActorProcess):
             for _ in hf_items(self.learner):
                 pass
             return None
+
+    def start_profile(self) -> None:
+        self._profiler.start()
+
+    def stop_profile(self, folder: str, name: str) -> list[str]:
+        return [str(path) for path in self._profiler.stop(Path(folder), name)]
 
     def empty_cache(self) -> None:
         """Gives the GPU memory that only the allocator holds to a colocated engine."""
@@ -292,6 +300,18 @@ class RayLearnerGroup:
 
     def wait_saved(self) -> None:
         self._call("wait_saved", timeout=self.config.timeout_s)
+
+    def start_profile(self, ranks: Sequence[int]) -> None:
+        refs = {f"learner-{r}": self.actors.handles[f"learner-{r}"].start_profile.remote() for r in ranks}
+        self.actors.gather(refs, self.config.timeout_s)
+
+    def stop_profile(self, ranks: Sequence[int], folder: Path) -> list[Path]:
+        refs = {
+            f"learner-{r}": self.actors.handles[f"learner-{r}"].stop_profile.remote(str(folder), f"rank-{r}")
+            for r in ranks
+        }
+        answers = self.actors.gather(refs, self.config.timeout_s)
+        return [Path(path) for files in answers.values() for path in files]
 
     def empty_cache(self) -> None:
         self.actors.call_all("empty_cache", timeout=self.config.timeout_s)

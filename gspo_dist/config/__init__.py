@@ -7,6 +7,7 @@
     objective.py  the loss, the advantages, the correction (the guard's knobs are in objectives/offset.py)
     selection.py  which rollouts of a batch train
     data.py, reward.py, environment.py, evaluation.py, cluster.py, logger.py, checkpoint.py, flips.py
+    profile.py    steps in which the learner is profiled
     plan.py       what `gspo plan` assumes
     mapping.py    a config from plain mappings, and back
 
@@ -26,6 +27,7 @@ from gspo_dist.config.logger import LoggerConfig, WandbConfig
 from gspo_dist.config.model import ModelConfig
 from gspo_dist.config.objective import CorrectionConfig, ObjectiveConfig
 from gspo_dist.config.plan import PlanConfig
+from gspo_dist.config.profile import ProfileConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig, WeightSyncConfig
 from gspo_dist.config.run import RunConfig
@@ -49,6 +51,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PlanConfig",
+    "ProfileConfig",
     "RenewalConfig",
     "RewardConfig",
     "RolloutConfig",

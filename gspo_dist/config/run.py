@@ -18,6 +18,7 @@ from gspo_dist.config.mapping import described, knobs
 from gspo_dist.config.model import ModelConfig
 from gspo_dist.config.objective import ObjectiveConfig
 from gspo_dist.config.plan import PlanConfig
+from gspo_dist.config.profile import ProfileConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig
 from gspo_dist.objectives import legality
@@ -59,6 +60,8 @@ class RunConfig:
     """Held-out accuracy before, during and after training."""
     flips: FlipsConfig = field(default_factory=FlipsConfig)
     """Live rates of routing flips."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Steps in which the learner is profiled."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """What `gspo plan` assumes. The run itself reads none of it."""
 
@@ -72,6 +75,7 @@ class RunConfig:
         self._check_reads()
         self._check_environment()
         self._check_accepted()
+        self._check_profile()
         check_consistency(self.learner, self.rollout)
 
     def _check_batches(self) -> None:
@@ -155,6 +159,19 @@ class RunConfig:
                 raise ValueError(
                     f"objective {name} {why}, which the eager learner alone measures: got learner.backend "
                     f"{self.learner.backend}; use learner=eager, or objective={other}, the same without it"
+                )
+
+    def _check_profile(self) -> None:
+        if not self.profile.steps:
+            return
+        for name, values, last, knob in (
+            ("steps", self.profile.steps, self.steps, "steps"),
+            ("ranks", self.profile.ranks, self.learner.world_size - 1, "learner.world_size"),
+        ):
+            if any(value > last for value in values):
+                raise ValueError(
+                    f"profile.{name} must be among the run's own (up to {last}, by {knob}): got "
+                    f"{list(values)}; leave {max(values)} out"
                 )
 
     def _check_accepted(self) -> None:

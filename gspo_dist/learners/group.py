@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.learners.profile import Profiler
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.types import LogprobOutput
@@ -105,6 +106,21 @@ class LearnerGroup(Protocol):
         """Returns when every started save is on disk, at once where there is none. Raises what it raised."""
         ...
 
+    def start_profile(self, ranks: Sequence[int]) -> None:
+        """Has these ranks record what they compute. May be called again, and begins anew then.
+
+        Raises what torch's profiler raises.
+        """
+        ...
+
+    def stop_profile(self, ranks: Sequence[int], folder: Path) -> list[Path]:
+        """Ends what `start_profile` began. Returns the files that were written, those of every rank.
+
+        Empty where nothing was recorded. Raises OSError when a file cannot be written. The ranks compute on
+        all the same.
+        """
+        ...
+
     def empty_cache(self) -> None:
         """Gives GPU memory that only the allocator holds to a colocated engine. May be called at any time."""
         ...
@@ -135,6 +151,7 @@ class LocalLearnerGroup:
         self.learner = learner
         self.transport: Transport | None = None
         self.closed = False
+        self.profiler = Profiler()
 
     @property
     def policy_version(self) -> int:
@@ -202,6 +219,13 @@ class LocalLearnerGroup:
 
     def wait_saved(self) -> None:
         self.learner.wait_saved()
+
+    def start_profile(self, ranks: Sequence[int]) -> None:
+        """There is one rank, 0."""
+        self.profiler.start()
+
+    def stop_profile(self, ranks: Sequence[int], folder: Path) -> list[Path]:
+        return self.profiler.stop(folder, "rank-0")
 
     def empty_cache(self) -> None:
         """Engine and learner are one process: there is nothing to hand over."""

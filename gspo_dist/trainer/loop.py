@@ -51,9 +51,10 @@ def run_step(run: Run, step: int) -> None:
     with failures_say_what_is_saved(run, step):
         run.clock.restart()
         rollouts = collect(run, step)
-        metrics = learn(run, rollouts, step)
-        metrics.evaluation = run.suites.finish()
-        metrics.sync = publish(run, [(r.prompt, r.completion) for r in rollouts[:PROBE_SEQUENCES]])
+        with run.profile(step):
+            metrics = learn(run, rollouts, step)
+            metrics.evaluation = run.suites.finish()
+            metrics.sync = publish(run, [(r.prompt, r.completion) for r in rollouts[:PROBE_SEQUENCES]])
         run.tokens_seen += sum(len(r.completion) for r in rollouts)
         metrics.speed = step_metrics.speed_metrics(
             run.clock.metrics(), rollouts, run.tokens_seen, run.collector.take_speed()

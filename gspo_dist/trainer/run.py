@@ -23,6 +23,7 @@ from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.health import Health
 from gspo_dist.trainer.old_logprobs import OldLogprobs
 from gspo_dist.trainer.pipeline import Collector
+from gspo_dist.trainer.profile import ProfileWindow
 from gspo_dist.trainer.publisher import WeightPublisher
 from gspo_dist.trainer.suites import RunSuites
 from gspo_dist.types import Prompt, SamplingSpec
@@ -65,6 +66,8 @@ class Run:
     old_logprobs: OldLogprobs
     flips: FlipMeter
     publisher: WeightPublisher
+    profile: ProfileWindow
+    """Records the learner's ranks in the steps that were asked for."""
     sinks: Sinks
     health: Health
     """Counts what happens to the processes."""

@@ -35,6 +35,7 @@ from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.health import EVENTS, Health
 from gspo_dist.trainer.old_logprobs import OldLogprobs
 from gspo_dist.trainer.pipeline import Collector, progress_metrics
+from gspo_dist.trainer.profile import ProfileWindow
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, WeightPublisher
 from gspo_dist.trainer.run import Run
 from gspo_dist.trainer.setup.checks import (
@@ -229,6 +230,7 @@ def assemble(checked: Checked, parts: Parts, episodes: Episodes | None = None) -
         old_logprobs=OldLogprobs(config.objective, learner, guard),
         flips=flips,
         publisher=make_publisher(config, parts, checked.device),
+        profile=ProfileWindow(config.profile, learner, run_dir),
         sinks=sinks,
         health=Health(run_dir, sinks),
         sampling=sampling,

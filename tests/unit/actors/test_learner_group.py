@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import socket
 import sys
@@ -238,6 +240,19 @@ def test_the_exporter_meets_the_engines_once_and_delivers_every_bucket_to_each(g
     engines = Actors(handles, folder)
     assert engines.call_all("said", timeout=60) == {"engine-0": (1, 4), "engine-1": (1, 4)}
     engines.kill()
+
+
+def test_the_ranks_that_are_asked_record_what_they_compute(group, tmp_path):
+    group.start_profile([3, 1])
+    group.logprobs(MINI.micro_batches)
+    files = group.stop_profile([3, 1], tmp_path / "profile")
+    assert sorted(path.name for path in files) == ["rank-1.trace.json.gz", "rank-3.trace.json.gz"]
+    for path in files:
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        made = [event for event in events if event["name"] == "aten::to" and event.get("ph") == "X"]
+        assert len(made) >= 2  # two micro-batches, whose tokens become floats
+    assert group.stop_profile([0, 1, 2, 3], tmp_path / "profile") == []
+    assert len(list((tmp_path / "profile").iterdir())) == 2
 
 
 def test_memory_is_counted_per_rank_and_the_cache_can_be_emptied(group):

@@ -61,6 +61,16 @@ from gspo_dist.config.mapping import from_mapping
             {"checkpoint": {"accept": ["reward", "learner.optimizer.learning_rate"]}},
             r"checkpoint.accept must hold .*: got 'learner.optimizer.learning_rate'; did you mean",
         ),
+        ({"profile": {"steps": [0]}}, r"profile.steps must hold whole numbers from 1 on: got 0 in \[0\]"),
+        ({"profile": {"steps": [1], "ranks": [-1]}}, r"profile.ranks must hold .* from 0 on: got -1"),
+        (
+            {"steps": 20, "profile": {"steps": [3, 21]}},
+            r"profile.steps must be among the run's own \(up to 20, by steps\): got \[3, 21\]; leave 21 out",
+        ),
+        (
+            {"profile": {"steps": [3], "ranks": [0, 1]}},
+            r"profile.ranks must be among .* \(up to 0, by learner.world_size\): got \[0, 1\]; leave 1",
+        ),
         ({"plan": {"gpu": ""}}, r"plan.gpu needs a value: got none; leave it out, or write plan.gpu=null"),
         ({"plan": {"model": ""}}, r"plan.model needs a value"),
         (
@@ -90,6 +100,8 @@ def test_bad_input_names_rule_value_and_way_out(values, message):
         {"cluster": {"in_process": True}, "learner": {"backend": "eager"}, "reward": {"workers": 2}},
         {"objective": {"params": {"clip_low": 0.2, "clip_high": 0.27}, "allow_wide_clip": True}},
         {"checkpoint": {"accept": ["reward", "learner.optimizer", "data.train"]}},
+        {"steps": 20, "profile": {"steps": [20], "ranks": [1]}, "learner": {"world_size": 2}},
+        {"profile": {"ranks": [7]}},  # nothing is recorded
         # the keys of a mapping are the user's own
         {"checkpoint": {"accept": ["objective.params.clip_low", "learner.megatron.ddp.bucket_size"]}},
     ],
