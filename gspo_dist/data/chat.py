@@ -100,8 +100,8 @@ def _tell_unused(tokenizer: str, names: tuple[str, ...]) -> None:
 def _tell_appended_eos(tokenizer: str, token: str) -> None:
     """Says it once per tokenizer, and not for every record."""
     log.warning(
-        "the tokenizer %s appends %s to a text: prompts go without it, since completions continue them",
-        tokenizer,
+        "the tokenizer%s appends %s to a text: prompts go without it, since completions continue them",
+        f" {tokenizer}" if tokenizer else "",  # one that was made in memory has no name
         token,
     )
 
