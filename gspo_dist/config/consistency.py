@@ -60,6 +60,13 @@ EXACT_RULES: tuple[ExactRule, ...] = (
         lambda learner, rollout: learner.precision != rollout.precision,
     ),
     ExactRule(
+        "learner.precision=fp16",
+        "the engine's operators were compared in fp32 and bf16 alone",
+        "use bf16 or fp32",
+        lambda learner, rollout: learner.precision,
+        lambda learner, rollout: learner.precision == "fp16",
+    ),
+    ExactRule(
         "rollout.tensor_parallel > 1",
         "ranks of an engine add their parts of a product in another order than one rank",
         "set rollout.tensor_parallel=1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,7 +180,10 @@ class LearnerConfig:
     world_size: int = 1
     """Ranks. Each takes one GPU on GPU hosts."""
     precision: str = "bf16"
-    """fp32 | bf16: of weights and activations. Master weights and log-probs are fp32 in both."""
+    """fp32 | bf16 | fp16: of weights and activations. Master weights and log-probs are fp32 in all three."""
+    initial_loss_scale: float = 65536.0
+    """fp16 alone: what the loss is multiplied by before the backward pass, a power of two. It halves at an
+    overflow, whose step is skipped, and doubles after 100 steps without one."""
     fp32_head: bool = True
     """Compute the LM head's product in fp32."""
     consistency: str = "off"
@@ -211,8 +215,13 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         choose("learner.backend", self.backend, ("eager", "deepspeed", "megatron"))
-        choose("learner.precision", self.precision, ("fp32", "bf16"))
+        choose("learner.precision", self.precision, ("fp32", "bf16", "fp16"))
         choose("learner.consistency", self.consistency, ("off", "exact"))
+        if not (self.initial_loss_scale >= 1 and math.frexp(self.initial_loss_scale)[0] == 0.5):
+            raise ValueError(
+                "learner.initial_loss_scale must be a power of two of at least 1 (scaling is then exact): "
+                f"got {self.initial_loss_scale}; try 65536"
+            )
         at_least("learner.world_size", self.world_size, 1)
         at_least("learner.token_budget", self.token_budget, 1)
         at_least("learner.threads", self.threads, 0)

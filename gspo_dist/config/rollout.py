@@ -60,7 +60,7 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """GPUs per engine; processes per engine on a CPU host."""
     precision: str = "bf16"
-    """fp32 | bf16: of the engine's weights and activations."""
+    """fp32 | bf16 | fp16: of the engine's weights and activations."""
     prompts_per_step: int = 64
     """Prompts that a step takes, one group of completions for each."""
     group_size: int = 16
@@ -112,7 +112,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         choose("rollout.engine", self.engine, ("vllm", "reference"))
-        choose("rollout.precision", self.precision, ("fp32", "bf16"))
+        choose("rollout.precision", self.precision, ("fp32", "bf16", "fp16"))
         for name in (
             "engines",
             "tensor_parallel",

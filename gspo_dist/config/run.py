@@ -69,6 +69,7 @@ class RunConfig:
         at_least("steps", self.steps, 1)
         at_least("mini_batches", self.mini_batches, 1)
         self._check_batches()
+        self._check_precisions()
         self._check_in_process()
         self._check_ahead()
         self._check_selection()
@@ -102,6 +103,15 @@ class RunConfig:
             raise ValueError(
                 f"rollout.group_size must be at least 2 for {advantage} advantages (a group of one has no "
                 "baseline): got 1; raise it or set objective.advantage=none"
+            )
+
+    def _check_precisions(self) -> None:
+        both = {self.learner.precision, self.rollout.precision}
+        if self.rollout.engine == "vllm" and both == {"bf16", "fp16"}:
+            raise ValueError(
+                "fp16 and bf16 each round away what the other keeps, so engine and learner would differ more "
+                f"than in either: got learner.precision={self.learner.precision} and rollout.precision="
+                f"{self.rollout.precision}; give both one value, or one of them fp32"
             )
 
     def _check_in_process(self) -> None:

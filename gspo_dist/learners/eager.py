@@ -17,6 +17,7 @@ from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, map_state, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
@@ -82,6 +83,7 @@ class EagerLearner:
         for i, parameter in enumerate(self.parameters):
             parameter.register_post_accumulate_grad_hook(self._gradient_collector(i))
         self.lr_factor = lr_factor(config.optimizer, total_steps)
+        self.scale = LossScale.of(config.precision, config.initial_loss_scale)
         self.optimizer = torch.optim.AdamW(self.masters)  # its settings: before every step
 
     def _gradient_collector(self, i: int) -> Callable[[torch.Tensor], None]:
@@ -140,7 +142,7 @@ class EagerLearner:
                     router_shift=shift,
                     candidate_logprobs=candidates[0] if candidates else None,
                 )
-                loss.backward()
+                (loss if self.scale is None else self.scale.apply(loss)).backward()
             parts.append(stats)
         return merge_stats(parts)
 
@@ -149,11 +151,18 @@ class EagerLearner:
         grads = [
             torch.zeros_like(m) if g is None else g for m, g in zip(self.masters, self.gradients, strict=True)
         ]
+        scaled = None
+        if self.scale is not None:
+            scaled = self.scale.value
+            torch._foreach_div_(grads, scaled)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
         lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
-        if not torch.isfinite(norm):
+        skipped = not torch.isfinite(norm)
+        if self.scale is not None:
+            self.scale.update(skipped)
+        if skipped:
             self.gradients = [None] * len(self.parameters)
-            return OptimStep(float(norm), lr, self.policy_version, skipped=True)
+            return OptimStep(float(norm), lr, self.policy_version, skipped, scaled)
         clip = self.config.optimizer.grad_clip
         # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, which DeepSpeed and Megatron follow.
         scale = min(1.0, clip / (float(norm) + 1e-6)) if clip else 1.0
@@ -166,7 +175,7 @@ class EagerLearner:
             master.grad = None
         self.gradients = [None] * len(self.parameters)
         self.policy_version += 1
-        return OptimStep(float(norm), lr, self.policy_version)
+        return OptimStep(float(norm), lr, self.policy_version, loss_scale=scaled)
 
     def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
         weights = hf_named_weights(self.policy.hf, slice_bytes=bucket_bytes, stacked=stacked)
@@ -180,6 +189,7 @@ class EagerLearner:
             "optimizer": self.optimizer.state_dict(),
             "policy_version": self.policy_version,
             "rng": torch.get_rng_state(),
+            "loss_scale": self.scale and self.scale.state_dict(),
         }
         write_state(state, folder / FILE)
 
@@ -195,6 +205,8 @@ class EagerLearner:
                 master.copy_(saved)
                 parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["loss_scale"])
         self.policy_version = state["policy_version"]
         torch.set_rng_state(state["rng"].cpu())
 

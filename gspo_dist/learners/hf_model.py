@@ -17,7 +17,7 @@ from gspo_dist.learners.mixers import SequenceMixers, check_layers, check_mixers
 from gspo_dist.models.shape import read_shape
 from gspo_dist.types import PackedBatch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LogprobHead(nn.Module):
@@ -174,7 +174,7 @@ def load_policy(
     consistency: str = "off",
     make: Callable[[Path, PretrainedConfig, torch.dtype], PreTrainedModel] | None = None,
 ) -> PolicyModel:
-    """Loads an HF folder for training: packed attention, weights in `precision` ("fp32" or "bf16").
+    """Loads an HF folder for training: packed attention, weights in `precision` ("fp32", "bf16" or "fp16").
 
     temperature, fp32_head: of the `LogprobHead`.
     activation_checkpointing: layers are computed again in the backward instead of kept.

@@ -35,6 +35,8 @@ class OptimStep:
     """The version that the step made, or the one before where it was skipped."""
     skipped: bool = False
     """Whether the gradient was not finite, so that weights, optimiser and version stayed what they were."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by (loss_scale.py); None where precision needs none."""
 
 
 def refuse_scores(asked: bool) -> None:

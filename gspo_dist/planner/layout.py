@@ -18,7 +18,7 @@ from gspo_dist.config.rollout import PROBE_SEQUENCES, PROBE_TOKENS
 from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.pipeline import Lengths
 
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per weight of each `precision`."""
 
 
@@ -47,8 +47,8 @@ class LearnerLayout:
 
     @property
     def half(self) -> bool:
-        """Weights are in bf16, so that the optimiser keeps float32 master weights beside them."""
-        return self.config.precision == "bf16"
+        """Weights are in 16 bits, so that the optimiser keeps float32 master weights beside them."""
+        return self.config.precision != "fp32"
 
     @property
     def token_budget(self) -> int:

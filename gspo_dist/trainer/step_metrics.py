@@ -219,6 +219,8 @@ def update_metrics(
     norms = [o.grad_norm for o in optim if not o.skipped]
     out["learner/grad_norm"] = sum(norms) / len(norms) if norms else math.nan
     out["learner/skipped_steps"] = float(len(optim) - len(norms))
+    if optim[-1].loss_scale is not None:
+        out["learner/loss_scale"] = optim[-1].loss_scale
     out["learner/lr"] = optim[-1].lr
     out["learner/policy_version"] = float(optim[-1].policy_version)
     return out

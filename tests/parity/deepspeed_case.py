@@ -232,6 +232,7 @@ def train(
                 "grad_norm": step.grad_norm,
                 "lr": step.lr,
                 "version": step.policy_version,
+                "loss_scale": step.loss_scale,
             }
         )
     return seen

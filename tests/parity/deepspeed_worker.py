@@ -81,6 +81,8 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     first = ranks.learner(spec)
     case.train(first, spec["data"][:2], [ranks.rank])
     torch.manual_seed(77 + ranks.rank)
+    if first.scale is not None:
+        first.scale.value = 512.0
     first.save(folder)
     noise = torch.rand(3)
     saved = case.exported(first)

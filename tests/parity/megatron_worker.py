@@ -44,6 +44,7 @@ def train(learner: MegatronLearner, batches: list, steps: int, spec: case.LossSp
                 "grad_norm": step.grad_norm,
                 "lr": step.lr,
                 "policy_version": step.policy_version,
+                "loss_scale": step.loss_scale,
             }
         )
     return seen
@@ -52,6 +53,8 @@ def train(learner: MegatronLearner, batches: list, steps: int, spec: case.LossSp
 def main(job: dict, rank: int) -> dict:
     torch.set_num_threads(1)
     config = case.make_config(job["world_size"], job.get("precision", "fp32"), **job["layout"])
+    if "initial_loss_scale" in job:
+        config = replace(config, initial_loss_scale=job["initial_loss_scale"])
     if "optimizer" in job:
         config = replace(config, optimizer=replace(config.optimizer, **job["optimizer"]))
     learner = MegatronLearner(

@@ -36,6 +36,7 @@ RESUMED = {
     "resume_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
     "resume_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}},
     "resume_bf16_zero1": {"deepspeed": {"zero_stage": 1}, "precision": "bf16"},
+    "resume_fp16_zero2": {"deepspeed": {"zero_stage": 2}, "precision": "fp16"},
     "resume_bf16_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}, "precision": "bf16"},
 }
 ACCEPTED = {
@@ -50,11 +51,14 @@ BROKEN = {
         ("zero0", {"zero_stage": 0}, {}),
         ("zero1_bf16", {"zero_stage": 1}, {"precision": "bf16"}),
         ("zero2", {"zero_stage": 2}, {}),
+        ("zero2_fp16", {"zero_stage": 2}, {"precision": "fp16"}),
+        ("zero3_fp16", {"zero_stage": 3}, {"precision": "fp16"}),
         ("zero3", {"zero_stage": 3}, {}),
         ("experts3", {"zero_stage": 3, "expert_parallel": 2}, {}),
     )
 }
 BF16 = {f"bf16_zero{stage}": {"deepspeed": {"zero_stage": stage}, "precision": "bf16"} for stage in range(4)}
+FP16 = {f"fp16_zero{n}": {"deepspeed": {"zero_stage": n}, "precision": "fp16"} for n in (1, 2, 3)}
 BF16_EXPERTS = {
     f"bf16_experts{stage}": {"deepspeed": {"zero_stage": stage, "expert_parallel": 2}, "precision": "bf16"}
     for stage in (1, 2, 3)
@@ -118,9 +122,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "weights": case.exported(eager),
     }
 
-    bf16 = make_eager(model, "bf16")
-    start = case.exported(bf16)
-    bf16_run = {"steps": case.train(bf16, data, [0, 1]), "weights": case.exported(bf16), "start": start}
+    halves = {}
+    for precision in ("bf16", "fp16"):
+        half = make_eager(model, precision)
+        start = case.exported(half)
+        steps = case.train(half, data, [0, 1])
+        halves[precision] = {"steps": steps, "weights": case.exported(half), "start": start}
 
     fixed = make_eager(model, "bf16")  # routes fixed: a flipped route moves a bf16 log-prob by tenths
     fixed_outputs = fixed.logprobs(given)
@@ -151,7 +158,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ("resume", RESUMED),
             ("accepted", ACCEPTED),
             ("broken", BROKEN),
-            ("train", BF16),
+            ("train", BF16 | FP16),
             ("routes", BF16_EXPERTS),
             ("wrong_weights", WRONG),
             ("other_layout", {"other_layout": {"deepspeed": {"zero_stage": 1}}}),
@@ -165,7 +172,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "folders": {name: spec["folder"] for name, spec in cases.items()},
         "traces": traces,
         "routed": routed,
-        "bf16": bf16_run,
+        **halves,
         "fixed": fixed_run,
         "accepted": accepted_run,
     }
@@ -218,9 +225,11 @@ def test_resuming_equals_not_stopping_bit_for_bit(lab: dict, name: str) -> None:
         assert seen["version"] == 2
         assert torch.equal(seen["noise_on"], seen["noise_back"]), "random state"
         for on, back in zip(seen["on"], seen["back"], strict=True):
-            assert all(on[key] == back[key] for key in ("grad_norm", "lr", "version"))
+            assert all(on[key] == back[key] for key in ("grad_norm", "lr", "version", "loss_scale"))
             for a, b in zip(on["logprobs"], back["logprobs"], strict=True):
                 assert torch.equal(a, b)
+        # The worker lowered it before the save: a learner that begins anew has 65,536.
+        assert seen["back"][0]["loss_scale"] == (512.0 if "fp16" in name else None)
         assert bool(seen["weights_on"]) == (r == 0)
         assert seen["weights_on"].keys() == seen["weights_back"].keys()
         for key, weight in seen["weights_on"].items():
@@ -288,6 +297,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing(lab: dict, na
         steps = rank[name]["steps"]
         assert [s.skipped for s in steps] == [False, True, False]
         assert [s.policy_version for s in steps] == [1, 1, 2]
+        assert [s.loss_scale for s in steps] == ([2**16, 2**16, 2**15] if "fp16" in name else [None] * 3)
         first, after, last, never = rank[name]["weights"]
         assert [key for key in first if not torch.equal(first[key], after[key])] == []
         assert [key for key in last if not torch.equal(last[key], never[key])] == []
@@ -306,18 +316,27 @@ def test_a_number_gone_wrong_on_one_rank_raises_on_all(lab: dict, name: str) -> 
         assert "as many micro-batches" in seen["count"], seen["count"]
 
 
-@pytest.mark.parametrize("name", ["bf16_zero1", "bf16_zero2", "bf16_zero3"])
-def test_bf16_with_fp32_masters_and_accumulation_equals_eager(lab: dict, name: str) -> None:
-    """The same bf16 kernels see the same weights, and everything else is fp32: nothing may drift."""
-    for i, want in enumerate(lab["bf16"]["steps"]):
+@pytest.mark.parametrize("name", ["bf16_zero1", "bf16_zero2", "bf16_zero3", *FP16])
+def test_16_bits_with_fp32_masters_and_accumulation_equal_eager(lab: dict, name: str) -> None:
+    """The same kernels see the same weights, and everything else is fp32: nothing may drift.
+
+    In fp16 the last bit of a sum over ranks moves weights to the next number eight times as often as in bf16.
+    What learning makes of that is bounded here. The first gradient knows nothing of it.
+    """
+    half = name.split("_")[0]
+    for i, want in enumerate(lab[half]["steps"]):
         got = [x for rank in lab["got"] for x in rank[name]["steps"][i]["logprobs"]]
         for a, b in zip(got, want["logprobs"], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-        assert lab["got"][0][name]["steps"][i]["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
-    for key, weight in lab["bf16"]["weights"].items():
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if half == "bf16" or i == 0 else 1e-2)
+        assert lab["got"][0][name]["steps"][i]["grad_norm"] == pytest.approx(
+            want["grad_norm"], rel=1e-5 if half == "bf16" or i == 0 else 2e-3
+        )
+    for key, weight in lab[half]["weights"].items():
         got = lab["got"][0][name]["weights"][key]
-        assert got.dtype == torch.bfloat16
-        assert (got.float() - weight.float()).norm() <= 1e-5 * weight.float().norm(), key
+        assert got.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
+        assert (got.float() - weight.float()).norm() <= {"bf16": 1e-5, "fp16": 2e-4}[
+            half
+        ] * weight.float().norm(), key
 
 
 def test_bf16_zero0_accumulates_in_bf16(lab: dict) -> None:

@@ -117,31 +117,35 @@ def test_a_resume_with_other_settings_steps_with_them_as_eager_does(
     assert_weights(ranks[0]["weights"][0], end, 1e-5)
 
 
-def test_bf16_resumes_bit_for_bit_and_exports_alike(reference: Reference, tmp_path: Path, crew: Crew) -> None:
-    """Master weights and moments come back whole; weights loaded under another layout are the saved ones."""
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_resume_bit_for_bit_and_export_alike(
+    reference: Reference, tmp_path: Path, crew: Crew, precision: str
+) -> None:
+    """Master weights, moments and fp16's loss scale come back whole. Weights loaded under another layout are
+    the saved ones, there after a step that overflowed on a scale of 2^60 and changed nothing.
+    """
     saved = str(tmp_path / "checkpoint")
-    job = {"precision": "bf16"}
-    first = run(
-        crew,
-        tmp_path / "a",
-        reference,
-        2,
-        EP2,
-        [["train", 2], "weights", ["save", saved], ["train", 1], "weights", "wait"],
-        **job,
-    )
-    assert {t.dtype for t in first[0]["weights"][0].values()} == {torch.bfloat16}
+    scaled = precision == "fp16"
+
+    def go(name: str, layout: dict, actions: list, scale: int) -> list[dict]:
+        job = {"precision": precision, "initial_loss_scale": 2.0**scale}
+        return run(crew, tmp_path / name, reference, 2, layout, actions, **job)
+
+    first = go("a", EP2, [["train", 2], "weights", ["save", saved], ["train", 1], "weights", "wait"], 8)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert {t.dtype for t in first[0]["weights"][0].values()} == {dtype}
+    for step, (_, want) in zip(first[0]["steps"], reference.steps, strict=True):
+        assert step["grad_norm"] == pytest.approx(want.grad_norm, rel=0.1 if scaled else 0.25)
     assert_identical(stored_alone(saved, reference), first[0]["weights"][0])
     crew.close()
-    again = run(
-        crew, tmp_path / "b", reference, 2, EP2, [["load", saved], "weights", ["train", 1], "weights"], **job
-    )
+    again = go("b", EP2, [["load", saved], "weights", ["train", 1], "weights"], 14)
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert_identical(again[0]["weights"][1], first[0]["weights"][1])
-    other = run(
-        crew, tmp_path / "c", reference, 2, {"pipeline_parallel": 2}, [["load", saved], "weights"], **job
-    )
+    other = go("c", {"pipeline_parallel": 2}, [["train", 1], ["load", saved], "weights"], 60)
     assert_identical(other[0]["weights"][0], first[0]["weights"][0])
+    scales = [ranks[0]["steps"][-1]["loss_scale"] for ranks in (first, again, other)]
+    assert scales == ([2.0**8, 2.0**8, 2.0**60] if scaled else [None] * 3)
+    assert [rank["steps"][0]["policy_version"] for rank in other] == [0 if scaled else 1] * 2
 
 
 def test_plain_optimizer_saves_synchronously(reference: Reference, tmp_path: Path, crew: Crew) -> None:

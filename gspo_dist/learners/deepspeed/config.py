@@ -27,6 +27,9 @@ def import_deepspeed(device: str) -> ModuleType:
     """
     os.environ["DS_ACCELERATOR"] = "cpu" if device == "cpu" else "cuda"
     deepspeed = importlib.import_module("deepspeed")
+    if device == "cpu":
+        # 0.19.8 asks oneDNN, which has fp16 kernels on the newest processors alone. torch computes it on all.
+        importlib.import_module("deepspeed.accelerator").get_accelerator().is_fp16_supported = lambda: True
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU, 0.19.8 compiles a shared-memory all-reduce at the first init_distributed. It needs a
     # compiler and minutes, and two runs that build it together leave a library that does not load. gloo
@@ -44,6 +47,11 @@ def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
     if ds.offload_optimizer and ds.zero_stage == 0:
         raise ValueError(
             "learner.deepspeed.offload_optimizer needs zero_stage 1 to 3: got 0; raise zero_stage"
+        )
+    if config.precision == "fp16" and ds.zero_stage == 0:
+        raise ValueError(
+            "learner.precision=fp16 needs learner.deepspeed.zero_stage 1 to 3: got 0, whose gradients would "
+            "accumulate in fp16; raise zero_stage, or use bf16"
         )
     for name in ("offload_optimizer", "offload_params", "grouped_mm"):
         if getattr(ds, name) and not on_gpu:
@@ -104,6 +112,10 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
         out["bf16"] = {"enabled": True}
         if stage > 0:  # stage 0 has no fp32 accumulation (0.19.8): its gradients accumulate in bf16
             out["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.precision == "fp16":
+        # A scale that DeepSpeed takes for constant: the learner sets it before every backward pass.
+        out["fp16"] = {"enabled": True, "loss_scale": 1.0}
+        out["data_types"] = {"grad_accum_dtype": "fp32"}
     if trains:
         # torch's AdamW, as in the eager learner. DeepSpeed's CPUAdam (compiled on first use) only where
         # states live in host memory, which is what it is for.
@@ -119,7 +131,7 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
             },
         }
         # ZeRO 0 in fp32 has a bare torch optimiser, which the learner clips itself.
-        out["gradient_clipping"] = opt.grad_clip if stage or config.precision == "bf16" else 0.0
+        out["gradient_clipping"] = opt.grad_clip if stage or config.precision != "fp32" else 0.0
     if ds.expert_parallel > 1:
         out["expert_parallel"] = autoep_section(ds.expert_parallel, ds.grouped_mm, model)
     passed = ds.config

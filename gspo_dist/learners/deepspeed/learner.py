@@ -22,6 +22,7 @@ from gspo_dist.learners.hf_folder import check_model_folder
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket, refuse_scores
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state, writing
 from gspo_dist.metrics.stat import Stat, merge_stats
@@ -38,8 +39,8 @@ class DeepSpeedLearner:
     """Implements `Learner` with a DeepSpeed engine around `PolicyModel`. Every rank is a replica.
 
     ZeRO 0 to 3. With `expert_parallel` above 1 AutoEP spreads the experts of every MoE layer over
-    that many ranks. Weights are fp32, or bf16 with fp32 masters, fp32 gradient accumulation (ZeRO 1
-    to 3) and fp32 reduction.
+    that many ranks. Weights are fp32, or bf16 or fp16 with fp32 masters, fp32 gradient accumulation
+    (ZeRO 1 to 3) and fp32 reduction.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class DeepSpeedLearner:
         self.engine = self._wrap(model_path, temperature, trains=True)
         self.reference = self._wrap(model_path, temperature, trains=False) if keep_reference else None
         self.policy: PolicyModel = self.engine.module
+        self.scale = LossScale.of(config.precision, config.initial_loss_scale)
         self._plain_norm: torch.Tensor | None = None
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
             self.engine.optimizer.register_step_pre_hook(self._clip_plain)
@@ -159,6 +161,8 @@ class DeepSpeedLearner:
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         self._same_count(len(batches))
+        if self.scale is not None:
+            self.engine.optimizer.loss_scaler.cur_scale = self.scale.value
         parts = []
         for batch in batches:
             index = trained_index(batch)
@@ -183,11 +187,17 @@ class DeepSpeedLearner:
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm)
         # The norm is of all ranks' gradients, so all ranks skip together. DeepSpeed (0.19.8) marks a bad one
-        # by inf or -1, and has not stepped then.
-        if not 0 <= norm < float("inf"):
-            return OptimStep(float("inf"), lr, self.policy_version, skipped=True)
+        # by inf or -1, and has not stepped then. In fp16 it leaves the norm of the step before, and says it.
+        skipped = not 0 <= norm < float("inf")
+        scaled = None
+        if self.scale is not None:
+            skipped |= bool(self.engine.optimizer.overflow)
+            scaled = self.scale.value
+            self.scale.update(skipped)
+        if skipped:
+            return OptimStep(float("inf"), lr, self.policy_version, skipped, scaled)
         self.policy_version += 1
-        return OptimStep(norm, lr, self.policy_version)
+        return OptimStep(norm, lr, self.policy_version, loss_scale=scaled)
 
     def _clip_plain(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Clips for ZeRO 0 in fp32, whose bare torch optimiser reports no norm to DeepSpeed.
@@ -236,7 +246,10 @@ class DeepSpeedLearner:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"policy_version": self.policy_version}
+        state = {
+            "policy_version": self.policy_version,
+            "loss_scale": self.scale and self.scale.state_dict(),
+        }
         if self.rank == 0:
             write_layout(folder, self.config)
         with writing(folder):
@@ -257,6 +270,8 @@ class DeepSpeedLearner:
         if hasattr(self.engine.optimizer, "clip_grad"):
             # ZeRO 1 and 2 take the saved one (0.19.8), though the engine was made with the configuration's.
             self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+        if self.scale is not None:
+            self.scale.load_state_dict(state["loss_scale"])
         self.policy_version = state["policy_version"]
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda":

@@ -40,6 +40,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.megatron import shares
 from gspo_dist.learners.megatron.stored import read_finished
 from gspo_dist.learners.state_files import writing
@@ -69,6 +70,8 @@ class LearnerState:
     """Their optimiser."""
     architecture: ModelShape
     """Which model they are."""
+    scale: LossScale | None = None
+    """The loss scale of float16."""
 
 
 class CheckpointWriter:
@@ -93,6 +96,7 @@ class CheckpointWriter:
         state, _ = sharded_state(learner, loading=False)
         state[COMMON] = {
             "policy_version": policy_version,
+            "loss_scale": learner.scale and learner.scale.state_dict(),
             "architecture": dataclasses.asdict(learner.architecture),
         }
         self.folder = folder
@@ -186,6 +190,8 @@ def load(learner: LearnerState, folder: Path) -> int:
         chunk.load_state_dict(loaded["models"][f"model{i}"], strict=False)
     policy_version = int(loaded[COMMON]["policy_version"])
     _load_optimizer(learner.optimizer, loaded["optimizer"], policy_version, held)
+    if learner.scale is not None:
+        learner.scale.load_state_dict(loaded[COMMON]["loss_scale"])
     return policy_version
 
 

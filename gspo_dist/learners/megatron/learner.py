@@ -33,6 +33,7 @@ from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
 from gspo_dist.learners.learner import OptimStep, WeightBucket, refuse_scores
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss
+from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.megatron import balance, checkpoint, cpu_shim
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron import optimizer as optim
@@ -130,6 +131,10 @@ class MegatronLearner:
         self.reference = self._frozen_copy(source) if keep_reference else None
         self.ddp = optim.wrap(self.chunks, self.transformer, config)
         self.optimizer = optim.build_optimizer(self.ddp, config)
+        self.scale = LossScale.of(config.precision, config.initial_loss_scale)
+        if self.scale is not None:
+            # The schedules apply it, to the auxiliary loss too.
+            self.transformer.grad_scale_func = self.scale.apply
         self._let_schedules_sync()
         self.routers = Routers(
             builder.routers(self.chunks),
@@ -354,6 +359,10 @@ class MegatronLearner:
     def optim_step(self) -> OptimStep:
         finalize_model_grads(self.ddp)
         lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
+        scaled = None if self.scale is None else self.scale.value
+        if scaled is not None:
+            for ddp in self.ddp:
+                ddp.scale_gradients(1.0 / scaled)
         norm = optim.clipped_step(self.optimizer, self.config.optimizer, lr)
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
@@ -361,10 +370,12 @@ class MegatronLearner:
         self._accumulated = 0
         skipped = not math.isfinite(norm)
         self.policy_version += not skipped
+        if self.scale is not None:
+            self.scale.update(skipped)
         if self.gpu:
             # The step is over when this returns, so that its time is not counted as the next verb's.
             torch.cuda.synchronize()
-        return OptimStep(norm, lr, self.policy_version, skipped)
+        return OptimStep(norm, lr, self.policy_version, skipped, scaled)
 
     def _gather_parameters(self) -> None:
         """Completes the gathers that overlap_param_gather left for the next forward pass."""
@@ -381,7 +392,7 @@ class MegatronLearner:
 
     @property
     def _state(self) -> checkpoint.LearnerState:
-        return checkpoint.LearnerState(self.chunks, self.optimizer, self.architecture)
+        return checkpoint.LearnerState(self.chunks, self.optimizer, self.architecture, self.scale)
 
     def save(self, folder: Path) -> None:
         self._gather_parameters()

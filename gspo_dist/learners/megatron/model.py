@@ -30,7 +30,7 @@ from gspo_dist.learners.megatron.layout import Layout, transformer_engine_versio
 from gspo_dist.learners.megatron.modules import CountingRouter, PackedAttention, RMSNorm
 from gspo_dist.models.shape import ModelShape
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_groups(layout: Layout, timeout_s: float, seed: int = 0) -> None:
@@ -85,6 +85,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         perform_initialization=False,

@@ -12,7 +12,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from gspo_dist.config import LearnerConfig, OptimizerConfig
-from gspo_dist.learners.megatron.model import naming
+from gspo_dist.learners.megatron.model import DTYPES, naming
 from gspo_dist.learners.schedule import set_groups
 
 
@@ -59,7 +59,11 @@ def optimizer_config(config: LearnerConfig) -> MegatronOptimizerConfig:
         adam_eps=knobs.eps,
         clip_grad=knobs.grad_clip,
         bf16=config.precision == "bf16",
-        params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        fp16=config.precision == "fp16",
+        # Constant: the learner scales and unscales (loss_scale.py). 0.16.1 has a scale for dense and one for
+        # expert parameters, which part ways when only one of them overflows.
+        loss_scale=1.0,
+        params_dtype=DTYPES[config.precision],
         use_distributed_optimizer=megatron.distributed_optimizer,
         overlap_param_gather=megatron.overlap_param_gather,
         # 0.16.1 offloads master weights on this path only. On the other it offloads the moments alone,

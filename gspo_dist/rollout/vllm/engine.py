@@ -40,14 +40,14 @@ CPU_BLOCK = 32
 """Tokens of a KV block on a CPU. vLLM's own (128) is longer than most prompts, which then share nothing."""
 GPU_BLOCK = 16
 """Tokens of a KV block on a GPU: vLLM's own."""
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def prepare_process(device: str, threads: int, precision: str, *, batch_invariant: bool = False) -> None:
     """Sets what vLLM reads from the environment on import, so call it before that.
 
     A variable that is set already is kept. threads: CPU threads of this engine; 0 leaves them alone.
-    precision: fp32 or bf16. batch_invariant: GPU kernels whose results do not depend on the batch.
+    precision: fp32, bf16 or fp16. batch_invariant: GPU kernels whose results do not depend on the batch.
     """
     defaults = {
         # The engine core runs in this process: no second interpreter to start, no tensors through a socket.

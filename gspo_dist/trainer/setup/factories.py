@@ -232,7 +232,7 @@ def resolved_weight_sync(config: RunConfig, device: str) -> WeightSyncConfig:
 
 
 def engine_precision(config: RunConfig) -> str:
-    """fp32 or bf16: what the engines compute in. The reference engine knows fp32 alone."""
+    """fp32, bf16 or fp16: what the engines compute in. The reference engine knows fp32 alone."""
     return "fp32" if config.rollout.engine == "reference" else config.rollout.precision
 
 
@@ -242,15 +242,15 @@ def probe_tolerance(config: RunConfig) -> ProbeTolerance:
     """
     sides = (config.learner.precision, engine_precision(config))
     fixed = 0.0 if config.learner.consistency == "exact" else config.rollout.weight_sync.probe_tolerance
-    return ProbeTolerance("bf16" if "bf16" in sides else "fp32", fixed)
+    return ProbeTolerance(next(p for p in ("bf16", "fp16", "fp32") if p in sides), fixed)
 
 
 def begins_equal(config: RunConfig) -> bool:
     """Whether the starting policy as it is published equals what the engines loaded, bit by bit.
 
-    An engine in fp32 may have read finer weights from the folder than a learner in bf16 publishes.
+    An engine in fp32 may have read finer weights from the folder than a learner in 16 bits publishes.
     """
-    return config.learner.precision == "fp32" or engine_precision(config) == "bf16"
+    return config.learner.precision in ("fp32", engine_precision(config))
 
 
 def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int, wandb_mode: Mode | None) -> Sinks:

@@ -37,6 +37,7 @@ def test_what_can_be_equal_is_accepted():
         ({}, {"tensor_parallel": 2}, r"got 2; set rollout.tensor_parallel=1"),
         ({}, {"enforce_eager": False}, r"got False; set rollout.enforce_eager=true"),
         ({"activation_checkpointing": True}, {}, r"got True; set learner.activation_checkpointing=false"),
+        ({"precision": "fp16"}, {"precision": "fp16"}, r"got fp16; use bf16 or fp32"),
         ({"fp32_head": True}, {}, r"got fp32_head True in bf16; set learner.fp32_head=false"),
     ],
 )
@@ -50,6 +51,6 @@ def test_each_rule_refuses_by_name_with_the_way_out(learner, rollout, says):
 
 def test_every_rule_is_printed_once():
     text = format_rules()
-    assert len(EXACT_RULES) == 8
-    assert text.count("Way out:") == 8
+    assert len(EXACT_RULES) == 9
+    assert text.count("Way out:") == 9
     assert all(rule.reason in text for rule in EXACT_RULES)

@@ -119,3 +119,20 @@ def test_the_advantage_is_the_objectives_own_unless_named():
     mine = {"objective": {"name": "a.b:C", "old_logprobs": "recompute", "guard": {"action": "off"}}}
     assert from_mapping(RunConfig, mine).objective.advantage_name is None  # a user's objective brings its own
     assert from_mapping(RunConfig, mine | {"rollout": {"group_size": 1}}).rollout.group_size == 1
+
+
+@pytest.mark.parametrize(("learner", "rollout"), [("fp16", "bf16"), ("bf16", "fp16")])
+def test_the_two_16_bit_precisions_are_no_pair(learner, rollout):
+    def run(engine="vllm", rollout=rollout):
+        return from_mapping(
+            RunConfig,
+            {"learner": {"precision": learner}, "rollout": {"precision": rollout, "engine": engine}},
+        )
+
+    with pytest.raises(
+        ValueError, match=rf"got learner.precision={learner} and rollout.precision={rollout};"
+    ):
+        run()
+    for fits in ("fp32", learner):
+        assert run(rollout=fits).learner.precision == learner
+    run(engine="reference")  # it computes in fp32, whatever the knob says

@@ -97,19 +97,21 @@ CHOICES = {
     "data.bad_rows": ["stop", "skip"],
     "model.recipe": ["quickstart", "peer", "calculator", "python", "guess", "smollm"],
     "learner.backend": ["eager", "deepspeed", "megatron"],
-    "learner.precision": ["fp32", "bf16"],
+    "learner.precision": ["fp32", "bf16", "fp16"],
     "learner.optimizer.schedule": ["constant", "linear", "cosine"],
     "learner.megatron.token_dispatcher": ["alltoall", "allgather", "flex"],
     "learner.megatron.recompute": ["none", "selective", "full"],
     "learner.megatron.router_dtype": ["fp32", "fp64", "model"],
     "rollout.weight_sync.transport": ["auto", "nccl", "gloo", "shm"],
     "rollout.engine": ["vllm", "reference"],
-    "rollout.precision": ["fp32", "bf16"],
+    "rollout.precision": ["fp32", "bf16", "fp16"],
     "objective.old_logprobs": ["rollout", "recompute"],
     "objective.kl_estimator": ["k1", "k2", "k3"],
     "cluster.device": ["auto", "cpu", "cuda"],
     "logger.wandb.mode": ["auto", "online", "offline", "off"],
 }
+
+PAIRS = {"learner.precision": "rollout.precision", "rollout.precision": "learner.precision"}
 
 
 def run(**values: Any) -> RunConfig:
@@ -145,7 +147,8 @@ def test_a_bound_is_accepted_and_what_lies_beyond_is_refused_by_name(key, good, 
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_is_accepted_and_another_refused_with_all_of_them(key):
     for name in CHOICES[key]:
-        assert value_of(run(**{key: name}), key) == name
+        pair = PAIRS.get(key)  # a section that has to say the same
+        assert value_of(run(**{key: name}, **({pair: name} if pair else {})), key) == name
     with pytest.raises(
         ValueError, match=rf"{key} must be a known name: got 'other'; .*known: {', '.join(CHOICES[key])}"
     ):

@@ -182,7 +182,7 @@ def test_fp32_masters_keep_what_bf16_weights_cannot_show(model: Path) -> None:
     assert torch.equal(learner.parameters[i], torch.ones_like(learner.parameters[i]))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resuming_equals_not_stopping_bit_for_bit(model: Path, tmp_path: Path, precision: str) -> None:
     first = make(model, precision, warmup_steps=3, grad_clip=0.1)
     data = [near(first, batch((0, 1, 2))), near(first, batch((3, 4, 5)))]

@@ -140,6 +140,7 @@ CONFIGURATIONS = {
     ],
     "rspo": ["objective=rspo", "objective.selection.degenerate=drop"],
     "score_centering": ["objective=score_centering"],
+    "fp16": ["objective=gspo", "learner.precision=fp16"],
     "turns": [
         *("environment.factory='FOLDER/game.py:Game'", "environment.max_turns=2"),
         *("environment.stop=[0,1,2,3,4,5,6,7,8,9,a,b,c,d,e,f,g,h]", "environment.failure_reward=0"),

@@ -124,6 +124,9 @@ def test_sums_of_a_mini_batch_are_averaged_over_them_and_counts_are_added():
     assert out["objective/clip_fraction"] == pytest.approx((0.1 + 3 * 0.5) / 4, rel=1e-12)
     assert out["learner/grad_norm"] == 2.0
     assert out["learner/lr"] == 0.2
+    assert "learner/loss_scale" not in out
+    scaled = [OptimStep(1.0, 0.1, 4, loss_scale=8.0), OptimStep(1.0, 0.1, 5, loss_scale=4.0)]
+    assert update_metrics(first_and_second(), scaled)["learner/loss_scale"] == 4.0
     assert out["learner/policy_version"] == 5.0
 
 

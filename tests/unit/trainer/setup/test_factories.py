@@ -122,6 +122,9 @@ def test_engines_and_learner_have_heads_of_one_precision(
         ("vllm", "fp32", "fp32", "fp32", True),
         ("vllm", "fp32", "bf16", "bf16", True),
         ("vllm", "bf16", "fp32", "bf16", False),  # the engine may have read what bf16 cannot hold
+        ("vllm", "fp16", "fp16", "fp16", True),
+        ("vllm", "fp32", "fp16", "fp16", True),
+        ("vllm", "fp16", "fp32", "fp16", False),
         ("reference", "bf16", "bf16", "bf16", False),  # it computes in fp32 whatever is asked for
         ("reference", "fp32", "bf16", "fp32", True),
     ],
