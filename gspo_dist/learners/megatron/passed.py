@@ -14,7 +14,7 @@ from gspo_dist.config import MegatronConfig
 from gspo_dist.learners.passed import Declared, check_names, check_values, fields_of, members_of, own_keys
 
 MODEL = "config.json of model.path says it"
-PRECISION = "set learner.precision; megatron learns in fp32 or bf16, as the engines are sent it"
+PRECISION = "set learner.precision; megatron learns in fp32, bf16 or fp16, as the engines are sent it"
 FUSED = "the learner computes log-probs from hidden states, without logits"
 SCHEDULE = "it needs a training script that is megatron's own"
 EXACT = "the policy that learns must be the one that samples: no noise, and no token dropped"
