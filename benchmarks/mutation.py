@@ -68,9 +68,12 @@ CHEAP_TESTS = {"actors": ["tests/unit/actors/test_wires.py"]}
 """Room -> files that decide most of its changes in a second, where its other tests start processes."""
 
 EXTRA_TESTS = {
-    "actors/learner_group.py": ["tests/unit/actors/test_rendezvous.py"],
+    "actors/learner_group.py": [
+        "tests/unit/actors/test_rendezvous.py",
+        "tests/unit/actors/test_weight_link.py",
+    ],
     "rewards/worker.py": ["tests/unit/rewards/test_pool.py"],
-    "trainer/setup/build.py": ["tests/unit/trainer/test_loop.py"],
+    "trainer/setup/build.py": ["tests/unit/trainer/test_loop.py", "tests/unit/trainer/test_ahead.py"],
     "weights": ["tests/unit/weights"],
 }
 """Module or room -> files or folders of tests that hold it beside its own file."""

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -30,6 +31,14 @@ class Echo(ActorProcess):
 
     def nap(self, seconds):
         time.sleep(seconds)
+
+    def close(self):
+        """Slowly, and leaves a mark."""
+        time.sleep(0.5)
+        (Path(self.marks) / self.name).touch()
+
+    def mark_in(self, folder):
+        self.marks = folder
 
     def fail(self):
         raise KeyError("gold")
@@ -104,6 +113,16 @@ def test_a_killed_actor_answers_no_more(ray_here, logs):
     # A long call: Ray kills from beside, and a short one may be answered before the signal comes.
     with pytest.raises(ProcessDied, match=r"^three died: "):
         group.call_all("nap", 60, timeout=90)
+
+
+def test_whoever_is_asked_to_close_has_closed_or_had_its_time(actors, tmp_path):
+    actors.call_all("mark_in", str(tmp_path), timeout=60)
+    actors.ask_to_close(60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    actors.handles["two"].nap.remote(60)
+    began = time.monotonic()
+    actors.ask_to_close(2.0)
+    assert 1.9 < time.monotonic() - began < 30
 
 
 def test_a_process_says_where_it_can_be_met_and_what_it_took(actors):
