@@ -319,7 +319,7 @@ def _kill_group(child: Child) -> None:
 
 def make_copy(root: Path, place: Path) -> Path:
     """A copy of what the tests read, for one job."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.html", "reports")
+    ignore = shutil.ignore_patterns("__pycache__", "*.html", "*.png")
     for name in ("gspo_dist", "tests", "conf", "benchmarks", "launch", "pyproject.toml", "README.md"):
         source = root / name
         if source.is_dir():
@@ -449,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reasons = args.root / "benchmarks" / "mutation_explained.toml"
     explained = tomllib.loads(reasons.read_text()) if reasons.is_file() else {}
     verdicts: list[tuple[Mutant, str]] = []
-    interrupted = False
+    interrupted, failed = False, None
     with tempfile.TemporaryDirectory(prefix="mutation-") as place:
         # The originals are copied too: a run takes long, and somebody may edit the modules meanwhile.
         root = make_copy(args.root, Path(place) / "original")
@@ -461,6 +461,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"survived {mutant.module}:{mutant.line} {mutant.key}", flush=True)
         except KeyboardInterrupt:
             interrupted = True
+        except ValueError as error:  # a module without tests that pass: what was judged before it is reported
+            interrupted, failed = True, error
+    if failed is not None and not verdicts:
+        raise failed
     if args.list:
         return 0
     arguments = " ".join(argv if argv is not None else sys.argv[1:])
@@ -469,6 +473,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report is not None:
         args.report.write_text(text, encoding="utf-8")
     print(text.split("\n- ")[0])
+    if failed is not None:
+        raise failed
     return 130 if interrupted else 0
 
 

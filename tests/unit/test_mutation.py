@@ -93,6 +93,20 @@ def test_a_module_whose_tests_fail_unchanged_is_an_error(project, more):
 
 
 @pytest.mark.slow
+def test_what_was_judged_before_such_a_module_is_reported(project):
+    (project / "gspo_dist/worse.py").write_text("x = 1\n")
+    (project / "tests/unit/test_worse.py").write_text("def test_it():\n    assert False\n")
+    command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak", "worse"]
+    report = project / "report.md"
+    done = subprocess.run(
+        [*command, "--report", str(report)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "the tests of worse.py must pass without a change" in done.stderr
+    assert "| weak.py | 10 | 5 | 0 | 5 | 2 | 3 |" in report.read_text()
+
+
+@pytest.mark.slow
 def test_every_explanation_is_of_a_change_that_exists():
     """One whose code was edited explains nothing any more, and would be thought to."""
     explained = tomllib.loads((TOOL.parent / "mutation_explained.toml").read_text())
