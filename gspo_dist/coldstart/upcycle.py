@@ -88,7 +88,9 @@ def upcycle(source: Path, target: Path, plan: Upcycling, *, shard_bytes: int = S
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES, "config.json"))
+        # recipe.json would say of the mixture what coldstart/ wrote of the dense model.
+        left_out = shutil.ignore_patterns(*WEIGHT_FILES, "config.json", "recipe.json")
+        shutil.copytree(source, partial, ignore=left_out)
         config.save_pretrained(partial)
         facts = _write(_tensors(folder, family, plan), partial, shard_bytes)
         if target.exists():

@@ -119,6 +119,7 @@ def test_noise_is_a_share_of_each_matrix_and_differs_by_expert_layer_and_matrix(
 
 def test_the_same_seed_gives_the_same_bytes_in_files_of_any_size(tmp_path: Path):
     source = dense(tmp_path / "dense", dtype=torch.bfloat16)
+    (source / "recipe.json").write_text("{}")
     for name, seed, size in (("a", 0, 1 << 30), ("b", 0, 10_000), ("c", 1, 1 << 30)):
         upcycle(source, tmp_path / name, Upcycling(experts=4, seed=seed), shard_bytes=size)
     a, b, c = (tensors(tmp_path / name) for name in "abc")
@@ -127,6 +128,8 @@ def test_the_same_seed_gives_the_same_bytes_in_files_of_any_size(tmp_path: Path)
     other = {n for n in a if not torch.equal(a[n], c[n])}
     assert other == {n for n in a if "block_sparse_moe" in n}
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == 1
+    assert not (tmp_path / "a" / "recipe.json").exists()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 5
 
 
