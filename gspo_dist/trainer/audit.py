@@ -74,7 +74,7 @@ def audit_run(run_dir: Path, sequences: int) -> Audit:
         folder = Path(ensure_model(config.model))
         if CheckpointStore(run_dir, config.checkpoint.keep).newest() is not None:
             folder = Path(scratch) / "model"
-            export_run(run_dir, folder)
+            export_run(run_dir, folder, probe=False)  # the audit itself compares the folder with the engine
         return audit_folder(folder, config, sequences)
 
 

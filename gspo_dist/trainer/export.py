@@ -28,6 +28,9 @@ PROBE_SEQUENCES = 2
 PROBE_TOKENS = 48
 """Tokens of each. All layers and all experts' names are in every token, so a few are enough."""
 
+SMALL_BYTES = 1 << 30
+"""Weights of a model whose export is probed without being asked to. Its learner starts in seconds."""
+
 
 def run_config_of(run_dir: Path) -> RunConfig:
     """The resolved configuration that a run folder was made with. Raises ValueError where there is none."""
@@ -41,14 +44,15 @@ def run_config_of(run_dir: Path) -> RunConfig:
         raise
 
 
-def export_run(run_dir: Path, target: Path, *, probe: bool = False) -> dict[str, Any]:
+def export_run(run_dir: Path, target: Path, *, probe: bool | None = None) -> dict[str, Any]:
     """Writes the newest checkpoint of a run as an HF folder, from the checkpoint's files alone.
 
-    No learner is started and no GPU is needed. The weights pass through memory one by one. The folder is read
+    No learner writes, and no GPU is needed. The weights pass through memory one by one. The folder is read
     back and compared with them.
 
     probe: also starts the learner that wrote the checkpoint, and compares its log-probs with those of
-    transformers' own forward over the folder.
+    transformers' own forward over the folder. None: where that is cheap, on a CPU with a model of up to
+    `SMALL_BYTES`.
 
     Returns folder, step, number of tensors, and with `probe` the mean |difference| in nats. Raises ValueError
     when there is no checkpoint or `target` is in use, and WeightSyncError when the folder is not the
@@ -62,6 +66,9 @@ def export_run(run_dir: Path, target: Path, *, probe: bool = False) -> dict[str,
     weights = stored_weights(config.learner, str(model), checkpoint.learner)
     tensors = write_hf_folder(weights, Path(model), target.resolve())
     done: dict[str, Any] = {"folder": str(target), "step": checkpoint.step, "tensors": tensors}
+    if probe is None:
+        size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+        probe = size <= SMALL_BYTES and resolve_device(config.cluster) == "cpu"
     if probe:
         done["mean_abs"] = _probe(config, run_dir, checkpoint, str(model), target.resolve())
     return done

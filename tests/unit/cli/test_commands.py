@@ -185,7 +185,7 @@ def test_export_takes_the_run_and_the_folder(monkeypatch, capsys, tmp_path: Path
 
     asked = []
 
-    def written(run_dir: Path, target: Path, *, probe: bool) -> dict[str, Any]:
+    def written(run_dir: Path, target: Path, *, probe: bool | None) -> dict[str, Any]:
         asked.append((run_dir, target, probe))
         done: dict[str, Any] = {"folder": str(target), "tensors": 7, "step": 3}
         return done | {"mean_abs": 2.5e-7} if probe else done
@@ -195,7 +195,7 @@ def test_export_takes_the_run_and_the_folder(monkeypatch, capsys, tmp_path: Path
     main(["export", "--run", "run", "--to", "out"])
     assert capsys.readouterr().out == "out: 7 tensors after step 3, read back\n"
     main(["export", "--run", "run", "--to", "out", "--probe"])
-    assert asked == [(tmp_path / "run", Path("out"), False), (tmp_path / "run", Path("out"), True)]
+    assert asked == [(tmp_path / "run", Path("out"), probe) for probe in (None, True)]
     said = capsys.readouterr().out
     assert said == "out: 7 tensors after step 3, read back; log-probs are the learner's to 2.5e-07 nats\n"
 

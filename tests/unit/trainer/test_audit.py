@@ -89,7 +89,7 @@ def test_a_checkpoint_is_audited_rather_than_the_model_it_came_from(run, compare
     folder = run(rollout=VLLM)
     monkeypatch.setattr(audit.CheckpointStore, "newest", lambda store: SimpleNamespace(step=4))
     written = []
-    monkeypatch.setattr(audit, "export_run", lambda run_dir, target: written.append((run_dir, target)))
+    monkeypatch.setattr(audit, "export_run", lambda run, to, probe: written.append((run, to)))
     monkeypatch.setattr(audit, "load_tokenizer", lambda folder: SimpleNamespace(eos_token_id=1))
     monkeypatch.setattr(audit, "load_prompts", lambda *args, **told: [Prompt("a", (3, 4), "")])
     audit.audit_run(folder, 2)

@@ -96,6 +96,7 @@ def test_a_run_is_exported_from_its_files_without_a_learner(run_dir, tmp_path, m
         raise AssertionError("a learner was started")
 
     monkeypatch.setattr(export, "Processes", started)
+    monkeypatch.setattr(export, "SMALL_BYTES", 1)  # so that nobody takes it for cheap
     done = export.export_run(folder, tmp_path / "out")
     assert done == {"folder": str(tmp_path / "out"), "step": 3, "tensors": 45}
     group.export(tmp_path / "start", tmp_path / "theirs")
@@ -128,6 +129,11 @@ def test_a_probe_starts_the_learner_loads_it_and_compares(run_dir, tmp_path, mon
     assert asked == [(1, False, {"engines": False})]
     assert done["mean_abs"] < 5e-4  # bf16 rounds
     assert group.policy_version == 0  # as the fixture's learner counts
+    # A small model on a CPU is probed without being asked.
+    for name, chosen in (("unasked", {}), ("no", {"probe": False})):
+        assert ("mean_abs" in export.export_run(folder, tmp_path / name, **chosen)) == (name == "unasked")
+    monkeypatch.setattr(export, "resolve_device", lambda cluster: "cuda")
+    assert "mean_abs" not in export.export_run(folder, tmp_path / "gpu")
 
 
 def test_a_run_without_a_checkpoint_says_so(run_dir, tmp_path) -> None:
