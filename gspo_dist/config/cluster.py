@@ -26,8 +26,9 @@ class ClusterConfig:
     placement_timeout_s: float = 600.0
     """Longest wait for hosts that are still joining, and for the cluster to grant what was asked for."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of every actor. They win over those that the command passes on from its own:
-    NCCL_*, GLOO_*, NVTE_*, TORCH_*, PYTORCH_*, VLLM_* and PYTHONPATH."""
+    """Variables of every process that a run starts: learner ranks, engines, rewards, environments.
+    They win over those that the command passes on from its own: NCCL_*, GLOO_*, NVTE_*, TORCH_*, PYTORCH_*,
+    VLLM_* and PYTHONPATH. Programs in a sandbox get none of them."""
 
     def __post_init__(self) -> None:
         at_least("cluster.nodes", self.nodes, 1)

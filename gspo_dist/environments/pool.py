@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, Protocol
@@ -100,9 +100,14 @@ class LocalEnvironmentPool:
     Each works on one call at a time, in the order in which they came, and has the next ones at hand.
     """
 
-    def __init__(self, config: EnvironmentConfig, form: str = "hermes") -> None:
-        """Starts the processes; `start` waits for them. form: of a model's calls (tools.FORMATS)."""
-        self.config, self.form = located(config), form
+    def __init__(
+        self, config: EnvironmentConfig, form: str = "hermes", env: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts the processes, with `env` in their environment; `start` waits for them.
+
+        form: of a model's calls (tools.FORMATS).
+        """
+        self.config, self.form, self.env = located(config), form, dict(env or {})
         self.workers = [self._worker() for _ in range(config.workers)]
         self.waiting: list[deque[Call]] = [deque() for _ in self.workers]
         """Calls of each worker that it has not been given."""
@@ -118,7 +123,7 @@ class LocalEnvironmentPool:
         self.events: list[Event] = []
 
     def _worker(self) -> Worker:
-        return Worker((self.config, self.form), "gspo_dist.environments.worker")
+        return Worker((self.config, self.form), "gspo_dist.environments.worker", self.env)
 
     def start(self) -> dict[str, Any]:
         try:
@@ -267,12 +272,14 @@ class LocalEnvironmentPool:
         self.given[i].clear()
 
 
-def describe(config: EnvironmentConfig, form: str = "hermes") -> dict[str, Any]:
+def describe(
+    config: EnvironmentConfig, form: str = "hermes", env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What an environment says of itself (`protocol.facts`), asked of a process that ends again.
 
     Raises ValueError when the environment cannot be imported, so that nothing heavy starts in vain.
     """
-    pool = LocalEnvironmentPool(replace(config, workers=1), form)
+    pool = LocalEnvironmentPool(replace(config, workers=1), form, env)
     try:
         return pool.start()
     finally:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Pipe, wait
 from typing import Any, Protocol
@@ -77,10 +77,12 @@ class RewardPool(Protocol):
 class Worker:
     """One process that answers, as its parent sees it: a reward's, or an environment's."""
 
-    def __init__(self, config: Any, module: str = "gspo_dist.rewards.worker") -> None:
+    def __init__(
+        self, config: Any, module: str = "gspo_dist.rewards.worker", env: Mapping[str, str] | None = None
+    ) -> None:
         """Starts the process, which begins to import the reward.
 
-        module: whose `main` it runs. That is given `config` first.
+        module: whose `main` it runs. That is given `config` first. env: variables beside this process's own.
         """
         self.connection, theirs = Pipe()
         with theirs:
@@ -89,6 +91,7 @@ class Worker:
                 [sys.executable, "-c", BOOTSTRAP, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                env=os.environ | (env or {}),
                 start_new_session=True,  # a group of its own: a kill reaches all that a reward has started
             )
         self.connection.send(config)
@@ -177,13 +180,13 @@ def heard(
 class LocalRewardPool:
     """Judges rollouts in `reward.workers` processes of this host, one rollout per process at a time."""
 
-    def __init__(self, config: RewardConfig) -> None:
-        """Starts the processes, for which `start` waits.
+    def __init__(self, config: RewardConfig, env: Mapping[str, str] | None = None) -> None:
+        """Starts the processes, with `env` in their environment; `start` waits for them.
 
         A reward file is found from this working directory.
         """
-        self.config = located(config)
-        self.workers = [Worker(self.config) for _ in range(config.workers)]
+        self.config, self.env = located(config), dict(env or {})
+        self.workers = [self._worker() for _ in range(config.workers)]
         self.deaths = 0
         """Rollouts in a row that ended their process."""
         self.errors = 0
@@ -193,6 +196,9 @@ class LocalRewardPool:
         self.has_started = False
         """Whether the reward was imported before: then a process that ends while it imports was killed."""
         self.events: list[Event] = []
+
+    def _worker(self) -> Worker:
+        return Worker(self.config, env=self.env)
 
     def start(self) -> None:
         self._run([])
@@ -213,7 +219,7 @@ class LocalRewardPool:
         waiting, verdicts = deque(range(len(items))), dict[int, Judged]()
         self.again = set()
         while len(self.workers) < self.config.workers:  # an earlier call failed, and has ended them
-            self.workers.append(Worker(self.config))
+            self.workers.append(self._worker())
         try:
             while len(verdicts) < len(items) or (not items and not all(w.ready for w in self.workers)):
                 self._hand_out(items, waiting)
@@ -323,7 +329,7 @@ class LocalRewardPool:
 
     def _replace(self, worker: Worker) -> None:
         worker.end()
-        self.workers[self.workers.index(worker)] = Worker(self.config)
+        self.workers[self.workers.index(worker)] = self._worker()
 
 
 def bare(item: Item) -> Item:

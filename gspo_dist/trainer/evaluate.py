@@ -109,7 +109,7 @@ def evaluate_suites(config: RunConfig, tell: Tell = lambda line: None) -> list[S
     """
     folder = Path(config.run_dir).expanduser().resolve() / FOLDER
     with contextlib.ExitStack() as stack:
-        suites = load_suites(config.evaluation, config.data.root)
+        suites = load_suites(config.evaluation, config.data.root, config.cluster.env)
         for suite in suites:
             stack.callback(suite.grader.close)
         mode = choose_mode(config.logger.wandb)
@@ -198,7 +198,12 @@ def engines(
         with contextlib.ExitStack() as stack:
             engine = engine_factory(config, model, device, moe_layers)(name="engine-0")
             pool = stack.enter_context(contextlib.closing(LocalRolloutPool(engine)))
-            yield pool, lambda: stack.enter_context(contextlib.closing(LocalRewardPool(config.reward)))
+            yield (
+                pool,
+                lambda: stack.enter_context(
+                    contextlib.closing(LocalRewardPool(config.reward, config.cluster.env))
+                ),
+            )
         return
     run_dir = Path(config.run_dir).expanduser().resolve()
     with Processes(config, model, device, run_dir, moe_layers, learners=False) as processes:

@@ -7,7 +7,7 @@ mathematics by the `math` reward, in a process of its own with a deadline.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,12 @@ class RewardGrader:
         """The processes start with the first completions."""
         self.config, self.correct_at = config, correct_at
         self.pool: LocalRewardPool | None = None
+        self.env: Mapping[str, str] = {}
+        """Variables of the processes, beside this one's."""
 
     def grade(self, items: Sequence[tuple[Problem, str]]) -> list[Outcome]:
         if self.pool is None:
-            self.pool = LocalRewardPool(self.config)
+            self.pool = LocalRewardPool(self.config, self.env)
         verdicts = self.pool.judge([(-1, as_prompt(p), as_completion(text)) for p, text in items])
         outcomes = []
         for (_, text), verdict in zip(items, verdicts, strict=True):

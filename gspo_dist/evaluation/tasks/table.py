@@ -27,8 +27,12 @@ SAMPLING = {"samples", "temperature", "top_p", "max_tokens", "limit"}
 """Options of every suite. limit: only the first so many problems."""
 
 
-def load_suites(config: EvaluationConfig, root: str | None) -> list[Suite]:
+def load_suites(
+    config: EvaluationConfig, root: str | None, env: Mapping[str, str] | None = None
+) -> list[Suite]:
     """The suites that `evaluation.suites` names, their data read and checked. Starts nothing.
+
+    env: variables of the processes that judge by a reward, beside this one's.
 
     Raises ValueError for an unknown suite or option, and for data that is missing or cannot be used.
     """
@@ -38,7 +42,11 @@ def load_suites(config: EvaluationConfig, root: str | None) -> list[Suite]:
                 f"evaluation.options may hold all and the suites of the run: got {name!r}; "
                 f"{nearest(name, ['all', *config.suites])}"
             )
-    return [_suite(name, dict(config.options), root) for name in config.suites]
+    suites = [_suite(name, dict(config.options), root) for name in config.suites]
+    for suite in suites:
+        if isinstance(suite.grader, maths.RewardGrader):
+            suite.grader.env = dict(env or {})
+    return suites
 
 
 def _suite(name: str, options: Mapping[str, Any], root: str | None) -> Suite:

@@ -165,7 +165,7 @@ def check_run(config: RunConfig) -> Checked:
             "evaluation.endpoint is for gspo evaluate: the suites of a run are answered by its own engines; "
             "unset it"
         )
-    suites = load_suites(config.evaluation, config.data.root)
+    suites = load_suites(config.evaluation, config.data.root, config.cluster.env)
     if suites:
         suite_prompts(config, tokenizer).check(suites)
     device = resolve_device(config.cluster)

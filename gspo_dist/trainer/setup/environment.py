@@ -35,7 +35,7 @@ def check_environment(config: RunConfig, tokenizer: Any) -> CheckedEnvironment |
     template = getattr(tokenizer, "chat_template", None)
     chat = bool(config.data.chat_template and template)
     form = format_of(str(template) if template else None)
-    schemas = describe(environment, form)["tools"]
+    schemas = describe(environment, form, config.cluster.env)["tools"]
     bridge = make_bridge(
         tokenizer,
         chat=chat,
@@ -63,6 +63,6 @@ def start_episodes(config: RunConfig, checked: CheckedEnvironment | None) -> Epi
     """The started environments of a run. None without one. Closing its pool ends them."""
     if checked is None:
         return None
-    pool = LocalEnvironmentPool(config.environment, checked.form)
+    pool = LocalEnvironmentPool(config.environment, checked.form, config.cluster.env)
     pool.start()
     return Episodes(config.environment, pool, checked.bridge)

@@ -55,7 +55,7 @@ def start_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_l
 def start_here(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
     """Everything in this process, without Ray."""
     with contextlib.ExitStack() as started:
-        rewards = LocalRewardPool(config.reward)
+        rewards = LocalRewardPool(config.reward, config.cluster.env)
         started.callback(rewards.close)
         rewards.start()  # a reward that cannot be imported is told before a model is read
         learner = LocalLearnerGroup(learner_factory(config, model, device)())

@@ -109,3 +109,17 @@ def test_golds_that_the_reward_cannot_read_are_named_before_anything_starts(tmp_
     options = {"mine": {"file": str(file), "reward": "math"}}
     with pytest.raises(ValueError, match=r"k: reward\.function math cannot read the answer"):
         load_suites(EvaluationConfig(suites=("mine",), options=options), None)
+
+
+def test_rewards_of_a_suite_find_the_variables_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("GSPO_MARK", raising=False)
+    (tmp_path / "mine.py").write_text(
+        "import os\ndef mark(prompt, completion):\n    return float(os.environ['GSPO_MARK'])\n"
+    )
+    write_jsonl(tmp_path / "own.jsonl", [{"problem": QUESTION, "answer": "33"}])
+    options = {"own": {"file": str(tmp_path / "own.jsonl"), "reward": f"{tmp_path}/mine.py:mark"}}
+    (suite,) = load_suites(EvaluationConfig(suites=("own",), options=options), None, {"GSPO_MARK": "1.0"})
+    try:
+        assert [one.correct for one in suite.grader.grade([(suite.problems[0], "33")])] == [True]
+    finally:
+        suite.grader.close()

@@ -62,6 +62,23 @@ def test_in_process_parts_end_together(model, reward_file, tmp_path, monkeypatch
     assert sorted(ended) == ["LocalLearnerGroup", "LocalRewardPool", "LocalRolloutPool"]
 
 
+def test_rewards_of_a_run_in_one_process_find_its_variables(model, reward_file, tmp_path, monkeypatch):
+    made = []
+
+    class Told(Exception):
+        pass
+
+    def pool(config, env):
+        made.append((config, env))
+        raise Told
+
+    monkeypatch.setattr(module, "LocalRewardPool", pool)
+    c = config(model, reward_file, tmp_path, "+cluster.env.GSPO_MARK=mine")
+    with pytest.raises(Told):
+        start_parts(c, str(model), "cpu", tmp_path, 2)
+    assert made == [(c.reward, {"GSPO_MARK": "mine"})]
+
+
 HOSTS = [Node(f"n{i}", f"host{i}", f"10.0.0.{i}", 2, 0, 1 << 30) for i in (1, 2, 3)]
 ROLLOUTS = 4 * 4 * (16 + 8) * (2 * 2 + 1 + 54)
 
