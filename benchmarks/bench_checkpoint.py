@@ -9,8 +9,9 @@ of each is measured: the first starts what later ones keep (the writers' server,
 Memory is what the rank's process and its children hold at most, beyond what they held before, per parameter
 that the rank holds: anonymous pages, a fork's only where they differ from its parent's. Bytes written are the
 sizes of files with the rank's number. Bytes read are those of the items (Megatron) and files (DeepSpeed) that
-the rank opens. "read" is their sum over ranks, as a multiple of the bytes of the checkpoint. "build" is the
-peak resident memory of a rank that makes its learner, per parameter of the model.
+the rank opens. "read" is their sum over ranks, as a multiple of the bytes of the checkpoint. "model" and
+"build" are the peak resident memory, pages of mapped files included, that a rank takes while it reads the
+model's folder (DeepSpeed) and while it makes its learner, per parameter of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "megatron EP2 x 2 replicas": (4, {"backend": "megatron", "expert_parallel": 2}),
     "deepspeed ZeRO 1": (2, {"backend": "deepspeed", "zero_stage": 1}),
     "deepspeed ZeRO 2": (2, {"backend": "deepspeed", "zero_stage": 2}),
+    "deepspeed ZeRO 2, EP4": (4, {"backend": "deepspeed", "zero_stage": 2, "expert_parallel": 4}),
 }
 
 
@@ -81,6 +84,41 @@ def held(pid: int | None = None) -> int:
     return total
 
 
+class Resident:
+    """Peak resident memory of this process beyond what it was, in all and while a part of the work runs."""
+
+    def __init__(self) -> None:
+        self.before, self.peaks, self.part = self._status("VmRSS:"), [0], 0
+        self._reset()
+
+    @staticmethod
+    def _status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    def _reset(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held
+
+    def whole(self) -> int:
+        """The peak since the beginning."""
+        return max(*self.peaks, self._status("VmHWM:")) - self.before
+
+    def counted(self, verb: Any) -> Any:
+        """`verb`, whose own peak is kept in `part`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.peaks.append(self._status("VmHWM:"))
+            begun = self._status("VmRSS:")
+            self._reset()
+            try:
+                return verb(*args, **kwargs)
+            finally:
+                self.peaks.append(self._status("VmHWM:"))
+                self.part = max(self.part, self.peaks[-1] - begun)
+
+        return call
+
+
 @contextlib.contextmanager
 def counted_reads() -> Iterator[list[int]]:
     """Counts what is read of a checkpoint: items of torch's distributed format, and files of torch.save."""
@@ -118,8 +156,6 @@ def written_by(folder: Path, rank: int) -> int:
 
 def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
     """One rank: builds, saves twice, loads twice; what the second ones cost."""
-    import resource
-
     import torch
 
     from gspo_dist.config import DeepSpeedConfig, LearnerConfig, MegatronConfig
@@ -129,25 +165,27 @@ def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
     backend, world = layout.pop("backend"), job["world"]
     common = {"backend": backend, "world_size": world, "precision": job["precision"]}
     empty = held()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     learner: Any
     if backend == "megatron":
         from gspo_dist.learners.megatron.learner import MegatronLearner
 
         config = LearnerConfig(**common, megatron=MegatronConfig(**layout))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident = Resident()
         learner = MegatronLearner(config, job["model"], total_steps=1)
         parameters = sum(p.numel() for chunk in learner.chunks for p in chunk.parameters())
     else:
-        from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
+        from gspo_dist.learners.deepspeed import learner as module
+        from gspo_dist.learners.deepspeed.config import import_deepspeed
 
+        import_deepspeed("cpu")  # not counted
         config = LearnerConfig(**common, deepspeed=DeepSpeedConfig(**layout))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        learner = DeepSpeedLearner(
+        resident = Resident()
+        module.load_policy = resident.counted(module.load_policy)
+        learner = module.DeepSpeedLearner(
             config, job["model"], total_steps=1, rank=rank, world_size=world, master_port=job["port"]
         )
         parameters = sum(p.numel() for p in learner.policy.parameters())
-    built = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    built, size = resident.whole(), job["parameters"]
     folder = Path(job["checkpoint"])
     for _ in range(2):
         torch.distributed.barrier()
@@ -170,7 +208,8 @@ def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
     return {
         "parameters": parameters,
         "state": state / parameters,
-        "build": built / parameters,
+        "model": resident.part / size,
+        "build": built / size,
         "save_extra": save.extra / parameters,
         "save_s": save.seconds,
         "written": written,
@@ -208,6 +247,12 @@ def make_model(folder: Path, hidden: int) -> Path:
     return folder
 
 
+def head_of(file: Path) -> bytes:
+    """The head of a safetensors file, which is JSON."""
+    with file.open("rb") as opened:
+        return opened.read(int.from_bytes(opened.read(8), "little"))
+
+
 def measure(world: int, layout: dict[str, Any], model: Path, precision: str) -> list[dict[str, float]]:
     """What every rank of a layout tells."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
@@ -215,6 +260,12 @@ def measure(world: int, layout: dict[str, Any], model: Path, precision: str) -> 
         port = probe.getsockname()[1]
         probe.close()
         job = {"world": world, "layout": layout, "model": str(model), "precision": precision}
+        job["parameters"] = sum(
+            math.prod(entry["shape"])
+            for file in model.glob("*.safetensors")
+            for name, entry in json.loads(head_of(file)).items()
+            if name != "__metadata__"
+        )
         job |= {"checkpoint": f"{folder}/checkpoint", "port": port}
         environment = os.environ | {
             "WORLD_SIZE": str(world),
@@ -261,10 +312,10 @@ def main() -> None:
         return
     print("Bytes per parameter that the rank holds; the largest and the smallest rank where they differ.\n")
     print(
-        "| layout | build | save: extra | save: s | written per rank "
+        "| layout | model | build | save: extra | save: s | written per rank "
         "| load: extra | load: s | read per rank | read |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", options.hidden)
         for name in options.only or LAYOUTS:
@@ -277,7 +328,7 @@ def main() -> None:
 
             read = sum(rank["read"] for rank in ranks) / ranks[0]["total"]
             print(
-                f"| {name} | {span('build')} | {span('save_extra')} | {span('save_s')} | "
+                f"| {name} | {span('model')} | {span('build')} | {span('save_extra')} | {span('save_s')} | "
                 f"{span('written', True)} | {span('load_extra')} | {span('load_s')} | {span('read', True)} | "
                 f"{read:.2f} |",
                 flush=True,

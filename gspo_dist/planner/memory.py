@@ -50,9 +50,10 @@ ZERO_BUCKET = 500_000_000
 SAVE_EXTRA = 8
 """Host memory of a Megatron rank that saves, in bytes per parameter that it holds: pieces of the states, and
 their copies on the way to the file."""
-LOAD_BYTES = 4.5
-"""Host memory of a DeepSpeed rank that starts at ZeRO 0 to 2, in bytes per parameter of the model: it builds
-the whole model before it keeps its share. Measured on CPU processes."""
+LOAD_BYTES = 4
+"""Host memory of a DeepSpeed rank that starts at ZeRO 0 to 2, in bytes per parameter that it holds. Loading
+takes one parameter at a time. Where a GPU has no room for a second copy, DeepSpeed (0.19.8) takes the bf16
+parameters back to the host and lays them end to end there."""
 PINNED_ROUNDING = 1 / 3
 """What torch's rounding of pinned blocks up to a power of two adds, as a share (torch 2.13; the blocks of
 Qwen3-30B-A3B: 0.27 to 0.33)."""
@@ -403,7 +404,8 @@ def passing_host_bytes(model: ModelShape, layout: LearnerLayout) -> Item | None:
         extra = SAVE_EXTRA * rank_parameters(model, layout).all
         return Item("saving", extra, f"a checkpoint, {SAVE_EXTRA} bytes per held parameter")
     if layout.backend == "deepspeed" and layout.zero_stage < 3:
-        return Item("loading", round(LOAD_BYTES * model.total), "the whole model on every rank")
+        extra = LOAD_BYTES * rank_parameters(model, layout).all
+        return Item("loading", extra, f"{LOAD_BYTES} bytes per held parameter, where DeepSpeed lays them out")
     return None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import distributed as dist
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.deepspeed.config import check, check_values, engine_config, import_deepspeed
 from gspo_dist.learners.deepspeed.export import full_weights
-from gspo_dist.learners.deepspeed.load import load_partitioned
+from gspo_dist.learners.deepspeed.load import load_in_place, load_partitioned, own_experts
 from gspo_dist.learners.eager import hf_logprobs, replaying
 from gspo_dist.learners.hf_folder import check_model_folder
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
@@ -30,6 +32,7 @@ from gspo_dist.models.shape import read_shape
 from gspo_dist.routing import deepspeed as autoep_routers
 from gspo_dist.routing import huggingface as hf_routers
 from gspo_dist.types import LogprobOutput, PackedBatch
+from gspo_dist.weights.folder import ModelFolder
 from gspo_dist.weights.stream import buckets
 
 TAG = "deepspeed"
@@ -117,7 +120,10 @@ class DeepSpeedLearner:
     def _wrap(self, model_path: str | Path, temperature: float, *, trains: bool) -> Any:
         """An engine around the model of `model_path`; the frozen reference is sharded like the policy."""
         settings = engine_config(self.config, self.shape, trains=trains)
-        partitioned = partial(load_partitioned, self.deepspeed, settings)
+        stage, experts = self.config.deepspeed.zero_stage, self.config.deepspeed.expert_parallel > 1
+        make = partial(load_in_place, self.device, experts)
+        if stage == 3:
+            make = partial(load_partitioned, self.deepspeed, settings)
         policy = load_policy(
             model_path,
             self.config.precision,
@@ -125,16 +131,20 @@ class DeepSpeedLearner:
             fp32_head=self.config.fp32_head,
             activation_checkpointing=self.config.activation_checkpointing and trains,
             consistency=self.config.consistency,
-            make=partitioned if self.config.deepspeed.zero_stage == 3 else None,
+            make=make,
         )
         policy.config = policy.hf.config  # where AutoEP looks for the model's sizes
         policy.requires_grad_(trains)
-        engine, *_ = self.deepspeed.initialize(
-            model=policy,
-            model_parameters=list(policy.parameters()) if trains else None,
-            config=settings,
-            dist_init_required=False,
-        )
+        own: AbstractContextManager[None] = contextlib.nullcontext()
+        if experts and stage < 3:
+            own = own_experts(policy.hf, ModelFolder(model_path).path, self.device)
+        with own:
+            engine, *_ = self.deepspeed.initialize(
+                model=policy,
+                model_parameters=list(policy.parameters()) if trains else None,
+                config=settings,
+                dist_init_required=False,
+            )
         return engine
 
     @torch.no_grad()
