@@ -51,8 +51,9 @@ class DeepSpeedConfig:
     """ZeRO stage, 0 to 3: 1 shards optimiser states, 2 also gradients, 3 also parameters."""
     expert_parallel: int = 1
     """AutoEP degree: each rank keeps 1 / expert_parallel of every MoE layer's experts. 1 turns AutoEP off."""
-    grouped_mm: bool = False
-    """AutoEP's grouped GEMM (GPU, compute capability 8.0 or later)."""
+    grouped_mm: bool | None = None
+    """AutoEP multiplies a rank's experts in one grouped GEMM. null: wherever it can, on GPUs with bf16
+    weights (compute capability 8.0 or later). false: one after the other."""
     offload_optimizer: bool = False
     """Keep optimiser states in host memory (GPU hosts, ZeRO 1 to 3)."""
     offload_params: bool = False

@@ -89,15 +89,14 @@ def _flash(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # The kernel wants as many key heads as query heads (torch 2.13).
-    groups = q.shape[1] // k.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     cu = packed.cu_seqlens.to(q.device, torch.int32)
     # A tensor, because neither the log-sum-exp nor auxiliary output is asked for.
     out: Any = varlen_attn(
-        q, k, v, cu, cu, packed.longest, packed.longest, scale=scaling, window_size=(-1, 0)
+        *(q, k, v, cu, cu, packed.longest, packed.longest),
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[None]
 

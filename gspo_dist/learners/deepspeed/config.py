@@ -58,6 +58,11 @@ def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
             raise ValueError(
                 f"learner.deepspeed.{name} needs a GPU host: got device {device!r}; set it to false"
             )
+    if ds.grouped_mm and config.precision != "bf16":
+        raise ValueError(
+            f"learner.deepspeed.grouped_mm needs learner.precision=bf16: got {config.precision}; leave it "
+            "null"
+        )
     check_passed(ds)
     if ds.expert_parallel == 1:
         return
@@ -85,7 +90,9 @@ def check(config: LearnerConfig, model: ModelShape, device: str) -> None:
         )
 
 
-def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = True) -> dict[str, Any]:
+def engine_config(
+    config: LearnerConfig, model: ModelShape, *, trains: bool = True, device: str = "cpu"
+) -> dict[str, Any]:
     """DeepSpeed's configuration for the policy's engine, or (`trains` False) for the frozen reference's.
 
     Accumulation is unmanaged: every `backward` adds and `step` is the boundary, so that mini-batches may hold
@@ -133,7 +140,10 @@ def engine_config(config: LearnerConfig, model: ModelShape, *, trains: bool = Tr
         # ZeRO 0 in fp32 has a bare torch optimiser, which the learner clips itself.
         out["gradient_clipping"] = opt.grad_clip if stage or config.precision != "fp32" else 0.0
     if ds.expert_parallel > 1:
-        out["expert_parallel"] = autoep_section(ds.expert_parallel, ds.grouped_mm, model)
+        grouped = ds.grouped_mm
+        if grouped is None:
+            grouped = device != "cpu" and config.precision == "bf16"
+        out["expert_parallel"] = autoep_section(ds.expert_parallel, grouped, model)
     passed = ds.config
     if not trains:  # a reference has no optimiser whose states could be anywhere
         passed = {

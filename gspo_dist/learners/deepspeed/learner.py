@@ -82,7 +82,9 @@ class DeepSpeedLearner:
         self.policy_version = 0
         self.deepspeed = import_deepspeed(device)
         self._join(master_addr, master_port)
-        check_values(self.deepspeed, engine_config(config, self.shape), config.deepspeed.config)
+        check_values(
+            self.deepspeed, engine_config(config, self.shape, device=device), config.deepspeed.config
+        )
         self.routers: ModuleType = autoep_routers if config.deepspeed.expert_parallel > 1 else hf_routers
         self.lr_factor = lr_factor(config.optimizer, total_steps)
         self.engine = self._wrap(model_path, temperature, trains=True)
@@ -119,7 +121,7 @@ class DeepSpeedLearner:
 
     def _wrap(self, model_path: str | Path, temperature: float, *, trains: bool) -> Any:
         """An engine around the model of `model_path`; the frozen reference is sharded like the policy."""
-        settings = engine_config(self.config, self.shape, trains=trains)
+        settings = engine_config(self.config, self.shape, trains=trains, device=self.device.type)
         stage, experts = self.config.deepspeed.zero_stage, self.config.deepspeed.expert_parallel > 1
         make = partial(load_in_place, self.device, experts)
         if stage == 3:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
 
+from gspo_dist.learners import attention
 from gspo_dist.learners.attention import PackedLayout, packed_attention
 
 LENGTHS = (3, 5, 1)
@@ -74,3 +79,39 @@ def test_what_it_does_not_have_is_refused(asked: dict[str, object], message: str
 def test_a_window_that_no_sequence_reaches_changes_nothing() -> None:
     layout = PackedLayout.of(BORDERS, POSITIONS)
     assert torch.equal(attend(layout, sliding_window=5, softcap=None, dropout=0.5), attend(layout))
+
+
+def per_sequence(q, k, v, cu, cu_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """What torch's kernel for packed sequences is documented to compute, with every argument used."""
+    assert torch.equal(cu, cu_k)
+    assert longest == longest_k == int(cu.diff().max())
+    assert window_size == (-1, 0), "causal"
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    parts = []
+    for start, end in pairwise(cu.tolist()):
+        one = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=enable_gqa))
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 4)])
+def test_a_gpus_kernel_gets_what_the_cpu_computes_with(monkeypatch, heads, kv_heads) -> None:
+    """Keys go in as they are, and are not repeated for the queries that share them."""
+    q, k, v = tensors(heads, kv_heads)
+    packed = PackedLayout.of(BORDERS, POSITIONS)
+    given = []
+
+    def kernel(*tensors, **options):
+        given.append([x.shape[1] for x in tensors[:3]])
+        return per_sequence(*tensors, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    got = attention._flash(q, k, v, 0.3, packed)
+    want = attention._padded(q, k, v, 0.3, packed)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert given == [[heads, kv_heads, kv_heads]]
+
+
+def test_torchs_kernel_takes_these_arguments() -> None:
+    taken = inspect.signature(varlen.varlen_attn).parameters
+    assert {"scale", "window_size", "enable_gqa"} <= taken.keys()

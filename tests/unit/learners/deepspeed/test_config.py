@@ -34,6 +34,7 @@ def config(world_size: int = 4, precision: str = "fp32", **ds: object) -> Learne
         ({"offload_optimizer": True}, MOE, "cpu", "offload_optimizer needs a GPU host: got device 'cpu'"),
         ({"offload_params": True, "zero_stage": 3}, MOE, "cpu", "offload_params needs a GPU host"),
         ({"grouped_mm": True}, MOE, "cpu", "grouped_mm needs a GPU host"),
+        ({"grouped_mm": True}, MOE, "cuda", "grouped_mm needs learner.precision=bf16: got fp32"),
         (
             {"offload_optimizer": True, "zero_stage": 0},
             MOE,
@@ -52,7 +53,26 @@ def test_settings_that_cannot_run_are_refused(ds: dict, model: ModelShape, devic
 
 def test_settings_that_can_run_pass() -> None:
     check(config(zero_stage=3, expert_parallel=4), MOE, "cpu")
-    check(config(zero_stage=3, offload_optimizer=True, offload_params=True, grouped_mm=True), MOE, "cuda")
+    all_on = {"offload_optimizer": True, "offload_params": True, "grouped_mm": True}
+    check(config(precision="bf16", zero_stage=3, **all_on), MOE, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "precision", "grouped"),
+    [
+        (None, "cuda", "bf16", True),
+        (None, "cuda", "fp32", False),
+        (None, "cpu", "bf16", False),
+        (False, "cuda", "bf16", False),
+        (True, "cuda", "bf16", True),
+    ],
+)
+def test_experts_are_multiplied_together_where_that_can_be(
+    asked: bool | None, device: str, precision: str, grouped: bool
+) -> None:
+    settings = config(precision=precision, expert_parallel=2, grouped_mm=asked)
+    section = engine_config(settings, MOE, device=device)["expert_parallel"]
+    assert section["use_grouped_mm"] is grouped
 
 
 def test_gradients_accumulate_and_travel_in_fp32() -> None:
