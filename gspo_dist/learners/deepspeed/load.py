@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from gspo_dist.learners.attention import NAME
@@ -131,7 +132,8 @@ def load_in_place(
     hf.tie_weights()
     hf._weight_conversions = loaded_model(source)._weight_conversions
     names = FileNames(hf)
-    precise = tuple(getattr(hf, "_keep_in_fp32_modules_strict", None) or ())
+    plan = hf._get_dtype_plan(dtype)  # what transformers keeps in another precision
+    patterns, groups, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
     read: set[str] = set()
     for name, tensor in stored_tensors(hf):
         if experts_later and ".mlp.experts." in name:
@@ -141,8 +143,9 @@ def load_in_place(
         owner, _, leaf = name.rpartition(".")
         module = hf.get_submodule(owner)
         held = getattr(module, leaf)
-        if precise and any(part in precise for part in name.split(".")) and dtype != torch.float32:
-            held.data = held.data.float()
+        kept = patterns.search(name) if patterns is not None else None
+        if kept is not None and kept.lastgroup is not None:
+            held.data = held.data.to(plan[groups[kept.lastgroup]])
         read.update(copy_into(held.data, name, source, names))
         held.data = held.data.to(device)
     check_loaded(folder, [], source.streamed - read)

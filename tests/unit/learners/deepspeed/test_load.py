@@ -101,7 +101,7 @@ def test_every_family_is_filled_from_the_names_of_its_own_folder(family: str, tm
     assert read == set(checkpoint.tensors) - buffers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [*FAMILIES, "tied", "own head"])
 def test_a_model_filled_in_place_is_from_pretraineds(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Parameters, buffers, what is tied, precision, and the names under which it is streamed."""
