@@ -59,6 +59,10 @@ BROKEN = {
 }
 BF16 = {f"bf16_zero{stage}": {"deepspeed": {"zero_stage": stage}, "precision": "bf16"} for stage in range(4)}
 FP16 = {f"fp16_zero{n}": {"deepspeed": {"zero_stage": n}, "precision": "fp16"} for n in (1, 2, 3)}
+REFERENCED = {
+    "referenced_bf16_experts1": {"deepspeed": {"zero_stage": 1, "expert_parallel": 2}, "precision": "bf16"},
+    "referenced_fp16_zero2": {"deepspeed": {"zero_stage": 2}, "precision": "fp16"},
+}
 BF16_EXPERTS = {
     f"bf16_experts{stage}": {"deepspeed": {"zero_stage": stage, "expert_parallel": 2}, "precision": "bf16"}
     for stage in (1, 2, 3)
@@ -151,6 +155,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "model": model,
             "data": data,
             "traces": traces,
+            "kl_coef": 0.1 if group is REFERENCED else 0.0,
             "folder": tmp_path_factory.mktemp(name) / "checkpoint",
         }
         for do, group in (
@@ -159,6 +164,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ("accepted", ACCEPTED),
             ("broken", BROKEN),
             ("train", BF16 | FP16),
+            ("train", REFERENCED),
             ("routes", BF16_EXPERTS),
             ("wrong_weights", WRONG),
             ("other_layout", {"other_layout": {"deepspeed": {"zero_stage": 1}}}),
@@ -337,6 +343,15 @@ def test_16_bits_with_fp32_masters_and_accumulation_equal_eager(lab: dict, name:
         assert (got.float() - weight.float()).norm() <= {"bf16": 1e-5, "fp16": 2e-4}[
             half
         ] * weight.float().norm(), key
+
+
+@pytest.mark.parametrize("name", REFERENCED)
+def test_a_16_bit_reference_is_the_starting_policy(lab: dict, name: str) -> None:
+    """The same kernels on the same weights: no nat between them at first, and some after a step."""
+    steps = [results(merge_stats([rank[name]["steps"][i]["stats"] for rank in lab["got"]])) for i in (0, 1)]
+    first, second = (step["objective/kl_reference"] for step in steps)
+    assert first == 0.0
+    assert second > 1e-6
 
 
 def test_bf16_zero0_accumulates_in_bf16(lab: dict) -> None:

@@ -115,11 +115,14 @@ def engine_config(
         "communication_data_type": "fp32",
         "steps_per_print": None,
     }
-    if config.precision == "bf16":
+    # Below ZeRO 3 a reference has its precision from its weights alone. Told of it, 0.19.8 makes an optimiser
+    # around it, with fp32 copies of all parameters, which cannot serve AutoEP's experts either.
+    precision = config.precision if trains or stage == 3 else "fp32"
+    if precision == "bf16":
         out["bf16"] = {"enabled": True}
         if stage > 0:  # stage 0 has no fp32 accumulation (0.19.8): its gradients accumulate in bf16
             out["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.precision == "fp16":
+    if precision == "fp16":
         # A scale that DeepSpeed takes for constant: the learner sets it before every backward pass.
         out["fp16"] = {"enabled": True, "loss_scale": 1.0}
         out["data_types"] = {"grad_accum_dtype": "fp32"}

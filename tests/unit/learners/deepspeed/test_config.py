@@ -93,6 +93,10 @@ def test_the_reference_has_no_optimiser_and_is_sharded_as_the_policy() -> None:
         assert "optimizer" not in out
         assert out["zero_optimization"]["stage"] == expected
         assert ("expert_parallel" in out) == (ep > 1)
+        for precision in ("bf16", "fp16"):
+            half = config(zero_stage=stage, expert_parallel=ep, precision=precision)
+            assert (precision in engine_config(half, MOE, trains=False)) == (stage == 3)
+            assert precision in engine_config(half, MOE)
 
 
 def test_gate_weights_are_renormalised_exactly_where_the_model_does() -> None:
