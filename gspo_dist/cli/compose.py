@@ -98,13 +98,25 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     return from_mapping(RunConfig, compose(overrides))
 
 
-def run_as_application(program: str, args: Sequence[str], task: Callable[[RunConfig], None]) -> None:
+def run_as_application(
+    program: str, args: Sequence[str], task: Callable[[RunConfig], None], *, light: bool = False
+) -> None:
     """Runs `task` as a hydra application: --cfg, --help, --info, multirun and completion are hydra's.
 
     Bad input ends with a message and status 2 before hydra starts, because hydra prints its own messages. So
     a configuration is composed twice, here and by hydra. The second time takes a tenth of a second.
+
+    light: `task` only prints. Where no argument asks for anything of hydra but its composition, that is all
+    that hydra does then: no log, no folder, and a third of a second less.
     """
     overrides, flags = split_arguments(args)
+    if light and len(overrides) == len(args):
+        try:
+            config = run_config(overrides)
+        except ValueError as error:
+            fail(str(error), 2)
+        task(config)
+        return
     sweep = "-m" in args or "--multirun" in args
     if not any(flag in args for flag in HELP_FLAGS):
         _check_arguments(overrides, flags, sweep)

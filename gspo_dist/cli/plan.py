@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> None:
             return kuberay_text(config, split_arguments(rest)[0], ours["--kuberay"] or IMAGE)
         return "\n".join([*lines, plan_text(config)])
 
-    run_as_application("gspo plan", rest, lambda config: print(guarded(lambda: show(config))))
+    run_as_application("gspo plan", rest, lambda config: print(guarded(lambda: show(config))), light=True)
 
 
 def plan_text(config: RunConfig) -> str:

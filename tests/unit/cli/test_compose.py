@@ -74,3 +74,26 @@ def test_the_packages_folder_of_configs_is_the_checkouts() -> None:
     root = Path(__file__).resolve().parents[3]
     assert conf_dir().resolve() == root / "conf"
     assert conf_dir().is_symlink()
+
+
+def test_what_only_prints_needs_no_application_of_hydra(monkeypatch, capsys) -> None:
+    import hydra
+
+    from gspo_dist.cli import compose
+
+    def started(**kwargs):
+        raise AssertionError("an application of hydra")
+
+    monkeypatch.setattr(hydra, "main", started)
+    seen = []
+    compose.run_as_application("gspo x", ["seed=7"], seen.append, light=True)
+    assert [config.seed for config in seen] == [7]
+    with pytest.raises(SystemExit) as stop:
+        compose.run_as_application("gspo x", ["sed=7"], seen.append, light=True)
+    assert stop.value.code == 2
+    assert "sed" in capsys.readouterr().err
+    for more in (["--cfg", "job"], ["-m"], ["--info"]):
+        with pytest.raises(AssertionError, match="an application of hydra"):
+            compose.run_as_application("gspo x", ["seed=7", *more], seen.append, light=True)
+    with pytest.raises(AssertionError, match="an application of hydra"):
+        compose.run_as_application("gspo x", ["seed=7"], seen.append)
