@@ -54,6 +54,7 @@ TITLES = {
     "autoep": "DeepSpeed with expert_parallel",
     "zero3": "DeepSpeed with ZeRO 3, in a process of its own",
     "megatron": "megatron, in a process of its own",
+    "engine": "vLLM on a CPU, in a process of its own: only families without a yes below",
 }
 """How the page calls the learners that `self_check` tells apart."""
 T = TypeVar("T")
@@ -281,7 +282,8 @@ MORE = """\
 - **Megatron**: the same with the megatron learner on one rank, for the families that it builds.
 - **sync with vLLM**: a real engine (vLLM's CPU build, float32) starts from the folder, gets changed weights
   twice, and its log-probs are those of transformers before and after, within {sync} nats. A number is
-  the largest difference.
+  the largest difference. A run on a CPU refuses a family that is not right here, unless an error of a kernel
+  stopped the trial: that may be about a size of the miniature, and is said in the log.
 
 The last three are measured for families that a run does not refuse, and Megatron for those that it builds.
 They are kept in `models.json`, from which the same command goes on. An empty cell was not measured. The notes

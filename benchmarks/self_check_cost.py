@@ -1,4 +1,4 @@
-"""What the self-check of a run costs before the run starts, once per model.
+"""What the self-check of a run costs before the run starts, once per model, and the one of its engine.
 
     python benchmarks/self_check_cost.py      # one JSON object, learner -> seconds
 
@@ -20,8 +20,10 @@ from typing import get_args
 
 from transformers import AutoConfig
 
+from gspo_dist.learners import own_process
 from gspo_dist.learners.self_check import Kind, inspect
 from gspo_dist.learners.stream_names import of_config
+from gspo_dist.trainer.setup import engine_check
 
 QWEN3_30B_A3B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -61,7 +63,7 @@ def cpu_seconds() -> float:
 
 
 def costs() -> dict[str, dict[str, float]]:
-    """Learner -> seconds of CPU and elapsed, for a check that passes."""
+    """Learner, or `engine` -> seconds of CPU and elapsed, for a check that passes."""
     found = {}
     with tempfile.TemporaryDirectory() as parent:
         write_hollow(Path(parent))
@@ -71,6 +73,11 @@ def costs() -> dict[str, dict[str, float]]:
             assert len(result.findings) == 4, "the learner's process came to no result"
             assert not result.failed("alone", "packed", "names", "routes"), result
             found[kind] = {"cpu": cpu_seconds() - cpu, "elapsed": time.perf_counter() - started}
+    cpu, started = cpu_seconds(), time.perf_counter()
+    config = AutoConfig.for_model("qwen3_moe", **QWEN3_30B_A3B).to_dict()
+    [finding] = own_process.ask(engine_check.__name__, config, "bf16")
+    assert finding.passed, finding
+    found["engine"] = {"cpu": cpu_seconds() - cpu, "elapsed": time.perf_counter() - started}
     return found
 
 

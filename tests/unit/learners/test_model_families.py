@@ -74,7 +74,7 @@ def test_a_measurement_happens_in_a_process_of_its_own_which_may_die_or_hang(mon
 
 
 def test_what_the_check_costs_is_told_of_every_learner() -> None:
-    seconds = {"loaded": 0.44, "autoep": 1.0, "zero3": 8.06, "megatron": 17.0}
+    seconds = {"loaded": 0.44, "autoep": 1.0, "zero3": 8.06, "megatron": 17.0, "engine": 12.5}
     lines = list(startup({kind: {"cpu": cpu, "elapsed": 99.0} for kind, cpu in seconds.items()}))
     assert [line.split(" | ")[-1] for line in lines if line.startswith("| ")] == [
         "seconds of CPU |",
@@ -82,5 +82,6 @@ def test_what_the_check_costs_is_told_of_every_learner() -> None:
         "1.0 |",
         "8.1 |",
         "17.0 |",
+        "12.5 |",
     ]
     assert list(startup({})) == []
