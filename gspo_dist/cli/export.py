@@ -21,16 +21,19 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--probe",
         action=argparse.BooleanOptionalAction,
-        help="also start the run's learner, and compare its log-probs with those of transformers over the "
-        "folder; default: where that is cheap, on a CPU with a model of up to 1 GiB",
+        default=True,
+        help="compare the learner's log-probs, which the checkpoint keeps, with those of transformers over "
+        "the folder; it needs memory for the model",
     )
     options = parser.parse_args(args)
     guarded(lambda: _export(options.run.expanduser().resolve(), options.to.expanduser(), options.probe))
 
 
-def _export(run_dir: Path, target: Path, probe: bool | None) -> None:
+def _export(run_dir: Path, target: Path, probe: bool) -> None:
     from gspo_dist.trainer.export import export_run
 
     done = export_run(run_dir, target, probe=probe)
-    compared = f"; log-probs are the learner's to {done['mean_abs']:.1e} nats" if "mean_abs" in done else ""
-    print(f"{done['folder']}: {done['tensors']} tensors after step {done['step']}, read back{compared}")
+    told = f"not compared: {done['not_compared']}" if "not_compared" in done else ""
+    told = told or f"the learner's to {done['mean_abs']:.1e} nats"
+    what = f"{done['tensors']} tensors after step {done['step']}, read back"
+    print(f"{done['folder']}: {what}; log-probs {told}")

@@ -8,6 +8,7 @@ from gspo_dist.checkpoint import Checkpoint
 from gspo_dist.coldstart.make import ensure_model
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.sinks import going_on_without
+from gspo_dist.trainer import export_probe
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
 from gspo_dist.trainer.run import Run, UnfinishedSave
 
@@ -43,6 +44,8 @@ def save(run: Run, step: int) -> None:
         "first_evaluation": run.first_evaluation,
         "last_evaluation": run.last_evaluation,
     }
+    with going_on_without("the log-probs that an export is held against"):
+        state["export_probe"] = export_probe.take(run.learner, run.config, ensure_model(run.config.model))
     run.unfinished_save = UnfinishedSave(folder, step, state)
     if not run.config.learner.saves_asynchronously or step == run.config.steps:
         commit(run)
@@ -51,8 +54,9 @@ def save(run: Run, step: int) -> None:
 def save_hf(run: Run, step: int) -> None:
     """Writes the weights after `step` as an HF folder where `checkpoint.hf_every` asks for it.
 
-    It is read back and compared before it appears. The oldest beyond `checkpoint.keep_hf` are removed. Raises
-    ValueError on a full disk.
+    It is read back and compared before it appears, and that of a small model gives the learner's log-probs
+    (`export_probe`). The oldest beyond `checkpoint.keep_hf` are removed. Raises ValueError on a full disk,
+    and WeightSyncError for a folder that is another model.
     """
     every, keep = run.config.checkpoint.hf_every, run.config.checkpoint.keep_hf
     if not every or (step % every and step != run.config.steps):
@@ -62,7 +66,10 @@ def save_hf(run: Run, step: int) -> None:
     target = root / f"step-{step:06d}"
     # A resumed run may come to a step again.
     shutil.rmtree(target, ignore_errors=True)
-    run.learner.export(ensure_model(run.config.model), target)
+    model = ensure_model(run.config.model)
+    run.learner.export(model, target)
+    if export_probe.has_room(target, export_probe.CHEAP_BYTES):
+        export_probe.compare(export_probe.take(run.learner, run.config, model), run.config, target)
     folders = (path for path in root.glob("step-*") if path.name[5:].isdigit())
     for old in sorted(folders, key=lambda path: int(path.name[5:]))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -185,19 +185,20 @@ def test_export_takes_the_run_and_the_folder(monkeypatch, capsys, tmp_path: Path
 
     asked = []
 
-    def written(run_dir: Path, target: Path, *, probe: bool | None) -> dict[str, Any]:
+    def written(run_dir: Path, target: Path, *, probe: bool) -> dict[str, Any]:
         asked.append((run_dir, target, probe))
         done: dict[str, Any] = {"folder": str(target), "tensors": 7, "step": 3}
-        return done | {"mean_abs": 2.5e-7} if probe else done
+        return done | ({"mean_abs": 2.5e-7} if probe else {"not_compared": "as asked"})
 
     monkeypatch.setattr(export, "export_run", written)
     monkeypatch.chdir(tmp_path)
     main(["export", "--run", "run", "--to", "out"])
-    assert capsys.readouterr().out == "out: 7 tensors after step 3, read back\n"
-    main(["export", "--run", "run", "--to", "out", "--probe"])
-    assert asked == [(tmp_path / "run", Path("out"), probe) for probe in (None, True)]
     said = capsys.readouterr().out
-    assert said == "out: 7 tensors after step 3, read back; log-probs are the learner's to 2.5e-07 nats\n"
+    assert said == "out: 7 tensors after step 3, read back; log-probs the learner's to 2.5e-07 nats\n"
+    main(["export", "--run", "run", "--to", "out", "--no-probe"])
+    said = capsys.readouterr().out
+    assert said == "out: 7 tensors after step 3, read back; log-probs not compared: as asked\n"
+    assert asked == [(tmp_path / "run", Path("out"), probe) for probe in (True, False)]
 
 
 def test_make_model_copies_what_was_made_to_where_it_is_asked_for(monkeypatch, capsys, tmp_path: Path):

@@ -11,7 +11,7 @@ from gspo_dist.checkpoint import CheckpointStore
 from gspo_dist.config import CheckpointConfig, FlipsConfig, GuardConfig, ObjectiveConfig, RolloutConfig
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.objectives.objective import get_objective
-from gspo_dist.trainer import checkpointing
+from gspo_dist.trainer import checkpointing, export_probe
 from gspo_dist.trainer.checkpointing import (
     checkpoint_due,
     commit,
@@ -186,18 +186,41 @@ def test_weights_alone_are_written_on_their_schedule_and_the_newest_kept(
     monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
     run = run_of(tmp_path, steps=steps, hf_every=every)
     run.config.model = None
-    asked = []
+    asked, compared = [], []
+    monkeypatch.setattr(export_probe, "take", lambda learner, config, model: (learner, model))
+    monkeypatch.setattr(export_probe, "compare", lambda *given: compared.append(given))
+    monkeypatch.setattr(export_probe, "CHEAP_BYTES", 1)
 
     def export(source, target):
         asked.append((source, target))
         target.mkdir()  # as the real one, it asks for a folder that is not there
-        (target / "model.safetensors").write_bytes(b"x")
+        # The file of the first step is too large to be compared.
+        (target / "model.safetensors").write_bytes(b"x" if asked[1:] else b"xy")
 
     run.learner.export = export
     for step in [*range(1, steps + 1), steps]:  # the last one again, as after a resume
         save_hf(run, step)
     assert [path.name for path in sorted(tmp_path.glob("hf/*"))] == [f"step-{n:06d}" for n in kept]
     assert all(source == tmp_path / "source" for source, _ in asked)
+    source = (run.learner, tmp_path / "source")
+    assert compared == [(source, run.config, target) for _, target in asked[1:]]
+
+
+def test_a_checkpoint_keeps_log_probs_for_an_export_where_it_can(tmp_path, monkeypatch):
+    run = run_of(tmp_path, keep=5)
+    monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
+    run.config.model = None
+    monkeypatch.setattr(export_probe, "take", lambda learner, config, model: [[-1.5], [-2.25]])
+    save(run, 1)
+    assert run.store.newest().state["export_probe"] == [[-1.5], [-2.25]]
+
+    def fails(*given):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(export_probe, "take", fails)
+    save(run, 2)
+    assert run.store.newest().step == 2
+    assert "export_probe" not in run.store.newest().state
 
 
 def test_a_bound_on_skipped_steps_in_a_row_stops_and_keeps_the_save_that_was_under_way(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from gspo_dist.config import LearnerConfig, ModelConfig, RolloutConfig, RunConfi
 from gspo_dist.config.mapping import to_mapping
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.group import LocalLearnerGroup
-from gspo_dist.trainer import export
-from gspo_dist.trainer.export import check_export
+from gspo_dist.trainer import export, export_probe
 from gspo_dist.weights.tolerance import LEVELS
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.weights.tiny_models import make
@@ -35,6 +33,13 @@ def exported(tmp_path, family):
     group = LocalLearnerGroup(learner)
     group.export(tmp_path / "start", tmp_path / "out")
     return group, config, tmp_path / "out"
+
+
+def check_export(group, config, folder) -> float:
+    """As a checkpoint keeps it: through a file of JSON."""
+    taken = json.loads(json.dumps(export_probe.take(group, config, folder.parent / "start")))
+    assert [len(row) for row in taken] == [47, 47]
+    return export_probe.compare(taken, config, folder)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
@@ -83,21 +88,18 @@ def run_dir(tmp_path):
     store = CheckpointStore(folder, 1)
     partial = store.begin(3)
     learner.save(partial / "learner")
-    store.commit(partial, 3, {"policy_version": 3})
+    group = LocalLearnerGroup(learner)
+    state = {"policy_version": 3, "export_probe": export_probe.take(group, config, tmp_path / "start")}
+    store.commit(partial, 3, state)
     (folder / "config.json").write_text(json.dumps(to_mapping(config)))
-    return folder, LocalLearnerGroup(learner)
+    return folder, group
 
 
-def test_a_run_is_exported_from_its_files_without_a_learner(run_dir, tmp_path, monkeypatch) -> None:
+def test_a_run_is_exported_from_its_files_without_a_learner(run_dir, tmp_path) -> None:
     """Bit for bit what the learner itself exports."""
     folder, group = run_dir
-
-    def started(*args, **kwargs):
-        raise AssertionError("a learner was started")
-
-    monkeypatch.setattr(export, "Processes", started)
-    monkeypatch.setattr(export, "SMALL_BYTES", 1)  # so that nobody takes it for cheap
     done = export.export_run(folder, tmp_path / "out")
+    assert done.pop("mean_abs") < 5e-4  # bf16 rounds
     assert done == {"folder": str(tmp_path / "out"), "step": 3, "tensors": 45}
     group.export(tmp_path / "start", tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / name / "model-00001.safetensors") for name in ("out", "theirs"))
@@ -109,31 +111,34 @@ def test_a_run_is_exported_from_its_files_without_a_learner(run_dir, tmp_path, m
         export.export_run(folder, tmp_path / "out")
 
 
-def test_a_probe_starts_the_learner_loads_it_and_compares(run_dir, tmp_path, monkeypatch) -> None:
+def test_files_that_hold_another_policy_than_the_one_that_saved_are_refused(run_dir, tmp_path) -> None:
+    """Every name, shape and checksum of such a folder is right."""
     folder, group = run_dir
-    asked = []
+    head = dict(group.learner.policy.named_parameters())["hf.lm_head.weight"]
+    head.data.copy_(200 * head.flip(0))
+    group.learner.masters = [p.detach().float().clone() for p in group.learner.parameters]
+    checkpoint = CheckpointStore(folder, 1).newest()
+    shutil.rmtree(checkpoint.learner)
+    group.learner.save(checkpoint.learner)
+    with pytest.raises(WeightSyncError, match="the exported folder out and learner disagree"):
+        export.export_run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.refused").is_dir()
 
-    class Started:
-        def __init__(self, config, *args, **kwargs) -> None:
-            asked.append((config.rollout.engines, config.cluster.colocated, kwargs))
 
-        def __enter__(self):
-            return SimpleNamespace(learner=lambda: group)
-
-        def __exit__(self, *error) -> None: ...
-
-    monkeypatch.setattr(export, "Processes", Started)
-    for parameter in group.learner.parameters:  # what it starts from; the checkpoint must come in
-        parameter.data.mul_(0.5)
-    done = export.export_run(folder, tmp_path / "out", probe=True)
-    assert asked == [(1, False, {"engines": False})]
-    assert done["mean_abs"] < 5e-4  # bf16 rounds
-    assert group.policy_version == 0  # as the fixture's learner counts
-    # A small model on a CPU is probed without being asked.
-    for name, chosen in (("unasked", {}), ("no", {"probe": False})):
-        assert ("mean_abs" in export.export_run(folder, tmp_path / name, **chosen)) == (name == "unasked")
-    monkeypatch.setattr(export, "resolve_device", lambda cluster: "cuda")
-    assert "mean_abs" not in export.export_run(folder, tmp_path / "gpu")
+def test_why_log_probs_were_not_compared_is_told(run_dir, tmp_path, monkeypatch) -> None:
+    folder, _ = run_dir
+    assert export.export_run(folder, tmp_path / "a", probe=False)["not_compared"] == "as asked"
+    bytes_of_model = (tmp_path / "a" / "model-00001.safetensors").stat().st_size
+    monkeypatch.setattr(export_probe, "usable_memory", lambda: (1 << 40, 2 * bytes_of_model - 2))
+    assert "half of this host's free memory" in export.export_run(folder, tmp_path / "b")["not_compared"]
+    monkeypatch.setattr(export_probe, "usable_memory", lambda: (1 << 40, 2 * bytes_of_model))
+    assert "mean_abs" in export.export_run(folder, tmp_path / "c")
+    assert not export_probe.has_room(tmp_path / "c", bytes_of_model - 1)
+    checkpoint = CheckpointStore(folder, 1).newest()
+    (file,) = [p for p in checkpoint.folder.rglob("*.json") if "export_probe" in p.read_text()]
+    file.write_text(file.read_text().replace("export_probe", "of_an_older_version"))
+    assert export.export_run(folder, tmp_path / "d")["not_compared"] == "the checkpoint has none"
 
 
 def test_a_run_without_a_checkpoint_says_so(run_dir, tmp_path) -> None:
