@@ -12,9 +12,8 @@ replicas have in common is divided among them (megatron-core's wrappers).
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ class CheckpointWriter:
         state[COMMON] = {
             "policy_version": policy_version,
             "loss_scale": learner.scale and learner.scale.state_dict(),
-            "architecture": dataclasses.asdict(learner.architecture),
+            "architecture": asdict(learner.architecture),
         }
         self.folder = folder
         with writing(folder):

@@ -82,8 +82,8 @@ def test_a_full_disk_ends_a_save_as_an_error_of_the_disk(asynchronous: bool, tmp
             schedule_async_request=lambda request: None,
         )
         writer.queue = queue
-    learner = SimpleNamespace(architecture=ModelShape.__new__(ModelShape))
-    monkeypatch.setattr(checkpoint.dataclasses, "asdict", lambda shape: {})
+    learner = SimpleNamespace(architecture=ModelShape.__new__(ModelShape), scale=None)
+    monkeypatch.setattr(checkpoint, "asdict", lambda shape: {})
 
     def save() -> None:
         writer.save(learner, 1, tmp_path / "learner")
