@@ -208,6 +208,7 @@ def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatc
         tokens_seen=0,
         config=SimpleNamespace(cluster=SimpleNamespace(colocated=False)),
         learner=SimpleNamespace(policy_version=7),
+        profile=lambda step: beside(f"profile of {step}"),
         collector=SimpleNamespace(
             take_speed=lambda: (0, 0.0), metrics=lambda: {}, beside_learner=lambda: beside("collector")
         ),
@@ -215,8 +216,9 @@ def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatc
     )
     loop.run_step(run, 7)
     assert told == [
+        "profile of 7 begins",
         *("collector begins", "suites begins", "learn", "suites ends", "collector ends"),
-        *("finish", "publish", "after 7", "HF folder after 7"),
+        *("finish", "publish", "profile of 7 ends", "after 7", "HF folder after 7"),
     ]
     assert rows == [{"eval/own/avg@2": 0.5, "eval/at_step": 6.0}]
 
