@@ -23,7 +23,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +72,10 @@ MEASURED = frozenset(
 """Families that passed with `MEASURED_WITH` (benchmarks/reports/models.md). Runs of them ask nothing."""
 MEASURED_WITH = "0.30.0"
 """The version of vLLM's CPU build that they were measured with."""
-TOLERANCE = {"fp32": 1e-4, "fp16": 0.1, "bf16": 0.5}
-"""Largest |difference| of log-probs in nats. In float32 the families that pass differ by up to 9e-6. In
-bfloat16 rounding alone makes 0.1 on these wide weights, so there only what is plainly another model fails."""
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.05}
+"""|Difference| of log-probs in nats that passes: the largest in fp32, where families that are right differ by
+up to 9e-6; the mean in 16 bits, where rounding may send a token to another expert, which moves it by 0.3 and
+the mean by 0.01. A sync that does nothing is off by 0.2 there."""
 KERNEL_SIZES = ("linear_key_head_dim", "linear_value_head_dim")
 """Sizes that the miniature takes from the model: vLLM 0.30's CPU kernels for them know a few values alone."""
 LENGTHS = (7, 70)
@@ -159,7 +161,7 @@ def measure(config: dict[str, Any], folder: Path, precision: str = "fp32") -> di
     )
     engine = VllmEngine(settings, folder, threads=1)
     try:
-        return _synced(engine, model, vocabulary)
+        return _synced(engine, model, vocabulary, partial(_difference, precision))
     finally:
         engine.close()
 
@@ -207,7 +209,12 @@ def _write_tokenizer(folder: Path, vocabulary: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1").save_pretrained(folder)
 
 
-def _synced(engine: VllmEngine, model: PreTrainedModel, vocabulary: int) -> dict[str, float]:
+def _synced(
+    engine: VllmEngine,
+    model: PreTrainedModel,
+    vocabulary: int,
+    difference: Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], float],
+) -> dict[str, float]:
     """What `measure` returns, of a started engine."""
     from gspo_dist.weights.names import hf_named_weights
     from gspo_dist.weights.send import make_transport, send_weights
@@ -217,7 +224,7 @@ def _synced(engine: VllmEngine, model: PreTrainedModel, vocabulary: int) -> dict
     random = np.random.default_rng(0)
     ids = [random.integers(2, vocabulary, n) for n in LENGTHS]
     last = engine.logprobs_of(ids)
-    found = {"start": _largest(last, [_reference(model, i) for i in ids]), "synced": 0.0, "moved": 1e9}
+    found = {"start": difference(last, [_reference(model, i) for i in ids]), "synced": 0.0, "moved": 1e9}
     transport = make_transport("shm")
     engine.init_weight_sync(transport.init_info(0))
     for version in (1, 2):
@@ -226,8 +233,8 @@ def _synced(engine: VllmEngine, model: PreTrainedModel, vocabulary: int) -> dict
         sent = send_weights(buckets(hf_named_weights(model), BUCKET_BYTES), transport, engine.update_weights)
         verify_receipt(sent.checksums, engine.finish_weight_update(version), version)
         now = engine.logprobs_of(ids)
-        found["synced"] = max(found["synced"], _largest(now, [_reference(model, i) for i in ids]))
-        found["moved"] = min(found["moved"], _largest(now, last))
+        found["synced"] = max(found["synced"], difference(now, [_reference(model, i) for i in ids]))
+        found["moved"] = min(found["moved"], difference(now, last))
         last = now
     transport.close()
     return found
@@ -257,9 +264,10 @@ def _change(model: PreTrainedModel, seed: int) -> None:
                 tensor.add_(max(scale, 0.01) * torch.randn(tensor.shape, generator=g))
 
 
-def _largest(engine: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    """The largest |difference| in nats."""
-    return max(float(np.abs(a - b).max()) for a, b in zip(engine, expected, strict=True))
+def _difference(precision: str, engine: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """|Difference| in nats as `TOLERANCE` has it: the largest in fp32, the mean in 16 bits."""
+    apart = np.concatenate([np.abs(a - b) for a, b in zip(engine, expected, strict=True)])
+    return float(apart.max() if precision == "fp32" else apart.mean())
 
 
 if __name__ == "__main__":
