@@ -54,9 +54,9 @@ def save(run: Run, step: int) -> None:
 def save_hf(run: Run, step: int) -> None:
     """Writes the weights after `step` as an HF folder where `checkpoint.hf_every` asks for it.
 
-    It is read back and compared before it appears, and that of a small model gives the learner's log-probs
-    (`export_probe`). The oldest beyond `checkpoint.keep_hf` are removed. Raises ValueError on a full disk,
-    and WeightSyncError for a folder that is another model.
+    It is read back and compared before it appears. Then transformers must give the learner's log-probs over
+    it, where the host has room for the model (`export_probe`). The oldest beyond `checkpoint.keep_hf` are
+    removed. Raises ValueError on a full disk, and WeightSyncError for a folder that is another model.
     """
     every, keep = run.config.checkpoint.hf_every, run.config.checkpoint.keep_hf
     if not every or (step % every and step != run.config.steps):
@@ -68,7 +68,7 @@ def save_hf(run: Run, step: int) -> None:
     shutil.rmtree(target, ignore_errors=True)
     model = ensure_model(run.config.model)
     run.learner.export(model, target)
-    if export_probe.has_room(target, export_probe.CHEAP_BYTES):
+    if export_probe.has_room(target):
         export_probe.compare(export_probe.take(run.learner, run.config, model), run.config, target)
     folders = (path for path in root.glob("step-*") if path.name[5:].isdigit())
     for old in sorted(folders, key=lambda path: int(path.name[5:]))[:-keep]:

@@ -28,8 +28,6 @@ SEQUENCES = 2
 """Sequences of a probe."""
 TOKENS = 48
 """Tokens of each. All layers and all experts' names are in every token, so a few are enough."""
-CHEAP_BYTES = 1 << 30
-"""Weights of a model that a run may load beside its own work."""
 MEMORY_SHARE = 0.5
 """Of the host's free memory, which the model may take for its forward pass."""
 
@@ -78,7 +76,7 @@ def compare(taken: Sequence[Sequence[float]], config: RunConfig, folder: Path) -
     return mean
 
 
-def has_room(folder: Path, most: float = float("inf")) -> bool:
-    """Whether this host can hold the model of a folder, of at most so many bytes, for a forward pass."""
+def has_room(folder: Path) -> bool:
+    """Whether this host can hold the model of a folder for a forward pass, beside what else it does."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return size <= min(most, MEMORY_SHARE * usable_memory()[1])
+    return size <= MEMORY_SHARE * usable_memory()[1]

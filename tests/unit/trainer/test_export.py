@@ -134,7 +134,6 @@ def test_why_log_probs_were_not_compared_is_told(run_dir, tmp_path, monkeypatch)
     assert "half of this host's free memory" in export.export_run(folder, tmp_path / "b")["not_compared"]
     monkeypatch.setattr(export_probe, "usable_memory", lambda: (1 << 40, 2 * bytes_of_model))
     assert "mean_abs" in export.export_run(folder, tmp_path / "c")
-    assert not export_probe.has_room(tmp_path / "c", bytes_of_model - 1)
     checkpoint = CheckpointStore(folder, 1).newest()
     (file,) = [p for p in checkpoint.folder.rglob("*.json") if "export_probe" in p.read_text()]
     file.write_text(file.read_text().replace("export_probe", "of_an_older_version"))
