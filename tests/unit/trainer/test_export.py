@@ -18,6 +18,7 @@ from gspo_dist.learners.group import LocalLearnerGroup
 from gspo_dist.trainer import export, export_probe
 from gspo_dist.weights.tolerance import LEVELS
 from gspo_dist.weights.verify import WeightSyncError
+from tests.unit.trainer.small import config, go
 from tests.unit.weights.tiny_models import make
 
 
@@ -144,3 +145,10 @@ def test_a_run_without_a_checkpoint_says_so(run_dir, tmp_path) -> None:
     shutil.rmtree(run_dir[0] / "checkpoints")
     with pytest.raises(ValueError, match=r"has no checkpoint: set checkpoint\.every"):
         export.export_run(run_dir[0], tmp_path / "out")
+
+
+def test_what_a_run_saves_is_exported_and_gives_its_learners_log_probs(model, reward_file, tmp_path) -> None:
+    go(config(model, reward_file, tmp_path / "run", "steps=1", "checkpoint.every=1"))
+    done = export.export_run(tmp_path / "run", tmp_path / "out")
+    assert done["step"] == 1
+    assert 0 < done["mean_abs"] < 1e-5
