@@ -1,4 +1,4 @@
-"""Processes that ended or fell silent, as errors and as news; here, so that a caller need not import ray."""
+"""Processes that ended or fell silent, as errors and as news. Here, so that no caller has to import ray."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 
 class ProcessDied(RuntimeError):
-    """A process ended; the message names it and shows its last lines."""
+    """A process ended. The message names it and shows its last lines."""
 
 
 class ProcessTimeout(TimeoutError):
-    """A process did not answer in time; the message names it and shows its last lines."""
+    """A process did not answer in time. The message names it and shows its last lines."""
 
 
 class CollectiveTimeout(ProcessTimeout):
-    """A rank waited too long for another one; the message says in which collective."""
+    """A rank waited too long for another one. The message says in which collective."""
 
 
 class Event(NamedTuple):

@@ -119,13 +119,13 @@ class LearnerRank(ActorProcess):
                 pass
 
     def close_link(self) -> None:
-        """Leaves the engines; the next `send_weights` meets them again. A second call does nothing."""
+        """Leaves the engines. The next `send_weights` meets them again. A second call does nothing."""
         link, self._link = self._link, None
         if link is not None:
             link.close()
 
     def export(self, source: str, target: str) -> int | None:
-        """Writes the weights as an HF folder and returns their number; None from the other ranks."""
+        """Writes the weights as an HF folder and returns their number, or None from the other ranks."""
         with self.watch.waiting():
             if self.learner.is_exporter:
                 return write_hf_folder(hf_items(self.learner), Path(source), Path(target))
@@ -147,7 +147,7 @@ class LearnerRank(ActorProcess):
             torch.cuda.empty_cache()
 
     def save(self, folder: str) -> None:
-        """Begins to save this rank's part; `wait_saved` ends it. ValueError: this node has no such folder."""
+        """Begins to save this rank's part. `wait_saved` ends it. ValueError: this node has no such folder."""
         if not Path(folder).is_dir():
             raise ValueError(
                 f"checkpoint folder {folder} is not visible on {socket.gethostname()}: run_dir must lie on a "
@@ -176,7 +176,7 @@ class RayLearnerGroup:
     def __init__(
         self, config: LearnerConfig, make: LearnerFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
     ) -> None:
-        """Creates the actors; `start` builds their learners. options: Ray's, one mapping per rank."""
+        """Creates the actors. `start` builds their learners. options: Ray's, one mapping per rank."""
         self.config = config
         remote = ray.remote(LearnerRank)
         handles = {
@@ -187,10 +187,10 @@ class RayLearnerGroup:
         self.make = make
         self.policy_version = 0
         self.replica_of: dict[str, int] = {}
-        """Rank's name -> the data-parallel replica that it belongs to; filled by `start`."""
+        """Rank's name -> the data-parallel replica that it belongs to. `start` fills it."""
 
     def start(self) -> None:
-        """Builds every rank's learner; they meet in a process group. Called once.
+        """Builds every rank's learner. They meet in a process group. Called once.
 
         It is no part of the constructor, because the engines must begin to load before this waits.
         """
@@ -233,7 +233,7 @@ class RayLearnerGroup:
             )
 
     def _call(self, method: str, *args: Any, timeout: float) -> dict[str, Any]:
-        """The same call on every rank; answers by name. Raises what `_gather` raises."""
+        """The same call on every rank. Returns answers by name. Raises what `_gather` raises."""
         handles = self.actors.handles.items()
         return self._gather({n: getattr(handle, method).remote(*args) for n, handle in handles}, timeout)
 
@@ -287,7 +287,7 @@ class RayLearnerGroup:
         return next(report for report in answers.values() if report is not None)
 
     def export(self, source: Path, target: Path) -> int:
-        """Writes an HF folder on the exporter's host; returns the number of tensors."""
+        """Writes an HF folder on the exporter's host. Returns the number of tensors."""
         answers = self._call("export", str(source), str(target), timeout=self.config.timeout_s)
         return next(count for count in answers.values() if count is not None)
 

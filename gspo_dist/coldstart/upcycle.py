@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from gspo_dist.coldstart.upcycle_config import SHARED_WIDTH, family_for, moe_config
+from gspo_dist.files import whole_folder
 from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.export import WEIGHT_FILES, verify_folder
 from gspo_dist.weights.folder import ModelFolder
@@ -85,20 +85,12 @@ def upcycle(source: Path, target: Path, plan: Upcycling, *, shard_bytes: int = S
     _check_tensors(folder, family)
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_room(folder, plan, target.parent)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(target) as partial:
         # recipe.json would say of the mixture what coldstart/ wrote of the dense model.
         left_out = shutil.ignore_patterns(*WEIGHT_FILES, "config.json", "recipe.json")
         shutil.copytree(source, partial, ignore=left_out)
         config.save_pretrained(partial)
         facts = _write(_tensors(folder, family, plan), partial, shard_bytes)
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return facts | {"layers": int(config.num_hidden_layers)}
 
 

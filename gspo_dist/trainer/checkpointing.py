@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 from gspo_dist.checkpoint import Checkpoint
@@ -11,6 +12,8 @@ from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.trainer import export_probe
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
 from gspo_dist.trainer.run import Run, UnfinishedSave
+
+log = logging.getLogger(__name__)
 
 
 def checkpoint_due(run: Run, step: int) -> bool:
@@ -70,6 +73,8 @@ def save_hf(run: Run, step: int) -> None:
     run.learner.export(model, target)
     if export_probe.has_room(target):
         export_probe.compare(export_probe.take(run.learner, run.config, model), run.config, target)
+    else:
+        log.warning("log-probs of %s are not compared: the model needs over half of the free memory", target)
     folders = (path for path in root.glob("step-*") if path.name[5:].isdigit())
     for old in sorted(folders, key=lambda path: int(path.name[5:]))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from gspo_dist.files import whole_folder
 from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.folder import ModelFolder, read_folder
 from gspo_dist.weights.shards import ShardWriter
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def write_hf_folder(weights: Iterable[NamedTensor], source: Path, target: Path) -> int:
-    """Writes `target` from a learner's stream; returns the number of tensors that the learner brought.
+    """Writes `target` from a learner's stream. Returns the number of tensors that the learner brought.
 
     source: the folder that the run started from. Its config and tokenizer are copied, and the weights must be
     exactly its tensors by name and shape. Tensors of it that transformers does not load are copied unchanged,
@@ -43,25 +44,17 @@ def write_hf_folder(weights: Iterable[NamedTensor], source: Path, target: Path) 
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"the folder to export to must be new or empty: {target} is not")
     folder = ModelFolder(source)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(target) as partial:
         with _room(target.parent):
             shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
             sent = _write_shards(weights, folder, partial)
         verify_folder(partial, sent)
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return len(sent) - len(set(sent) - folder.streamed)
 
 
 @contextlib.contextmanager
 def _room(parent: Path) -> Iterator[None]:
-    """Around whatever writes below `parent`. Raises ValueError on a full disk; other errors pass."""
+    """Around whatever writes below `parent`. Raises ValueError on a full disk. Other errors pass."""
     try:
         yield
     except OSError as error:
@@ -77,7 +70,7 @@ def _room(parent: Path) -> Iterator[None]:
 
 
 def _write_shards(weights: Iterable[NamedTensor], folder: ModelFolder, target: Path) -> dict[str, int]:
-    """Writes the stream and what the source adds to it; returns the checksum of every tensor written.
+    """Writes the stream and what the source adds to it. Returns the checksum of every tensor written.
 
     One tensor is in memory at a time.
     """

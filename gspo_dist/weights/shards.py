@@ -38,7 +38,7 @@ _ENTRY = 96
 
 
 def head_room(tensors: Mapping[str, StoredTensor]) -> int:
-    """Bytes that are enough for the head of a file with any of these tensors; a multiple of 8, so that
+    """Bytes that are enough for the head of a file with any of these tensors. A multiple of 8, so that
     tensors begin where their type may."""
     needed = sum(_ENTRY + len(json.dumps(name)) + 24 * len(t.shape) for name, t in tensors.items()) + _ENTRY
     return -(-needed // 8) * 8
@@ -80,7 +80,7 @@ class ShardWriter:
     """A folder's files: model-00001.safetensors and so on, in the order in which they are begun."""
 
     def __init__(self, folder: Path, shard_bytes: int, expected: Mapping[str, StoredTensor]) -> None:
-        """shard_bytes: of a file's tensors; a larger tensor has a file of its own.
+        """shard_bytes: of a file's tensors. A larger tensor has a file of its own.
         expected: the tensors that may come.
         """
         self.folder, self.shard_bytes = folder, shard_bytes

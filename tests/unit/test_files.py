@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_dist.files import replacing, write_text
+from gspo_dist.files import replacing, whole_folder, write_text
 
 
 def test_the_new_file_appears_when_the_block_ends(tmp_path: Path):
@@ -51,3 +51,26 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
         write_text(path, "lone surrogate \ud800")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()  # empty, as a user may have made it
+    with whole_folder(target) as partial:
+        partial.mkdir()
+        (partial / "a").write_text("x")
+        assert list(target.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "a").read_text() == "x"
+
+
+def test_a_folder_that_is_interrupted_leaves_nothing(tmp_path):
+    def interrupted():
+        with whole_folder(tmp_path / "other") as partial:
+            partial.mkdir()
+            (partial / "a").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []

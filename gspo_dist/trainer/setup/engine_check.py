@@ -72,6 +72,8 @@ MEASURED = frozenset(
 """Families that passed with `MEASURED_WITH` (benchmarks/reports/models.md). Runs of them ask nothing."""
 MEASURED_WITH = "0.30.0"
 """The version of vLLM's CPU build that they were measured with."""
+REVISION = 1
+"""Raised when the trial itself changes, so that results of an older one are not read."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.05}
 """|Difference| of log-probs in nats that passes: the largest in fp32, where families that are right differ by
 up to 9e-6; the mean in 16 bits, where rounding may send a token to another expert, which moves it by 0.3 and
@@ -112,7 +114,8 @@ def check_engine(folder: str | Path, config: RunConfig, device: str) -> None:
             log.warning("the engine is not checked with %s before the run: its process: %s", family, error)
         return SelfCheck(family, findings, round(time.perf_counter() - started, 2))
 
-    facts = json.dumps([version, precision, read], sort_keys=True)
+    transformers = importlib.metadata.version("transformers")
+    facts = json.dumps([REVISION, version, transformers, precision, read], sort_keys=True)
     name = f"engine-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
     found = remember(Path(config.model.cache_dir).expanduser() / "self_check" / name, ask, least=1)
     for finding in found.failed("engine"):

@@ -97,3 +97,16 @@ def test_what_only_prints_needs_no_application_of_hydra(monkeypatch, capsys) -> 
             compose.run_as_application("gspo x", ["seed=7", *more], seen.append, light=True)
     with pytest.raises(AssertionError, match="an application of hydra"):
         compose.run_as_application("gspo x", ["seed=7"], seen.append)
+
+
+def test_a_plan_only_prints(monkeypatch, capsys) -> None:
+    import hydra
+
+    from gspo_dist.cli.plan import main
+
+    def started(**kwargs):
+        raise AssertionError("an application of hydra")
+
+    monkeypatch.setattr(hydra, "main", started)
+    main(["experiment=qwen3_30b_a3b/gspo", "layout=qwen3_30b_a3b_4x8"])
+    assert "rollouts begun ahead" in capsys.readouterr().out

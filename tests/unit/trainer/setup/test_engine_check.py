@@ -78,7 +78,9 @@ def settings(tmp_path: Path, family: str, **model) -> tuple[Path, RunConfig]:
     return folder, replace(RunConfig(), model=model, rollout=RolloutConfig(precision="bf16"))
 
 
-def test_a_family_without_a_measurement_is_asked_once_and_refused_by_name(asked, tmp_path) -> None:
+def test_a_family_without_a_measurement_is_asked_once_and_refused_by_name(
+    asked, tmp_path, monkeypatch
+) -> None:
     folder, config = settings(tmp_path, "apertus")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"apertus.*'engine'.*by 0.8 nats.*model.self_check=false"):
@@ -88,6 +90,11 @@ def test_a_family_without_a_measurement_is_asked_once_and_refused_by_name(asked,
     with pytest.raises(ValueError, match="apertus"):
         check_engine(folder, replace(config, rollout=RolloutConfig(precision="fp32")), "cpu")
     assert asked[1:] == [("gspo_dist.trainer.setup.engine_check", "apertus", "fp32")]
+    # And so it is to a trial that judges by other rules.
+    monkeypatch.setattr(engine_check, "REVISION", engine_check.REVISION + 1)
+    with pytest.raises(ValueError, match="apertus"):
+        check_engine(folder, config, "cpu")
+    assert len(asked) == 3
 
 
 def test_what_is_measured_or_cannot_be_asked_starts_no_process(asked, tmp_path, monkeypatch) -> None:
