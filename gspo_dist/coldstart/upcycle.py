@@ -5,32 +5,35 @@ arXiv 2212.05055). The weights of a token's top-k experts sum to one. So with eq
 sum_i w_i f(x) = f(x), whatever the router says: without noise the outputs are the dense model's. Noise tells
 the experts apart, so that routing matters and experts can part ways.
 
-Tensors are read and written one after the other, at most `shard_bytes` of them held at a time.
+Tensors are made and written one after the other. Beside the one in the making, the feed-forward matrices of
+its dense layer are in memory, and no file is.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from gspo_dist.coldstart.upcycle_config import SHARED_WIDTH, family_for, moe_config
 from gspo_dist.files import whole_folder
 from gspo_dist.weights.checksum import host_checksum
 from gspo_dist.weights.export import WEIGHT_FILES, verify_folder
-from gspo_dist.weights.folder import ModelFolder
-from gspo_dist.weights.stream import NamedTensor, buckets
+from gspo_dist.weights.folder import ModelFolder, StoredTensor
+from gspo_dist.weights.shards import DTYPES, ShardWriter
 
 SHARD_BYTES = 1 << 30
-"""Bytes of a weight file, the largest that is held in memory at once."""
+"""Bytes of a weight file. A larger tensor has a file of its own."""
+Planned = tuple[str, StoredTensor, Callable[[], torch.Tensor]]
+"""A tensor of the MoE: its name, what it will be in the file, and what makes it."""
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_TYPES = {name: dtype for dtype, name in DTYPES.items()}
 _PARTS = ("gate", "up", "down")
 _MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -90,23 +93,28 @@ def upcycle(source: Path, target: Path, plan: Upcycling, *, shard_bytes: int = S
         left_out = shutil.ignore_patterns(*WEIGHT_FILES, "config.json", "recipe.json")
         shutil.copytree(source, partial, ignore=left_out)
         config.save_pretrained(partial)
-        facts = _write(_tensors(folder, family, plan), partial, shard_bytes)
+        facts = _write(lambda: _tensors(folder, family, plan), partial, shard_bytes)
     return facts | {"layers": int(config.num_hidden_layers)}
 
 
-def _write(weights: Iterator[NamedTensor], folder: Path, shard_bytes: int) -> dict[str, int]:
-    """Writes the weight files and their index, and reads them back."""
-    index: dict[str, str] = {}
+def _write(tensors: Callable[[], Iterator[Planned]], folder: Path, shard_bytes: int) -> dict[str, int]:
+    """Writes the weight files and their index, and reads them back.
+
+    tensors: lists them anew at each call. The first listing makes none: a file's head needs the names only.
+    """
+    writer = ShardWriter(folder, shard_bytes, {name: stored for name, stored, _ in tensors()})
     sent: dict[str, int] = {}
-    parameters = total = 0
-    for number, shard in enumerate(buckets(weights, shard_bytes), 1):
-        file = f"model-{number:05d}.safetensors"
-        save_file(dict(shard), folder / file, metadata={"format": "pt"})
-        for name, tensor in shard:
-            index[name], sent[name] = file, host_checksum(tensor)
-            parameters, total = parameters + tensor.numel(), total + tensor.nbytes
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
-    (folder / "model.safetensors.index.json").write_text(text + "\n")
+    parameters = 0
+    try:
+        for name, _, make in tensors():
+            tensor = make().contiguous()
+            sent[name] = host_checksum(tensor)
+            writer.add(name, tensor)
+            parameters += tensor.numel()
+            del tensor  # before the next one is made
+        writer.close()
+    finally:
+        writer.abandon()
     verify_folder(folder, sent)
     return {"parameters": parameters, "tensors": len(sent)}
 
@@ -168,52 +176,66 @@ def _check_room(folder: ModelFolder, plan: Upcycling, parent: Path) -> None:
         )
 
 
-def _tensors(folder: ModelFolder, family: str, plan: Upcycling) -> Iterator[NamedTensor]:
+def _tensors(folder: ModelFolder, family: str, plan: Upcycling) -> Iterator[Planned]:
     """The MoE's tensors under the names of its published folders, layer by layer."""
-    yield "model.embed_tokens.weight", folder.read("model.embed_tokens.weight")
+
+    def kept(name: str) -> Planned:
+        return name, folder.tensors[name], functools.partial(folder.read, name)
+
+    yield kept("model.embed_tokens.weight")
     for i in range(folder.config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         for name in _layer_names(folder.config, family):
-            yield prefix + name, folder.read(prefix + name)
+            yield kept(prefix + name)
         if family == "qwen2_moe" and folder.config.model_type != "qwen2":
             # vLLM 0.30 builds these biases whatever `qkv_bias` says, so they are there, and zero.
             for p in "qkv":
-                weight = folder.read(f"{prefix}self_attn.{p}_proj.weight")
-                yield f"{prefix}self_attn.{p}_proj.bias", torch.zeros(weight.shape[0], dtype=weight.dtype)
+                weight = folder.tensors[f"{prefix}self_attn.{p}_proj.weight"]
+                yield _zeros(f"{prefix}self_attn.{p}_proj.bias", weight.dtype, weight.shape[0])
         yield from _experts(folder, prefix, family, plan)
-    yield "model.norm.weight", folder.read("model.norm.weight")
+    yield kept("model.norm.weight")
     if not folder.tied:
-        yield "lm_head.weight", folder.read("lm_head.weight")
+        yield kept("lm_head.weight")
 
 
-def _experts(folder: ModelFolder, prefix: str, family: str, plan: Upcycling) -> Iterator[NamedTensor]:
+def _zeros(name: str, kind: str, *shape: int) -> Planned:
+    return name, StoredTensor(kind, shape, ""), lambda: torch.zeros(shape, dtype=_TYPES[kind])
+
+
+def _experts(folder: ModelFolder, prefix: str, family: str, plan: Upcycling) -> Iterator[Planned]:
     """The router and the experts of one layer, and the silent shared expert of Qwen2-MoE."""
     block = prefix + ("block_sparse_moe." if family == "mixtral" else "mlp.")
-    dense = {part: folder.read(f"{prefix}mlp.{part}_proj.weight") for part in _PARTS}
-    hidden, dtype = dense["gate"].shape[1], dense["gate"].dtype
+    sources = {part: f"{prefix}mlp.{part}_proj.weight" for part in _PARTS}
+    read = functools.cache(folder.read)  # once for all experts of the layer, and forgotten with it
+    gate = folder.tensors[sources["gate"]]
+    hidden, kind = gate.shape[1], gate.dtype
 
-    def drawn(name: str, *shape: int) -> torch.Tensor:
-        return plan.router_std * _normal(shape, plan.seed, name)
+    def drawn(name: str, *shape: int) -> Planned:
+        def make() -> torch.Tensor:
+            return (plan.router_std * _normal(shape, plan.seed, name)).to(_TYPES[kind])
 
-    yield block + "gate.weight", drawn(block + "gate.weight", plan.experts, hidden).to(dtype)
+        return name, StoredTensor(kind, shape, ""), make
+
+    def expert(name: str, source: str) -> Planned:
+        return name, folder.tensors[source], lambda: _noised(read(source), plan, name)
+
+    yield drawn(block + "gate.weight", plan.experts, hidden)
     for e in range(plan.experts):
         for part in _PARTS:
             leaf = _MIXTRAL[part] if family == "mixtral" else f"{part}_proj"
-            name = f"{block}experts.{e}.{leaf}.weight"
-            yield name, _noised(dense[part], plan, name)
+            yield expert(f"{block}experts.{e}.{leaf}.weight", sources[part])
     if family == "qwen2_moe":
         shared = block + "shared_expert."
         for part in ("gate", "up"):
-            name = f"{shared}{part}_proj.weight"
-            yield name, drawn(name, SHARED_WIDTH, hidden).to(dtype)
-        yield f"{shared}down_proj.weight", torch.zeros(hidden, SHARED_WIDTH, dtype=dtype)
-        yield f"{block}shared_expert_gate.weight", torch.zeros(1, hidden, dtype=dtype)
+            yield drawn(f"{shared}{part}_proj.weight", SHARED_WIDTH, hidden)
+        yield _zeros(f"{shared}down_proj.weight", kind, hidden, SHARED_WIDTH)
+        yield _zeros(f"{block}shared_expert_gate.weight", kind, 1, hidden)
 
 
 def _noised(matrix: torch.Tensor, plan: Upcycling, name: str) -> torch.Tensor:
-    """A copy of the matrix with the noise of the tensor `name`. Drawn and added in float32."""
+    """The matrix with the noise of the tensor `name`. Drawn and added in float32."""
     if plan.noise == 0:
-        return matrix.clone()  # files refuse tensors that share memory
+        return matrix
     exact = matrix.float()
     return (exact + plan.noise * exact.std() * _normal(tuple(matrix.shape), plan.seed, name)).to(matrix.dtype)
 

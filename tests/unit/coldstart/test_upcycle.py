@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.coldstart.upcycle import Upcycling, largest_difference, upcycle
 from gspo_dist.learners.hf_folder import check_model_folder
 from gspo_dist.weights.folder import ModelFolder, read_folder
+from gspo_dist.weights.shards import ShardWriter
 
 SIZES = {
     "vocab_size": 64,
@@ -133,29 +135,30 @@ def test_the_same_seed_gives_the_same_bytes_in_files_of_any_size(tmp_path: Path)
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 5
 
 
-def test_no_more_is_held_than_one_file(tmp_path: Path, monkeypatch):
-    """Tensors are read when their file is due: what was read and not yet written stays below one file."""
+def test_no_more_is_held_than_one_tensor_and_a_layers_matrices(tmp_path: Path, monkeypatch):
+    """What was read of the dense model dies with its layer, what was made for the MoE before the next one."""
     source = dense(tmp_path / "dense", num_hidden_layers=6)
-    reads: list[int] = []
+    read, make, add = ModelFolder.read, module._noised, ShardWriter.add
+    held: dict[int, int] = {}
     at_each_write: list[int] = []
-    read, save = ModelFolder.read, module.save_file
 
-    def counted_read(self, name):
-        reads.append(1)
-        return read(self, name)
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        held[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, held.pop, id(tensor))
+        return tensor
 
-    def counted_save(shard, *rest, **more):
-        at_each_write.append(len(reads))
-        return save(shard, *rest, **more)
+    def noted(self, name, tensor):
+        at_each_write.append(sum(held.values()))
+        return add(self, name, tensor)
 
-    monkeypatch.setattr(ModelFolder, "read", counted_read)
-    monkeypatch.setattr(module, "save_file", counted_save)
-    upcycle(source, tmp_path / "moe", Upcycling(experts=2), shard_bytes=60_000)
-    assert len(at_each_write) >= 6
-    # A layer has 9 tensors, and 47 kB with two experts: at most two layers are begun between two files.
-    steps = [b - a for a, b in zip([0, *at_each_write], at_each_write, strict=False)]
-    assert max(steps) <= 18
-    assert all((tmp_path / "moe" / f).stat().st_size < 64_000 for f in _files(tmp_path / "moe"))
+    monkeypatch.setattr(ModelFolder, "read", lambda self, name: kept(read(self, name)))
+    monkeypatch.setattr(module, "_noised", lambda *arguments: kept(make(*arguments)))
+    monkeypatch.setattr(ShardWriter, "add", noted)
+    upcycle(source, tmp_path / "moe", Upcycling(experts=8), shard_bytes=200_000)
+    matrix = 32 * 48 * 4
+    assert max(at_each_write) == 4 * matrix  # three of the layer, and the expert's that is written
+    assert len(_files(tmp_path / "moe")) > 3
+    assert all((tmp_path / "moe" / f).stat().st_size < 220_000 for f in _files(tmp_path / "moe"))
 
 
 def _files(folder: Path) -> set[str]:
