@@ -158,7 +158,7 @@ def test_no_more_is_held_than_one_tensor_and_a_layers_matrices(tmp_path: Path, m
     matrix = 32 * 48 * 4
     assert max(at_each_write) == 4 * matrix  # three of the layer, and the expert's that is written
     assert len(_files(tmp_path / "moe")) > 3
-    assert all((tmp_path / "moe" / f).stat().st_size < 220_000 for f in _files(tmp_path / "moe"))
+    assert all((tmp_path / "moe" / f).stat().st_size < 240_000 for f in _files(tmp_path / "moe"))
 
 
 def _files(folder: Path) -> set[str]:
