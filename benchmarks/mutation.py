@@ -206,12 +206,17 @@ def _put(holder: Any, key: Any, node: ast.AST) -> None:
 def _change(old: ast.AST, new: ast.AST) -> str:
     if isinstance(old, (ast.If, ast.While, ast.IfExp)) and isinstance(new, (ast.If, ast.While, ast.IfExp)):
         old, new = old.test, new.test
-    before = _short(ast.unparse(old))
-    return f"drop {before}" if isinstance(new, ast.Pass) else f"{before} -> {_short(ast.unparse(new))}"
+    before, after = (" ".join(ast.unparse(node).split()) for node in (old, new))
+    if isinstance(new, ast.Pass):
+        return f"drop {_short(before)}"
+    head = len(os.path.commonprefix([before, after]))
+    if max(len(before), len(after)) > TEXT_LENGTH and head > TEXT_LENGTH // 2:
+        name = before.split("(")[0]
+        before, after = (f"{name}(...{text[head - TEXT_LENGTH // 4 :]}" for text in (before, after))
+    return f"{_short(before)} -> {_short(after)}"
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
     return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 3] + "..."
 
 

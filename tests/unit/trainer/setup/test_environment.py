@@ -10,7 +10,7 @@ from gspo_dist.cli.compose import run_config
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.data.prompts import load_prompts
 from gspo_dist.rollout.turns import ChatBridge
-from gspo_dist.trainer.setup.environment import check_environment, check_verdicts
+from gspo_dist.trainer.setup.environment import check_environment, check_verdicts, start_episodes
 from gspo_dist.types import Prompt
 from tests.unit.data.test_chat import tokenizer
 from tests.unit.rollout.test_turns import CHATML, SPECIAL, STRIPS
@@ -37,6 +37,29 @@ def test_tools_are_described_in_prompts_and_the_cue_is_the_openings(tmp_path) ->
     assert prompt.text.endswith("<|im_start|>user\nWhat is 2*3?<|im_end|>\n")
     opened = fast.decode([*prompt.token_ids, *checked.bridge.opening(None)])
     assert opened == prompt.text + "<|im_start|>assistant\n"
+
+
+@pytest.mark.slow
+def test_the_bridge_renders_with_the_runs_own_arguments_and_tools() -> None:
+    template = CHATML.replace("assistant\n", "assistant\n{% if think %}<think>\n{% endif %}")
+    knobs = ["environment.tools=[calculate]", "+data.template_args.think=true", *CHAT]
+    bridge = check_environment(run_config(knobs), chat_tokenizer(template)).bridge
+    assert bridge.tokenizer.decode(bridge.opening(None)).endswith("<|im_start|>assistant\n<think>\n")
+    assert [tool["function"]["name"] for tool in bridge.tools] == ["calculate"]
+
+
+@pytest.mark.slow
+def test_started_episodes_have_the_runs_environment_bridge_and_variables() -> None:
+    c = run_config(["experiment=guess", "+cluster.env.SECRET_OF_THE_RUN=word"])
+    checked = check_environment(c, build_tokenizer())
+    episodes = start_episodes(c, checked)
+    try:
+        assert (episodes.config, episodes.bridge) == (c.environment, checked.bridge)
+        assert episodes.pool.config.factory == c.environment.factory
+        assert (episodes.pool.form, episodes.pool.env) == (checked.form, {"SECRET_OF_THE_RUN": "word"})
+    finally:
+        episodes.pool.close()
+    assert start_episodes(c, None) is None
 
 
 def test_a_prefilled_answer_is_refused_with_its_record(tmp_path) -> None:
