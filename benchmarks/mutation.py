@@ -209,7 +209,8 @@ def _change(old: ast.AST, new: ast.AST) -> str:
     before, after = (" ".join(ast.unparse(node).split()) for node in (old, new))
     if isinstance(new, ast.Pass):
         return f"drop {_short(before)}"
-    head = len(os.path.commonprefix([before, after]))
+    differing = (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b)
+    head = next(differing, min(len(before), len(after)))
     if max(len(before), len(after)) > TEXT_LENGTH and head > TEXT_LENGTH // 2:
         name = before.split("(")[0]
         before, after = (f"{name}(...{text[head - TEXT_LENGTH // 4 :]}" for text in (before, after))
