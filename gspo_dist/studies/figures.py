@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,10 @@ Draw = Callable[[Figure, Arms], bool]
 
 COLOURS = ("#1b6ca8", "#7fb7e6", "#c23b22", "#e8963a", "#6a994e", "#7b4ea3", "#555555", "#c9a227")
 """Of the arms, in their order."""
+STYLES = ("-", "--", ":", "-.")
+"""Of their lines: the next one each time that the colours begin again."""
+INCHES_PER_ARM = 0.25
+"""Height that a bar, or a line of the legend, takes."""
 TIME_PARTS = ("collect", "reward", "old_logprobs", "update", "sync", "flips", "pack", "other")
 """Of a step: time/PART_s, stacked in this order."""
 LAYERS = "routing/update/flip_fraction/layer_"
@@ -65,7 +69,8 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
     for picture in PICTURES:
         path = folder / picture.name
         try:
-            figure = Figure(figsize=(14, picture.height), layout="constrained")
+            height = max(picture.height, INCHES_PER_ARM * len(arms))
+            figure = Figure(figsize=(14, height), layout="constrained")
             FigureCanvasAgg(figure)
             if picture.draw(figure, arms):
                 with replacing(path) as partial:
@@ -76,20 +81,29 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
     return out
 
 
-def _coloured(arms: Arms) -> list[tuple[str, str, list[RunData]]]:
-    """(colour, arm, its runs). After the last colour they begin again."""
-    return [(COLOURS[i % len(COLOURS)], arm, runs) for i, (arm, runs) in enumerate(arms.items())]
+def _styled(arms: Arms) -> list[tuple[dict[str, str], str, list[RunData]]]:
+    """(colour and style of its line, arm, its runs). No two of 32 arms have the same line."""
+    laps = [(divmod(i, len(COLOURS)), arm, runs) for i, (arm, runs) in enumerate(arms.items())]
+    return [
+        ({"color": COLOURS[colour], "linestyle": STYLES[lap % len(STYLES)]}, arm, runs)
+        for (lap, colour), arm, runs in laps
+    ]
+
+
+def _crowded(arms: Arms) -> bool:
+    """More arms than colours: their bands would hide the lines, and their legend the panels."""
+    return len(arms) > len(COLOURS)
 
 
 def _line(axis: Axes, arms: Arms, key: str, x: Place | None = None) -> bool:
-    """One line per arm, the mean over seeds with a band of one standard error.
+    """One line per arm, the mean over seeds with a band of one standard error where the arms are few.
 
     Each line is thinner than the one before it, so that equal ones show. Returns whether any arm has the
     metric at all.
     """
     drawn = False
     widths = np.linspace(3.0, 1.2, len(arms))
-    for width, (colour, arm, runs) in zip(widths, _coloured(arms), strict=True):
+    for width, (style, arm, runs) in zip(widths, _styled(arms), strict=True):
         steps, mean, error = band(runs, key)
         if not len(steps):
             continue
@@ -97,13 +111,16 @@ def _line(axis: Axes, arms: Arms, key: str, x: Place | None = None) -> bool:
         axis.plot(
             place,
             mean,
-            color=colour,
+            **style,
             label=arm,
             linewidth=width,
             marker="o" if key == HELDOUT else None,
             markersize=3,
         )
-        axis.fill_between(place, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+        if not _crowded(arms):
+            axis.fill_between(
+                place, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0
+            )
         drawn = True
     axis.grid(alpha=0.25)
     return drawn
@@ -148,15 +165,19 @@ def _learning(figure: Figure, arms: Arms) -> bool:
             axis.set_xlabel(label)
             axis.set_title(f"{title} against {label}", fontsize=10)
         row[1].xaxis.set_major_formatter(_thousands)
-    _legend(axes[0])
+    _legend(figure, axes.flat, arms)
     return any(drawn)
 
 
-def _legend(axes: Sequence[Axes]) -> None:
-    """On the first of the axes that has lines."""
+def _legend(figure: Figure, axes: Iterable[Axes], arms: Arms) -> None:
+    """Of the first of the axes that has lines: in it where the arms are few, else beside the panels."""
     for axis in axes:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+        handles, labels = axis.get_legend_handles_labels()
+        if handles:
+            if _crowded(arms):
+                figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+            else:
+                axis.legend(fontsize=8)
             return
 
 
@@ -180,7 +201,7 @@ def _side_by_side(metrics: Mapping[str, str]) -> Draw:
     def draw(figure: Figure, arms: Arms) -> bool:
         axes = figure.subplots(1, len(metrics))
         drawn = _panels(axes, arms, metrics)
-        _legend(axes)
+        _legend(figure, axes, arms)
         return any(drawn)
 
     return draw
@@ -197,7 +218,7 @@ def _clipping(figure: Figure, arms: Arms) -> bool:
     for axis in axes:
         axis.set_yscale("symlog", linthresh=1e-4)  # GRPO's 0.002 and GSPO's 0.4 on one axis, and 0 too
         axis.set_ylim(0, 1)
-    _legend(axes)
+    _legend(figure, axes, arms)
     return any(drawn)
 
 
@@ -212,21 +233,21 @@ def _routing(figure: Figure, arms: Arms) -> bool:
     if drawn[2]:
         axes[2].set_yscale("log")
     drawn.append(_layers(axes[3], arms))
-    _legend(axes)
+    _legend(figure, axes, arms)
     return any(drawn)
 
 
 def _layers(axis: Axes, arms: Arms) -> bool:
     """Mean flip rate after a step's updates, by layer."""
     drawn = False
-    for colour, arm, runs in _coloured(arms):
+    for style, arm, runs in _styled(arms):
         found = {key for run in runs for row in run.rows for key in row if key.startswith(LAYERS)}
         keys = sorted(found, key=lambda key: int(key.removeprefix(LAYERS)))
         if keys:
             axis.plot(
                 range(len(keys)),
                 [estimate([r.mean(k) for r in runs]).mean for k in keys],
-                color=colour,
+                **style,
                 label=arm,
                 marker="o",
             )

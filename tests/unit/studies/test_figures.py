@@ -104,3 +104,15 @@ def test_peak_memory_adds_up_processes(make_run):
 
 def test_arms_keep_the_order_of_the_study(written_study):
     assert list(by_arm(written_study, load_runs(written_study)[::-1])) == ["gspo", "grpo"]
+
+
+@pytest.mark.parametrize("count", [8, 9, 21])
+def test_every_arm_has_a_line_of_its_own_and_a_crowd_its_legend_beside_the_panels(make_run, count):
+    figure = Figure()
+    PICTURES[0].draw(figure, {f"arm{i}": [make_run(f"arm{i}", 0, [0.2, 0.4])] for i in range(count)})
+    axis, crowded = figure.axes[0], count > 8
+    lines = {(line.get_color(), line.get_linestyle()) for line in axis.lines}
+    assert len(axis.lines) == len(lines) == count
+    assert (len(axis.collections), len(figure.legends)) == ((0, 1) if crowded else (count, 0))
+    legend = figure.legends[0] if crowded else axis.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [f"arm{i}" for i in range(count)]
