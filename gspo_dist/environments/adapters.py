@@ -4,15 +4,18 @@
 * gymnasium-like: reset(seed=) -> (observation, info), step(action) -> five values. The action is the turn's
   text, or the last whole number in it where the action space counts its actions (`n`).
 * skyrl-gym-like: init(messages) -> (messages, info), step(turn) -> {observations, reward, done}.
-* openenv:URL: POST /reset, POST /step {"action": {FIELD: turn}} -> {observation, reward, done}.
+* openenv:URL: a WebSocket at URL/ws; {type: reset | step, data} -> {observation, reward, done}.
+
+Gymnasium's and OpenEnv's begin by a seed alone. It is the prompt's, so that siblings begin alike.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
 import json
 import re
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +56,7 @@ class GymEpisode:
 
     def reset(self, prompt: Prompt, seed: int) -> str:
         # gymnasium 1.4 takes seeds below 2^32.
-        observation, _ = self.env.reset(seed=seed % 2**32)
+        observation, _ = self.env.reset(seed=seed_of(prompt) % 2**32)
         return _text(observation)
 
     def step(self, turn: str) -> Observation:
@@ -95,32 +98,70 @@ class SkyRLEpisode:
 
 
 class OpenEnvEpisode:
-    """One episode of a server that speaks OpenEnv's HTTP form. It serves one episode at a time."""
+    """One episode of a server that speaks OpenEnv's protocol: a session of its own, over a WebSocket.
+
+    By plain HTTP a server makes another environment for each request (OpenEnv, 2026), or has one for
+    everybody (2025), so that no episode has a second turn of its own.
+    """
 
     def __init__(self, url: str, *, action: str = "message", observation: str | None = None) -> None:
         """action: the action's field that takes the turn. observation: the observation's field that is the
         answer; None is all of it, as JSON.
         """
-        self.url, self.action, self.observation = url.rstrip("/"), action, observation
+        self.url = "ws" + url.rstrip("/").removesuffix("/ws").removeprefix("http").removeprefix("ws") + "/ws"
+        self.action, self.observation = action, observation
+        self.socket: Any = None
 
     def reset(self, prompt: Prompt, seed: int) -> str:
-        return self._told(self._post("reset", {"seed": seed % 2**31})).text
+        return self._told(self._ask("reset", {"seed": seed_of(prompt) % 2**31})).text
 
     def step(self, turn: str) -> Observation:
-        return self._told(self._post("step", {"action": {self.action: turn}}))
+        return self._told(self._ask("step", {self.action: turn}))
 
-    def _post(self, verb: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        request = urllib.request.Request(
-            f"{self.url}/{verb}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        # Without a deadline here: the parent of this process has one, and ends it.
-        with urllib.request.urlopen(request) as answer:
-            return dict(json.load(answer))
+    def _ask(self, kind: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        from websockets.exceptions import ConnectionClosed
+        from websockets.sync.client import connect
+
+        if self.socket is None:
+            # Without a deadline for answers: the parent of this process has one, and ends it. The server
+            # looks whether its clients are alive.
+            self.socket = connect(
+                self.url, max_size=None, compression=None, ping_interval=None, close_timeout=1.0
+            )
+        # A server without room says so and closes. What it has said is still to be read.
+        with contextlib.suppress(ConnectionClosed):
+            self.socket.send(json.dumps({"type": kind, "data": data}))
+        answer = json.loads(self.socket.recv())
+        if answer["type"] != "observation":
+            raise RuntimeError(_refused(self.url, answer.get("data", {})))
+        return dict(answer["data"])
 
     def _told(self, answer: Mapping[str, Any]) -> Observation:
         seen = answer["observation"]
         text = _text(seen if self.observation is None else seen[self.observation])
         return Observation(text, float(answer.get("reward") or 0.0), bool(answer.get("done")))
+
+    def close(self) -> None:
+        if self.socket is not None:
+            with contextlib.suppress(Exception):
+                self.socket.send(json.dumps({"type": "close"}))
+            self.socket.close()
+
+
+def _refused(url: str, data: Mapping[str, Any]) -> str:
+    way_out = ""
+    if data.get("code") == "CAPACITY_REACHED":
+        way_out = "; every episode under way has a session: give the server's max_concurrent_envs as many"
+    return f"OpenEnv at {url} answered with {data.get('code')}: {data.get('message')}{way_out}"
+
+
+def seed_of(prompt: Prompt) -> int:
+    """The seed of an environment that has nothing else to begin with: its prompt's.
+
+    Siblings begin alike then, as the comparison in their group needs, and so does an evaluation's episode.
+    """
+    digest = hashlib.blake2b(f"{prompt.prompt_id} {prompt.text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _text(value: Any) -> str:

@@ -66,6 +66,7 @@ HOMES = {
     "megatron": ("learners.megatron", "routing.megatron"),
     "transformer_engine": ("learners.megatron",),
     "mcp": ("environments",),
+    "websockets": ("environments",),
     "hydra": ("cli",),
     "omegaconf": ("cli",),
 }
