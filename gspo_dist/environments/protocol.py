@@ -47,6 +47,13 @@ class EnvironmentFailure(RuntimeError):
     """Environments fail and the configuration states no reward for it, or too many do in a row."""
 
 
+class ToolFailure(RuntimeError):
+    """What a tool raises where it cannot answer at all, as when its service is gone.
+
+    It costs the episode. Whatever else a tool raises is the policy's to read.
+    """
+
+
 def facts(kind: str, tools: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """What a worker says of its environments: their kind in words, and the schemas of their tools."""
     return {"kind": kind, "tools": tools or []}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from gspo_dist.environments.protocol import Observation
+from gspo_dist.environments.protocol import Observation, ToolFailure
 from gspo_dist.sandbox.choose import sandbox_named
-from gspo_dist.sandbox.protocol import Limits, Program, Sandbox
+from gspo_dist.sandbox.protocol import Limits, Program, Sandbox, SandboxError
 from gspo_dist.types import Prompt
 
 LIMITS = Limits(time_s=6.0, memory_mb=512)
@@ -27,7 +27,10 @@ def python(code: str) -> str:
 
     code: the program, which sees no network and no files of the host
     """
-    return run(code).text
+    try:
+        return run(code).text
+    except SandboxError as error:
+        raise ToolFailure(f"the sandbox failed: {error}") from error
 
 
 def run(code: str, sandbox: str = "auto", limits: Limits = LIMITS) -> Ran:

@@ -1,8 +1,8 @@
 """Typed functions as tools: their schemas from their signatures, and the calls that a policy writes.
 
-A call is read in the form of the model's own chat template. A turn without a call ends the episode: it is the
-policy's last word. Whatever goes wrong in a call (no such tool, a wrong argument, an exception of the
-function) comes back as text, for the policy to read.
+A call is read in the form of the model's own chat template, after the thinking that a turn may begin with. A
+turn without a call ends the episode: it is the policy's last word. Whatever goes wrong in a call (no such
+tool, a wrong argument, an exception of the function) comes back as text, for the policy to read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gspo_dist.environments.protocol import Observation
+from gspo_dist.environments.protocol import Observation, ToolFailure
 from gspo_dist.types import Prompt
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
@@ -44,6 +44,8 @@ class ToolCall:
     arguments: Mapping[str, Any]
     error: str = ""
     """Why it cannot be read, where it cannot."""
+    is_text: bool = False
+    """Whether the arguments stand as text: what each is, the tool's schema says."""
 
 
 def tool_of(function: Callable[..., Any]) -> Tool:
@@ -57,6 +59,11 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     properties: dict[str, Any] = {}
     required = []
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ValueError(
+                f"environment.tools: a call names its arguments, and {name} takes {parameter.name!r} by its "
+                "place alone; take the / out of its signature"
+            )
         if parameter.name not in hints or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ValueError(
                 f"environment.tools: every parameter of {name} must have a type, from which its schema is "
@@ -106,7 +113,7 @@ def _hermes(turn: str) -> list[ToolCall]:
 def _from_json(body: str) -> ToolCall:
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return ToolCall("", {}, f"the call is no JSON: {error}")
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return ToolCall("", {}, 'a call must be {"name": ..., "arguments": {...}}')
@@ -117,17 +124,20 @@ def _from_json(body: str) -> ToolCall:
 
 
 def _xml(turn: str) -> list[ToolCall]:
-    """<function=NAME><parameter=KEY>value</parameter></function>: Qwen3-Coder. JSON values are read."""
+    """<function=NAME><parameter=KEY>value</parameter></function>: Qwen3-Coder."""
     return [
-        ToolCall(name, {key: _value(text) for key, text in _XML_ARGUMENT.findall(body)})
+        ToolCall(name, dict(_XML_ARGUMENT.findall(body)), is_text=True)
         for name, body in _XML_CALL.findall(turn)
     ]
 
 
-def _value(text: str) -> Any:
+def _value(text: str, schema: Mapping[str, Any]) -> Any:
+    """An argument that was written as text. What the schema calls a string stays one: 007 is no number."""
+    if schema.get("type") == "string":
+        return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -163,7 +173,8 @@ class ToolEnvironment:
 
     def step(self, turn: str) -> Observation:
         """The results of the turn's calls, one per line. Parts: calls, and those that went wrong."""
-        calls = self.calls(turn)
+        # What a reasoning model only thinks of calling is no call.
+        calls = self.calls(turn.rpartition("</think>")[2])
         if not calls:
             return Observation(done=True)
         told = [self._answer(call) for call in calls]
@@ -179,10 +190,19 @@ class ToolEnvironment:
         if tool is None:
             return f"Error: there is no tool {call.name!r}; there are {', '.join(self.tools)}", False
         try:
-            result = tool.call(**call.arguments)
+            result = tool.call(**self._arguments(call, tool))
+            return result if isinstance(result, str) else json.dumps(result, default=str), True
+        except ToolFailure:
+            raise
         except Exception as error:  # a tool's failure is the policy's to read
             return f"Error: {type(error).__name__}: {error}", False
-        return result if isinstance(result, str) else json.dumps(result, default=str), True
+
+    @staticmethod
+    def _arguments(call: ToolCall, tool: Tool) -> Mapping[str, Any]:
+        if not call.is_text:
+            return call.arguments
+        known = tool.schema["function"]["parameters"].get("properties", {})
+        return {name: _value(text, known.get(name, {})) for name, text in call.arguments.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

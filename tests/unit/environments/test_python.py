@@ -8,8 +8,10 @@ import pytest
 
 from gspo_dist.config import EnvironmentConfig
 from gspo_dist.environments import python as module
+from gspo_dist.environments.protocol import ToolFailure
 from gspo_dist.environments.python import Python, python, run
 from gspo_dist.environments.resolve import resolve
+from gspo_dist.environments.tools import ToolEnvironment, tool_of
 from gspo_dist.sandbox import choose
 from gspo_dist.sandbox.protocol import Limits, Outcome, SandboxError
 from gspo_dist.types import Prompt
@@ -83,6 +85,9 @@ def test_a_sandbox_that_fails_is_no_answer_of_the_program(says) -> None:
     says(SandboxError("the service is down"))
     with pytest.raises(SandboxError, match="the service is down"):
         Python().step("print(1);")
+    env = ToolEnvironment([tool_of(python)], "hermes")
+    with pytest.raises(ToolFailure, match="the sandbox failed: the service is down"):
+        env.step('<tool_call>{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>')
 
 
 @pytest.mark.parametrize("knobs", [{"tools": ("python",)}, {"factory": "python"}])

@@ -11,6 +11,7 @@ import pytest
 from gspo_dist.config import EnvironmentConfig
 from gspo_dist.environments.calculator import Calculator, calculate
 from gspo_dist.environments.guess import Guess
+from gspo_dist.environments.protocol import ToolFailure
 from gspo_dist.environments.resolve import resolve
 from gspo_dist.environments.tools import ToolEnvironment, format_of, tool_of
 from gspo_dist.types import Prompt
@@ -31,6 +32,18 @@ def refuse() -> str:
     "Never works."
     raise ToolError("not today")
 
+@server.tool()
+def end() -> str:
+    "Ends the server."
+    import os
+    os._exit(1)
+
+@server.tool()
+def variable() -> str:
+    "A variable of its environment."
+    import os
+    return os.environ["GSPO_OF_THE_SERVER"]
+
 server.run()
 """
 
@@ -45,6 +58,13 @@ def area(
     if width < 0:
         raise ValueError("negative")
     return f"{width * height:g} {unit}2"
+
+
+def ring() -> list:
+    """Has no JSON."""
+    told: list = []
+    told.append(told)
+    return told
 
 
 def hermes(name, **arguments):
@@ -78,6 +98,11 @@ def test_a_function_without_types_is_refused() -> None:
     with pytest.raises(ValueError, match="parameter 'x' of odd must have a type that JSON knows"):
         tool_of(odd)
 
+    def placed(x: int, /): ...
+
+    with pytest.raises(ValueError, match="placed takes 'x' by its place alone; take the / out"):
+        tool_of(placed)
+
 
 @pytest.mark.parametrize(
     ("form", "turn"),
@@ -99,6 +124,31 @@ def test_calls_are_read_in_the_models_own_form(form, turn) -> None:
     )
 
 
+def test_an_argument_that_is_written_as_text_is_what_the_schema_says() -> None:
+    def told(code: str, number: int, tags: list[str], either: int | None = None) -> list:
+        return [code, number, tags, either]
+
+    def written(**arguments):
+        parts = (f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in arguments.items())
+        return f"<function=told>\n{''.join(parts)}</function>"
+
+    env = ToolEnvironment([tool_of(told)], "xml")
+    turn = written(code="1", number="2", tags='["a"]', either="null")
+    assert json.loads(env.step(turn).text) == ["1", 2, ["a"], None]
+    # A program over several lines keeps them, and what is no JSON stays text.
+    turn = written(code="x = 1\n\nprint(x)", number="two", tags="a")
+    assert json.loads(env.step(turn).text) == ["x = 1\n\nprint(x)", "two", "a", None]
+
+
+def test_what_is_only_thought_of_is_no_call() -> None:
+    env = ToolEnvironment([tool_of(area)], "hermes")
+    thought = f"<think>\nI could {hermes('area', width=9)}, or not.\n</think>\n\n"
+    assert env.step(thought + "The area is 2.").done
+    assert env.step(thought + hermes("area", width=2)).text == "2 m2"
+    # A cue may have opened the thinking, so that the turn only closes it.
+    assert env.step(thought.removeprefix("<think>\n") + hermes("area", width=2)).parts["tool_calls"] == 1.0
+
+
 def test_the_form_is_that_of_the_chat_template() -> None:
     assert format_of("... <tool_call>\n{json} ...") == "hermes"
     assert format_of("<tool_call><function=x>") == "xml"
@@ -109,16 +159,21 @@ def test_the_form_is_that_of_the_chat_template() -> None:
 @pytest.mark.parametrize(
     ("turn", "words"),
     [
-        (hermes("volume"), "Error: there is no tool 'volume'; there are area"),
+        (hermes("volume"), "Error: there is no tool 'volume'; there are area, ring"),
         (hermes("area", width=-1), "Error: ValueError: negative"),
         (hermes("area"), "Error: TypeError: area() missing 1 required positional argument: 'width'"),
         ("<tool_call>{not json}</tool_call>", "Error: the call is no JSON"),
         ('<tool_call>{"arguments": {}}</tool_call>', "Error: a call must be"),
         ('<tool_call>{"name": "area", "arguments": 3}</tool_call>', "Error: the arguments must be an object"),
+        (f"<tool_call>{'[' * 100_000}</tool_call>", "Error: the call is no JSON: maximum recursion depth"),
+        (hermes("area", width="wide"), "Error: TypeError"),
+        ("<tool_call>", "Error: the call is no JSON"),
+        ("<tool_call>[]</tool_call>", "Error: a call must be"),
+        (hermes("ring"), "Error: ValueError: Circular reference detected"),
     ],
 )
 def test_what_goes_wrong_comes_back_as_text(turn, words) -> None:
-    told = ToolEnvironment([tool_of(area)], "hermes").step(turn)
+    told = ToolEnvironment([tool_of(area), tool_of(ring)], "hermes").step(turn)
     assert told.text.startswith(words)
     assert not told.done
     assert told.parts["tool_errors"] == 1.0
@@ -131,18 +186,33 @@ def test_several_calls_are_answered_in_order_and_a_turn_without_one_is_the_last(
 
 
 @pytest.mark.slow
-def test_tools_of_an_mcp_server(tmp_path) -> None:
-    """A real server in a process of its own, over its standard input and output."""
+def test_tools_of_an_mcp_server(tmp_path, monkeypatch) -> None:
+    """A real server in a process of its own, over its standard input and output. One that ends costs the
+    episode, which is no answer to its policy, and the next call finds another one.
+    """
+    monkeypatch.setenv("GSPO_OF_THE_SERVER", "its key")
     path = tmp_path / "server.py"
     path.write_text(SERVER)
     maker = resolve(EnvironmentConfig(tools=(f"mcp:{sys.executable} {path}",)))
-    assert [tool["function"]["name"] for tool in maker.facts["tools"]] == ["add", "refuse"]
+    assert [tool["function"]["name"] for tool in maker.facts["tools"]] == [
+        *("add", "refuse", "end", "variable"),
+    ]
     assert maker.facts["tools"][0]["function"]["parameters"]["required"] == ["a", "b"]
     env = maker.make()
     assert env.step(hermes("add", a=2, b=40)).text == "42"
     told = env.step(hermes("refuse"))
     assert "not today" in told.text
     assert told.parts["tool_errors"] == 1.0
+    assert env.step(hermes("variable")).text == "its key"
+    with pytest.raises(ToolFailure, match=r"the MCP server .*server.py' ended while end was called"):
+        env.step(hermes("end"))
+    assert env.step(hermes("add", a=1, b=2)).text == "3"
+    path.unlink()
+    with pytest.raises(ToolFailure, match="ended while end was called"):
+        env.step(hermes("end"))
+    for _ in range(2):
+        with pytest.raises(ToolFailure, match=r"server.py' does not start: .*"):
+            env.step(hermes("add", a=1, b=2))
 
 
 def test_an_mcp_server_that_does_not_start_is_told_by_its_command() -> None:
