@@ -15,10 +15,13 @@ something after it. Qwen3's, for example, strips the thinking of earlier turns w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 Tokenizer = Any
 """An HF tokenizer."""
@@ -26,6 +29,9 @@ QUESTION, SAID = "QUESTION-0", ("SAID-1", "SAID-2")
 """Texts of the conversation that finds what a template writes around them. No template would change them."""
 THINKING = "<think>\nTHOUGHT\n</think>\n\n"
 """What a reasoning model says first, as a template may strip it."""
+
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer makes of a part of a character's bytes."""
 
 
 class Bridge:
@@ -49,14 +55,15 @@ class Bridge:
 
     def said(self, token_ids: np.ndarray) -> str:
         """A turn as text, without special tokens: what an environment reads."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return self._decode(token_ids, skip_special_tokens=True)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token, special ones included."""
-        return [str(self.tokenizer.decode([token], skip_special_tokens=False)) for token in token_ids]
+        return [self._decode([token], skip_special_tokens=False) for token in token_ids]
 
     def cut(self, text: str) -> str:
-        """The beginning of `text` that has at most `limit` tokens, with its special tokens defused.
+        """The beginning of `text` that has at most `limit` tokens, with its special tokens defused. It ends
+        with a whole character.
 
         A tool must not be able to end its own message and to speak as somebody else, so a special token that
         its text spells gets a space after its first character.
@@ -67,9 +74,17 @@ class Bridge:
         keep = self.limit
         while len(ids) > self.limit:
             # Decoded and encoded again, a beginning may have other tokens, and more of them.
-            text = str(self.tokenizer.decode(ids[:keep], skip_special_tokens=False))
+            text = self._decode(ids[:keep], skip_special_tokens=False).rstrip(HALF)
             ids, keep = self._encode(text), keep - 1
         return text
+
+    def _decode(self, token_ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool) -> str:
+        # Some tokenizers are told to take spaces away before full stops: a program would not be what it was.
+        return str(
+            self.tokenizer.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -105,6 +120,8 @@ class ChatBridge(Bridge):
         super().__init__(tokenizer, limit=limit)
         self.role, self.tools = role, list(tools) or None
         self.template_args = dict(template_args or {})
+        if self.tools:
+            self._check_described()
         question = [{"role": "user", "content": QUESTION}]
         first, whole = self._render(question, cue=False), self._render(question, cue=True)
         if not whole.startswith(first):
@@ -137,6 +154,16 @@ class ChatBridge(Bridge):
         if not found:
             raise self._refusal("does not write the assistant's words as they are")
         return tail
+
+    def _check_described(self) -> None:
+        """Says so where prompts do not describe the tools."""
+        question = [{"role": "user", "content": QUESTION}]
+        tools, self.tools = self.tools, None
+        without, self.tools = self._render(question, cue=True), tools
+        if self._render(question, cue=True) == without:
+            log.warning(
+                "the chat template does not describe tools: the policy is told of none, unless its prompts do"
+            )
 
     def _check_appends(self, *, strict: bool) -> None:
         """An answer is written as it is. strict: the text of two exchanges begins with that of one, and that

@@ -10,19 +10,21 @@ it alone an episode goes on anywhere. It ends
 * where a turn or the episode reaches its limit of tokens: length. A turn that was cut is not told to the
   environment, and what was paid before stays paid;
 * after `environment.max_turns` turns: turns;
-* where the environment fails: failed. Its reward is then `environment.failure_reward`.
+* where the environment fails, or its reset leaves no room for a turn: failed. Its reward is then
+  `environment.failure_reward`.
 
 What an environment says last is not appended, because nothing follows it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gspo_dist.config import EnvironmentConfig
-from gspo_dist.environments.pool import EnvironmentPool, Reply
+from gspo_dist.environments.pool import FAILURES_IN_A_ROW, EnvironmentPool, Reply
 from gspo_dist.environments.worker import Call
 from gspo_dist.rewards.pool import RewardPool
 from gspo_dist.rewards.reward import Item, Judged
@@ -31,6 +33,8 @@ from gspo_dist.rollout.pool import RolloutPool
 from gspo_dist.rollout.seeds import work_keys
 from gspo_dist.rollout.turns import Bridge
 from gspo_dist.types import UNBEGUN, Completion, Prompt, SamplingSpec, Turn, Work, WorkKey, environment_tokens
+
+log = logging.getLogger(__name__)
 
 WAIT_S = 0.25
 """Longest wait for an environment at a time, where no engine has work."""
@@ -57,6 +61,8 @@ class Episodes:
         """Those that wait for their environment."""
         self.states: dict[WorkKey, tuple[int, str]] = {}
         """Environments' states as JSON, and after how many turns they were so."""
+        self.too_long_in_a_row = 0
+        """Resets in a row that left no room for a turn."""
         self.counts: Counter[str] = Counter()
         """Episodes that were begun again, and those that were played again."""
 
@@ -133,16 +139,29 @@ class Episodes:
         """The reset's answer, after which the policy speaks. A reset that failed costs the episode all the
         same after one turn: without a token of its policy a rollout cannot be trained on.
         """
-        text = self.bridge.cut(reply.observation.text)
+        text, failed = self.bridge.cut(reply.observation.text), reply.failed
         ids = self.bridge.opening(text)
-        if len(ids) >= item.spec.max_tokens:
-            raise ValueError(
-                f"prompt {item.prompt.prompt_id!r}: what the environment's reset says takes {len(ids)} "
-                f"tokens, and an episode has rollout.max_completion_tokens = {item.spec.max_tokens}; raise "
-                "it, or lower environment.tokens_per_answer"
-            )
-        turn = Turn(0, 0, len(ids), "", text, failed=reply.failed)
+        self.too_long_in_a_row += 1
+        if len(ids) < item.spec.max_tokens:
+            self.too_long_in_a_row = 0
+        else:
+            self._too_long(item, len(ids))
+            text, failed, ids = "", "error", self.bridge.opening(None)
+        turn = Turn(0, 0, len(ids), "", text, failed=failed)
         moved.ready.append(self._goes_on(item, ids, turn, reply))
+
+    def _too_long(self, item: Work, tokens: int) -> None:
+        """A reset that leaves the policy no room costs its episode. ValueError: no failure may, or all do."""
+        bare, limit = len(self.bridge.opening(None)), item.spec.max_tokens
+        what = (
+            f"prompt {item.prompt.prompt_id!r}: what the environment's reset says takes {tokens} tokens, and "
+            f"an episode has rollout.max_completion_tokens = {limit}; raise it, or lower "
+            "environment.tokens_per_answer"
+        )
+        reward = self.config.failure_reward
+        if reward is None or bare >= limit or self.too_long_in_a_row >= FAILURES_IN_A_ROW:
+            raise ValueError(what)
+        log.warning("%s: the episode counts as %g", what, reward)
 
     def _answered(self, item: Work, reply: Reply, moved: Moved) -> None:
         seen = reply.observation

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.rollout.turns import Bridge, ChatBridge, make_bridge, stop_ids
@@ -133,6 +135,42 @@ def test_a_long_answer_is_cut_to_its_first_tokens() -> None:
     bridge = chat(CHATML)
     assert bridge.cut("0123456789" * 3) == "01234567890123456789"
     assert bridge.cut("short") == "short"
+
+
+def merging_tokenizer():
+    """Its vocabulary has the replacement character, as those of real models do, and its decoder takes spaces
+    away before full stops, as Llama 3's is told to.
+    """
+    pieces = tokenizer(None).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    mark = pieces("\N{REPLACEMENT CHARACTER}")[0][0]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([*alphabet, mark[:2], mark])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(mark[0], mark[1]), (mark[:2], mark[2])]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+
+
+def test_an_answer_is_cut_after_a_whole_character_and_a_turn_is_read_as_it_was_said() -> None:
+    fast = merging_tokenizer()
+    face = "\N{GRINNING FACE}"
+    assert len(fast(face)["input_ids"]) == 4
+    assert len(fast("\N{REPLACEMENT CHARACTER}")["input_ids"]) == 1
+    for limit, kept in ((1, "a"), (2, "a"), (4, "a"), (5, f"a{face}"), (9, f"a{face}{face}")):
+        assert Bridge(fast, limit=limit).cut(f"a{face}{face}") == kept
+    text = "x = [1 , 2] ; print(x) . upper ( )"
+    bridge = Bridge(fast, limit=10)
+    assert bridge.said(np.array(fast(text)["input_ids"])) == text
+    assert bridge.cut(text) == text[:10]
+    assert "".join(bridge.pieces(fast(text)["input_ids"])) == text
+
+
+def test_a_template_that_describes_no_tools_is_said(caplog) -> None:
+    schemas = [{"type": "function", "function": {"name": "add"}}]
+    chat(CHATML, tools=schemas)
+    assert not caplog.messages
+    chat(CHATML.replace("tools", "nothing"), tools=schemas)
+    assert "the chat template does not describe tools" in caplog.text
 
 
 def test_plain_texts_follow_each_other() -> None:

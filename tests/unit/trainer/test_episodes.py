@@ -438,6 +438,15 @@ def test_a_long_answer_is_cut_and_recorded_as_it_stands() -> None:
     assert {(turn.observation, turn.stop - turn.end) for turn in said} == {("1234", 4)}
 
 
+def test_an_empty_answer_is_no_token_and_the_policy_goes_on() -> None:
+    _, found = played(answers(""), max_turns=3)
+    assert max(len(c.turns) for c in found) == 4
+    for c in found:
+        assert c.loss_mask.all()
+        assert all(turn.stop == turn.end and turn.end > turn.start for turn in c.turns[1:])
+        assert sum(turn.end - turn.start for turn in c.turns) == len(c)
+
+
 def test_the_order_of_answers_changes_nothing() -> None:
     _, one = played(answers())
     _, two = played(answers(), reverse=True)
@@ -515,12 +524,26 @@ def test_what_diverges_begins_again_with_the_same_tokens() -> None:
     assert len(resets) == 2
 
 
-def test_what_a_reset_says_must_leave_room() -> None:
-    def answer(call):
-        return Reply(call.key, Observation("1" * 60))
+def test_what_a_reset_says_must_leave_room(monkeypatch) -> None:
+    """One that does not costs its own episode, as a reset that raises does; where all are so, it is told."""
 
-    with pytest.raises(ValueError, match=r"reset says takes 40 tokens.*max_completion_tokens = 40"):
-        played(answer, limit=40)
+    def answer(call):
+        is_long = call.turn is None and call.key == (10, 1)
+        return Reply(call.key, Observation("1" * 60)) if is_long else answers(done=True, reward=1.0)(call)
+
+    words = r"prompt 'a': what the environment's reset says takes 40 tokens.*max_completion_tokens = 40"
+    _, found = played(answer, limit=40)
+    _, plain = played(answers(done=True, reward=1.0), limit=40)
+    assert found[1].finish_reason == "failed"
+    assert found[1].turns[0] == Turn(0, 0, 0, failed="error")
+    assert found[1].loss_mask.all()
+    others = [i for i in range(6) if i != 1]
+    assert [found[i].turns for i in others] == [plain[i].turns for i in others]
+    with pytest.raises(ValueError, match=words):
+        played(answer, limit=40, failure_reward=None)
+    monkeypatch.setattr("gspo_dist.trainer.episodes.FAILURES_IN_A_ROW", 3)
+    with pytest.raises(ValueError, match=r"prompt '[ab]': what the environment's reset says takes 40"):
+        played(lambda call: Reply(call.key, Observation("1" * 60)), limit=40)
 
 
 class Rewards:
