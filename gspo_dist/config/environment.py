@@ -29,7 +29,8 @@ class EnvironmentConfig:
     """Tokens after which a turn of the policy is cut off. That ends the episode, with finish_reason "length",
     as rollout.max_completion_tokens for the whole episode does. null: no limit but that."""
     tokens_per_answer: int = 1024
-    """Tokens of an answer that are kept: the first ones."""
+    """Tokens of an answer that are kept: the first ones. Of its text no more than 16 characters for each of
+    these tokens are looked at."""
     timeout_s: float = 60.0
     """Deadline for one answer. The process of the environment is ended then, and another one started."""
     workers: int = 1
@@ -45,8 +46,8 @@ class EnvironmentConfig:
     """environment (what it pays, summed over the turns) | function (reward.function) | sum. null:
     environment where there is a factory, function where there are tools."""
     failure_reward: float | None = 0.0
-    """Reward of an episode whose environment misses its deadline, dies or raises (counted in
-    environment/failed_fraction). null stops the run instead; so do 100 failures in a row."""
+    """Reward of an episode whose environment misses its deadline, dies, raises or leaves no room for a turn
+    (counted in environment/failed_fraction). null stops the run instead; so do 100 failures in a row."""
 
     def __post_init__(self) -> None:
         if self.factory is not None and self.tools:
@@ -67,6 +68,11 @@ class EnvironmentConfig:
     def is_on(self) -> bool:
         """Whether episodes have turns."""
         return self.factory is not None or bool(self.tools)
+
+    @property
+    def characters_per_answer(self) -> int:
+        """Characters of an answer that are looked at: a megabyte would be seconds of the tokenizer's time."""
+        return 16 * self.tokens_per_answer
 
     @property
     def answer_role(self) -> str:

@@ -32,6 +32,11 @@ AHEAD_BYTES = 64 * 1024
 """Calls that a process has at hand behind the one it answers. The trainer listens between two slices of
 sampling alone, and a process that had one call at a time would wait for it after every answer. More than this
 might fill the pipe while the process waits for a reader of its answers: then both would wait for ever."""
+AHEAD_MESSAGES = 32
+"""Messages that a process may not have read yet. A socket of Linux takes about 160 small ones, whatever their
+bytes. A parent that waits for room there keeps no deadline: a process that hangs would hold it for ever."""
+DEATHS_IN_A_ROW = 5
+"""So many processes in a row that end while they import an environment that was imported before."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,10 @@ class Given(NamedTuple):
     """Its deadline, from the answer before it on."""
     size: int
     """Its bytes in the pipe."""
+    is_first: bool
+    """Whether its message begins with it."""
+    is_wanted: bool = True
+    """Whether somebody waits for its answer: its episode was not ended in the meantime."""
 
 
 class EnvironmentPool(Protocol):
@@ -82,7 +91,7 @@ class EnvironmentPool(Protocol):
         ...
 
     def end(self, keys: Iterable[WorkKey]) -> None:
-        """These episodes are over."""
+        """These episodes are over. What is asked for them is not answered any more."""
         ...
 
     def take_events(self) -> list[Event]:
@@ -117,8 +126,14 @@ class LocalEnvironmentPool:
         """Episodes that each process holds."""
         self.homes: dict[WorkKey, int] = {}
         """The worker of each episode."""
+        self.over: list[list[WorkKey]] = [[] for _ in self.workers]
+        """Episodes that have ended, which each process has not been told."""
+        self.unheard = [0] * len(self.workers)
+        """Messages without a call that each process was sent since its last answer."""
         self.replies: deque[Reply] = deque()
         self.failures = 0
+        self.deaths = 0
+        """Processes in a row that ended while they imported the environment once more."""
         self.facts: dict[str, Any] = {}
         self.events: list[Event] = []
 
@@ -160,17 +175,18 @@ class LocalEnvironmentPool:
         return any(mine(call.key) for call in (*given, *(c for queue in self.waiting for c in queue)))
 
     def end(self, keys: Iterable[WorkKey]) -> None:
-        by_home: dict[int, list[WorkKey]] = {}
-        for key in keys:
-            if key in self.homes:
-                home = self.homes.pop(key)
-                self.present[home].discard(key)
-                by_home.setdefault(home, []).append(key)
-        for home, own in by_home.items():
-            try:
-                self.workers[home].connection.send(End(tuple(own)))
-            except OSError:  # it has died, which is found when it is listened to
-                continue
+        ended = set(keys)
+        for key in ended & self.homes.keys():
+            home = self.homes.pop(key)
+            self.present[home].discard(key)
+            self.over[home].append(key)
+        self.replies = deque(reply for reply in self.replies if reply.key not in ended)
+        self.waiting = [deque(call for call in queue if call.key not in ended) for queue in self.waiting]
+        for queue in self.given:
+            for place, given in enumerate(queue):
+                if given.call.key in ended:
+                    queue[place] = given._replace(is_wanted=False)
+        self._hand_out()
 
     def take_events(self) -> list[Event]:
         told, self.events = self.events, []
@@ -188,26 +204,44 @@ class LocalEnvironmentPool:
 
     def _hand_out(self) -> None:
         for i, worker in enumerate(self.workers):
-            while self.waiting[i] and worker.ready:
-                call = self.waiting[i][0]
-                message = bytes(ForkingPickler.dumps(call))
-                if self.given[i] and sum(g.size for g in self.given[i]) + len(message) > AHEAD_BYTES:
-                    break
-                try:
-                    worker.connection.send_bytes(message)
-                except OSError:
-                    # What it has said before it died is heard first, and says on which call it did.
-                    if not self.given[i]:
-                        self._replace(i, worker.end(EXIT_S))
-                    break
-                self.waiting[i].popleft()
-                # An episode that must be played again may take its deadline for every turn.
-                turns = 1 if call.key in self.present[i] else 1 + len(call.history)
-                self.present[i].add(call.key)
-                self.given[i].append(Given(call, self.config.timeout_s * turns, len(message)))
-                worker.places.append(0)
-                if len(self.given[i]) == 1:
-                    self._begin_deadline(i)
+            unread = self.unheard[i] + sum(given.is_first for given in self.given[i])
+            if worker.ready and unread < AHEAD_MESSAGES:
+                self._give(i, worker)
+
+    def _give(self, i: int, worker: Worker) -> None:
+        """One message for worker i: the episodes that have ended, and the calls that it has room for."""
+        parts = [bytes(ForkingPickler.dumps(End(tuple(self.over[i]))))] if self.over[i] else []
+        calls: list[Given] = []
+        room = AHEAD_BYTES - sum(given.size for given in self.given[i])
+        for call in self.waiting[i]:
+            message = bytes(ForkingPickler.dumps(call))
+            room -= len(message)
+            if room < 0 and (self.given[i] or calls):
+                break
+            # An episode that must be played again may take its deadline for every turn.
+            turns = 1 if call.key in self.present[i] else 1 + len(call.history)
+            calls.append(Given(call, self.config.timeout_s * turns, len(message), not calls))
+            parts.append(message)
+        is_idle = not self.given[i]
+        # It is told of ends with its next calls, or while it has nothing to do.
+        if not calls and not (is_idle and parts):
+            return
+        try:
+            worker.connection.send(parts)
+        except OSError:
+            # What it has said before it died is heard first, and says on which call it did.
+            if is_idle:
+                self._replace(i, worker.end(EXIT_S))
+            return
+        self.over[i].clear()
+        self.unheard[i] += not calls
+        for given in calls:
+            self.waiting[i].popleft()
+            self.present[i].add(given.call.key)
+            self.given[i].append(given)
+            worker.places.append(0)
+        if is_idle and calls:
+            self._begin_deadline(i)
 
     def _begin_deadline(self, i: int) -> None:
         """Worker i begins with the first of the calls that it has."""
@@ -216,24 +250,31 @@ class LocalEnvironmentPool:
     def _hear(self, i: int, answer: Answer | None, late: bool = False) -> None:
         worker = self.workers[i]
         if not worker.ready:
-            if answer is None and not late and self.facts:  # it was imported before: somebody has killed it
+            # It was imported before: somebody has killed this one.
+            is_killed = answer is None and not late and bool(self.facts)
+            if is_killed and self.deaths < DEATHS_IN_A_ROW:
+                self.deaths += 1
                 self._replace(i, worker.end(EXIT_S))
             else:
                 what = f"environment {self.config.factory or list(self.config.tools)}"
-                self.facts = worker.started(answer, late, what)
+                self.facts, self.deaths = worker.started(answer, late, what), 0
             return
         if not self.given[i]:  # it died while it had nothing to do
             self._replace(i, worker.end(EXIT_S))
             return
-        call = self.given[i].popleft().call
+        given = self.given[i].popleft()
+        call, self.unheard[i] = given.call, 0
         worker.places.popleft()
         if self.given[i]:
             self._begin_deadline(i)
         if answer is None:
             ended = worker.end(0.0 if late else EXIT_S)
-            what = f"took more than environment.timeout_s = {self.config.timeout_s:g} s" if late else ""
-            self._fail(call, "timeout" if late else "crash", what or f"ended its process ({ended})")
             self._replace(i, None if late else ended)
+            what = f"took more than environment.timeout_s = {self.config.timeout_s:g} s" if late else ""
+            if given.is_wanted:
+                self._fail(call, "timeout" if late else "crash", what or f"ended its process ({ended})")
+        elif not given.is_wanted:
+            return
         elif answer.kind == "failed":
             self._fail(call, "error", f"raised {answer.value}", answer.traceback)
         elif answer.kind == "diverged":
@@ -268,8 +309,10 @@ class LocalEnvironmentPool:
             self.events.append(Event("environment_death", f"environment-{i}", ended))
         self.workers[i].end()
         self.workers[i], self.present[i] = self._worker(), set()
-        self.waiting[i].extendleft(given.call for given in reversed(self.given[i]))
+        self.waiting[i].extendleft(given.call for given in reversed(self.given[i]) if given.is_wanted)
         self.given[i].clear()
+        self.over[i].clear()
+        self.unheard[i] = 0
 
 
 def describe(

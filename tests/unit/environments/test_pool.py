@@ -13,6 +13,7 @@ from gspo_dist.environments import pool as pool_module
 from gspo_dist.environments.pool import LocalEnvironmentPool, describe
 from gspo_dist.environments.protocol import EnvironmentFailure
 from gspo_dist.environments.worker import Call
+from gspo_dist.rewards.pool import Worker
 from gspo_dist.types import Prompt
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -231,7 +232,7 @@ def test_the_deadline_of_a_call_begins_with_the_answer_before_it(make) -> None:
 
 def test_a_process_has_no_more_at_hand_than_a_pipe_takes(make, monkeypatch) -> None:
     """Else parent and process wait for each other: answers of 300 kB, and a megabyte of calls."""
-    pool = make()
+    pool = make(tokens_per_answer=30_000)
     pool.submit([call(group) for group in range(6)])
     replies(pool, 6)
     assert not pool.given[0]
@@ -257,6 +258,55 @@ def test_an_episode_that_fails_to_close_is_over_and_the_next_answer_is_the_next_
     pool.submit([call(1, "a", [OPENED[1]])])
     told = replies(pool, 1)[1]
     assert (told.failed, told.observation.text) == ("", "1a")
+
+
+@pytest.mark.timeout(120)  # else a parent that waits for a process that hangs would wait for ten minutes
+def test_a_process_that_hangs_holds_nobody_however_much_there_is_to_tell_it(make) -> None:
+    """300 calls wait behind one that hangs, and the 300 episodes end one by one: about twice what its socket
+    takes. Its deadline is kept all the same, and whoever comes after it is answered.
+    """
+    pool = make()
+    pool.submit([call(1000, "hang", [("", "q1000 1007")])])
+    for group in range(300):
+        pool.submit([call(group)])
+    for group in range(300):
+        pool.end([(group, 0)])
+    pool.submit([call(5)])
+    pool.workers[0].deadline = time.monotonic()
+    told = replies(pool, 2)
+    assert {g: r.failed for g, r in told.items()} == {1000: "timeout", 5: ""}
+    assert told[5].observation.text == OPENED[5][1]
+
+
+def test_no_answer_of_an_episode_that_was_ended_is_taken_for_another(make) -> None:
+    """Its call is at work when it ends, and the same name begins again: the answer is that of the new one."""
+    pool = make()
+    pool.submit([call(0), call(1)])
+    replies(pool, 2)
+    pool.submit([call(0, "late", [OPENED[0]]), call(1, "a", [OPENED[1]])])
+    pool.end([(0, 0)])
+    pool.submit([call(0, "new", [OPENED[0]])])
+    told = replies(pool, 2)
+    assert {g: r.observation.text for g, r in told.items()} == {0: "1new", 1: "1a"}
+    assert told[0].is_replayed
+    assert pool.poll(0.0) == []
+
+
+def test_a_process_that_cannot_start_again_is_told(make, monkeypatch) -> None:
+    monkeypatch.setattr(pool_module, "DEATHS_IN_A_ROW", 1)
+    pool = make()
+    monkeypatch.setattr(pool_module.LocalEnvironmentPool, "_worker", dead_worker)
+    pool.workers[0].process.kill()
+    pool.workers[0].process.wait()
+    pool.submit([call(0)])
+    with pytest.raises(ValueError, match=r"environment .*mine.py:Counter ended \(signal SIGKILL\) while it"):
+        replies(pool, 1)
+
+
+def dead_worker(self):
+    worker = Worker((self.config, self.form), "gspo_dist.environments.worker", self.env)
+    worker.process.kill()
+    return worker
 
 
 def test_without_a_stated_reward_a_failure_stops_the_run_with_the_trace(make) -> None:
