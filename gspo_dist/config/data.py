@@ -60,7 +60,8 @@ class DataConfig:
     mixture: dict[str, float] = field(default_factory=dict)
     """Source -> weight: training prompts of several sources in these shares, in the place of `train`."""
     stream_above_mb: int = 1024
-    """Larger files for training (.jsonl, .parquet) are read as their prompts are needed, never as a whole."""
+    """Larger files and folders for training (.jsonl, .parquet, save_to_disk) are read as their prompts are
+    needed, never as a whole."""
     heldout: str | None = "arithmetic"
     """The same kinds. A file here must not share prompts with `train`. Null: no evaluation."""
     root: str | None = None
@@ -76,7 +77,8 @@ class DataConfig:
     system_prompt: str | None = None
     """System message put before every question. Null: none."""
     bad_rows: str = "stop"
-    """stop | skip (and count): what a run does about a row of a file that is no record."""
+    """stop | skip (and count): what a run does about a row of a file that is no record, or whose answer the
+    reward cannot read."""
     too_long: str = "stop"
     """stop | skip (and count): what a run does about a prompt longer than rollout.max_prompt_tokens."""
     shuffle: bool = True

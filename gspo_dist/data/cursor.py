@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -201,13 +202,13 @@ class MixedCursor:
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """The prompts at these places."""
-        found = []
-        for index in indices:
-            name = max(
-                (own for own in self._first if self._first[own] <= index), key=lambda n: self._first[n]
-            )
-            found += self.cursors[name].prompts([index - self._first[name]])
-        return found
+        firsts = list(self._first.values())
+        owners = [bisect.bisect_right(firsts, index) - 1 for index in indices]
+        found: dict[int, Iterator[Prompt]] = {}
+        for owner, (name, first) in enumerate(self._first.items()):
+            own = [index - first for index, whose in zip(indices, owners, strict=True) if whose == owner]
+            found[owner] = iter(self.cursors[name].prompts(own))
+        return [next(found[owner]) for owner in owners]
 
     def _turn(self) -> str:
         count = sum(self.taken.values()) + 1

@@ -10,7 +10,10 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +23,9 @@ HUB = "hub:"
 """Prefix of a data set's name on the Hugging Face hub."""
 CHUNK = 1 << 20
 """Characters that a JSON array is read by."""
+CELL = 1 << 30
+"""Characters of a cell of a CSV file; the csv module stops at 131,072 by itself."""
+_GAP = re.compile(r"[ \t\r\n,]*")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -72,13 +78,19 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     # Bytes, not text: only so does an error of the encoding know its line.
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = first_line(path, line)
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, json_line(path, where, line)
+    number = 0
+    try:
+        with _opened(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = first_line(path, line)
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, json_line(path, where, line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path} must be a gzip file: it cannot be read after line {number} ({error}); copy it again"
+        ) from error
 
 
 def first_line(path: Path, line: bytes) -> bytes:
@@ -119,35 +131,54 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def _array(path: Path, text: IO[str]) -> Iterator[Row]:
     decoder, line = json.JSONDecoder(), 1
-    buffer = text.read(CHUNK).lstrip()[1:]  # lstrip may drop lines before the bracket; none are counted
+    buffer = text.read(CHUNK).lstrip()  # lstrip may drop lines before the bracket; none are counted
+    at = 1
     while True:
-        start = len(buffer) - len(buffer.lstrip(" \t\r\n,"))
-        line += buffer.count("\n", 0, start)
-        buffer = buffer[start:]
-        if buffer.startswith("]"):
+        # Moves on in the buffer and cuts it when it grows: a copy for each element would be quadratic.
+        gap = _GAP.match(buffer, at)
+        start = gap.end() if gap else at
+        line += buffer.count("\n", at, start)
+        at = start
+        if buffer.startswith("]", at):
+            _nothing_follows(path, line, buffer[at + 1 :], text)
             return
         try:
-            value, end = decoder.raw_decode(buffer)
+            value, end = decoder.raw_decode(buffer, at)
             # A number at the end of the buffer may go on in the next piece.
             if end == len(buffer) and (more := text.read(CHUNK)):
-                buffer += more
+                buffer, at = buffer[at:] + more, 0
                 continue
         except json.JSONDecodeError as error:
             # As much again as is there: an element of any size is decoded a few times only.
-            if more := text.read(max(CHUNK, len(buffer))):
-                buffer += more
+            if more := text.read(max(CHUNK, len(buffer) - at)):
+                buffer, at = buffer[at:] + more, 0
                 continue
+            lines = buffer.count("\n", at, error.pos)
             raise ValueError(
-                f"{path}:{line + error.lineno - 1}: a .json file must be an array of objects: {error.msg} at "
-                f"column {error.colno}"
+                f"{path}:{line + lines}: a .json file must be an array of "
+                f"objects: {error.msg} at column {error.colno}"
             ) from None
         yield f"{path}:{line}", value
-        line += buffer.count("\n", 0, end)
-        buffer = buffer[end:]
+        line += buffer.count("\n", at, end)
+        at = end
+
+
+def _nothing_follows(path: Path, line: int, rest: str, text: IO[str]) -> None:
+    """Raises ValueError for anything behind the array: its rows would be lost without a word."""
+    while rest:
+        if rest.strip():
+            line += rest.count("\n", 0, len(rest) - len(rest.lstrip()))
+            raise ValueError(
+                f"{path}:{line}: a .json file must be one array of objects: {rest.strip()[:40]!r} follows "
+                "it; put all rows into one array, or one row per line into a .jsonl file"
+            )
+        line += rest.count("\n")
+        rest = text.read(CHUNK)
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
     """Rows by the names in the first line. A row is named by its last line, as a cell may have several."""
+    csv.field_size_limit(max(CELL, csv.field_size_limit()))
     with path.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
         while True:
@@ -155,32 +186,28 @@ def csv_rows(path: Path) -> Iterator[Row]:
                 row = next(reader)
             except StopIteration:
                 return
-            except (csv.Error, UnicodeDecodeError) as error:
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} must be UTF-8: after line {reader.line_num}: {error}; "
+                    f"{_convert(path, 'LATIN1')}, if that is what the file is in"
+                ) from None
+            except csv.Error as error:
                 raise ValueError(f"{path}:{reader.line_num}: cannot be read as CSV: {error}") from None
+            names = reader.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}:1: columns must have different names: got {', '.join(names)}")
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                names = reader.fieldnames or ()
                 yield where, BadRow(f"{where}: a row must have the {len(names)} columns of the first line")
             else:
                 yield where, row
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as table:
-            for chunk in table.iter_batches():
-                for row in chunk.to_pylist():
-                    yield f"{path}:row {number}", row
-                    number += 1
-    except (ArrowException, OSError) as error:
-        cause = " ".join(str(error).split())  # pyarrow's messages have several lines
-        raise ValueError(
-            f"{path} must be a parquet file: it cannot be read from row {number} on ({cause}); copy it "
-            "again, or give a .jsonl file"
-        ) from error
+    with unreadable(path, 0), parquet.ParquetFile(path) as table:
+        yield from _table_rows(path, table.iter_batches())
 
 
 def _folder_rows(folder: Path, split: str) -> Iterator[Row]:
@@ -216,16 +243,37 @@ def arrow_rows(path: Path) -> Iterator[Row]:
     """Rows of an Arrow stream, mapped into memory batch by batch."""
     import pyarrow
 
-    number = 0
+    with unreadable(path, 0), pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
+        yield from _table_rows(path, batches)
+
+
+def _table_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
+    number, left = 0, iter(batches)
+    while True:
+        with unreadable(path, number):
+            batch = next(left, None)
+            rows = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for row in rows:
+            yield f"{path}:row {number}", row
+            number += 1
+
+
+@contextmanager
+def unreadable(path: Path, number: int) -> Generator[None]:
+    """What pyarrow raises in the block becomes a ValueError with the file, the row and the way out."""
+    from pyarrow import ArrowException
+
     try:
-        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
-            for batch in batches:
-                for row in batch.to_pylist():
-                    yield f"{path}:row {number}", row
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(f"{path} must be an Arrow stream: row {number}: {cause}; save it again") from error
+        yield
+    except (ArrowException, OSError) as error:
+        kind = "an Arrow stream" if path.suffix == ".arrow" else "a parquet file"
+        cause = " ".join(str(error).split())  # pyarrow's messages have several lines
+        raise ValueError(
+            f"{path} must be {kind}: it cannot be read from row {number} on ({cause}); copy it again, or "
+            "give a .jsonl file"
+        ) from error
 
 
 def hub_folder(source: str) -> Path:
@@ -254,4 +302,5 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _convert(path: Path, encoding: str) -> str:
-    return f"convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8.jsonl"
+    form = "".join(path.suffixes[-1:]) or ".jsonl"
+    return f"convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8{form}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from gspo_dist.config import DataConfig
@@ -152,6 +152,30 @@ def check_disjoint(train: Iterable[Prompt], heldout: Sequence[Prompt]) -> None:
         )
 
 
+def readable_prompts(source: PromptSource, check: Callable[[Prompt], None], *, skip: bool) -> PromptSource:
+    """`source` without the prompts for which `check` raises ValueError; they are counted and named.
+
+    Raises that error without `skip`, and ValueError where no prompt is left.
+    """
+    kept, refused = list[Prompt](), list[str]()
+    for prompt in source:
+        try:
+            check(prompt)
+        except ValueError as error:
+            if not skip:
+                raise
+            refused.append(str(error))
+        else:
+            kept.append(prompt)
+    if not refused:
+        return source
+    told = "; ".join(refused[:NAMED]) + ("; ..." if len(refused) > NAMED else "")
+    if not kept:
+        raise ValueError(f"data source {source.name} must hold an answer that the reward can read: {told}")
+    log.warning("%s: %d rows are left out, as nobody could judge them: %s", source.name, len(refused), told)
+    return PromptSource(source.name, kept, source.duplicates, source.too_long)
+
+
 def _records(config: DataConfig, source: str, split: str, seed: int) -> list[Record]:
     bad = BadRows(skip=config.bad_rows == "skip")
     records = list(source_records(config, source, split, seed, bad))
@@ -218,6 +242,11 @@ def _render_all(
             max_prompt_tokens,
             ", ".join(too_long[:NAMED]),
             ", ..." if len(too_long) > NAMED else "",
+        )
+    if not first:
+        raise ValueError(
+            f"data source {source} must hold at least one prompt: all {len(records)} are over "
+            f"rollout.max_prompt_tokens = {max_prompt_tokens}; raise it"
         )
     if duplicates:
         log.warning(

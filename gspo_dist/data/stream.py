@@ -14,118 +14,37 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from gspo_dist.data import schemas
+from gspo_dist.data.blocks import RowFile
 from gspo_dist.data.cursor import place, resumed_place
-from gspo_dist.data.formats import BadRow, Row, first_line, json_line
+from gspo_dist.data.formats import BadRow, Row
 from gspo_dist.data.records import BadRows, Record, to_record
 from gspo_dist.types import Prompt
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1024
-"""Rows of a block of JSONL. Blocks of Parquet are its row groups."""
 WINDOW = 16
 """Blocks whose rows are shuffled together."""
 CHUNK = 1 << 16
 """Rows that are compared at a time."""
+KEPT = 10
+"""Messages about rows that are left out."""
 CHECKED = 1000
 """Prompts that are looked at before a run starts; the others are checked when their turn comes."""
 
 
-class RowFile(Protocol):
-    """A file that can be read block by block."""
-
-    sizes: np.ndarray
-    """[blocks] rows of each block."""
-
-    def block(self, at: int) -> list[Row]:
-        """The rows of a block."""
-        ...
-
-
-class JsonlFile:
-    """Blocks of lines. Empty lines are no rows."""
-
-    def __init__(self, path: Path) -> None:
-        """Notes where the blocks begin. Raises ValueError where the file is UTF-16."""
-        self.path = path
-        starts, lines, sizes, rows = [0], [1], [], 0
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(file.readline, b""), start=1):
-                if number == 1:
-                    line = first_line(path, line)
-                if not line.strip():
-                    continue
-                rows += 1
-                if rows == BLOCK:
-                    sizes.append(rows)
-                    starts.append(file.tell())
-                    lines.append(number + 1)
-                    rows = 0
-        if rows:
-            sizes.append(rows)
-        self.starts, self.lines, self.sizes = np.array(starts), np.array(lines), np.array(sizes, np.int64)
-
-    def block(self, at: int) -> list[Row]:
-        found: list[Row] = []
-        with self.path.open("rb") as file:
-            file.seek(int(self.starts[at]))
-            number = int(self.lines[at])
-            while len(found) < self.sizes[at]:
-                line = file.readline()
-                if not line:
-                    raise ValueError(f"{self.path} ends at line {number}: it was cut since the run began")
-                if number == 1:
-                    line = first_line(self.path, line)
-                if line.strip():
-                    where = f"{self.path}:{number}"
-                    found.append((where, json_line(self.path, where, line)))
-                number += 1
-        return found
-
-
-class ParquetFile:
-    """Blocks are row groups."""
-
-    def __init__(self, path: Path) -> None:
-        from pyarrow import parquet
-
-        self.path = path
-        with parquet.ParquetFile(path) as table:
-            metadata = table.metadata
-            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self.sizes = np.array([size for size in sizes if size], np.int64)
-        self.groups = [i for i, size in enumerate(sizes) if size]
-        self.firsts = np.cumsum(self.sizes) - self.sizes
-
-    def block(self, at: int) -> list[Row]:
-        from pyarrow import parquet
-
-        first = int(self.firsts[at])
-        with parquet.ParquetFile(self.path) as table:
-            rows = table.read_row_group(self.groups[at]).to_pylist()
-        return [(f"{self.path}:row {first + i}", row) for i, row in enumerate(rows)]
-
-
-def open_rows(path: Path) -> RowFile | None:
-    """The file by its suffix; None for a form that cannot be read from the middle."""
-    if path.suffix == ".jsonl":
-        return JsonlFile(path)
-    return ParquetFile(path) if path.suffix == ".parquet" else None
-
-
 class StreamedSource:
-    """The prompts of one large file."""
+    """The prompts of a large file, or of a folder of files."""
 
     def __init__(
         self,
-        path: Path,
+        name: str,
+        rows: RowFile,
         prompt_key: str,
         answer_key: str,
         made: Callable[[Record], Prompt | None],
@@ -133,30 +52,27 @@ class StreamedSource:
     ) -> None:
         """made: a record as its prompt; None where it is too long and left out.
 
-        Raises ValueError for a file without rows, or of a form that cannot be streamed.
+        Raises ValueError for a source without rows.
         """
-        self.name = str(path)
-        self.path, self.made, self.bad = path, made, bad
+        self.name, self.made, self.bad = name, made, bad
         self.keys = prompt_key, answer_key
+        self.bad_rows = 0
+        """Rows left out so far because they are no records, or nothing that the reward can judge."""
         self.too_long = 0
         """Prompts left out for their length so far."""
         self._tell_at = 1
         """Rows left out at which the log says so."""
         self.checks: list[Callable[[Prompt], None]] = []
-        """What raises ValueError for a prompt that cannot be trained on."""
-        rows = open_rows(path)
-        if rows is None:
-            raise ValueError(
-                f"{path} is over data.stream_above_mb, and only .jsonl and .parquet are read piece by piece: "
-                "convert it, or raise the limit to hold it in memory"
-            )
+        """What raises ValueError for a prompt that stops the run."""
+        self.readable: list[Callable[[Prompt], None]] = []
+        """What raises ValueError for a prompt that is a bad row: nobody could judge its completions."""
         if not len(rows.sizes):
-            raise ValueError(f"data file must hold at least one record: {path} is empty")
+            raise ValueError(f"data file must hold at least one record: {name} is empty")
         self.rows = rows
         self.repeats = self._repeats()
         if len(self.repeats):
             log.warning(
-                "%s: %d rows repeat the question of an earlier one: left out", path, len(self.repeats)
+                "%s: %d rows repeat the question of an earlier one: left out", name, len(self.repeats)
             )
 
     def __len__(self) -> int:
@@ -165,15 +81,13 @@ class StreamedSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """By it a resumed run tells whether the file was edited."""
-        return xxhash.xxh64(f"{self.path.stat().st_size} {self.rows.sizes.tolist()}".encode()).hexdigest()
+        return xxhash.xxh64(f"{self.rows.bytes} {self.rows.sizes.tolist()}".encode()).hexdigest()
 
     def _repeats(self) -> np.ndarray:
         """Rows whose question stands before them, in order. 16 bytes per row are held for it."""
-        hashes, at = np.zeros(len(self), np.uint64), 0
-        for block in range(len(self.rows.sizes)):
-            for _, row in self.rows.block(block):
-                hashes[at] = self._hash(row) or at
-                at += 1
+        hashes = np.zeros(len(self), np.uint64)
+        for at, (_, row) in enumerate(self.rows.scan()):
+            hashes[at] = self._hash(row) or at
         # np.unique with indices would take 50 bytes per row.
         ordered = np.sort(hashes)
         twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -214,46 +128,69 @@ class StreamedSource:
         try:
             record = to_record(*row, *self.keys)
         except ValueError as error:
-            self.bad.take(error)
-            self._tell(str(error))
+            self._leave_out(error)
             return None
         prompt = self.made(record)
         if prompt is None:
             self.too_long += 1
             self._tell(f"{record.where}: over rollout.max_prompt_tokens")
             return None
+        try:
+            for check in self.readable:
+                check(prompt)
+        except ValueError as error:
+            self._leave_out(error)
+            return None
         for check in self.checks:
             check(prompt)
         return prompt
 
+    def _leave_out(self, error: ValueError) -> None:
+        """Raises `error`, or counts it. The last messages are kept: an endless run has endless ones."""
+        self.bad.take(error)
+        self.bad_rows += 1
+        del self.bad.skipped[:-KEPT]
+        self._tell(str(error))
+
     def _tell(self, last: str) -> None:
         """Says how much is left out after 1, 10, 100, ... rows: no pass over the file ends with a sum."""
-        bad = len(self.bad.skipped)
-        if bad + self.too_long >= self._tell_at:
+        if self.bad_rows + self.too_long >= self._tell_at:
             self._tell_at *= 10
             log.warning(
                 "%s: left out so far: %d rows that are no records and %d prompts that are too long; last: %s",
                 self.name,
-                bad,
+                self.bad_rows,
                 self.too_long,
                 last,
             )
 
-    def at(self, index: int) -> Prompt:
-        """The prompt of a row that was handed out before. Raises ValueError where it is none any more."""
-        block = int(np.searchsorted(np.cumsum(self.rows.sizes), index, side="right"))
-        row = dict(self.block(block)).get(index)
-        prompt = self.prompt(row) if row is not None else None
-        if prompt is None:
-            raise ValueError(f"{self.name}: row {index} gives no prompt any more: was the file edited?")
-        return prompt
+    def at(self, indices: Sequence[int], known: Mapping[int, Row]) -> list[Prompt]:
+        """The prompts of rows that were handed out before. Each block is read once.
+
+        known: rows that are at hand. Raises ValueError for a row that gives no prompt any more.
+        """
+        found = {index: known[index] for index in indices if index in known}
+        missing = sorted(set(indices) - found.keys())
+        for at in np.unique(np.searchsorted(np.cumsum(self.rows.sizes), missing, side="right")).tolist():
+            own = dict(self.block(at))
+            found |= {index: own[index] for index in missing if index in own}
+        prompts = []
+        for index in indices:
+            prompt = self.prompt(found[index]) if index in found else None
+            if prompt is None:
+                raise ValueError(f"{self.name}: row {index} gives no prompt any more: was the file edited?")
+            prompts.append(prompt)
+        return prompts
 
     def __iter__(self) -> Iterator[Prompt]:
         """All prompts in the order of the file."""
-        for at in range(len(self.rows.sizes)):
-            for _, row in self.block(at):
-                if (prompt := self.prompt(row)) is not None:
-                    yield prompt
+        repeats = iter(self.repeats.tolist())
+        repeat = next(repeats, None)
+        for number, row in enumerate(self.rows.scan()):
+            if number == repeat:
+                repeat = next(repeats, None)
+            elif (prompt := self.prompt(row)) is not None:
+                yield prompt
 
 
 class StreamCursor:
@@ -270,6 +207,8 @@ class StreamCursor:
         """Rows visited in this epoch, those that were left out included."""
         self._window: tuple[int, int] | None = None
         self._order: list[tuple[int, Row]] = []
+        self._at_hand: dict[int, Row] = {}
+        """The rows of the window by their numbers."""
         self._starts = self._starts_of(0)
 
     def next(self, n: int) -> list[Prompt]:
@@ -287,7 +226,7 @@ class StreamCursor:
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """The prompts of these rows."""
-        return [self._source.at(index) for index in indices]
+        return self._source.at(indices, self._at_hand)
 
     def _take(self, n: int) -> list[tuple[int, Prompt]]:
         if n < 1:
@@ -304,7 +243,8 @@ class StreamCursor:
             fruitless = 0 if prompt is not None else fruitless + 1
             if fruitless > self._starts[-1]:
                 raise ValueError(
-                    f"{self._source.name}: every row is left out: {self._source.bad.skipped[-1:]}"
+                    f"{self._source.name}: every row is left out: {self._source.too_long} prompts over "
+                    f"rollout.max_prompt_tokens, other rows: {self._source.bad.skipped[-1:]}"
                 )
             if prompt is not None:
                 batch.append((index, prompt))
@@ -318,7 +258,7 @@ class StreamCursor:
             if self._shuffle:
                 draw = np.random.default_rng([self._seed, self.epoch, window])
                 rows = [rows[i] for i in draw.permutation(len(rows))]
-            self._window, self._order = (self.epoch, window), rows
+            self._window, self._order, self._at_hand = (self.epoch, window), rows, dict(rows)
         return self._order[self.position - int(self._starts[window])]
 
     def _blocks_of(self, epoch: int) -> np.ndarray:

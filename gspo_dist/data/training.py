@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from gspo_dist.config import DataConfig
+from gspo_dist.data.blocks import open_rows
 from gspo_dist.data.cursor import Cursor, MixedCursor, PromptCursor
-from gspo_dist.data.prompts import PromptSource, check_disjoint, load_prompts, load_source, to_prompt
+from gspo_dist.data.formats import HUB, folder_files, hub_folder
+from gspo_dist.data.procedural import is_procedural
+from gspo_dist.data.prompts import (
+    PromptSource,
+    check_disjoint,
+    load_prompts,
+    load_source,
+    readable_prompts,
+    to_prompt,
+)
 from gspo_dist.data.records import BadRows
 from gspo_dist.data.stream import CHECKED, StreamCursor, StreamedSource
 from gspo_dist.types import Prompt
@@ -42,6 +52,18 @@ class TrainingPrompts:
             if isinstance(part, StreamedSource):
                 part.checks.append(check)
 
+    def judge(self, readable: Check, *, skip: bool) -> None:
+        """Has `readable` say of each prompt whether its answer can be judged. Of a streamed source it says so
+        when the prompt's turn comes.
+
+        skip: leave out those that cannot. Otherwise the first raises ValueError.
+        """
+        for name, part in self.parts.items():
+            if isinstance(part, StreamedSource):
+                part.readable.append(readable)
+            else:
+                self.parts[name] = readable_prompts(part, readable, skip=skip)
+
     def cursor(self, *, seed: int, shuffle: bool) -> Cursor:
         """What hands the prompts out. Each source has an order of its own."""
         own: dict[str, Cursor] = {}
@@ -67,8 +89,8 @@ def load_training(
     names = list(config.mixture) or [config.train]
     parts: dict[str, PromptSource | StreamedSource] = {}
     for name in names:
-        if is_streamed(config, name):
-            parts[name] = _streamed(config, name, tokenizer, max_prompt_tokens, rendering)
+        if files := streamed_files(config, name):
+            parts[name] = _streamed(config, name, files, tokenizer, max_prompt_tokens, rendering)
         else:
             parts[name] = load_source(config, name, "train", tokenizer, max_prompt_tokens, seed, **rendering)
     train = TrainingPrompts(parts, dict(config.mixture))
@@ -90,16 +112,26 @@ def _not_held_out(held: dict[tuple[int, ...], str], prompt: Prompt) -> None:
         )
 
 
-def is_streamed(config: DataConfig, source: str) -> bool:
-    """Whether a file is too large to be held."""
-    path = Path(source).expanduser()
-    return path.is_file() and path.stat().st_size > config.stream_above_mb << 20
+def streamed_files(config: DataConfig, source: str) -> list[Path]:
+    """The files of a source that is too large to be held: a file, a folder, a data set of the hub.
+
+    None where it is held.
+    """
+    if is_procedural(source):
+        return []
+    path = hub_folder(source) if source.startswith(HUB) else Path(source).expanduser()
+    files = folder_files(path, "train") if path.is_dir() else [p for p in (path,) if p.is_file()]
+    return files if sum(file.stat().st_size for file in files) > config.stream_above_mb << 20 else []
 
 
 def _streamed(
-    config: DataConfig, name: str, tokenizer: Any, max_prompt_tokens: int, rendering: dict[str, Any]
+    config: DataConfig,
+    name: str,
+    files: list[Path],
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    rendering: dict[str, Any],
 ) -> StreamedSource:
-    path = Path(name).expanduser()
     bad = BadRows(skip=config.bad_rows == "skip")
     made = functools.partial(
         to_prompt,
@@ -108,6 +140,6 @@ def _streamed(
         max_prompt_tokens=max_prompt_tokens,
         rendering=rendering,
     )
-    source = StreamedSource(path, config.prompt_key, config.answer_key, made, bad)
+    source = StreamedSource(name, open_rows(name, files), config.prompt_key, config.answer_key, made, bad)
     log.warning("%s: %d rows, read as they are needed (data.stream_above_mb)", name, len(source))
     return source

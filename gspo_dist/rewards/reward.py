@@ -141,6 +141,11 @@ def check_one_answer(config: RewardConfig, check: Callable[[Prompt], None], prom
         ) from error
 
 
+def readable_by(config: RewardConfig) -> Callable[[Prompt], None]:
+    """Raises ValueError, naming file and line, for a prompt whose answer the reward cannot read."""
+    return functools.partial(check_one_answer, config, prompt_check(config))
+
+
 def located(config: RewardConfig) -> RewardConfig:
     """`config` with the path of a reward file made absolute: its processes may work in other folders."""
     return replace(config, function=absolute(config.function))

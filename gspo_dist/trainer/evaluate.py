@@ -26,7 +26,7 @@ from gspo_dist.rewards.pool import LocalRewardPool, RewardPool
 from gspo_dist.rollout.pool import LocalRolloutPool, RolloutPool
 from gspo_dist.trainer.episodes import EpisodeJudge, play
 from gspo_dist.trainer.setup.checks import check_model, load_tokenizer, resolve_device
-from gspo_dist.trainer.setup.environment import check_environment, check_verdicts, start_episodes
+from gspo_dist.trainer.setup.environment import check_environment, judged_heldout, start_episodes
 from gspo_dist.trainer.setup.factories import engine_factory, sampling_spec
 from gspo_dist.trainer.setup.processes import Processes
 from gspo_dist.types import Completion, Prompt, SamplingSpec
@@ -69,15 +69,15 @@ def evaluate_model(config: RunConfig) -> dict[str, float]:
     moe_layers = check_model(config, model)
     tokenizer = load_tokenizer(model)
     environment = check_environment(config, tokenizer)
-    prompts = load_prompts(
+    heldout = load_prompts(
         config.data,
         "heldout",
         tokenizer,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         seed=config.seed,
         **(environment.rendering if environment else {}),
-    )[: config.evaluation.prompts]
-    check_verdicts(config, prompts)
+    )
+    prompts = judged_heldout(config, heldout)[: config.evaluation.prompts]
     with contextlib.ExitStack() as stack:
         pool, make_rewards = stack.enter_context(engines(config, model, moe_layers))
         rewards = make_rewards()

@@ -79,14 +79,16 @@ class RunSuites:
         """`after_step` for a run that begins or goes on after so many steps.
 
         A run that begins forgets the results of an earlier one in its folder. One that goes on forgets those
-        of later steps, and takes up what a kill has interrupted.
+        of later steps, and takes up what a kill has interrupted. Figures whose row is the next step's are
+        given again, since that step is done again.
         """
         for folder in self.folder.glob("step_*"):
             if completed_steps == 0 or int(folder.name.removeprefix("step_")) > completed_steps:
                 shutil.rmtree(folder, ignore_errors=True)
         own = self._folder_of(completed_steps)
         whole = all((own / suite.name / "result.json").is_file() for suite in self.suites)
-        return {} if whole else self.after_step(completed_steps)
+        told = whole and not (self.beside and completed_steps < self.steps)
+        return {} if told else self.after_step(completed_steps)
 
     @contextmanager
     def beside_learner(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from gspo_dist.metrics.jsonl import cut_back
 from gspo_dist.metrics.wandb_sink import Mode, choose_mode
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives.objective import Objective
-from gspo_dist.rewards.reward import check_one_answer, prompt_check, resolve_reward
+from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.trainer.checkpointing import restore
 from gspo_dist.trainer.clockwork import Clockwork, Record, open_record, read_record
 from gspo_dist.trainer.collect import sampling_of
@@ -51,9 +51,9 @@ from gspo_dist.trainer.setup.checks import (
 from gspo_dist.trainer.setup.engine_check import check_engine
 from gspo_dist.trainer.setup.environment import (
     CheckedEnvironment,
-    asks_function,
     check_environment,
-    check_verdicts,
+    judged_heldout,
+    judged_train,
     start_episodes,
 )
 from gspo_dist.trainer.setup.factories import (
@@ -153,13 +153,12 @@ def check_run(config: RunConfig) -> Checked:
         seed=config.seed,
         **(environment.rendering if environment else {}),
     )
+    judged_train(config, train)
+    heldout = judged_heldout(config, heldout) if heldout else None
     prompts = [*train, *(heldout or ())]
     vocabulary = read_shape(model).vocab
     check_vocabulary(prompts, vocabulary, model)
-    check_verdicts(config, prompts)
     train.add_check(lambda prompt: check_vocabulary([prompt], vocabulary, model))
-    if asks_function(config):
-        train.add_check(functools.partial(check_one_answer, config.reward, prompt_check(config.reward)))
     if config.evaluation.endpoint is not None:
         raise ValueError(
             "evaluation.endpoint is for gspo evaluate: the suites of a run are answered by its own engines; "

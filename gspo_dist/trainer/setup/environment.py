@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gspo_dist.config import RunConfig
+from gspo_dist.data.prompts import PromptSource, readable_prompts
+from gspo_dist.data.training import TrainingPrompts
 from gspo_dist.environments.pool import LocalEnvironmentPool, describe
 from gspo_dist.environments.tools import format_of
-from gspo_dist.rewards.reward import check_answers
+from gspo_dist.rewards.reward import readable_by
 from gspo_dist.rollout.turns import Bridge, make_bridge, stop_ids
 from gspo_dist.trainer.episodes import Episodes
-from gspo_dist.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,17 @@ def check_environment(config: RunConfig, tokenizer: Any) -> CheckedEnvironment |
     return CheckedEnvironment(bridge, form, {"tools": schemas, "cue": False} if chat else {})
 
 
-def check_verdicts(config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError for a prompt whose answer the reward function cannot read, where it is asked."""
+def judged_train(config: RunConfig, train: TrainingPrompts) -> None:
+    """Answers that the reward function cannot read: ValueError, or left out with data.bad_rows=skip."""
     if asks_function(config):
-        check_answers(config.reward, prompts)
+        train.judge(readable_by(config.reward), skip=config.data.bad_rows == "skip")
+
+
+def judged_heldout(config: RunConfig, heldout: PromptSource) -> PromptSource:
+    """`judged_train` of held-out prompts."""
+    if not asks_function(config):
+        return heldout
+    return readable_prompts(heldout, readable_by(config.reward), skip=config.data.bad_rows == "skip")
 
 
 def asks_function(config: RunConfig) -> bool:

@@ -105,6 +105,42 @@ def test_a_torn_json_array_is_named_by_line(tmp_path):
     assert [row["a"] for _, row in rows(str(path))] == [1, 2]
 
 
+def test_nothing_behind_a_json_array_is_lost(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    for chunk in (4, 1 << 20):
+        monkeypatch.setattr(formats, "CHUNK", chunk)
+        path.write_text('[{"a": 1}]\n \n')
+        assert len(list(rows(str(path)))) == 1
+        path.write_text('[{"a": 1}]\n\n[{"a": 2}]')
+        with pytest.raises(ValueError, match=r"a\.json:3: a \.json file must be one array .*: '\[\{"):
+            list(rows(str(path)))
+
+
+def test_a_torn_gzip_file_is_named(tmp_path):
+    path = write(tmp_path, "jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(ValueError, match=r"jsonl\.gz must be a gzip file: .* after line 0 \(Compressed"):
+        list(rows(str(path)))
+    path.write_bytes(b'{"prompt": "a", "answer": 1}\n')
+    with pytest.raises(ValueError, match=r"must be a gzip file: .*Not a gzipped file"):
+        list(rows(str(path)))
+
+
+def test_cells_of_any_length_and_columns_of_one_name(tmp_path):
+    """The csv module stops at 131,072 characters by itself: tests of programs are longer."""
+    path = tmp_path / "a.csv"
+    path.write_text(f'a,b\n{"x" * 200_000},"1\r\n2"\n', newline="")
+    ((where, row),) = rows(str(path))
+    assert where == f"{path}:3"
+    assert (len(row["a"]), row["b"]) == (200_000, "1\r\n2")
+    path.write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"a\.csv:1: columns must have different names: got a, b, a"):
+        list(rows(str(path)))
+    path.write_bytes("a,b\n1,2\ncaf\xe9,2\n".encode("latin1"))
+    with pytest.raises(ValueError, match=r"a\.csv must be UTF-8: .* -f LATIN1 -t UTF-8 a\.csv > utf8\.csv"):
+        list(rows(str(path)))
+
+
 def test_a_large_json_array_takes_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "CHUNK", 1 << 16)
     path = tmp_path / "a.json"

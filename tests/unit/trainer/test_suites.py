@@ -119,7 +119,10 @@ def test_a_run_that_goes_on_takes_up_what_was_interrupted_and_forgets_later_step
     assert len(again.sampler.asked) == 6 - graded
     third = of(tmp_path, beside=True)
     third.start(2)
-    assert third.finish() == {}  # it is whole
+    assert third.finish() == {**row, "time/suites_s": third.seconds}  # its row was cut off with step 3's
+    assert third.sampler.asked == []
+    waiting = of(tmp_path)
+    assert waiting.start(2) == {}  # whole, and in the row of step 2, which stays
 
 
 def test_a_run_that_begins_forgets_an_earlier_one(tmp_path):

@@ -8,9 +8,15 @@ import pytest
 
 from gspo_dist.cli.compose import run_config
 from gspo_dist.coldstart.tokenizer import build_tokenizer
-from gspo_dist.data.prompts import load_prompts
+from gspo_dist.data.prompts import PromptSource, load_prompts
+from gspo_dist.data.training import TrainingPrompts
 from gspo_dist.rollout.turns import ChatBridge
-from gspo_dist.trainer.setup.environment import check_environment, check_verdicts, start_episodes
+from gspo_dist.trainer.setup.environment import (
+    check_environment,
+    judged_heldout,
+    judged_train,
+    start_episodes,
+)
 from gspo_dist.types import Prompt
 from tests.unit.data.test_chat import tokenizer
 from tests.unit.rollout.test_turns import CHATML, SPECIAL, STRIPS
@@ -95,9 +101,18 @@ def test_plain_text_keeps_its_prompts() -> None:
     assert check_environment(run_config([]), build_tokenizer()) is None
 
 
-def test_answers_are_read_where_the_reward_function_is_asked() -> None:
-    unreadable = [Prompt("p", (1,), "?", {"value": 2})]
-    check_verdicts(run_config(["experiment=guess"]), unreadable)
+def test_answers_are_read_where_the_reward_function_is_asked(caplog) -> None:
+    mixed = PromptSource("m", [Prompt("p", (1,), "?", {"value": 2}), Prompt("q", (2,), "?", "2")])
+    assert judged_heldout(run_config(["experiment=guess"]), mixed) is mixed
     for knobs in (["experiment=calculator"], [], ["experiment=guess", "environment.reward=sum"]):
-        with pytest.raises(ValueError, match="cannot read the answer"):
-            check_verdicts(run_config(knobs), unreadable)
+        with pytest.raises(ValueError, match=r"p: .*cannot read the answer"):
+            judged_heldout(run_config(knobs), mixed)
+        with pytest.raises(ValueError, match=r"p: .*cannot read the answer"):
+            judged_train(run_config(knobs), TrainingPrompts({"m": mixed}, {}))
+    skip = run_config(["data.bad_rows=skip"])
+    train = TrainingPrompts({"m": mixed}, {})
+    judged_train(skip, train)
+    assert [p.prompt_id for p in judged_heldout(skip, mixed)] == ["q"] == [p.prompt_id for p in train]
+    assert "m: 1 rows are left out, as nobody could judge them: p: reward.function" in caplog.text
+    with pytest.raises(ValueError, match="data source m must hold an answer that the reward can read: p: "):
+        judged_heldout(skip, PromptSource("m", [mixed[0]]))
