@@ -403,7 +403,7 @@ SECTIONS = (
     Section("Time of a step", "trainer/clock.py", (
         Metric("time/step_s", "seconds", "The whole step, without evaluation and checkpoint."),
         Metric("time/collect_s", "seconds", "Sampling the rollouts."),
-        Metric("time/reward_s", "seconds", "Judging them."),
+        Metric("time/reward_s", "seconds", "Verdicts that were still to come when all were sampled."),
         Metric("time/pack_s", "seconds", "Advantages and packing."),
         Metric("time/old_logprobs_s", "seconds",
                "Old and reference log-probs, the guard's subset, m2po's pass."),

@@ -14,6 +14,8 @@ nothing else: none is chosen for being quick, and every prompt is trained once a
 sampling leaves groups out, by their rewards (refill.py).
 So no token is older than K publications. K = 0 is the synchronous loop.
 
+Completions are judged as they finish, while the engines go on with the others (judging.py).
+
 At a publication everything unfinished is withdrawn as plain data (`pause`). It goes on with the next
 `sample`, dealt anew over the engines that live. Between the two, evaluations, probes and checkpoints find the
 engines empty, and change no rollout.
@@ -44,6 +46,7 @@ from gspo_dist.trainer.buffer import BegunStep, Buffer
 from gspo_dist.trainer.clockwork import Clockwork, Slice
 from gspo_dist.trainer.episode_page import episode_rows
 from gspo_dist.trainer.episodes import WAIT_S, Episodes
+from gspo_dist.trainer.judging import Judging
 from gspo_dist.trainer.refill import Refill
 from gspo_dist.types import Prompt, Rollout, SamplingSpec, Work
 
@@ -94,6 +97,7 @@ class Collector:
         self.spec_of, self.clockwork, self.tell, self.episodes = spec_of, clockwork, tell, episodes
         self.refill = Refill(selection or SelectionConfig(), config.prompts_per_step)
         self.buffer = Buffer()
+        self.judging = Judging(self.judge)
         self.trained_cursor: Mapping[str, Any] = cursor.state_dict()
         """The cursor's place after the prompts of the last step that was handed out."""
         self.sampled_tokens, self.sampling_s = 0, 0.0
@@ -115,6 +119,8 @@ class Collector:
         last_token = last_told = time.monotonic()
         while not self.buffer.steps[step].is_sampled():
             told = self._advance(self.clockwork.slice())
+            if self._judges_beside:
+                self.judging.go_on(self.buffer.steps.values())
             for name, progress in told.items():
                 count = done.setdefault(name, {"completions": 0, "tokens": 0})
                 count["completions"] += len(progress.finished)
@@ -225,7 +231,15 @@ class Collector:
         self.trained_cursor = whole.cursor if self.buffer.steps else self.cursor.state_dict()
         return chosen
 
+    @property
+    def _judges_beside(self) -> bool:
+        """Whether completions are judged while engines sample. Those of this process leave no time for it,
+        and an environment's process is heard between two slices.
+        """
+        return self.pool.runs_beside and self.episodes is None
+
     def _judge(self, steps: Sequence[int]) -> None:
+        self.judging.finish()
         for own in (self.buffer.steps[step] for step in steps):
             items = own.unjudged()
             if items:
@@ -251,9 +265,9 @@ class Collector:
     def beside_learner(self) -> Iterator[None]:
         """While the learner works inside the block, the engines sample on for later steps.
 
-        Where engines are processes, a thread keeps a slice at each of them and has finished completions
-        judged. It alone uses pool and buffer then. In one process nothing runs beside the learner, so a fixed
-        number of ticks is done before it begins.
+        Where engines are processes, a thread keeps a slice at each of them, and finished completions are
+        judged beside that. It alone uses pool and buffer then. In one process nothing runs beside the
+        learner, so a fixed number of ticks is done before it begins.
         """
         if not self.config.steps_ahead:
             yield
@@ -271,11 +285,16 @@ class Collector:
             try:
                 told = self._advance(part)
             except NoEngineLeft:  # a new engine comes with the next publication, and the learner goes on
-                return
-            self._judge(list(self.buffer.steps))
+                break
             is_idle = not any(progress.ticks for progress in told.values())
-            if is_idle and not self._acting() and not self.was_fed:
-                return  # everything that may be begun is finished
+            is_over_early = is_idle and not self._acting() and not self.was_fed
+            if self._judges_beside and not is_over_early:
+                self.judging.go_on(self.buffer.steps.values())
+            else:
+                self._judge(list(self.buffer.steps))
+            if is_over_early:  # everything that may be begun is finished
+                break
+        self.judging.finish()  # an evaluation or a save may ask the rewards next
 
     def _advance(self, part: Slice) -> dict[str, Progress]:
         """One slice of every engine that has work."""

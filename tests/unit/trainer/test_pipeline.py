@@ -14,7 +14,7 @@ from gspo_dist.config import RolloutConfig
 from gspo_dist.failures import Event
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.metrics.names import metric_of
-from gspo_dist.rewards.reward import Judged
+from gspo_dist.rewards.reward import Judged, RewardError
 from gspo_dist.rollout.engine import Growth, Progress
 from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.trainer import checkpointing, pipeline
@@ -286,6 +286,49 @@ def test_by_the_clock_engines_sample_while_the_learner_works_and_stop_with_it():
     time.sleep(0.05)
     assert len(pool.asked) == before
     assert {seconds for _, seconds in pool.asked} == {0.25}
+
+
+class Waiting(Judge):
+    """Gives no verdict before the engines have gone on without it."""
+
+    def __init__(self, pool, wanted):
+        super().__init__()
+        self.pool, self.wanted, self.sampled = pool, wanted, []
+
+    def judge(self, items):
+        begun, until = len(self.pool.asked), time.monotonic() + 60
+        while len(self.pool.asked) < begun + self.wanted:
+            if not self.pool.work:
+                break
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        self.sampled.append(len(self.pool.asked) - begun)
+        return super().judge(items)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_completions_are_judged_while_the_engines_go_on_with_the_others(ahead):
+    pool = SlowPool(lambda g, i: 2 if g % 3 == 0 else 40)
+    collector = collector_of(pool, steps=2, steps_ahead=ahead)
+    collector.rewards = Waiting(pool, wanted=3)
+    out = trained(collector, [1, 2], learner=lambda step: time.sleep(0.1))
+    assert collector.rewards.asked[0][:2] == [0, 1]
+    assert collector.rewards.sampled[0] >= 3  # slices since the first were asked about
+    assert sorted(chain(*collector.rewards.asked)) == list(range(12))  # each once
+    assert [r.reward for rollouts in out for r in rollouts] == [float(i) for i in range(12)]
+    assert collector.judging.under_way is None
+
+
+def test_a_reward_that_fails_beside_the_engines_stops_the_step():
+    class Broken(Judge):
+        def judge(self, items):
+            raise RewardError(f"rollout {items[0][0]}: the service is down")
+
+    pool = SlowPool(lambda g, i: 2 if g == 0 else 100_000)
+    collector = collector_of(pool)
+    collector.rewards = Broken()
+    with pytest.raises(RewardError, match="rollout 0: the service is down"):
+        collector.sample(1)
 
 
 @pytest.mark.parametrize("beside", [True, False])
