@@ -60,7 +60,8 @@ def main() -> None:
     cases = [json.loads(line) for line in (options.folder / "manifest.jsonl").read_text().splitlines()]
     os.environ[SECRET[0]] = SECRET[1]
     names = [name for name in LOCAL if name != "process" and not refusal(name)]
-    found, connected = {}, {}
+    found: dict[str, list[tuple[str, Outcome]]] = {}
+    connected: dict[str, bool] = {}
     for name in names:
         with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(options.jobs) as pool:
             port = server.getsockname()[1]

@@ -32,7 +32,7 @@ def test_suites_beside_a_learner_on_ray_are_those_of_the_weights_alone_and_chang
         "evaluation.suites=[own]",
         f"+evaluation.options.own={{file: {file}, reward: exact_match, samples: 4, temperature: 1.0}}",
     )
-    on_ray = ("cluster=ray", "rollout.engines=2", "rollout.threads=1", "learner.threads=1")
+    on_ray = ("cluster=local", "rollout.engines=2", "rollout.threads=1", "learner.threads=1")
     every = ("evaluation.every=1", "checkpoint.hf_every=1", "checkpoint.keep_hf=9")
     run = config(model, reward_file, tmp_path / "run", *words, *on_ray, *every, *suite)
     _, rows = go(run)
