@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -81,7 +82,7 @@ def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, P
     return out
 
 
-def _styled(arms: Arms) -> list[tuple[dict[str, str], str, list[RunData]]]:
+def _styled(arms: Arms) -> list[tuple[dict[str, Any], str, list[RunData]]]:
     """(colour and style of its line, arm, its runs). No two of 32 arms have the same line."""
     laps = [(divmod(i, len(COLOURS)), arm, runs) for i, (arm, runs) in enumerate(arms.items())]
     return [
