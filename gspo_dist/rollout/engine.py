@@ -126,6 +126,8 @@ class EngineInfo:
     """Whether it was started to return routed experts."""
     workers: int
     """GPUs that it spans. Each takes part in an nccl weight sync."""
+    gives_candidates: bool = False
+    """Whether the likeliest tokens can come with every sampled one."""
 
 
 class RolloutEngine(Protocol):
@@ -288,6 +290,11 @@ def check_work(info: EngineInfo, work: Sequence[Work], here: Container[WorkKey] 
             raise ValueError(
                 f"{info.name} was not started to record routing, but the sampling spec asks for it: "
                 "set objective.routing_replay=r3 before the engines start"
+            )
+        if spec.candidates and not info.gives_candidates:
+            raise ValueError(
+                f"{info.name} gives log-probs of sampled tokens alone, but the sampling spec asks for the "
+                f"{spec.candidates} likeliest: use rollout=vllm or rollout=reference"
             )
         if not prompt.token_ids or len(prompt.token_ids) + spec.max_tokens > info.max_model_len:
             raise ValueError(

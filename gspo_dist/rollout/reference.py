@@ -175,6 +175,7 @@ class ReferenceEngine:
             top_k=self.policy.top_k,
             can_record_routing=self.record_routing,
             workers=1,
+            gives_candidates=True,
         )
 
     def submit(self, work: Sequence[Work]) -> None:

@@ -236,6 +236,7 @@ class VllmEngine:
             top_k=int(model.get_num_experts_per_tok()) if self.moe_layers else 0,
             can_record_routing=self.record_routing,
             workers=self.config.tensor_parallel,
+            gives_candidates=True,
         )
 
     def info(self) -> EngineInfo:

@@ -205,11 +205,16 @@ def records_routing(config: RunConfig, moe_layers: int) -> bool:
 
 
 def sampling_spec(config: RunConfig, tokenizer: Any, info: EngineInfo) -> SamplingSpec:
-    """How a run samples. Raises ValueError when R3 is asked of an engine that cannot record experts."""
+    """How a run samples. Raises ValueError for an engine that does not give what the objective needs."""
     if config.objective.routing_replay == "r3" and not info.can_record_routing:
         raise ValueError(
             f"routing_replay=r3 needs an engine that records expert choices: {info.name} cannot; use r2 with "
             "old_logprobs=recompute"
+        )
+    if config.objective.candidates and not info.gives_candidates:
+        raise ValueError(
+            f"objective {config.objective.name} reads the engine's likeliest tokens, and {info.name} gives "
+            "none: use rollout=vllm or rollout=reference, or objective=reinforce, the same without them"
         )
     return SamplingSpec(
         n=config.rollout.group_size,

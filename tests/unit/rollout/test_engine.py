@@ -24,6 +24,7 @@ def test_a_prompt_may_fill_the_context_with_its_completion():
         ([prompt(7)], SamplingSpec(1, 4), r"'p0'.*got 7 \+ 4 tokens for a context of 10; raise rollout"),
         ([prompt(0)], SamplingSpec(1, 4), r"'p0' must have at least one token"),
         ([prompt(1)], SamplingSpec(1, 4, record_routing=True), r"engine-1 was not started.*replay=r3"),
+        ([prompt(1)], SamplingSpec(1, 4, candidates=5), r"engine-1 gives .* asks for the 5 likeliest: use"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(prompts, spec, message):

@@ -195,7 +195,7 @@ def test_without_checks_the_receipt_has_counts_and_no_checksums(model, tmp_path)
 
 def test_facts_about_the_engine(model):
     engine = ReferenceEngine(CONFIG, HFPolicy(model[0]), name="engine-3", record_routing=True)
-    assert engine.info() == EngineInfo("engine-3", "cpu", 32, 64, 4, 2, 2, can_record_routing=True, workers=1)
+    assert engine.info() == EngineInfo("engine-3", "cpu", 32, 64, 4, 2, 2, True, 1, gives_candidates=True)
     assert engine.policy.eos_ids == {1}
     assert engine.policy.text(np.array([5, 1, 7])) == "t5 t7"
 

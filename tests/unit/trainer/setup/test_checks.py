@@ -68,6 +68,14 @@ def test_the_models_context_holds_prompt_and_completion(model, reward_file, tmp_
     over = f"rollout.max_completion_tokens={context - 15}"
     with pytest.raises(ValueError, match=f"must fit the model's context: got {context + 1} for {context}"):
         check_model(config(model, reward_file, tmp_path, over, budget), str(model))
+    # What a length schedule ends with lies below max_completion_tokens, so it cannot pass the context either.
+    long = f"rollout.length_schedule=[[1, 4], [2, {context}]]"
+    with pytest.raises(ValueError, match=f"got {context} tokens from step 2 on and {context - 16}; raise"):
+        config(model, reward_file, tmp_path, fits, budget, long)
+    raised, room = f"rollout.max_completion_tokens={context}", f"learner.token_budget={context + 64}"
+    longer = config(model, reward_file, tmp_path, raised, room, long)
+    with pytest.raises(ValueError, match="must fit the model's context: got"):
+        check_model(longer, str(model))
 
 
 def test_experts_must_divide_over_the_ranks(model, reward_file, tmp_path):

@@ -42,6 +42,7 @@ def info(**changes) -> EngineInfo:
         "top_k": 2,
         "can_record_routing": True,
         "workers": 1,
+        "gives_candidates": True,
     }
     return EngineInfo(**(known | changes))
 
@@ -159,6 +160,18 @@ def test_r3_is_refused_on_an_engine_that_cannot_record(model, reward_file, tmp_p
         ValueError, match=r"routing_replay=r3 needs an engine that records .*: engine-0 cannot"
     ):
         sampling_spec(c, TOKENIZER, info(can_record_routing=False))
+
+
+def test_likeliest_tokens_are_asked_of_an_engine_that_gives_them(model, reward_file, tmp_path):
+    centred = config(model, reward_file, tmp_path, "objective=score_centering")
+    assert sampling_spec(centred, TOKENIZER, info()).candidates == 32
+    with pytest.raises(
+        ValueError,
+        match=r"score_centering reads .* likeliest tokens, and engine-0 gives none: use rollout=vllm",
+    ):
+        sampling_spec(centred, TOKENIZER, info(gives_candidates=False))
+    plain = config(model, reward_file, tmp_path, "objective=reinforce")
+    assert sampling_spec(plain, TOKENIZER, info(gives_candidates=False)).candidates == 0
 
 
 def test_the_objective_is_bound_with_the_runs_parameters(model, reward_file, tmp_path):
