@@ -142,7 +142,8 @@ RULES: tuple[Rule, ...] = (
         "no weight on a centred score",
         "the mean score that is taken out is that under the engine's distribution as it is; a weight on the "
         "sampled token alone would leave a mean that is not 0",
-        "set correction=none, or a correction that only drops (geometric_reject, veto, opsm)",
+        "set correction=none and objective.params.weight_cap, whose mean is taken out with it, or a "
+        "correction that only drops (geometric_reject, veto, opsm)",
         lambda c: (
             c.correction.endswith(("_truncate", "_mask")) and "expected_score" in spec_of(c.objective).reads
         ),
@@ -196,6 +197,13 @@ def check(
         return
     resolved = resolve_params(f"objective {objective}", spec.defaults, params or {})
     check_params(f"objective {objective}", resolved, clip=spec.clip)
+    if resolved.get("weight_cap") is not None and old_logprobs == "recompute":
+        raise ValueError(
+            f"{objective}.weight_cap weighs a token by learner against engine, and with recomputed "
+            "old_logprobs its ratio is to the learner's own: got weight_cap="
+            f"{resolved['weight_cap']:g}, old_logprobs=recompute; set old_logprobs=rollout, or "
+            "weight_cap=null"
+        )
     check_settings(
         spec,
         aggregation=aggregation,

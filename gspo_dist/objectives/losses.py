@@ -377,14 +377,19 @@ def score_centering(
     segments: Segments,
     *,
     candidates: int,
+    weight_cap: float | None,
     expected_score: Tensor,
 ) -> Surrogate:
-    """Score centering, arXiv 2609.20807, on REINFORCE: A_t (log pi(y_t) - C_t).
+    """Score centering, arXiv 2609.20807, on REINFORCE: A_t (w_t log pi(y_t) - C_t).
 
-    C_t is the mean of log pi over the engine's own distribution (`centering.expected_score`), with gradient:
-    where engine and learner differ, what is left of the gradient has no part that pulls one to the other.
-    old_logprobs weigh nothing; they are for the statistics. candidates: the engine's likeliest tokens from
-    which C_t was made.
+    C_t is the mean of w log pi over the engine's own distribution (`centering.expected_score`), with
+    gradient: where engine and learner differ, no part of what is left pulls one to the other.
+    candidates: the engine's likeliest tokens from which C_t was made.
+    weight_cap c: w_t = sg[min(r_t, c)], for which old_logprobs must be the engine's. None: w_t = 1, and
+    old_logprobs are for the statistics alone.
     """
     ratio = bounded_exp((logprobs - old_logprobs).detach())
-    return Surrogate(-advantages * (logprobs - expected_score), ratio, no_clip(ratio), no_clip(ratio))
+    weight = torch.ones_like(ratio) if weight_cap is None else ratio.clamp(max=weight_cap)
+    return Surrogate(
+        -advantages * (weight * logprobs - expected_score), ratio, no_clip(ratio), no_clip(ratio)
+    )

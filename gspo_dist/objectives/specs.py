@@ -222,7 +222,7 @@ _SPECS = (
         "score_centering",
         "sequence_sum",
         "leave_one_out",
-        defaults={"candidates": 32},
+        defaults={"candidates": 32, "weight_cap": None},
         clip=None,
         reads=("expected_score",),
         source="arXiv 2609.20807 (score centering, on RLOO)",
@@ -236,6 +236,8 @@ OBJECTIVE_SPECS: dict[str, ObjectiveSpec] = {spec.name: spec for spec in _SPECS}
 
 MOST_CANDIDATES = 128
 """Tokens whose log-probs an engine gives beside each sampled one, at most: 1 KiB a token."""
+CLIPS = ("clip_low", "clip_high", "dual_clip")
+"""Parameters that only an objective with a clip has."""
 POSITIVE = (
     *("tau_positive", "tau_negative", "delta_low", "delta_high", "second_moment"),
     *("k_positive", "k_negative", "lambda_positive", "lambda_negative"),
@@ -246,6 +248,11 @@ POSITIVE = (
 def resolve_params(owner: str, defaults: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """`defaults` overlaid with `params`. An unknown parameter is refused with the nearest known one."""
     for key in params:
+        if key not in defaults and key in CLIPS and not any(name in defaults for name in CLIPS):
+            raise ValueError(
+                f"{owner} has no parameter {key!r}, because it clips nothing: leave it out, or use an "
+                "objective that clips (grpo, dapo, cispo, gspo)"
+            )
         if key not in defaults:
             raise ValueError(f"{owner} has no parameter {key!r}; {nearest(key, defaults)}")
     return {**defaults, **params}
@@ -306,6 +313,12 @@ def check_params(owner: str, params: Mapping[str, Any], *, clip: str | None) -> 
                 f"{owner}.candidates must be a whole number from 1 to {MOST_CANDIDATES}: got "
                 f"{params['candidates']!r}"
             )
+    cap = params.get("weight_cap")
+    if cap is not None and _number(owner, "weight_cap", cap) < 1:
+        raise ValueError(
+            f"{owner}.weight_cap must be >= 1, the weight of a token on which engine and learner agree: got "
+            f"{cap:g}; null puts no weight beside the centring"
+        )
     for name in POSITIVE:
         if name in params and _number(owner, name, params[name]) <= 0:
             raise ValueError(f"{owner}.{name} must be > 0: got {params[name]}")

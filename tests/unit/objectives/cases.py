@@ -139,7 +139,8 @@ def _token_terms(name: str, lp: float, old: float, a: float, p: dict) -> tuple[f
     if name == "reinforce":
         return r * a * lp, r * a
     if name == "score_centering":
-        return a * (lp - p["expected"]), a
+        w = 1.0 if p["weight_cap"] is None else min(r, p["weight_cap"])
+        return a * (w * lp - p["expected"]), w * a
     if name in ("dppo_tv", "dppo_kl"):
         new, was = math.exp(lp), math.exp(old)
         if name == "dppo_tv":

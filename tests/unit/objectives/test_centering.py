@@ -22,12 +22,12 @@ def pair(seed=0, vocabulary=7):
     return q.log_softmax(0), logits.requires_grad_()
 
 
-def gradient(y, q, logits, k, advantage=1.0):
+def gradient(y, q, logits, k, advantage=1.0, cap=None):
     """Of the loss of one token y in the learner's logits, with the engine's k likeliest tokens."""
     ids = q.topk(k).indices
     learner = logits.log_softmax(0)
-    mean, _ = expected_score(q[ids][None], learner[ids][None])
-    loss = get_objective("score_centering").loss(
+    mean, _ = expected_score(q[ids][None], learner[ids][None], cap)
+    loss = get_objective("score_centering", weight_cap=cap).loss(
         learner[y][None],
         q[y][None],
         torch.tensor([advantage], dtype=F64),
@@ -74,6 +74,101 @@ def test_the_mean_over_the_engine_is_zero_where_the_rest_is_spread_as_the_learne
     assert mean.abs().max() < 1e-12
     plain = sum(spread[y] * torch.autograd.grad(logits.log_softmax(0)[y], logits)[0] for y in range(7))
     assert plain.abs().max() > 0.05  # the drift that is taken out
+
+
+# --- beside an importance weight: arXiv 2609.20807, appendix A.2 ---
+
+
+def test_the_weighted_value_by_hand():
+    """Weights: 0.2 / 0.6 and 1 (0.7 / 0.3, cut), 1 for the rest. A weight times q is min(pi, q)."""
+    q = torch.tensor([[0.6, 0.3]], dtype=F64).log()
+    pi = torch.tensor([[0.2, 0.7]], dtype=F64).log()
+    mean, rest = expected_score(q, pi, 1.0)
+    assert mean.item() == pytest.approx(0.2 * math.log(0.2) + 0.3 * math.log(0.7) + 0.1 * math.log(0.1))
+    assert rest.item() == pytest.approx(0.1)
+    wider, _ = expected_score(q, pi, 2.0)
+    assert wider.item() == pytest.approx(0.2 * math.log(0.2) + 0.6 * math.log(0.7) + 0.1 * math.log(0.1))
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.3, 4.0])
+def test_with_the_whole_vocabulary_the_weighted_gradient_is_that_of_the_closed_form(cap):
+    """A (w_y (1[y] - pi) - m + sum(m) pi) in the logits, with m = min(pi, c q)."""
+    q, logits = pair()
+    pi = logits.detach().softmax(0)
+    m = torch.minimum(pi, cap * q.exp())
+    for y in range(7):
+        one = torch.nn.functional.one_hot(torch.tensor(y), 7).to(F64)
+        wanted = -1.5 * (min(float(pi[y] / q[y].exp()), cap) * (one - pi) - m + m.sum() * pi)
+        assert (gradient(y, q, logits, 7, 1.5, cap) - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("cap", [1.0, 1.3, 4.0])
+def test_the_mean_of_the_weighted_score_over_the_engine_is_zero(k, cap):
+    """q' spreads the rest as the learner does, so that a token of the rest has the rest's weight."""
+    q, logits = pair(1)
+    ids = q.topk(k).indices
+    pi = logits.detach().softmax(0)
+    others = torch.ones(7, dtype=torch.bool)
+    others[ids] = False
+    spread = q.exp()
+    spread[others] = (1 - q[ids].exp().sum()) * pi[others] / pi[others].sum()
+    engine = spread.log()
+    mean, plain = torch.zeros(7, dtype=F64), torch.zeros(7, dtype=F64)
+    for y in range(7):
+        learner = logits.log_softmax(0)
+        centre, _ = expected_score(engine[ids][None], learner[ids][None], cap)
+        weight = min(float(pi[y] / spread[y]), cap)
+        plain += spread[y] * torch.autograd.grad(weight * learner[y], logits, retain_graph=True)[0]
+        mean += spread[y] * torch.autograd.grad(weight * learner[y] - centre[0], logits)[0]
+    assert mean.abs().max() < 1e-12
+    assert cap == 4.0 or plain.abs().max() > 1e-3  # the drift that is taken out
+
+
+def test_a_weight_without_a_bound_leaves_nothing_to_take_out():
+    """min(pi, c q) is then pi, whose mean score is 0: REINFORCE with its importance weight."""
+    q, logits = pair(2)
+    pi = logits.detach().softmax(0)
+    found = gradient(3, q, logits, 4, cap=1e9)
+    plain = torch.autograd.grad(-(pi[3] / q[3].exp()) * logits.log_softmax(0)[3], logits)[0]
+    assert (found - plain).abs().max() < 1e-12
+
+
+def test_where_engine_and_learner_agree_a_weight_changes_nothing():
+    _, logits = pair(2)
+    q = logits.detach().log_softmax(0)
+    assert (gradient(3, q, logits, 4, cap=1.0) - gradient(3, q, logits, 4)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("cap", [0.5, 0, "2", float("inf")])
+def test_a_cap_below_one_is_refused(cap):
+    with pytest.raises(ValueError, match=r"score_centering\.weight_cap must be"):
+        get_objective("score_centering", weight_cap=cap)
+
+
+def test_a_weight_needs_the_engines_log_probs():
+    quiet = {"name": "score_centering", "guard": GuardConfig(action="off"), "params": {"weight_cap": 2.0}}
+    ObjectiveConfig(old_logprobs="rollout", **quiet)
+    with pytest.raises(
+        ValueError, match=r"got weight_cap=2, old_logprobs=recompute; set old_logprobs=rollout"
+    ):
+        ObjectiveConfig(old_logprobs="recompute", **quiet)
+
+
+@pytest.mark.parametrize("clip", ["clip_low", "clip_high", "dual_clip"])
+def test_a_clip_beside_the_centring_is_refused(clip):
+    """A clip takes tokens out that the mean over the engine still has in it."""
+    with pytest.raises(
+        ValueError, match=f"score_centering has no parameter '{clip}', because it clips nothing"
+    ):
+        ObjectiveConfig(
+            name="score_centering",
+            old_logprobs="rollout",
+            guard=GuardConfig(action="off"),
+            params={clip: 0.2},
+        )
+    with pytest.raises(ValueError, match=f"has no parameter '{clip}'"):
+        get_objective("score_centering", **{clip: 0.2})
 
 
 def test_where_engine_and_learner_agree_its_mean_is_that_of_reinforce():

@@ -21,6 +21,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("dppo_kl", {"delta_low": 0.002, "delta_high": 0.005}),
     ("vespo", {"k_positive": 1.0, "lambda_positive": 0.5, "k_negative": 0.3, "lambda_negative": 1.7}),
     ("m2po", {"second_moment": 0.01}),
+    ("score_centering", {"weight_cap": 1.1}),
     ("gspo", {"clip_low": 0.01, "clip_high": 0.012}),
     ("grpo", {"dual_clip": 1.4, "clip_low": 0.1, "clip_high": 0.15}),
     ("cispo", {"clip_low": 0.2, "clip_high": 0.2}),
