@@ -21,7 +21,6 @@ from gspo_dist.config.plan import PlanConfig
 from gspo_dist.config.profile import ProfileConfig
 from gspo_dist.config.reward import RewardConfig
 from gspo_dist.config.rollout import RolloutConfig
-from gspo_dist.objectives import legality
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ class RunConfig:
         self._check_in_process()
         self._check_ahead()
         self._check_selection()
-        self._check_reads()
         self._check_environment()
         self._check_accepted()
         self._check_profile()
@@ -158,18 +156,6 @@ class RunConfig:
                 f"objective.selection.degenerate={degenerate} leaves out groups whose rewards are all equal, "
                 "as every group of one is: got rollout.group_size 1; raise it, or set degenerate=keep"
             )
-
-    def _check_reads(self) -> None:
-        name = self.objective.name
-        for what, why, other in (
-            ("router_shift", "weighs tokens by their routers' shift", "gmpo"),
-            ("expected_score", "reads log-probs of other tokens than the sampled ones", "reinforce"),
-        ):
-            if what in legality.spec_of(name).reads and self.learner.backend != "eager":
-                raise ValueError(
-                    f"objective {name} {why}, which the eager learner alone measures: got learner.backend "
-                    f"{self.learner.backend}; use learner=eager, or objective={other}, the same without it"
-                )
 
     def _check_profile(self) -> None:
         if not self.profile.steps:

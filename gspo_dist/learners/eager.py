@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
-from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing, trained_index
 from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, map_state, read_state, write_layout, write_state
@@ -113,35 +113,19 @@ class EagerLearner:
                 raise ValueError("no reference is kept: set objective.kl_coef above 0")
             policy = self.reference
             batches = [b.with_(routing=None) for b in batches]  # the reference routes by itself
-        outputs = []
-        for batch in batches:
-            recorder = ScoreRecorder()
-            with routers.watch(policy.hf, recorder) if record_scores else contextlib.nullcontext():
-                output = hf_logprobs(policy, policy.hf, batch, self.device, record_routing)
-            outputs.append(replace(output, router=recorder.scores()) if record_scores else output)
-        return outputs
+        return [
+            hf_logprobs(policy, policy.hf, batch, self.device, record_routing, record_scores)
+            for batch in batches
+        ]
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
+        if error := missing(batches, spec):
+            raise error
         parts = []
         for batch in batches:
-            index = trained_index(batch)
-            meter = None if batch.old_router is None else ShiftMeter(batch.old_router)
-            with (
-                replaying(self.policy.hf, batch),
-                contextlib.nullcontext() if meter is None else routers.watch(self.policy.hf, meter),
-            ):
-                inputs = model_inputs(
-                    batch, index, self.device, with_candidates="expected_score" in spec.objective.spec.reads
-                )
-                logprobs, entropy, *candidates = self.policy(**inputs)
-                # The router that helps to predict token t sees token t - 1.
-                shift = None if meter is None else meter.shift()[index.to(self.device) - 1]
-                loss, stats = micro_batch_loss(
-                    *(logprobs, entropy, batch, spec),
-                    index=index,
-                    router_shift=shift,
-                    candidate_logprobs=candidates[0] if candidates else None,
-                )
+            with replaying(self.policy.hf, batch):
+                seen = hf_forward(self.policy, self.policy.hf, batch, self.device, spec)
+                loss, stats = micro_batch_loss(*seen.values, batch, spec, **seen.extra)
                 (loss if self.scale is None else self.scale.apply(loss)).backward()
             parts.append(stats)
         return merge_stats(parts)
@@ -253,6 +237,7 @@ def hf_logprobs(
     batch: PackedBatch,
     device: torch.device,
     record_routing: bool,
+    record_scores: bool = False,
     adapter: ModuleType = routers,
 ) -> LogprobOutput:
     """One forward pass without loss, replaying the batch's trace if it has one.
@@ -260,12 +245,61 @@ def hf_logprobs(
     call: the policy, or an engine around it.
     hf: the HF model inside `call`, whose routers are hooked.
     record_routing: whether the output carries the experts of this pass.
+    record_scores: whether it carries what the routers thought of them.
     adapter: the module of gspo_dist.routing that knows `hf`'s routers.
     """
     index = trained_index(batch)
+    scores = ScoreRecorder() if record_scores else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaying(hf, batch, adapter))
         recorder = stack.enter_context(adapter.record(hf)) if record_routing else None
+        if scores is not None:
+            stack.enter_context(adapter.watch(hf, scores))
         logprobs, entropy = call(**model_inputs(batch, index, device))
-    out = scatter_output(batch, index, logprobs, entropy)
-    return out if recorder is None else LogprobOutput(out.logprobs, out.entropy, recorder.trace())
+    return replace(
+        scatter_output(batch, index, logprobs, entropy),
+        routing=None if recorder is None else recorder.trace(),
+        router=None if scores is None else scores.scores(),
+    )
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a pass with gradient gave of a micro-batch: arguments of `micro_batch_loss`."""
+
+    values: tuple[torch.Tensor, torch.Tensor]
+    """Log-probs, with gradient, and entropies of the trained tokens, [N]."""
+    extra: dict[str, Any]
+    """index, and what the objective reads beside."""
+
+
+def hf_forward(
+    call: torch.nn.Module,
+    hf: torch.nn.Module,
+    batch: PackedBatch,
+    device: torch.device,
+    spec: LossSpec,
+    adapter: ModuleType = routers,
+) -> Forward:
+    """One forward pass with gradient, and what `spec`'s objective reads of it.
+
+    Arguments are those of `hf_logprobs`.
+
+    The block in which the batch's trace is replayed is the caller's, because the backward belongs in it too.
+    """
+    index, reads, meter = trained_index(batch), spec.objective.spec.reads, None
+    if "router_shift" in reads:
+        assert batch.old_router is not None  # `missing` was asked first
+        meter = ShiftMeter(batch.old_router)
+    inputs = model_inputs(batch, index, device, with_candidates="expected_score" in reads)
+    with contextlib.nullcontext() if meter is None else adapter.watch(hf, meter):
+        logprobs, entropy, *others = call(**inputs)
+    return Forward(
+        (logprobs, entropy),
+        {
+            "index": index,
+            # The router that helps to predict token t sees token t - 1.
+            "router_shift": None if meter is None else meter.shift()[index.to(device) - 1],
+            "candidate_logprobs": others[0] if others else None,
+        },
+    )

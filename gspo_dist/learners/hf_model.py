@@ -137,8 +137,7 @@ def model_inputs(
 ) -> dict[str, torch.Tensor]:
     """The keyword arguments of `PolicyModel.forward` for a packed batch, on `device`.
 
-    with_candidates: also asks for the log-probs of the engine's likeliest tokens. Raises ValueError where the
-    batch has none.
+    with_candidates: also asks for the log-probs of the engine's likeliest tokens, which the batch has then.
     """
     tensors = {
         "token_ids": batch.token_ids,
@@ -147,11 +146,7 @@ def model_inputs(
         "index": index,
     }
     if with_candidates:
-        if batch.candidate_ids is None:
-            raise ValueError(
-                "the objective reads the engine's likeliest tokens, and these rollouts came without them: "
-                "use an engine that gives them (rollout=vllm or rollout=reference)"
-            )
+        assert batch.candidate_ids is not None  # `loss.missing` was asked first
         tensors["others"] = batch.candidate_ids[index]
     return {name: t.to(device, non_blocking=True) for name, t in tensors.items()}
 

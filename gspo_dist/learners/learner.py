@@ -39,12 +39,6 @@ class OptimStep:
     """What the loss was multiplied by (loss_scale.py); None where precision needs none."""
 
 
-def refuse_scores(asked: bool) -> None:
-    """ValueError where a learner that cannot record router scores is asked for them."""
-    if asked:
-        raise ValueError("the eager learner alone records router scores (objective rspo): use learner=eager")
-
-
 class Learner(Protocol):
     """One rank of the process group that owns the trainable weights."""
 
@@ -72,7 +66,7 @@ class Learner(Protocol):
         """Log-probs and entropies of the trained tokens, without gradients, one output per micro-batch.
 
         record_routing: also return the expert choices of this pass (R2).
-        record_scores: also return what the routers thought of them (rspo). The eager learner alone can.
+        record_scores: also return what the routers thought of them (rspo).
         reference: under the frozen starting policy, which was kept if kl_coef is above 0.
 
         A batch that carries a routing trace is computed under its experts (R3), except by the reference.

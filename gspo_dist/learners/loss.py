@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +73,25 @@ def trained_index(batch: PackedBatch) -> torch.Tensor:
             f"{which} of the micro-batch starts with a trained token; give it a prompt"
         )
     return index
+
+
+def missing(batches: Sequence[PackedBatch], spec: LossSpec) -> ValueError | None:
+    """The error for batches that lack what the objective reads of them. None where they have it.
+
+    A learner asks before it runs anything, so that every rank raises.
+    """
+    reads = spec.objective.spec.reads
+    if "expected_score" in reads and any(b.candidate_ids is None for b in batches):
+        return ValueError(
+            "the objective reads the engine's likeliest tokens, and these rollouts came without them: "
+            "use an engine that gives them (rollout=vllm or rollout=reference)"
+        )
+    if "router_shift" in reads and any(b.old_router is None for b in batches):
+        return ValueError(
+            "the objective reads what the old policy's routers thought, and these rollouts came without it: "
+            "set objective.old_logprobs=recompute, whose pass records it"
+        )
+    return None
 
 
 def lags_of(batch: PackedBatch, policy_version: int | None) -> torch.Tensor | None:
@@ -193,7 +212,8 @@ def _extra(
             found["router_shift"] = router_shift
     if candidate_logprobs is not None and batch.candidate_logprobs is not None:
         engine = batch.candidate_logprobs[index].to(candidate_logprobs.device)
-        found["expected_score"], rest = expected_score(engine, candidate_logprobs)
+        cap = spec.objective.resolved.get("weight_cap")
+        found["expected_score"], rest = expected_score(engine, candidate_logprobs, cap)
         seen["objective/candidates_rest"] = Stat.mean(rest)
     if "second_moment_cut" in reads:
         if spec.second_moment_cut is None:

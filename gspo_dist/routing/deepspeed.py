@@ -70,10 +70,14 @@ class _AutoEPHook(RouterHook):
         # Taken and cleared, so that the hook keeps no graph alive between calls.
         logits, self.logits = self.logits, None
         ids = self.choose(native)
-        if self.replay is None:
+        if self.replay is None and not self.watchers:
             return None
         if logits is None:
             raise RuntimeError("AutoEP's router returned without calling its gate: the hook has no logits")
+        for watcher, layer in self.watchers:
+            watcher.see(layer, logits, ids)
+        if self.replay is None:
+            return None
         num_experts = cast(AutoEPRouter, router).num_experts
         counts = torch.zeros(num_experts, dtype=torch.int32, device=ids.device)
         flat = ids.flatten()
@@ -103,4 +107,4 @@ def router_size(router: nn.Module) -> tuple[int, int]:
 
 
 _ROUTERS = RouterHooks(find_routers, _AutoEPHook, router_size, is_checkpointed)
-record, replay = _ROUTERS.record, _ROUTERS.replay
+record, replay, watch = _ROUTERS.record, _ROUTERS.replay, _ROUTERS.watch

@@ -29,7 +29,8 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from gspo_dist.routing.replay import LayerReplay, RouteFeeder, RouteRecorder, RouterShape, feeding
-from gspo_dist.routing.trace import RoutingTrace, id_dtype
+from gspo_dist.routing.scores import ScoreRecorder, ShiftMeter, Watcher
+from gspo_dist.routing.trace import RouterScores, RoutingTrace, id_dtype
 from gspo_dist.types import PackedBatch
 
 TopK: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
@@ -44,6 +45,16 @@ class _Handle:
         self.layer = layer
         self.replay: LayerReplay | None = None
         self.recorder: RouteRecorder | None = None
+        self.watcher: Watcher | None = None
+        self.logits: Tensor | None = None
+
+    def show(self, logits: Tensor) -> None:
+        """The router's logits [N, E], before it chooses.
+
+        What it chooses by may be their softmax, or that with a bias.
+        """
+        if self.watcher is not None:
+            self.logits = logits.detach()
 
     def get_replay_topk(
         self,
@@ -65,6 +76,11 @@ class _Handle:
             values = scores.gather(1, ids)
         if self.recorder is not None:
             self.recorder.see(self.layer, ids)
+        if self.watcher is not None:
+            if self.logits is None:
+                raise RuntimeError("megatron-core's router chose without showing its logits first")
+            self.watcher.see(self.layer, self.logits, ids)
+            self.logits = None
         return values, ids
 
 
@@ -200,25 +216,101 @@ class Routers:
         mine: list[RoutingTrace | None] = [None] * len(items)
         if self.handles:
             mine = [*recorder.traces()[: len(items)]]
-        columns = np.asarray(self.columns)
         out = []
         for item, trace in zip(items, mine, strict=True):
-            whole = np.zeros((item.batch.num_tokens, self.num_layers, self.top_k), np.int32)
-            rows = self._rows(item.source)
-            if trace is not None:
-                real = rows >= 0
-                whole[np.ix_(rows[real], columns)] = trace.expert_ids[real]
-            total = torch.from_numpy(whole).to(_device())
-            for group in (
-                mpu.get_tensor_and_context_parallel_group(),
-                mpu.get_pipeline_model_parallel_group(),
-            ):
-                dist.all_reduce(total, group=group)
-            known = np.ones(item.batch.num_tokens, np.bool_)
-            out.append(
-                RoutingTrace(total.cpu().numpy().astype(id_dtype(self.num_experts)), known, self.num_experts)
-            )
+            ids = None if trace is None else torch.from_numpy(trace.expert_ids.astype(np.int32))
+            whole = self._whole(item, ids, torch.int32).cpu().numpy().astype(id_dtype(self.num_experts))
+            out.append(RoutingTrace(whole, np.ones(len(whole), np.bool_), self.num_experts))
         return out
+
+    def _whole(self, item: MicroBatch, part: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """[T, L, K] of the packed batch, from every rank's part: its rows and its columns (collective)."""
+        whole = torch.zeros(
+            (item.batch.num_tokens, self.num_layers, self.top_k), dtype=dtype, device=_device()
+        )
+        if part is not None:
+            rows = self._rows(item.source)
+            real = torch.from_numpy(rows >= 0)
+            tokens = torch.from_numpy(rows)[real].to(whole.device)
+            columns = torch.tensor(self.columns, device=whole.device)
+            whole[tokens[:, None], columns] = part[real.to(part.device)].to(whole)
+        for group in (mpu.get_tensor_and_context_parallel_group(), mpu.get_pipeline_model_parallel_group()):
+            dist.all_reduce(whole, group=group)
+        return whole
+
+    # ---- what the routers think of the experts (objective rspo)
+
+    @contextmanager
+    def _watched(self, watcher: Watcher) -> Iterator[None]:
+        for handle in self.handles:
+            handle.watcher = watcher
+        try:
+            yield
+        finally:
+            for handle in self.handles:
+                handle.watcher = handle.logits = None
+
+    @contextmanager
+    def scoring(self) -> Iterator[ScoreRecorder]:
+        """Records what this rank's routers think of the experts they use. `gather_scores` makes it whole.
+
+        Raises ValueError for a dense model.
+        """
+        if not self.num_layers:
+            raise ValueError("router scores need a mixture-of-experts model, whose routers move: use gmpo")
+        recorder = ScoreRecorder()
+        with self._watched(recorder):
+            yield recorder
+
+    def gather_scores(self, recorder: ScoreRecorder, items: Sequence[MicroBatch]) -> list[RouterScores]:
+        """The scores of whole micro-batches, on the host of every rank of the replica (collective)."""
+        # As in `gather`: copies that filled up a pipeline come last.
+        mine = recorder.passes()[: len(items)]
+        ids: list[Tensor | None] = [scores.expert_ids for scores in mine] or [None] * len(items)
+        logprobs: list[Tensor | None] = [scores.logprobs for scores in mine] or [None] * len(items)
+        return [
+            RouterScores(
+                self._whole(item, some, torch.int32).cpu(), self._whole(item, other, torch.float32).cpu()
+            )
+            for item, some, other in zip(items, ids, logprobs, strict=True)
+        ]
+
+    @contextmanager
+    def metering(self, items: Sequence[MicroBatch]) -> Iterator[ShiftMeter]:
+        """Measures how far this rank's routers have moved since the old policy.
+
+        Its scores are in the batches. `shift` puts the ranks' parts together.
+        """
+        old = []
+        for item in items:
+            scores = item.batch.old_router
+            if scores is None:
+                raise ValueError("a micro-batch has no router scores, and others have them")
+            # Row -1, padding, takes the last token's scores: nothing is predicted from there.
+            rows = torch.from_numpy(self._rows(item.source))
+            own = (x[rows][:, self.columns] for x in (scores.expert_ids, scores.logprobs))
+            old.append(RouterScores(*(x.to(_device()) for x in own)))
+        meter = ShiftMeter(*old)
+        with self._watched(meter):
+            yield meter
+
+    def shift(self, meter: ShiftMeter, at: int) -> Tensor:
+        """[t]: of micro-batch `at`, as `ShiftMeter.shift`, at every row of this context rank.
+
+        Collective over the tensor ranks, which have a part of the rows each, and over the pipeline's stages,
+        which have a part of the layers each. So with a pipeline it waits until every stage has measured.
+        """
+        total = meter.totals[at]
+        if total is None:  # a stage of dense layers only
+            total = torch.zeros(len(meter.old[at].expert_ids), device=_device())
+        if self.sequence_parallel:
+            parts = [torch.empty_like(total) for _ in range(mpu.get_tensor_model_parallel_world_size())]
+            dist.all_gather(parts, total.contiguous(), group=mpu.get_tensor_model_parallel_group())
+            total = torch.cat(parts)
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            total = total.clone()
+            dist.all_reduce(total, group=mpu.get_pipeline_model_parallel_group())
+        return torch.exp(-total / self.num_layers)
 
 
 def _device() -> torch.device:

@@ -24,6 +24,7 @@ from gspo_dist.objectives.objective import get_objective
 from gspo_dist.packing import MiniBatch, pack
 from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Rollout
 from gspo_dist.weights.stacks import unstack
+from tests.parity.reads import by_expert, with_candidates, with_other_routers
 
 VOCAB = 89
 SIZES = {
@@ -195,8 +196,10 @@ def near_policy(learner: Any, mini_batches: list[MiniBatch]) -> list[MiniBatch]:
     ]
 
 
-def make_spec(mini_batch: MiniBatch, kl_coef: float = 0.0) -> LossSpec:
+def make_spec(mini_batch: MiniBatch, kl_coef: float = 0.0, name: str = "gspo") -> LossSpec:
     """A clip range wide enough that the gradient comes from most sequences."""
+    if name != "gspo":
+        return LossSpec(get_objective(name), mini_batch.denominators)
     objective = get_objective("gspo", clip_low=0.5, clip_high=0.5, allow_wide_clip=True, kl_coef=kl_coef)
     return LossSpec(objective, mini_batch.denominators)
 
@@ -212,22 +215,35 @@ def make_config(world_size: int = 1, backend: str = "deepspeed", **changes: Any)
 
 
 def train(
-    learner: Any, mini_batches: list[MiniBatch], ranks: list[int], kl_coef: float = 0.0
+    learner: Any,
+    mini_batches: list[MiniBatch],
+    ranks: list[int],
+    kl_coef: float = 0.0,
+    objectives: tuple[str, ...] = ("gspo",),
 ) -> list[dict[str, Any]]:
-    """One optimiser step per mini-batch on the micro-batches of `ranks`, and what the learner said."""
+    """One optimiser step per mini-batch on the micro-batches of `ranks`, and what the learner said.
+
+    objectives: those of the steps, over and over.
+    """
     seen = []
-    for mini_batch in mini_batches:
+    for i, mini_batch in enumerate(mini_batches):
+        name = objectives[i % len(objectives)]
         mine = [b for r in ranks for b in mini_batch.micro_batches[r]]
-        logprobs = learner.logprobs(mine)
+        logprobs = learner.logprobs(mine, record_scores=name == "rspo")
+        if name == "rspo":
+            mine = [with_other_routers(b, o.router) for b, o in zip(mine, logprobs, strict=True)]
+        if name == "score_centering":
+            mine = [with_candidates(b, VOCAB) for b in mine]
         if kl_coef:
             refs = learner.logprobs(mine, reference=True)
             mine = [b.with_(ref_logprobs=o.logprobs) for b, o in zip(mine, refs, strict=True)]
-        stats = learner.forward_backward(mine, make_spec(mini_batch, kl_coef))
+        stats = learner.forward_backward(mine, make_spec(mini_batch, kl_coef, name))
         step = learner.optim_step()
         seen.append(
             {
                 "logprobs": [o.logprobs for o in logprobs],
                 "entropy": [o.entropy for o in logprobs],
+                "router": [by_expert(o.router) for o in logprobs if o.router is not None],
                 "stats": stats,
                 "grad_norm": step.grad_norm,
                 "lr": step.lr,

@@ -41,7 +41,7 @@ class Ranks:
 def train(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     kl_coef = spec.get("kl_coef", 0.0)
     learner = ranks.learner(spec, keep_reference=kl_coef > 0)
-    seen = case.train(learner, spec["data"], [ranks.rank], kl_coef)
+    seen = case.train(learner, spec["data"], [ranks.rank], kl_coef, spec.get("objectives", ("gspo",)))
     out = {"steps": seen, "weights": case.exported(learner)}
     learner.engine.destroy()
     return out

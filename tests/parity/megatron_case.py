@@ -150,8 +150,9 @@ def make_spec(batches: list[PackedBatch], name: str = "gspo") -> LossSpec:
     """A wide clip range, so that in every step some sequences lie on either side of it."""
     sequences = sum(b.num_sequences for b in batches)
     tokens = int(sum(b.loss_mask.sum() for b in batches))
+    own = {"weight_cap": 1.5} if name == "score_centering" else {"clip_low": 0.2, "clip_high": 0.2}
     return LossSpec(
-        get_objective(name, clip_low=0.2, clip_high=0.2, allow_wide_clip=True),
+        get_objective(name, allow_wide_clip=True, **own),
         Denominators(sequences, tokens, 64),
     )
 

@@ -19,6 +19,7 @@ from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron.learner import MegatronLearner
 from gspo_dist.weights.stacks import unstack
 from tests.parity import megatron_case as case
+from tests.parity.reads import with_candidates, with_other_routers
 
 
 def logits_of(learner: MegatronLearner, batches: list) -> list:
@@ -77,6 +78,13 @@ def main(job: dict, rank: int) -> dict:
             out.setdefault("logprobs", []).append(learner.logprobs(mine))
         elif name == "reference":
             out["reference"] = learner.logprobs(mine, reference=True)
+        elif name == "scores":
+            out["scores"] = learner.logprobs(mine, record_scores=True)
+            mine = [with_other_routers(b, o.router) for b, o in zip(mine, out["scores"], strict=True)]
+        elif name == "candidates":
+            mine = [with_candidates(b, case.VOCAB) for b in mine]
+        elif name == "objective":
+            spec = case.make_spec(data, argument)
         elif name == "record":
             outputs = learner.logprobs(mine, record_routing=True)
             out["recorded"] = outputs

@@ -60,6 +60,17 @@ REFERENCED = {
     "reference_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
     "reference_experts3": {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}},
 }
+READS = {
+    **{f"reads_zero{stage}": {"deepspeed": {"zero_stage": stage}} for stage in range(3)},
+    "reads_checkpointed_zero3": {"deepspeed": {"zero_stage": 3}, "activation_checkpointing": True},
+    "reads_experts2": {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}},
+    "reads_checkpointed_experts3": {
+        "deepspeed": {"zero_stage": 3, "expert_parallel": 2},
+        "activation_checkpointing": True,
+    },
+}
+OBJECTIVES = ("rspo", "score_centering")
+"""Of the steps of `READS`, in turns: they read the routers' scores, and log-probs of other tokens."""
 FOUR_RANKS = {
     "four_experts2": ("moe", {"deepspeed": {"zero_stage": 2, "expert_parallel": 2}}),
     "four_experts3": ("moe", {"deepspeed": {"zero_stage": 3, "expert_parallel": 2}}),
@@ -67,14 +78,16 @@ FOUR_RANKS = {
 Run = dict[str, Any]
 
 
-def eager_run(model: Path, ranks: int, kl_coef: float = 0.0) -> tuple[list[Any], Run]:
+def eager_run(
+    model: Path, ranks: int, kl_coef: float = 0.0, objectives: tuple[str, ...] = ("gspo",)
+) -> tuple[list[Any], Run]:
     """The mini-batches, and what the eager learner makes of all ranks' micro-batches of them."""
     learner = EagerLearner(
         case.make_config(backend="eager"), model, total_steps=6, temperature=0.8, keep_reference=kl_coef > 0
     )
     start = case.exported(learner)
     data = case.near_policy(learner, case.make_mini_batches(ranks))
-    steps = case.train(learner, data, list(range(ranks)), kl_coef)
+    steps = case.train(learner, data, list(range(ranks)), kl_coef, objectives)
     return data, {"steps": steps, "weights": case.exported(learner), "start": start}
 
 
@@ -103,6 +116,20 @@ def runs(models: dict[str, Path]) -> dict[str, tuple[list[Run], Run]]:
         )
         for name, config in REFERENCED.items()
     }
+    reading = eager_run(models["moe"], 2, objectives=OBJECTIVES)
+    jobs |= {
+        name: (
+            {
+                "do": "train",
+                "config": config,
+                "model": models["moe"],
+                "data": reading[0],
+                "objectives": OBJECTIVES,
+            },
+            reading[1],
+        )
+        for name, config in READS.items()
+    }
     four = eager_run(models["moe"], 4)
     four_jobs = {
         name: ({"do": "train", "config": config, "model": models[kind], "data": four[0]}, four[1])
@@ -115,7 +142,7 @@ def runs(models: dict[str, Path]) -> dict[str, tuple[list[Run], Run]]:
     return out
 
 
-NAMES = [*TWO_RANKS, *REFERENCED, *FOUR_RANKS]
+NAMES = [*TWO_RANKS, *REFERENCED, *READS, *FOUR_RANKS]
 
 
 def test_micro_batch_counts_vary_from_step_to_step_and_some_are_fillers() -> None:
@@ -188,3 +215,19 @@ def test_exported_weights_equal_eager_after_all_steps(runs: dict, name: str, mea
         assert error <= 1e-3 * moved, f"{key}: {error / moved:.1e} of the movement"
         worst = max(worst, float(error / weight.norm()))
     measured("deepspeed", name, weights=worst)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_router_scores_and_what_they_do_equal_eager(runs: dict, name: str) -> None:
+    """The log-probs of the routers, expert by expert; the shift against them is a statistic of the step."""
+    ranks, want = runs[name]
+    for i, step in enumerate(want["steps"]):
+        got = [scores for rank in ranks for scores in rank["steps"][i]["router"]]
+        for a, b in zip(got, step["router"], strict=True):
+            assert (b != 0).any()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    stats = [results(step["stats"]) for step in want["steps"]]
+    shifts = [s["objective/router_shift"] for s in stats if "objective/router_shift" in s]
+    assert len(shifts) == 2
+    assert all(0.6 < shift < 0.9 for shift in shifts)  # on both sides of rspo's floor
+    assert all(0.1 < s["objective/candidates_rest"] < 0.5 for s in stats[1::2])

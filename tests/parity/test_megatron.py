@@ -17,6 +17,7 @@ from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.models.shape import read_shape
 from tests.parity import megatron_case as case
 from tests.parity.ranks import Crew
+from tests.parity.reads import by_expert, with_candidates, with_other_routers
 
 LAYOUTS = {
     "dp2": (2, {}),
@@ -64,6 +65,59 @@ class Reference:
     steps: list
     start: dict
     end: dict
+    reads: Reads
+
+
+@dataclass
+class Reads:
+    """The steps after those, under objectives that read more than log-probs: `reading` of the same model."""
+
+    scores: list
+    steps: list
+    end: dict
+
+
+def reading(kind: str) -> list:
+    """What a rank does after its other steps. Router scores where there are routers, then other tokens."""
+    centred = ["candidates", ["objective", "score_centering"], ["train", 1], "weights"]
+    moe = "num_experts_per_tok" in case.MAKERS[kind][2]
+    return ["scores", ["objective", "rspo"], ["train", 2], *centred] if moe else centred
+
+
+def eager_reads(learner: EagerLearner, data: list, kind: str) -> Reads:
+    """What `reading` does, by the eager learner."""
+    out = Reads([], [], {})
+    for action in reading(kind):
+        name, argument = action if isinstance(action, list) else (action, None)
+        if name == "scores":
+            routers = [o.router for o in learner.logprobs(data, record_scores=True)]
+            out.scores = [by_expert(r) for r in routers]
+            data = [with_other_routers(b, r) for b, r in zip(data, routers, strict=True)]
+        elif name == "candidates":
+            data = [with_candidates(b, case.VOCAB) for b in data]
+        elif name == "objective":
+            spec = case.make_spec(data, argument)
+        elif name == "train":
+            for _ in range(argument):
+                stats = results(learner.forward_backward(data, spec))
+                out.steps.append((stats, learner.optim_step()))
+    out.end = {n: t.clone() for bucket in learner.weights(1 << 20) for n, t in bucket}
+    assert all(0.6 < s["objective/router_shift"] < 0.9 for s, _ in out.steps[:-1])
+    assert 0.0 < out.steps[-1][0]["objective/candidates_rest"] < 0.5
+    return out
+
+
+def assert_reads(ranks: list[dict], reference: Reference) -> None:
+    """Router scores, statistics, gradient norms and weights of `reading` equal the eager learner's."""
+    if reference.reads.scores:
+        dealt = by_batch(ranks, "scores", len(reference.data))
+        for want, outputs in zip(reference.reads.scores, dealt, strict=True):
+            for got in outputs:
+                torch.testing.assert_close(by_expert(got.router), want, rtol=1e-5, atol=1e-5)
+    assert_training(
+        [r | {"steps": r["steps"][case.STEPS :]} for r in ranks], reference.reads.steps, case.STEPS
+    )
+    assert_weights(ranks[0]["weights"][-1], reference.reads.end, 1e-5, reference.end)
 
 
 def eager_reference(folder: Path, kind: str) -> Reference:
@@ -82,7 +136,8 @@ def eager_reference(folder: Path, kind: str) -> Reference:
     for stats, step in seen:  # every step must have something to compare
         assert step.grad_norm > 0.1
         assert 0.0 < stats["objective/sequence_clip_fraction"] < 1.0
-    return Reference(model, folder / "batches.pt", data, outputs, seen, start, end)
+    reads = eager_reads(learner, data, kind)
+    return Reference(model, folder / "batches.pt", data, outputs, seen, start, end, reads)
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +182,20 @@ def assert_logits(ranks: list[dict], reference: Reference, tensor: int) -> float
     return worst
 
 
-def assert_training(ranks: list[dict], reference: Reference) -> dict[str, float]:
-    """Statistics, gradient norms and schedule of every step; returns the largest differences."""
+def assert_training(ranks: list[dict], steps: list, before: int = 0) -> dict[str, float]:
+    """Statistics, gradient norms and schedule of every step; returns the largest differences.
+
+    before: steps that were made earlier.
+    """
     worst = {"loss": 0.0, "grad_norm": 0.0}
-    for i, (want, step) in enumerate(reference.steps):
+    for i, (want, step) in enumerate(steps):
         got = results(merge_stats([rank["steps"][i]["stats"] for rank in ranks]))
         for name in want:
             assert got[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), (i, name)
         for rank in ranks:
             assert rank["steps"][i]["grad_norm"] == pytest.approx(step.grad_norm, rel=1e-5)
             assert rank["steps"][i]["lr"] == step.lr
-            assert rank["steps"][i]["policy_version"] == i + 1
+            assert rank["steps"][i]["policy_version"] == before + i + 1
             difference = abs(rank["steps"][i]["grad_norm"] / step.grad_norm - 1.0)
             worst["grad_norm"] = max(worst["grad_norm"], difference)
         worst["loss"] = max(worst["loss"], abs(got["objective/loss"] - want["objective/loss"]))
@@ -170,7 +228,7 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
         reference.batches,
         world_size,
         layout,
-        ["weights", "logits", "logprobs", "train", "weights"],
+        ["weights", "logits", "logprobs", "train", "weights", *reading("qwen3_moe")],
     )
     logits, logprobs = assert_logits(ranks, reference, layout.get("tensor_parallel", 1)), 0.0
     for want, outputs in zip(
@@ -182,13 +240,14 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
             torch.testing.assert_close(got.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
             logprobs = max(logprobs, float((got.logprobs - want.logprobs).abs().max()))
-    training = assert_training(ranks, reference)
+    training = assert_training(ranks, reference.steps)
     assert [r["exporter"] for r in ranks] == [True] + [False] * (world_size - 1)
     assert all(not stream for r in ranks[1:] for stream in r["weights"])
-    before, after = ranks[0]["weights"]
+    before, after, _ = ranks[0]["weights"]
     assert_weights(before, stored(reference.model), 0.0)
     weights = assert_weights(after, reference.end, 1e-5, reference.start)
     measured("megatron", name, logits=logits, logprobs=logprobs, weights=weights, **training)
+    assert_reads(ranks, reference)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +273,14 @@ def test_other_architectures_equal_eager(kind: str, name: str, tmp_path: Path, c
         reference.batches,
         world_size,
         layout,
-        ["weights", "logits", "train", "weights", ["save", str(tmp_path / "saved")], "wait"],
+        ["weights", "logits", "train", "weights", ["save", str(tmp_path / "saved")], "wait", *reading(kind)],
     )
     logits = assert_logits(ranks, reference, layout.get("tensor_parallel", 1))
-    training = assert_training(ranks, reference)
-    before, after = ranks[0]["weights"]
+    training = assert_training(ranks, reference.steps)
+    before, after, _ = ranks[0]["weights"]
     assert_weights(before, stored(reference.model), 0.0)
     weights = assert_weights(after, reference.end, 1e-5, reference.start)
     measured("megatron", f"{kind}: {name}", logits=logits, weights=weights, **training)
+    assert_reads(ranks, reference)
     alone = dict(stored_weights(tmp_path / "saved", read_shape(reference.model)))
     assert_weights(alone, after, 0.0)  # read from the checkpoint by this process

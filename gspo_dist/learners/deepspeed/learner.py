@@ -19,11 +19,11 @@ from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.deepspeed.config import check, check_values, engine_config, import_deepspeed
 from gspo_dist.learners.deepspeed.export import full_weights
 from gspo_dist.learners.deepspeed.load import load_in_place, load_partitioned, own_experts
-from gspo_dist.learners.eager import hf_logprobs, replaying
+from gspo_dist.learners.eager import hf_forward, hf_logprobs, replaying
 from gspo_dist.learners.hf_folder import check_model_folder
-from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
-from gspo_dist.learners.learner import OptimStep, WeightBucket, refuse_scores
-from gspo_dist.learners.loss import LossSpec, micro_batch_loss, trained_index
+from gspo_dist.learners.hf_model import PolicyModel, load_policy
+from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing
 from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state, writing
@@ -158,7 +158,6 @@ class DeepSpeedLearner:
         record_scores: bool = False,
         reference: bool = False,
     ) -> list[LogprobOutput]:
-        refuse_scores(record_scores)
         engine = self.engine
         if reference:
             if self.reference is None:
@@ -168,21 +167,24 @@ class DeepSpeedLearner:
         self._same_count(len(batches))
         hf = engine.module.hf
         return [
-            hf_logprobs(engine, hf, batch, self.device, record_routing, self.routers) for batch in batches
+            hf_logprobs(engine, hf, batch, self.device, record_routing, record_scores, self.routers)
+            for batch in batches
         ]
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         self._same_count(len(batches))
+        if spec.objective.spec.reads:
+            self._agree(missing(batches, spec))
         if self.scale is not None:
             self.engine.optimizer.loss_scaler.cur_scale = self.scale.value
         parts = []
         for batch in batches:
-            index = trained_index(batch)
-            with replaying(self.policy.hf, batch, self.routers):
-                logprobs, entropy = self.engine(**model_inputs(batch, index, self.device))
+            hf = self.policy.hf
+            with replaying(hf, batch, self.routers):
+                seen = hf_forward(self.engine, hf, batch, self.device, spec, self.routers)
                 error = None
                 try:
-                    loss, stats = micro_batch_loss(logprobs, entropy, batch, spec, index=index)
+                    loss, stats = micro_batch_loss(*seen.values, batch, spec, **seen.extra)
                 except (FloatingPointError, ValueError) as raised:
                     error = raised
                 self._agree(error)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,17 +30,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from gspo_dist.config import LearnerConfig
-from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
-from gspo_dist.learners.learner import OptimStep, WeightBucket, refuse_scores
-from gspo_dist.learners.loss import LossSpec, micro_batch_loss
+from gspo_dist.learners.learner import OptimStep, WeightBucket
+from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing
 from gspo_dist.learners.loss_scale import LossScale
 from gspo_dist.learners.megatron import balance, checkpoint, cpu_shim
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron import optimizer as optim
 from gspo_dist.learners.megatron.architecture import read_architecture
 from gspo_dist.learners.megatron.convert import SafetensorsFolder
+from gspo_dist.learners.megatron.head import Head, assemble
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout, check_transformer_engine
-from gspo_dist.learners.megatron.rows import Rows, lay_out
+from gspo_dist.learners.megatron.rows import MicroBatch, lay_out
 from gspo_dist.learners.megatron.shards import export_weights, load_weights
 from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.metrics.stat import Stat, merge_stats
@@ -66,20 +66,6 @@ class _SumOverContext(torch.autograd.Function):
         grad = grad.clone()
         dist.all_reduce(grad, group=mpu.get_context_parallel_group())
         return grad
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    """A packed batch and this rank's share of it. It is what `routing.megatron` calls a MicroBatch."""
-
-    batch: PackedBatch
-    """The batch of the whole replica."""
-    rows: Rows
-    """This context rank's rows."""
-
-    @property
-    def source(self) -> Tensor:
-        return self.rows.source
 
 
 class MegatronLearner:
@@ -110,7 +96,7 @@ class MegatronLearner:
         Raises ValueError for a model, a layout or knobs that this learner cannot run, before a process group
         is made or a tensor is read.
         """
-        self.config, self.temperature = config, temperature
+        self.config = config
         self.architecture = read_architecture(model_path)
         self.layout = check_layout(config.megatron, self.architecture, config.world_size)
         self.gpu = torch.device(device).type == "cuda"
@@ -144,6 +130,7 @@ class MegatronLearner:
             recompute=builder.recomputes_routers(self.transformer),
             sequence_parallel=self.layout.sequence_parallel,
         )
+        self.head = Head(self.layout, self.architecture.vocab, temperature, config.fp32_head)
         self.lr_factor = lr_factor(config.optimizer, total_steps)
         self.writer = checkpoint.CheckpointWriter(config.megatron.async_save)
         self.policy_version = 0
@@ -184,15 +171,15 @@ class MegatronLearner:
 
     # ---- forward passes
 
-    def _items(self, batches: Sequence[PackedBatch]) -> list[_MicroBatch]:
+    def _items(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         rank = mpu.get_context_parallel_rank()
-        return [_MicroBatch(batch, lay_out(batch, self.layout, rank, self.device)) for batch in batches]
+        return [MicroBatch(batch, lay_out(batch, self.layout, rank, self.device)) for batch in batches]
 
     def _schedule(
         self,
         chunks: list[Any],
-        items: list[_MicroBatch],
-        finish: Callable[[_MicroBatch, Any, Tensor], Any],
+        items: list[MicroBatch],
+        finish: Callable[[MicroBatch, Any, Tensor], Any],
         *,
         forward_only: bool,
     ) -> list[Any]:
@@ -203,7 +190,7 @@ class MegatronLearner:
         """
 
         def forward_step(
-            iterator: Iterator[_MicroBatch], wrapped: Any
+            iterator: Iterator[MicroBatch], wrapped: Any
         ) -> tuple[Tensor, Callable[[Tensor], Any]]:
             item = next(iterator)
             chunk = getattr(wrapped, "module", wrapped)
@@ -230,36 +217,6 @@ class MegatronLearner:
             forward_only=forward_only,
         )
 
-    def _logprobs(self, item: _MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [1, t, H] -> log-probs and entropies [N] of this rank's trained tokens, in nats.
-
-        A rank without trained tokens still projects one row and drops it. The head's weight must get a
-        gradient in every micro-batch, be it zero, or an overlapped reduction waits for it for ever.
-        """
-        count = len(item.rows.labels)
-        at, labels = item.rows.hidden_rows, item.rows.labels
-        if not count:
-            at, labels = at.new_zeros(1), labels.new_zeros(1)
-        rows = hidden[0].index_select(0, at)
-        parallel = None
-        if self.layout.tensor > 1:
-            shard = self.architecture.vocab // self.layout.tensor
-            parallel = VocabParallel(
-                mpu.get_tensor_model_parallel_group(),
-                mpu.get_tensor_model_parallel_rank() * shard,
-                reduce_hidden_grad=not self.layout.sequence_parallel,
-            )
-        out = taken_logprobs(
-            rows,
-            builder.head_weight(chunk),
-            labels,
-            temperature=self.temperature,
-            fp32_head=self.config.fp32_head,
-            vocab_parallel=parallel,
-        )
-        assert out.entropy is not None  # it was asked for: with_entropy is on unless turned off
-        return out.logprobs[:count], out.entropy[:count]
-
     @torch.no_grad()
     def logprobs(
         self,
@@ -269,7 +226,6 @@ class MegatronLearner:
         record_scores: bool = False,
         reference: bool = False,
     ) -> list[LogprobOutput]:
-        refuse_scores(record_scores)
         if reference and self.reference is None:
             raise ValueError("no reference is kept: set objective.kl_coef above 0")
         chunks: list[Any] = self.reference if reference and self.reference is not None else self.ddp
@@ -279,43 +235,23 @@ class MegatronLearner:
         fill = max(0, self.layout.pipeline - len(items)) if self.layout.virtual_stages > 1 else 0
         work = items + items[:1] * fill
 
-        def finish(item: _MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+        def finish(item: MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             nothing = hidden.new_zeros(())
-            return nothing, torch.zeros((), dtype=torch.int), self._logprobs(item, chunk, hidden)
+            return nothing, torch.zeros((), dtype=torch.int), self.head(item, chunk, hidden)[:2]
 
         with contextlib.ExitStack() as stack:
             recorder = stack.enter_context(self.routers.recording()) if record_routing else None
+            scores = stack.enter_context(self.routers.scoring()) if record_scores else None
             if not reference:
                 stack.enter_context(self.routers.replaying(work))
             results = self._schedule(chunks, work, finish, forward_only=True)
-        values = self._assemble(items, results[: len(items)])
+        values = assemble(items, results[: len(items)], self.device)
         traces = self.routers.gather(recorder, items) if recorder is not None else [None] * len(items)
-        return [LogprobOutput(v[0], v[1], trace) for v, trace in zip(values, traces, strict=True)]
-
-    def _assemble(self, items: list[_MicroBatch], results: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Log-probs and entropies [2, T] per batch, on every rank of the replica.
-
-        They are summed over context ranks, each of which has some tokens and zeros elsewhere, and sent
-        from the last stage. Example: batches of 24 and 25 tokens lie at columns 0 to 23 and 24 to 48
-        of what is sent.
-        """
-        sizes = [item.batch.num_tokens for item in items]
-        flat = torch.zeros(2, sum(sizes), device=self.device)
-        start = 0
-        # Only the last stage has results.
-        for item, size, (logprobs, entropy) in zip(items, sizes, results, strict=True) if results else ():
-            at = (item.rows.index + start).to(self.device)
-            flat[0, at], flat[1, at] = logprobs.float(), entropy.float()
-            start += size
-        if self.layout.context > 1:
-            dist.all_reduce(flat, group=mpu.get_context_parallel_group())
-        if self.layout.pipeline > 1:
-            dist.broadcast(
-                flat,
-                src=mpu.get_pipeline_model_parallel_last_rank(),
-                group=mpu.get_pipeline_model_parallel_group(),
-            )
-        return list(flat.cpu().split(sizes, dim=1))
+        outputs = [LogprobOutput(v[0], v[1], trace) for v, trace in zip(values, traces, strict=True)]
+        if scores is None:
+            return outputs
+        old = self.routers.gather_scores(scores, items)
+        return [replace(out, router=router) for out, router in zip(outputs, old, strict=True)]
 
     # ---- training
 
@@ -331,29 +267,67 @@ class MegatronLearner:
                 f"mini-batch: got {len(batches)} and {self.layout.pipeline}; lower learner.token_budget or "
                 "set virtual_stages=1"
             )
+        if error := missing(batches, spec):
+            raise error
         self._accumulated += 1
-        balance.start(self.chunks, batches, self.config.megatron)
-        all_reduce = _SumOverContext.apply if self.layout.context > 1 else None
-
-        def finish(item: _MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Stat]]:
-            logprobs, entropy = self._logprobs(item, chunk, hidden)
-            # A filler runs like any micro-batch, so that collectives match, and trains nothing.
-            if not item.batch.loss_mask.any():
-                return logprobs.sum(), torch.zeros((), dtype=torch.int), {}
-            loss, stats = micro_batch_loss(
-                logprobs, entropy, item.batch, spec, index=item.rows.index, all_reduce=all_reduce
-            )
-            return loss, torch.zeros((), dtype=torch.int), stats
-
         items = self._items(batches)
-        with self.routers.replaying(items):
-            parts = self._schedule(self.ddp, items, finish, forward_only=False)
+        all_reduce = _SumOverContext.apply if self.layout.context > 1 else None
+        with_candidates = "expected_score" in spec.objective.spec.reads
+        with self._measuring(items, "router_shift" in spec.objective.spec.reads) as shifts:
+
+            def finish(
+                item: MicroBatch, chunk: Any, hidden: Tensor
+            ) -> tuple[Tensor, Tensor, dict[str, Stat]]:
+                logprobs, entropy, candidates = self.head(
+                    item, chunk, hidden, with_candidates=with_candidates
+                )
+                shift = None if shifts is None else next(shifts)
+                # A filler runs like any micro-batch, so that collectives match, and trains nothing.
+                if not item.batch.loss_mask.any():
+                    return logprobs.sum(), torch.zeros((), dtype=torch.int), {}
+                loss, stats = micro_batch_loss(
+                    *(logprobs, entropy, item.batch, spec),
+                    index=item.rows.index,
+                    all_reduce=all_reduce,
+                    router_shift=shift,
+                    candidate_logprobs=candidates,
+                )
+                return loss, torch.zeros((), dtype=torch.int), stats
+
+            balance.start(self.chunks, batches, self.config.megatron)
+            with self.routers.replaying(items):
+                parts = self._schedule(self.ddp, items, finish, forward_only=False)
         stats = merge_stats(parts) if parts else {}
         # One rank of each context shard speaks for its tensor twins; balance metrics come from
         # the expert counts.
         if mpu.get_tensor_model_parallel_rank() or not mpu.is_pipeline_last_stage():
             stats = {}
         return stats | balance.stats(self.chunks, self.architecture)
+
+    @contextlib.contextmanager
+    def _measuring(self, items: list[MicroBatch], wanted: bool) -> Iterator[Iterator[Tensor] | None]:
+        """The routers' shift at this rank's trained tokens, [N], of item after item while they run inside.
+
+        A pipeline's last stage would need what the other stages measure of the same item, which have gone
+        on by then. So there the shifts are found in a forward pass of their own, before the others.
+        """
+        if not wanted:
+            yield None
+            return
+        with self.routers.metering(items) as meter:
+            # The router that helps to predict a token sees the one before it, whose row that is.
+            found = (self.routers.shift(meter, i)[item.rows.hidden_rows] for i, item in enumerate(items))
+            if self.layout.pipeline == 1:
+                yield found
+                return
+
+            def finish(item: MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+                return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
+
+            with torch.no_grad(), self.routers.replaying(items):
+                self._schedule(self.ddp, items, finish, forward_only=True)
+            shifts = list(found)
+        yield iter(shifts)
 
     @torch.no_grad()
     def optim_step(self) -> OptimStep:

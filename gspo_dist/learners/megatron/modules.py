@@ -204,6 +204,8 @@ class CountingRouter(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [..., E] -> gate values [N, E], zero where not chosen, and the choice [N, E] bool."""
+        if self.router_replay is not None:
+            self.router_replay.show(logits.view(-1, self.config.num_moe_experts))
         if not self.enable_expert_bias:
             return super().routing(logits, padding_mask)
         logits = logits.view(-1, self.config.num_moe_experts)

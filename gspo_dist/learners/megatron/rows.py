@@ -56,6 +56,20 @@ class Rows:
         return mask.chunk(layout.tensor, 1)[tensor_rank].contiguous()
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """A packed batch and this rank's share of it. It is what `routing.megatron` calls a MicroBatch."""
+
+    batch: PackedBatch
+    """The batch of the whole replica."""
+    rows: Rows
+    """This context rank's rows."""
+
+    @property
+    def source(self) -> Tensor:
+        return self.rows.source
+
+
 def lay_out(batch: PackedBatch, layout: Layout, context_rank: int, device: Any) -> Rows:
     """Pads each sequence to the layout's multiple and takes the rank's share.
 

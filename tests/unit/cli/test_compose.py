@@ -17,9 +17,7 @@ from gspo_dist.config.mapping import to_mapping
 
 @pytest.mark.parametrize("name", [n for n in group_options("objective") if n != "custom"])
 def test_every_objective_group_is_a_legal_run(name):
-    # Only the eager learner measures how far routers have moved, and log-probs of other tokens.
-    learner = ["learner=eager"] if name in ("rspo", "score_centering") else []
-    config = run_config([f"objective={name}", *learner])
+    config = run_config([f"objective={name}"])
     # MaxRL is an advantage, with the loss of REINFORCE.
     loss = "reinforce" if name == "maxrl" else name
     assert config.objective.name in loss or loss.startswith(config.objective.name)

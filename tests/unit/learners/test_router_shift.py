@@ -11,7 +11,6 @@ from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.eager import EagerLearner
-from gspo_dist.learners.learner import refuse_scores
 from gspo_dist.learners.loss import LossSpec, trained_index
 from gspo_dist.objectives import Denominators, get_objective
 from gspo_dist.routing import huggingface as routers
@@ -117,7 +116,27 @@ def test_a_floor_holds_the_shift_and_a_stopped_gradient_keeps_it_a_weight():
     assert shift.grad is None
 
 
-def test_other_learners_say_who_can():
-    refuse_scores(False)
-    with pytest.raises(ValueError, match="the eager learner alone records router scores"):
-        refuse_scores(True)
+def test_rollouts_without_router_scores_are_told(model, batch):
+    with pytest.raises(
+        ValueError, match=r"old policy's routers thought, .* set objective\.old_logprobs=recompute"
+    ):
+        loss_of(learner_of(model), batch)
+
+
+def test_passes_one_after_the_other_are_measured_each_against_its_own_scores():
+    """As a learner runs micro-batches through its layers: 0.5 nats off in the first, 0.2 in the second."""
+    logits, ids = torch.zeros(3, 2), torch.tensor([[0], [1], [0]])
+    recorder = ScoreRecorder()
+    for tokens in (3, 2):
+        for layer in (0, 1):
+            recorder.see(layer, logits[:tokens], ids[:tokens])
+    first, second = recorder.passes()
+    assert (len(first.expert_ids), len(second.expert_ids)) == (3, 2)
+    meter = ShiftMeter(
+        RouterScores(first.expert_ids, first.logprobs + 0.5),
+        RouterScores(second.expert_ids, second.logprobs - 0.2),
+    )
+    for tokens in (3, 2):
+        for layer in (0, 1):
+            meter.see(layer, logits[:tokens], ids[:tokens])
+    assert [t.tolist() for t in meter.totals] == [pytest.approx([1.0] * 3), pytest.approx([0.4] * 2)]

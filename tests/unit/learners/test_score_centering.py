@@ -11,7 +11,7 @@ import torch
 from gspo_dist.candidates import Candidates
 from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
-from gspo_dist.config import LearnerConfig, RunConfig
+from gspo_dist.config import LearnerConfig
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.loss import LossSpec, trained_index
 from gspo_dist.objectives import Denominators, get_objective
@@ -74,15 +74,3 @@ def test_rollouts_without_candidates_are_told(model):
     batch = pack_sequences([rollout(0, tokens=(5, 6))], [1.0], [0])
     with pytest.raises(ValueError, match=r"reads the engine's likeliest tokens, .* came without them: use"):
         learner.forward_backward([batch], LossSpec(get_objective("score_centering"), Denominators(1, 2, 8)))
-
-
-def test_a_learner_that_does_not_compute_them_is_refused():
-    from gspo_dist.config import GuardConfig, ObjectiveConfig
-
-    objective = ObjectiveConfig(
-        name="score_centering", old_logprobs="rollout", guard=GuardConfig(action="off")
-    )
-    with pytest.raises(
-        ValueError, match=r"score_centering reads .* got learner\.backend deepspeed; use learner"
-    ):
-        RunConfig(objective=objective)

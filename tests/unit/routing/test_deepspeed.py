@@ -122,6 +122,28 @@ def test_a_router_that_skips_its_gate_is_refused(random_trace):
         run(model, torch.randn(40, 16))
 
 
+class Seen(list):
+    """A watcher that keeps what it was shown."""
+
+    def see(self, layer, logits, ids):
+        self.append((layer, logits.detach(), ids))
+
+
+def test_a_watcher_sees_the_gates_logits_and_the_experts_that_are_used(random_trace):
+    model, seen, x = make_model(route_scale=2.5), Seen(), torch.randn(40, 16)
+    with routers.watch(model, seen):
+        outputs = run(model, x)
+    assert [layer for layer, _, _ in seen] == [0, 1]
+    for (_, logits, ids), (_, native, _), name in zip(seen, outputs, ("first", "second"), strict=True):
+        assert torch.equal(logits, model[name].router.gate(x))
+        assert torch.equal(ids, native)
+    trace = random_trace(5, tokens=40, layers=2)
+    with routers.replay(model, trace), routers.watch(model, seen):
+        run(model, x)
+    assert torch.equal(seen[-1][2], torch.from_numpy(trace.expert_ids[:, 1].astype(np.int64)))
+    assert not model["first"].router._forward_hooks
+
+
 def test_a_model_without_autoep_layers_is_refused():
     with pytest.raises(ValueError, match=r"set learner\.deepspeed\.expert_parallel above 1"):
         routers.find_routers(nn.Linear(2, 2))

@@ -10,7 +10,7 @@ from megatron.core import parallel_state as mpu
 
 from gspo_dist.routing.megatron import Routers
 from gspo_dist.routing.replay import RoutingReplayError
-from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.routing.trace import RouterScores, RoutingTrace
 
 MOE_LAYERS = (True, False, True, True)
 
@@ -192,3 +192,73 @@ def test_a_stage_of_dense_layers_takes_part_without_routers(one_rank, random_tra
     trace = handles.gather(recorder, items)[0]
     assert isinstance(trace, RoutingTrace)
     assert not trace.expert_ids.any()
+
+
+# --- what the routers think of their experts ---
+
+
+def choose(routers, logits):
+    """Every router's choice by the softmax with a bias, after it has shown its logits."""
+    scores = logits.softmax(1) + torch.linspace(0, 1, 8)
+    for router in routers:
+        router.router_replay.show(logits)
+    return forward(routers, scores)
+
+
+def test_scores_are_of_the_logits_whatever_the_router_chooses_by(one_rank):
+    """Rows hold tokens 2, 0, padding and 1, of two micro-batches: log-probs come back by token."""
+    handles, routers = make_routers()
+    items = [item(None, [2, 0, -1, 1], 3), item(None, [1, 0], 2)]
+    logits = [torch.randn(4, 8), torch.randn(2, 8)]
+    with handles.scoring() as recorder:
+        chosen = [choose(routers, part)[0][1] for part in logits]
+    found = handles.gather_scores(recorder, items)
+    for scores, part, ids, order in zip(found, logits, chosen, ([1, 3, 0], [1, 0]), strict=True):
+        assert scores.logprobs.shape == (len(order), 3, 2)
+        want = part.log_softmax(1).gather(1, ids)[order]
+        for column in range(3):
+            assert torch.equal(scores.expert_ids[:, column], ids[order].int())
+            torch.testing.assert_close(scores.logprobs[:, column], want, rtol=0, atol=1e-6)
+    assert all(handle.watcher is None and handle.logits is None for handle in handles.handles)
+
+
+def with_scores(one, old):
+    one.batch.old_router = old
+    return one
+
+
+def test_a_stage_measures_its_own_layers_against_the_old_scores_of_its_rows(one_rank):
+    """Layers 2 and 3 of T F T T are columns 1 and 2: 0.5 and 0.1 nats off. Column 0 is another stage's."""
+    handles, routers = make_routers(numbers=(3, 4))
+    logits = torch.zeros(3, 8)
+    ids = torch.zeros(2, 3, 2, dtype=torch.int32)
+    off = torch.tensor([9.0, 0.5, -0.1])[None, :, None] + torch.tensor([0.0, 1.0])[:, None, None]
+    old = RouterScores(ids, -np.log(8) + off.expand(2, 3, 2))
+    with handles.metering([with_scores(item(None, [1, 0, -1], 2), old)]) as meter:
+        choose(routers, logits)
+    shift = handles.shift(meter, 0)
+    assert shift[:2].tolist() == pytest.approx([np.exp(-(1.5 + 0.9) / 3), np.exp(-(0.5 + 0.1) / 3)])
+
+
+def test_a_stage_without_routers_takes_part_in_scores_and_shift(one_rank):
+    handles, _ = make_routers(numbers=())
+    one = item(None, range(3), 3)
+    with handles.scoring() as recorder:
+        pass
+    (scores,) = handles.gather_scores(recorder, [one])
+    assert scores.logprobs.shape == (3, 3, 2)
+    with handles.metering([with_scores(one, scores)]) as meter:
+        pass
+    assert handles.shift(meter, 0).tolist() == [1.0] * 3
+
+
+def test_scores_that_cannot_be_had_are_refused(one_rank):
+    dense, _ = make_routers(numbers=(), moe_layers=(False,) * 4)
+    with pytest.raises(ValueError, match="need a mixture-of-experts model"), dense.scoring():
+        pass
+    handles, routers = make_routers()
+    with handles.scoring(), pytest.raises(RuntimeError, match="without showing its logits"):
+        forward(routers, torch.rand(3, 8))
+    lacking = with_scores(item(None, range(3), 3), None)
+    with pytest.raises(ValueError, match="no router scores"), handles.metering([lacking]):
+        pass

@@ -328,9 +328,3 @@ def test_groups_of_one_cannot_be_told_apart(degenerate):
     ]
     with pytest.raises(ValueError, match=rf"degenerate={degenerate} leaves out .* got rollout\.group_size 1"):
         run_config(words)
-
-
-def test_a_router_shift_is_asked_of_the_learner_that_measures_it():
-    with pytest.raises(ValueError, match=r"objective rspo .* got learner\.backend deepspeed; use learner"):
-        run_config(["objective=rspo"])
-    assert run_config(["objective=rspo", "learner=eager"]).objective.name == "rspo"

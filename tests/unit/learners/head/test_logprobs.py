@@ -325,6 +325,7 @@ _PARALLEL_CHECK = """
 import os, sys
 import torch, torch.distributed as dist
 from gspo_dist.learners.head.logprobs import VocabParallel, taken_logprobs
+from gspo_dist.learners.head.others import other_logprobs
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 g = torch.Generator().manual_seed(1)
@@ -336,7 +337,9 @@ x = (full[0] @ full[1].T + full[2]) / 0.7
 logp = x.log_softmax(-1)
 expected = logp.gather(1, ids[:, None])[:, 0]
 entropy = -(logp.exp() * logp).sum(-1)
-want = torch.autograd.grad((expected * up).sum(), full)
+others, pull = torch.randint(29, (11, 3), generator=g), torch.randn(11, 3, generator=g, dtype=torch.float64)
+want = torch.autograd.grad((expected * up).sum(), full, retain_graph=True)
+more = torch.autograd.grad((expected * up).sum() + (logp.gather(1, others) * pull).sum(), full)
 close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 for cut in (16, 29, 0, 3):  # uneven shards, and empty ones on either side
     a, b = ((0, cut), (cut, 29))[rank]
@@ -355,6 +358,18 @@ for cut in (16, 29, 0, 3):  # uneven shards, and empty ones on either side
                 assert cut in (0, 29) or not torch.allclose(partial, part[0].grad)
             for p, expect in zip(part, (want[0], want[1][a:b], want[2][a:b]), strict=True):
                 close(p.grad, expect)
+    for reduce in (True, False):
+        part = [t.clone().requires_grad_() for t in (hidden, weight[a:b], bias[a:b])]
+        split = VocabParallel(dist.group.WORLD, a, reduce_hidden_grad=reduce)
+        o = taken_logprobs(part[0], part[1], ids, bias=part[2], temperature=0.7, vocab_parallel=split)
+        x = other_logprobs(part[0], part[1], ids, o.logprobs, others, bias=part[2], temperature=0.7,
+                           vocab_parallel=split)
+        close(x, logp.gather(1, others))
+        ((o.logprobs * up).sum() + (x * pull).sum()).backward()
+        if not reduce:
+            dist.all_reduce(part[0].grad)
+        for p, expect in zip(part, (more[0], more[1][a:b], more[2][a:b]), strict=True):
+            close(p.grad, expect)
 try:
     lost = torch.where(ids == ids[2], 29, ids)
     shard = weight[15 * rank : 15 + 14 * rank]
