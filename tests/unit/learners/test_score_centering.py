@@ -37,17 +37,25 @@ def engine_of(tokens, vocabulary, seed):
     return Candidates(order, np.take_along_axis(table, order, 1).astype(np.float32))
 
 
-def test_with_the_whole_vocabulary_the_gradient_is_that_of_the_closed_form(model):
-    """sum_t A_t sum_v (1[v = y_t] - q_t(v)) x_t(v) has that gradient, x being the logits."""
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_with_the_whole_vocabulary_the_gradient_is_that_of_the_closed_form(model, cap):
+    """sum_t A_t sum_v (1[v = y_t] - q_t(v)) x_t(v) has that gradient, x being the logits.
+
+    Beside a weight w it is w (1[y] - pi) - m + sum(m) pi in place of the bracket, with m = min(pi, cap q).
+    """
     learner = EagerLearner(LearnerConfig(precision="fp32"), model, total_steps=4)
     vocabulary = learner.policy.hf.config.vocab_size
-    rollouts = [rollout(0, tokens=(5, 6, 7)), rollout(1, prompt=(3, 9), tokens=(8, 2))]
+    # The engine's own numbers only weigh: those of the first are below the cap, those of the second above.
+    rollouts = [
+        rollout(0, tokens=(5, 6, 7), logprob=-4.0),
+        rollout(1, prompt=(3, 9), tokens=(8, 2), logprob=-6.0),
+    ]
     rollouts = [
         replace(r, completion=replace(r.completion, candidates=engine_of(len(r.completion), vocabulary, i)))
         for i, r in enumerate(rollouts)
     ]
     batch = pack_sequences(rollouts, [1.0, -0.5], [0, 1])
-    spec = LossSpec(get_objective("score_centering", candidates=128), Denominators(2, 5, 8))
+    spec = LossSpec(get_objective("score_centering", candidates=128, weight_cap=cap), Denominators(2, 5, 8))
     stats = learner.forward_backward([batch], spec)
     assert stats["objective/candidates_rest"].result() == pytest.approx(0.0, abs=1e-6)
     found = [None if g is None else g.clone() for g in learner.gradients]
@@ -63,7 +71,14 @@ def test_with_the_whole_vocabulary_the_gradient_is_that_of_the_closed_form(model
         1, batch.candidate_ids[index].long(), batch.candidate_logprobs[index].exp()
     )
     own = torch.nn.functional.one_hot(batch.token_ids[index], vocabulary)
-    loss = -(batch.advantages[index, None] * (own - q) * x).sum() / 2
+    bracket = own - q
+    if cap is not None:
+        pi = x.detach().softmax(1)
+        ratio = (pi * own).sum(1) / batch.rollout_logprobs[index].exp()
+        assert ratio.min() < cap < ratio.max()
+        m = torch.minimum(pi, cap * q)
+        bracket = ratio.clamp(max=cap)[:, None] * (own - pi) - m + m.sum(1, keepdim=True) * pi
+    loss = -(batch.advantages[index, None] * bracket * x).sum() / 2
     wanted = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
     for a, b in zip(found, wanted, strict=True):
         assert (a is None or not a.any()) if b is None else (a - b).abs().max() < 1e-5 * b.abs().max() + 1e-9
