@@ -215,7 +215,12 @@ class WandbSink:
 
 
 def _cell(name: str, value: object) -> object:
-    """A number in a column of numbers (None where it is not finite), a text in the others."""
+    """A number in a column of numbers (None where it is not finite), a text in the others.
+
+    The turns of an episode have a line each.
+    """
+    if name == "turns" and isinstance(value, list):
+        return "\n".join(json.dumps(turn, ensure_ascii=False) for turn in value)
     if name not in NUMBERS:
         return value if isinstance(value, str) else str(value)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import math
 import subprocess
@@ -153,6 +154,16 @@ def test_a_column_has_one_type_in_every_step():
             assert isinstance(cell, (int, float, type(None)) if name in NUMBERS else str)
     assert wandb_sink._cell("reward", math.nan) is None
     assert wandb_sink._cell("rollout_id", 7) == 7
+
+
+def test_an_episode_is_read_turn_by_turn():
+    turns = [
+        {"said": "", "answer": "Höre:", "reward": 0.0, "tokens": 0, "versions": []},
+        {"said": "2+3\n=", "answer": "5", "reward": 0.5, "tokens": 4, "versions": [3, 4]},
+    ]
+    shown = wandb_sink._cell("turns", turns).splitlines()
+    assert [json.loads(line) for line in shown] == turns
+    assert shown[0].startswith('{"said": "", "answer": "Höre:"')
 
 
 @pytest.mark.slow
