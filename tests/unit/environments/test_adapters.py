@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from websockets.protocol import State
+from websockets.sync.client import connect
 from websockets.sync.server import serve
 
 from gspo_dist.config import EnvironmentConfig
@@ -165,6 +167,9 @@ def test_openenv_tells_that_it_has_no_room(openenv) -> None:
     server = openenv(places=1)
     one, other, third = (make(server)() for _ in range(3))
     assert one.reset(PROMPT, 0) == '{"echoed_message": "ready 1"}'
+    # It has closed before anything is asked of it.
+    other.socket = connect(other.url)
+    wait_until(lambda: other.socket.state is State.CLOSED)
     with pytest.raises(RuntimeError, match=r"CAPACITY_REACHED: no room; every .*max_concurrent_envs"):
         other.reset(PROMPT, 0)
     one.close()
