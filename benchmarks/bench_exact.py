@@ -57,7 +57,9 @@ def prepare(folder: Path, shape: Shape) -> None:
 
 
 def measure(folder: Path, precision: str, threads: int, repeats: int) -> dict[str, Any]:
-    """One case. Runs in a process of its own, since vLLM reads its settings once."""
+    """One case. Runs in a process of its own, since vLLM reads its settings once. Without repeats nothing is
+    timed.
+    """
     from gspo_dist.config import RolloutConfig
     from gspo_dist.learners.hf_model import load_policy
     from gspo_dist.rollout.vllm.engine import VllmEngine, prepare_process
@@ -125,7 +127,7 @@ def measure(folder: Path, precision: str, threads: int, repeats: int) -> dict[st
     def update(name: str) -> None:
         learners[name](**inputs(sequences, starts))[0].mean().backward()
 
-    for kind, work in (("forward", forward), ("update", update)):
+    for kind, work in (("forward", forward), ("update", update)) if repeats else ():
         for name, seconds in by_turns(work, tuple(learners), repeats).items():
             result["learners"][name][kind] = seconds
     return result
@@ -174,7 +176,8 @@ def report(cases: list[tuple[str, str, int, dict[str, Any]]], command: str) -> s
         "",
         f"`{command}` on {processor()}, torch {torch.__version__}.",
         f"Every case samples {SEQUENCES} completions of up to {NEW_TOKENS} tokens. "
-        "The models have random weights:",
+        "The models have random weights. Other [model families](exactness_families.md) have a page of their "
+        "own.",
         "",
         *(
             f"- {name}: {s.layers} layers of {s.hidden}, {s.heads}/{s.kv_heads} heads of {s.head_dim}, "

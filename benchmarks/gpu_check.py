@@ -49,6 +49,7 @@ PLANS = (
     Plan("deepspeed", "log-probs of the eager learner to 0.1 nats, finite updates", 4),
     Plan("megatron", "the same, with Transformer Engine 2.9 to 2.11", 5),
     Plan("vllm", "starts; its log-probs are the learner's to 0.1 nats, decoding and prefill", 4),
+    Plan("exact", "no token differs between engine and exact learner; else the first operator that does", 3),
     Plan("routes", "5% of the experts differ at most, and a replay leaves none out", 4),
     Plan("sync", "two steps over NCCL; both are probed, the last below 0.1 nats", 5),
     Plan("colocation", "the same on one GPU, with the engine asleep while the learner works", 5),

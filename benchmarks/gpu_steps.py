@@ -381,12 +381,12 @@ def megatron(step: Step) -> None:
     against_eager(step, "megatron")
 
 
-def start_engine(step: Step, **options: Any) -> Any:
+def start_engine(step: Step, *, eager: bool = False, **options: Any) -> Any:
     from gspo_dist.rollout.vllm.engine import VllmEngine
 
     config = RolloutConfig(
         precision=step.size.precision, max_prompt_tokens=64, max_completion_tokens=64, kv_cache_gib=0.25,
-        enforce_eager=step.device == "cpu", gpu_memory_utilization=0.4,
+        enforce_eager=eager or step.device == "cpu", gpu_memory_utilization=0.4,
     )  # fmt: skip
     with step.timed("engine start s"):
         return VllmEngine(config, step.model(), device=step.device, threads=1, **options)
@@ -436,6 +436,32 @@ def vllm(step: Step) -> None:
         step.expect(
             f"{name} against the learner, mean size of the difference, nats", gap, most=step.size.logprob_gap
         )
+
+
+def exact(step: Step) -> None:
+    """`learner.consistency=exact`: engine and learner give every token one number, or the first operator
+    that keeps them from it is named. On a GPU this is what would prove or refute learners/exact/gpu.py.
+    """
+    from gspo_dist.learners.hf_model import load_policy
+    from gspo_dist.trainer.audit import compare
+
+    fp32_head = step.size.precision == "fp32"
+    engine = start_engine(step, eager=True, batch_invariant=True, fp32_head=fp32_head)
+    asked, groups = sampled(step, engine)
+    policy = load_policy(
+        step.model(),
+        step.size.precision,
+        fp32_head=fp32_head,
+        consistency="exact",
+        device=step.device,
+    ).to(step.device)
+    found = compare(engine, policy, asked, [group[0] for group in groups])
+    engine.close()
+    step.note("tokens compared", found.tokens)
+    step.note("engine, decoding = prefill", "yes" if found.prefilled else "no")
+    step.note("first operator that differs", str(found.difference or "none"))
+    step.note("largest difference, nats", found.largest)
+    step.expect("tokens that differ", found.tokens - found.equal, most=0.0)
 
 
 def routes(step: Step) -> None:
@@ -513,7 +539,7 @@ def colocation(step: Step) -> None:
 
 
 STEPS: dict[str, Callable[[Step], None]] = {
-    f.__name__: f for f in (host, head, eager, deepspeed, megatron, vllm, routes, sync, colocation)
+    f.__name__: f for f in (host, head, eager, deepspeed, megatron, vllm, exact, routes, sync, colocation)
 }
 
 

@@ -97,6 +97,42 @@ EXACT_RULES: tuple[ExactRule, ...] = (
 )
 """Checked in this order."""
 
+REFUSED_FAMILIES: dict[str, str] = {
+    "CohereForCausalLM": "layer norms that vLLM compiles, over parallel branches",
+    "DeepseekV2ForCausalLM": "latent attention, whose products vLLM cuts otherwise",
+    "DeepseekV3ForCausalLM": "latent attention, whose products vLLM cuts otherwise",
+    "Ernie4_5_MoeForCausalLM": "a correction bias of its router, which vLLM 0.30's CPU router leaves out",
+    "GemmaForCausalLM": "norms that multiply by 1 + weight",
+    "Glm4ForCausalLM": "norms after the branches too",
+    "MellumForCausalLM": "rotary embeddings by kind of layer",
+}
+"""Architectures that vLLM's CPU build serves, and the operator that was not made equal."""
+
+ON_GPUS = (
+    "cluster.device=cuda",
+    "the learner's operators for GPUs were read and not run on one",
+    "set cluster.device=cpu, or learner.exact_on_gpu=true, which stops at the first token that differs",
+)
+"""Knob, reason and way out of what only a run's device can tell."""
+
+
+def check_device(learner: LearnerConfig, device: str) -> None:
+    """Raises ValueError for a run with `learner.consistency=exact` that this device cannot have."""
+    if learner.consistency == "off" or device == "cpu":
+        return
+    knob, reason, way_out = ON_GPUS
+    if not learner.exact_on_gpu:
+        raise ValueError(
+            f"learner.consistency=exact is refused with {knob}: {reason}; got device {device}; {way_out}, or "
+            "learner.consistency=off"
+        )
+    if learner.backend == "deepspeed" and learner.deepspeed.zero_stage == 3:
+        raise ValueError(
+            "learner.exact_on_gpu=true needs the weights of queries, keys and values whole at once, and ZeRO "
+            "3 gathers one by one: got learner.deepspeed.zero_stage 3; set it to 2, or "
+            "learner.consistency=off"
+        )
+
 
 def check_consistency(learner: LearnerConfig, rollout: RolloutConfig) -> None:
     """Raises ValueError for the first rule that a run with `learner.consistency=exact` breaks."""
@@ -114,4 +150,6 @@ def format_rules() -> str:
     """The table as text, one line per rule."""
     lines = ["learner.consistency=exact is refused with"]
     lines += [f"- {rule.name}: {rule.reason}. Way out: {rule.way_out}." for rule in EXACT_RULES]
+    lines.append(f"- {ON_GPUS[0]}: {ON_GPUS[1]}. Way out: {ON_GPUS[2]}.")
+    lines += [f"- {name}: it has {reason}." for name, reason in REFUSED_FAMILIES.items()]
     return "\n".join(lines)

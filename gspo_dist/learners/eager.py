@@ -72,6 +72,7 @@ class EagerLearner:
             fp32_head=config.fp32_head,
             activation_checkpointing=config.activation_checkpointing,
             consistency=config.consistency,
+            device=self.device.type,
         ).to(self.device)
         self.reference: PolicyModel | None = None
         if keep_reference:

@@ -167,6 +167,7 @@ def load_policy(
     fp32_head: bool = True,
     activation_checkpointing: bool = False,
     consistency: str = "off",
+    device: str = "cpu",
     make: Callable[[Path, PretrainedConfig, torch.dtype], PreTrainedModel] | None = None,
 ) -> PolicyModel:
     """Loads an HF folder for training: packed attention, weights in `precision` ("fp32", "bf16" or "fp16").
@@ -174,6 +175,7 @@ def load_policy(
     temperature, fp32_head: of the `LogprobHead`.
     activation_checkpointing: layers are computed again in the backward instead of kept.
     consistency: "exact" computes with the engine's operators (`learners.exact`).
+    device: the kind that it is moved to afterwards (cpu or cuda), whose operators those are.
     make: builds the HF model with attention `gspo_packed`, for learners that shard it. None: from_pretrained.
 
     Raises ValueError for a folder that is no HF model, and for an attention that packing would change.
@@ -192,7 +194,7 @@ def load_policy(
         hf, temperature, fp32_head, logit_scale=shape.logit_scale, logit_softcap=shape.logit_softcap
     )
     if consistency == "exact":
-        from gspo_dist.learners.exact.install import make_exact  # it needs vLLM
+        from gspo_dist.learners.exact import gpu, install  # they need vLLM
 
-        make_exact(hf)
+        (install if device == "cpu" else gpu).make_exact(hf)
     return policy

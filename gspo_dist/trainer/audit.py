@@ -131,11 +131,12 @@ def compare(
 @torch.no_grad()
 def _logprobs(policy: PolicyModel, sequence: np.ndarray) -> np.ndarray:
     """[len - 1] of every token but the first."""
-    ids = torch.from_numpy(sequence).long()
+    device = next(policy.parameters()).device
+    ids = torch.from_numpy(sequence).long().to(device)
     logprobs, _ = policy(
         token_ids=ids,
-        position_ids=torch.arange(len(ids)),
-        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        index=torch.arange(1, len(ids)),
+        position_ids=torch.arange(len(ids), device=device),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32, device=device),
+        index=torch.arange(1, len(ids), device=device),
     )
-    return logprobs.numpy()
+    return logprobs.cpu().numpy()

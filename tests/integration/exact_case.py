@@ -2,15 +2,21 @@
 
 python exact_case.py audits FOLDER      exact, plain and maimed learners, bf16 (FOLDER: scratch for a model)
 python exact_case.py threads FOLDER     engine and learner with two threads, fp32, long prompts
+python exact_case.py families FOLDER    two families with much of their own, bf16, temperature 0.7
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 sys.path.insert(0, str(Path(__file__).parent))
-from vllm_case import make_model, prompts
+from vllm_case import make_model, prompts, write_tokenizer
 
 from gspo_dist.config import RolloutConfig
 from gspo_dist.learners.exact import operators
@@ -45,6 +51,93 @@ def start(folder, precision, threads, lengths):
     return policy, engine, audit
 
 
+SIZES = {
+    "vocab_size": 500,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+FAMILIES = {
+    # Sigmoid routing in groups with a bias and a scale, a dense layer first, shared experts, biases, q/k
+    # norms, a rotary embedding of half a head.
+    "glm4_moe": {
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    # Scales of embedding, attention, branches and logits, a tied head, shared experts as one product.
+    "granitemoeshared": {
+        "num_local_experts": 8,
+        "shared_intermediate_size": 64,
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 4.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def family(kind, folder):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SIZES, **FAMILIES[kind]})
+    model = AutoModelForCausalLM.from_config(config)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() == 1 and "inv_freq" not in name:
+            torch.nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
+    policies = {
+        consistency: load_policy(folder, "bf16", temperature=0.7, fp32_head=False, consistency=consistency)
+        for consistency in ("off", "exact")
+    }
+    settings = {"precision": "bf16", "temperature": 0.7, "enforce_eager": True, "kv_cache_gib": 0.1}
+    config = RolloutConfig(max_prompt_tokens=64, max_completion_tokens=32, **settings)
+    engine = VllmEngine(config, folder, threads=1, batch_invariant=True, fp32_head=False)
+    asked = prompts([5, 33, 50, 20])
+    groups = engine.generate(
+        asked, SamplingSpec(n=1, max_tokens=32, seed=1, temperature=0.7), range(len(asked))
+    )
+    sampled = [group[0] for group in groups]
+    found = {name: compare(engine, policy, asked, sampled) for name, policy in policies.items()}
+    return {
+        "tokens": found["exact"].tokens,
+        "off": found["off"].equal,
+        "exact": found["exact"].equal,
+        "said": str(found["exact"]),
+    }
+
+
+def families(folder):
+    """Each in a process of its own, with vLLM imported once."""
+    prepare_process("cpu", 1, "bf16")
+    importlib.import_module("vllm.entrypoints.llm")
+    context, result = multiprocessing.get_context("fork"), {}
+    for kind in FAMILIES:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=lambda k, t: t.send(family(k, folder / k)), args=(kind, there))
+        process.start()
+        there.close()
+        result[kind] = here.recv()
+        process.kill()
+        process.join()
+    return result
+
+
 def threads(folder):
     # Three at once: two threads cannot share them evenly, and would cut the histories over 64 tokens instead.
     policy, engine, audit = start(folder, "fp32", 2, [90, 100, 110])
@@ -68,6 +161,6 @@ def audits(folder):
 
 
 if __name__ == "__main__":
-    case = {"audits": audits, "threads": threads}[sys.argv[1]]
+    case = {"audits": audits, "families": families, "threads": threads}[sys.argv[1]]
     print("RESULT " + json.dumps(case(Path(sys.argv[2]))), flush=True)
     os._exit(0)

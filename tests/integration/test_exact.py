@@ -137,6 +137,16 @@ def test_threads_change_nothing(tmp_path):
     assert told == {"tokens": told["tokens"], "equal": told["tokens"], "where": None, "prefilled": True}
 
 
+def test_families_with_operators_of_their_own_are_equal_too(tmp_path):
+    """The others: `benchmarks/exact_families.py`."""
+    told = told_by("families", tmp_path, threads=1)
+    assert list(told) == ["glm4_moe", "granitemoeshared"]
+    for family in told.values():
+        assert family["tokens"] > 64
+        assert family["exact"] == family["tokens"], family["said"]
+        assert family["off"] < family["tokens"] / 4
+
+
 def test_an_audit_names_the_first_operator_that_parts_engine_and_learner(tmp_path):
     told = told_by("audits", tmp_path, threads=1)
     tokens = told["exact"]["tokens"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ from benchmarks import gpu_check, gpu_steps
 from benchmarks.gpu_check import PLANS, Plan, report, run_step
 from benchmarks.gpu_steps import STEPS, NotHereError, Step
 from gspo_dist.config import RolloutConfig
+from gspo_dist.learners import hf_model
+from gspo_dist.learners.exact.audit import Difference
 from gspo_dist.rollout.policy import HFPolicy
 from gspo_dist.rollout.reference import ReferenceEngine
+from gspo_dist.trainer import audit
+from gspo_dist.trainer.audit import Audit
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = """
@@ -147,6 +152,51 @@ def test_the_engines_steps_with_the_reference_engine_in_vllms_place(name, tmp_pa
     assert [item["met"] for item in step.expected] == [True, True], step.expected
     assert float(step.measured["sampled tokens/s"]) > 0
     assert not any("|" in figure for figure in step.measured)  # a cell of the report's tables
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "equal", "met"), [("cuda", "bf16", 7, False), ("cpu", "fp32", 9, True)]
+)
+def test_the_exact_step_counts_tokens_and_names_the_operator(
+    device, precision, equal, met, tmp_path, monkeypatch
+):
+    """Engine and learner are asked for the invariant kernels of the step's device, uncompiled."""
+    made = {}
+    difference = Difference("layer 1 experts", token=3, values=2, largest=0.5)
+
+    def start(step, **options):
+        made["engine"] = options
+        return SimpleNamespace(close=lambda: made.update(closed=True))
+
+    def load(folder, precision, **options):
+        made["learner"] = {"precision": precision, **options}
+        return SimpleNamespace(to=lambda device: f"on {device}")
+
+    def compare(engine, policy, asked, completions):
+        assert (policy, asked, completions) == (f"on {device}", ["a", "b"], ["first of a", "first of b"])
+        return Audit(9, equal, 0.25, True, None if met else difference)
+
+    monkeypatch.setattr(gpu_steps, "start_engine", start)
+    monkeypatch.setattr(
+        gpu_steps, "sampled", lambda *_: (["a", "b"], [["first of a", "x"], ["first of b", "y"]])
+    )
+    monkeypatch.setattr(Step, "model", lambda self: tmp_path)
+    monkeypatch.setattr(hf_model, "load_policy", load)
+    monkeypatch.setattr(audit, "compare", compare)
+    step = Step(device, tmp_path)
+    STEPS["exact"](step)
+    fp32_head = precision == "fp32"
+    assert made["engine"] == {"eager": True, "batch_invariant": True, "fp32_head": fp32_head}
+    assert made["learner"] == {
+        "precision": precision,
+        "fp32_head": fp32_head,
+        "consistency": "exact",
+        "device": device,
+    }
+    assert made["closed"]
+    assert [(item["value"], item["met"]) for item in step.expected] == [(9 - equal, met)]
+    assert step.measured["first operator that differs"] == ("none" if met else str(difference))
+    assert step.measured["largest difference, nats"] == 0.25
 
 
 @pytest.mark.parametrize(

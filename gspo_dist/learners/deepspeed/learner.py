@@ -133,6 +133,7 @@ class DeepSpeedLearner:
             fp32_head=self.config.fp32_head,
             activation_checkpointing=self.config.activation_checkpointing and trains,
             consistency=self.config.consistency,
+            device=self.device.type,
             make=make,
         )
         policy.config = policy.hf.config  # where AutoEP looks for the model's sizes

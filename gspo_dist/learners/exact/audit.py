@@ -77,17 +77,19 @@ def _catching_layers(base: Any, projections: Sequence[str]) -> Iterator[Caught]:
     with _catching() as (caught, after, before):
         after(base.embed_tokens, "embedding")
         for i, layer in enumerate(base.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            routed = hasattr(mlp, "gate")
+            attention = layer.self_attn
+            block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+            # Granite's own router gives its ids first and is left out.
+            router = getattr(block, "gate", None)
             after(layer.input_layernorm, f"layer {i} input norm")
-            for name in projections:
+            for name in ("qkv_proj",) if hasattr(attention, "qkv_proj") else projections:
                 after(getattr(attention, name), f"layer {i} queries, keys, values")
             before(attention.o_proj, f"layer {i} attention")
             after(attention.o_proj, f"layer {i} attention output")
             after(layer.post_attention_layernorm, f"layer {i} post-attention norm")
-            if routed:
-                after(mlp.gate, f"layer {i} router")
-            after(mlp, f"layer {i} {'experts' if routed else 'mlp'}")
+            if router is not None:
+                after(router, f"layer {i} router")
+            after(block, f"layer {i} {'experts' if hasattr(block, 'experts') else 'mlp'}")
         after(base.norm, "last norm")
         yield caught
 

@@ -24,7 +24,7 @@ from gspo_dist.rollout.engine import (
 )
 from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
 from gspo_dist.rollout.vllm.flights import Flights
-from gspo_dist.rollout.vllm.invariant import use_batch_invariant_kernels
+from gspo_dist.rollout.vllm.invariant import make_gates_invariant, use_batch_invariant_kernels
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.rollout.vllm.shared_memory import unname
 from gspo_dist.rollout.vllm.workers import names_lost_workers
@@ -134,7 +134,7 @@ class VllmEngine:
             raise ValueError("engines cannot sleep on a CPU host: set cluster.colocated=false")
         self.config, self.name, self.device = config, name, device
         self.record_routing, self.sleep_mode = record_routing, sleep_mode
-        self.fp32_head = fp32_head
+        self.fp32_head, self.batch_invariant = fp32_head, batch_invariant
         # Prompts of a group share their prefix, in whole blocks and without the last token. Where no prompt
         # is longer than a block there is nothing to share, and vLLM would keep its books of it for every
         # token. Routes survive sharing: vLLM keeps them by physical KV slot, so a cached block brings its
@@ -152,6 +152,8 @@ class VllmEngine:
         if batch_invariant and device == "cpu":
             use_batch_invariant_kernels()
         self.llm = self._start(self.folder.path, seed)
+        if batch_invariant and device == "cpu":
+            self.llm.apply_model(make_gates_invariant)
         unname()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
         self._info = self._describe()
@@ -216,6 +218,9 @@ class VllmEngine:
         else:
             arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
             arguments["enable_sleep_mode"] = self.sleep_mode
+            if self.batch_invariant:
+                # The one whose kernel is Triton's: a learner can call it (learners/exact/gpu.py).
+                arguments["attention_backend"] = "TRITON_ATTN"
         if config.tensor_parallel > 1:
             arguments["distributed_executor_backend"] = "mp"
         try:

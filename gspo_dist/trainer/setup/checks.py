@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gspo_dist.config import ClusterConfig, LearnerConfig, RunConfig
+from gspo_dist.config.consistency import check_device
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives import age_rules, legality
 from gspo_dist.types import Prompt
@@ -118,11 +119,7 @@ def check_passed_on(learner: LearnerConfig) -> None:
 
 def check_backend(config: RunConfig, device: str, model: str) -> None:
     """The learner's own rules about its knobs on this device and for this model folder. Raises ValueError."""
-    if config.learner.consistency == "exact" and device != "cpu":
-        raise ValueError(
-            "learner.consistency=exact knows the operators of vLLM's CPU build: got device "
-            f"{device}; set cluster.device=cpu or learner.consistency=off"
-        )
+    check_device(config.learner, device)
     if config.learner.backend in ("eager", "deepspeed"):
         from gspo_dist.learners.mixers import check_layers
 

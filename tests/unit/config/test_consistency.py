@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, RolloutConfig
-from gspo_dist.config.consistency import EXACT_RULES, check_consistency, format_rules
+from gspo_dist.config.consistency import (
+    EXACT_RULES,
+    REFUSED_FAMILIES,
+    check_consistency,
+    check_device,
+    format_rules,
+)
 
 LEARNER = {"backend": "deepspeed", "precision": "bf16", "fp32_head": False, "consistency": "exact"}
 ROLLOUT = {"precision": "bf16", "enforce_eager": True}
@@ -49,8 +55,27 @@ def test_each_rule_refuses_by_name_with_the_way_out(learner, rollout, says):
     check({**learner, "consistency": "off"}, rollout)
 
 
+def test_a_gpu_is_refused_unless_it_is_insisted_on():
+    exact = LearnerConfig(**LEARNER)
+    check_device(exact, "cpu")
+    check_device(LearnerConfig(**{**LEARNER, "consistency": "off"}), "cuda")
+    with pytest.raises(
+        ValueError,
+        match=r"^learner.consistency=exact is refused with cluster.device=cuda: .* not run on one; got "
+        r"device cuda; .*learner.exact_on_gpu=true, .*or learner.consistency=off$",
+    ):
+        check_device(exact, "cuda")
+    check_device(LearnerConfig(**{**LEARNER, "exact_on_gpu": True}), "cuda")
+    whole = {**LEARNER, "exact_on_gpu": True, "deepspeed": DeepSpeedConfig(zero_stage=3)}
+    with pytest.raises(ValueError, match=r"got learner.deepspeed.zero_stage 3; set it to 2"):
+        check_device(LearnerConfig(**whole), "cuda")
+    check_device(LearnerConfig(**{**whole, "backend": "eager"}), "cuda")
+
+
 def test_every_rule_is_printed_once():
     text = format_rules()
     assert len(EXACT_RULES) == 9
-    assert text.count("Way out:") == 9
+    assert text.count("Way out:") == 10  # and what a device decides
+    assert "- cluster.device=cuda: " in text
     assert all(rule.reason in text for rule in EXACT_RULES)
+    assert all(f"- {name}: it has {reason}." in text for name, reason in REFUSED_FAMILIES.items())

@@ -18,7 +18,10 @@ LENGTHS = (5, 40, 17)
 
 
 def save(kind: str, folder, **changes):
-    """A random model in sizes that the engine's kernels take: heads of 32, inner sizes in steps of 32."""
+    """A random model in sizes that the engine's kernels take: heads of 32, inner sizes in steps of 32.
+
+    Norms and biases are random too.
+    """
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 90,
@@ -36,7 +39,11 @@ def save(kind: str, folder, **changes):
         "initializer_range": 0.2,
     }
     config = AutoConfig.for_model(kind, **{**sizes, **changes})
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.dim() == 1 and "inv_freq" not in name:
+            torch.nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1)
+    model.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
 
@@ -62,7 +69,49 @@ def gradients(policy: PolicyModel) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
-def test_the_gradient_is_that_of_the_plain_model_in_fp32(folder):
+SHAPES = {
+    "arcee": {"hidden_act": "relu2"},
+    "ernie4_5": {"use_bias": True, "tie_word_embeddings": True},
+    "glm": {"attention_bias": True, "pad_token_id": 0},
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
+    "granitemoe": {"logits_scaling": 6.0, "attention_multiplier": 0.1},
+    "granitemoeshared": {"logits_scaling": 6.0, "shared_intermediate_size": 64},
+    "llama": {
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "olmoe": {"num_attention_heads": 2},
+    "phi3": {"pad_token_id": 0},
+    "qwen2": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 64, "num_attention_heads": 2},
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {"mlp_only_layers": [0]},
+}
+"""model_type -> what its miniature has of the family's own: shared experts, biases, scales, dense layers."""
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_gradient_is_that_of_the_plain_model_in_fp32(kind, tmp_path):
+    folder = save(kind, tmp_path, **SHAPES[kind])
     plain, exact = load_policy(folder, "fp32"), load_policy(folder, "fp32", consistency="exact")
     assert not torch.equal(logprobs(plain), logprobs(exact))  # other operators
     assert (logprobs(plain) - logprobs(exact)).abs().max() < 1e-5
@@ -124,11 +173,13 @@ def test_replayed_experts_get_the_engines_weights_and_a_native_replay_changes_no
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"architecture": "mixtral"}, r"knows Qwen3MoeForCausalLM, Qwen3ForCausalLM: got MixtralForCausalLM"),
-        ({"hidden_act": "gelu"}, r"SwiGLU only: got hidden_act 'gelu'"),
+        ({"architecture": "gemma"}, r"does not make GemmaForCausalLM equal, which has norms that multiply"),
+        ({"architecture": "starcoder2"}, r"knows .*Qwen3MoeForCausalLM: got Starcoder2ForCausalLM"),
+        ({"architecture": "olmoe", "clip_qkv": 3.0}, r"no clipped queries: got clip_qkv 3.0"),
+        ({"hidden_act": "gelu"}, r"silu in Qwen3MoeForCausalLM only: got hidden_act 'gelu'"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            r"got rope type 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"default, linear, llama3, yarn only: got rope type 'dynamic'",
         ),
     ],
 )
