@@ -112,7 +112,7 @@ def compare(
     for prompt, completion in zip(prompts, completions, strict=True):
         sequence = np.concatenate([prompt.token_ids, completion.token_ids])
         first = len(prompt.token_ids)
-        ours = _logprobs(policy, sequence)[first - 1 :]
+        ours = learner_logprobs(policy, sequence)[first - 1 :]
         same = ours == completion.logprobs
         tokens, equal = tokens + len(same), equal + int(same.sum())
         if same.all():
@@ -122,14 +122,14 @@ def compare(
             with catching_engine(engine.model) as theirs:
                 read = engine.logprobs_of([sequence])[0][first - 1 :]
             with catching_learner(policy.hf) as caught:
-                _logprobs(policy, sequence)
+                learner_logprobs(policy, sequence)
             prefilled = bool((read == completion.logprobs).all())
             difference = first_difference({name: t[: len(sequence)] for name, t in theirs.items()}, caught)
     return Audit(tokens, equal, largest, prefilled, difference)
 
 
 @torch.no_grad()
-def _logprobs(policy: PolicyModel, sequence: np.ndarray) -> np.ndarray:
+def learner_logprobs(policy: PolicyModel, sequence: np.ndarray) -> np.ndarray:
     """[len - 1] of every token but the first."""
     device = next(policy.parameters()).device
     ids = torch.from_numpy(sequence).long().to(device)

@@ -23,6 +23,9 @@ from transformers import (
 )
 
 from gspo_dist.config import RolloutConfig
+from gspo_dist.config.consistency import REFUSED_FAMILIES
+from gspo_dist.learners.hf_model import load_policy
+from gspo_dist.trainer.audit import learner_logprobs
 from gspo_dist.types import Prompt, SamplingSpec
 from gspo_dist.weights.names import hf_named_weights, stored_tensors
 from gspo_dist.weights.send import make_transport, send_weights
@@ -61,7 +64,7 @@ def write_tokenizer(folder):
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1").save_pretrained(folder)
 
 
-def make_engine(folder, *, record_routing=False, **changes):
+def make_engine(folder, *, record_routing=False, batch_invariant=False, **changes):
     from gspo_dist.rollout.vllm.engine import VllmEngine
 
     settings = {
@@ -72,7 +75,11 @@ def make_engine(folder, *, record_routing=False, **changes):
         "kv_cache_gib": 0.1,
     }
     return VllmEngine(
-        RolloutConfig(**{**settings, **changes}), folder, threads=1, record_routing=record_routing
+        RolloutConfig(**{**settings, **changes}),
+        folder,
+        threads=1,
+        record_routing=record_routing,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -547,11 +554,16 @@ def shake(model, size, seed=0):
 
 
 def other_family(folder, family):
-    """Two syncs into an engine of another family: after each, its log-probs are those of HF."""
+    """Two syncs into an engine of another family: after each, its log-probs are those of HF.
+
+    equal: whether they are those of an exact learner to the bit, where the family has one.
+    """
     model = make_family(folder, family)
-    engine = make_engine(folder)
+    exact = type(model).__name__ not in REFUSED_FAMILIES
+    learner = load_policy(folder, "fp32", consistency="exact") if exact else None
+    engine = make_engine(folder, batch_invariant=exact)
     ids = [np.array(p.token_ids) for p in prompts([7, 70])]
-    gaps, moved = [], []
+    gaps, moved, equal = [], [], []
     last = engine.logprobs_of(ids)
     start = max(float(np.abs(s - hf_logprobs(model, i)).max()) for s, i in zip(last, ids, strict=True))
     for version in (1, 2):
@@ -562,9 +574,13 @@ def other_family(folder, family):
             max(float(np.abs(s - hf_logprobs(model, i)).max()) for s, i in zip(now, ids, strict=True))
         )
         moved.append(max(float(np.abs(s - o).max()) for s, o in zip(now, last, strict=True)))
+        if learner is not None:
+            learner.hf.load_state_dict(model.state_dict())
+            equal += [np.array_equal(s, learner_logprobs(learner, i)) for s, i in zip(now, ids, strict=True)]
         last = now
     engine.close()
-    return {"start": start, "gaps": gaps, "moved": moved, "tensors": [report.tensors, receipt.tensors]}
+    tensors = [report.tensors, receipt.tensors]
+    return {"start": start, "gaps": gaps, "moved": moved, "equal": equal, "tensors": tensors}
 
 
 def mixtral(folder):

@@ -113,7 +113,9 @@ def test_the_first_sequence_that_differs_is_looked_into(monkeypatch):
     ]
     ours = {5: [-1.0, -2.0], 7: [-1.0, -2.5]}
     monkeypatch.setattr(
-        audit, "_logprobs", lambda policy, sequence: np.array([0.0, *ours[int(sequence[2])]], np.float32)
+        audit,
+        "learner_logprobs",
+        lambda policy, sequence: np.array([0.0, *ours[int(sequence[2])]], np.float32),
     )
     read = []
 

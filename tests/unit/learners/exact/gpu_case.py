@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[4]))
 from gspo_dist.learners.exact import gpu
 from gspo_dist.learners.hf_model import load_policy
 from gspo_dist.rollout.vllm.engine import prepare_process
-from tests.unit.learners.exact.test_install import gradients, logprobs, save
+from tests.unit.learners.exact.test_install import gradients, last_alone, logprobs, save
 
 
 def align(ids, experts, block, sorted_ids, expert_ids, padded, expert_map=None):
@@ -59,18 +59,20 @@ def stand_in():
 
 def differences(folder, kind, **changes):
     """Kernels against torch: largest |difference| of log-probs, the gradients' relative one, whether every
-    bit is the same, and whether a pass without gradients has the bits of one with.
+    bit is the same, whether a pass without gradients has the bits of one with, and whether a sequence has
+    those in company that it has alone.
     """
     save(kind, folder, **changes)
     plain, exact = load_policy(folder, "fp32"), load_policy(folder, "fp32")
     gpu.make_exact(exact.hf)
-    ours, theirs = logprobs(exact), logprobs(plain)
+    ours, theirs = logprobs(exact).detach(), logprobs(plain).detach()
     wanted, got = gradients(plain), gradients(exact)
     with torch.no_grad():
-        quiet = logprobs(exact)
+        quiet, alone = logprobs(exact), last_alone(exact)
     return {
         "logprobs": float((ours - theirs).abs().max()),
         "same": torch.equal(ours, theirs),
+        "alone": torch.equal(alone, ours[-len(alone) :]),
         "quiet": torch.equal(ours, quiet),
         "gradient": float((got - wanted).norm() / wanted.norm()),
     }

@@ -31,6 +31,7 @@ def test_kernels_give_the_plain_models_log_probs_and_gradient(tmp_path):
     for kind in ("qwen3_moe", "llama"):
         assert not told[kind]["same"], kind  # other kernels
         assert told[kind]["quiet"], kind
+        assert told[kind]["alone"], kind
         assert told[kind]["logprobs"] < 2e-5, kind
         assert told[kind]["gradient"] < 1e-5, kind
     assert "on a GPU knows LlamaForCausalLM" in told["refused"]

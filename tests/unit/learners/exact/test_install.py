@@ -128,18 +128,22 @@ def test_a_pass_without_gradients_gives_the_same_bits(folder):
         assert torch.equal(quiet, logprobs(policy).detach())
 
 
-def test_a_sequence_alone_has_the_bits_that_it_has_in_company(folder):
-    policy = load_policy(folder, "bf16", fp32_head=False, consistency="exact")
-    together = logprobs(policy)
+def last_alone(policy: PolicyModel) -> torch.Tensor:
+    """The log-probs of the last of the three sequences in a batch of its own."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, policy.hf.config.vocab_size, (sum(LENGTHS),), generator=generator)
     last = ids[-LENGTHS[-1] :]
-    alone = policy(
+    return policy(
         token_ids=last,
         position_ids=torch.arange(len(last)),
         cu_seqlens=torch.tensor([0, len(last)], dtype=torch.int32),
         index=torch.arange(1, len(last)),
     )[0]
+
+
+def test_a_sequence_alone_has_the_bits_that_it_has_in_company(folder):
+    policy = load_policy(folder, "bf16", fp32_head=False, consistency="exact")
+    together, alone = logprobs(policy), last_alone(policy)
     assert torch.equal(alone, together[-len(alone) :])
 
 
