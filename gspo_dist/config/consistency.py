@@ -103,8 +103,10 @@ REFUSED_FAMILIES: dict[str, str] = {
     "DeepseekV3ForCausalLM": "latent attention, whose products vLLM cuts otherwise",
     "Ernie4_5_MoeForCausalLM": "a correction bias of its router, which vLLM 0.30's CPU router leaves out",
     "GemmaForCausalLM": "norms that multiply by 1 + weight",
+    "Glm4MoeForCausalLM": "sigmoid scores, which torch rounds otherwise in a batch's last rows",
     "Glm4ForCausalLM": "norms after the branches too",
     "MellumForCausalLM": "rotary embeddings by kind of layer",
+    "Qwen2MoeForCausalLM": "a sigmoid per token, which torch rounds otherwise in a batch's last rows",
 }
 """Architectures that vLLM's CPU build serves, and the operator that was not made equal."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ class Router:
 
     renormalises: bool
     """Whether the weights of the chosen experts sum to 1."""
-    output_scale = 1.0
-    """What the engine multiplies the sum of the experts with, where transformers scales their weights."""
 
     def __init__(self, gate: Any) -> None:
         self.renormalises = bool(getattr(gate, "norm_topk_prob", True))
@@ -73,39 +71,6 @@ class GraniteRouter(Router):
         return ids, weights, logits.float()
 
 
-class GroupedSigmoidRouter(Router):
-    """Sigmoid scores in float32, groups of experts, and a bias that takes part in the choice alone."""
-
-    def __init__(self, gate: Any) -> None:
-        super().__init__(gate)
-        self.groups, self.chosen_groups = int(gate.num_group), int(gate.topk_group)
-        self.bias = cast(Tensor, gate.e_score_correction_bias)
-        self.output_scale = float(gate.routed_scaling_factor)
-
-    def logits(self, gate: Any, hidden: Tensor) -> Tensor:
-        # The engine keeps this weight in float32, so that the folder of a bf16 run has to hold bf16 values.
-        return engine.linear(hidden.float(), gate.weight.float())
-
-    def product(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        product = engine.packed_product(weight.float(), None)
-        return lambda x: product(x.float())
-
-    def choose(self, logits: Tensor) -> Tensor:
-        return engine.choose_grouped(
-            logits, self.top_k, self.renormalises, self.groups, self.chosen_groups, self.bias
-        )
-
-    def engine_weights(self, logits: Tensor, ids: Tensor) -> Tensor:
-        weights = logits.float().sigmoid().gather(1, ids)
-        return weights / weights.sum(dim=-1, keepdim=True) if self.renormalises else weights
-
-    def weights(self, logits: Tensor, ids: Tensor) -> Tensor:
-        weights = logits.sigmoid().gather(1, ids)
-        if self.renormalises:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * self.output_scale
-
-
 @dataclass(frozen=True)
 class Family:
     """What is particular to one architecture."""
@@ -123,7 +88,6 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "ArceeForCausalLM": Family(activation="relu2"),
     "Ernie4_5ForCausalLM": Family(neighbours=True),
-    "Glm4MoeForCausalLM": Family(router=GroupedSigmoidRouter),
     "GlmForCausalLM": Family(neighbours=True),
     "GraniteForCausalLM": Family(sums_in_norms=False),
     "GraniteMoeForCausalLM": Family(router=GraniteRouter, sums_in_norms=False),
@@ -134,7 +98,6 @@ FAMILIES: dict[str, Family] = {
     "OlmoeForCausalLM": Family(),
     "Phi3ForCausalLM": Family(),
     "Qwen2ForCausalLM": Family(),
-    "Qwen2MoeForCausalLM": Family(),
     "Qwen3ForCausalLM": Family(),
     "Qwen3MoeForCausalLM": Family(),
 }

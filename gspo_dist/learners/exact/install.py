@@ -34,7 +34,9 @@ from gspo_dist.rollout.vllm.invariant import use_batch_invariant_kernels
 NAME = "gspo_exact"
 """The attention's name with transformers."""
 ROPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary embedding that were compared."""
+"""Kinds of rotary embedding. The engine's own table of cosines is used, and only the default kind was counted
+against an engine so far.
+"""
 FEW_ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 64)
 """Numbers of rows that a product is tried with: an engine decodes with any number of sequences."""
 MANY_ROWS = 256
@@ -110,19 +112,15 @@ def check_products(hf: PreTrainedModel, family: Family, dtype: torch.dtype) -> N
     oneDNN gives both the same bits depends on the processor and on the sizes (at an inner dimension of 2,048
     it did not, in either precision), so each size is tried here, on random numbers.
     """
-    Product = Callable[[Tensor], Callable[[Tensor], Tensor]]
-    sizes: dict[tuple[int, int], tuple[str, Product]] = {}
-
-    def add(weight: Tensor, name: str, product: Product) -> None:
-        out, inner = getattr(weight, "ds_shape", weight.shape)  # ZeRO 3 holds a part of it
-        sizes[out, inner] = name, product
-
+    # Sizes by the modules and the config, since ZeRO 3 holds parts of the weights.
+    sizes: dict[tuple[int, int], tuple[str, Callable[[Tensor], Callable[[Tensor], Tensor]]]] = {}
     for name, module in hf.named_modules():
         if isinstance(module, nn.Linear):
-            add(module.weight, name, lambda weight: engine.packed_product(weight, None))
-    add(hf.get_output_embeddings().weight, "the head", lambda weight: engine.packed_product(weight, None))
+            sizes[module.out_features, module.in_features] = name, _packed
+    config = cast(Any, hf.config)
+    sizes[config.vocab_size, config.hidden_size] = "the head", _packed
     for _, gate in routers(hf):
-        add(gate.weight, "the router", family.router(gate).product)
+        sizes[gate.num_experts, config.hidden_size] = "the router", family.router(gate).product
     generator = torch.Generator().manual_seed(0)
     for (out, inner), (name, make) in sizes.items():
         x = torch.randn(MANY_ROWS, inner, generator=generator).to(dtype)
@@ -136,6 +134,10 @@ def check_products(hf: PreTrainedModel, family: Family, dtype: torch.dtype) -> N
                     f"{rows} rows times {name} [{out}, {inner}] in {dtype} differ from the same rows among "
                     f"{MANY_ROWS} on this processor; set learner.consistency=off"
                 )
+
+
+def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return engine.packed_product(weight, None)
 
 
 def rotary_cache(hf: PreTrainedModel, family: Family, dtype: torch.dtype) -> Tensor:
@@ -329,14 +331,12 @@ def _apply(experts: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     of these ids.
     """
     gate = experts.exact_gate
-    exact, scale = gate.router.engine_weights(gate.logits, ids), gate.router.output_scale
+    exact = gate.router.engine_weights(gate.logits, ids)
     gate.logits = None
-
-    def value() -> Tensor:
-        out: Tensor = gate.compute(x, experts.gate_up_proj, experts.down_proj, exact, ids)
-        return out if scale == 1.0 else out.mul_(scale)  # of the rounded sum
-
-    return engine.valued(lambda: type(experts).forward(experts, x, ids, weights), value)
+    return engine.valued(
+        lambda: type(experts).forward(experts, x, ids, weights),
+        lambda: gate.compute(x, experts.gate_up_proj, experts.down_proj, exact, ids),
+    )
 
 
 # --- norms ---

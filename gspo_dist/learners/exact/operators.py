@@ -204,18 +204,6 @@ def choose_experts(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tenso
     return weights, ids.long()
 
 
-def choose_grouped(
-    logits: Tensor, top_k: int, renormalise: bool, groups: int, chosen_groups: int, bias: Tensor
-) -> Tensor:
-    """logits [T, E], bias [E] float32 -> ids [T, K] int64 in the engine's order: sigmoid scores, the best
-    groups first.
-    """
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import _grouped_topk
-
-    _, ids = _grouped_topk(logits, top_k, renormalise, groups, chosen_groups, "sigmoid", 1.0, bias)
-    return ids.long()
-
-
 def weights_at(logits: Tensor, ids: Tensor, renormalise: bool) -> Tensor:
     """The engine's gate weights [T, K] float32 of given experts."""
     chosen = logits.gather(1, ids)

@@ -1,4 +1,4 @@
-"""What the vLLM engine is told of its head, and how many sequences it may decode at once."""
+"""What the vLLM engine is told of its head and attention, and how many sequences it may decode at once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def head_override(precision: str, *, fp32_head: bool) -> dict[str, Any]:
     if precision == "fp32":
         return {}
     return {"head_dtype": "float32" if fp32_head else "model"}
+
+
+def attention_backend(device: str, *, batch_invariant: bool) -> dict[str, str]:
+    """The entry that chooses the engine's attention. None: vLLM chooses, where no learner has to call it.
+
+    That is the one whose kernel is Triton's (`learners/exact/gpu.py`), among those that vLLM 0.30 has for
+    batch-invariant mode.
+    """
+    return {"attention_backend": "TRITON_ATTN"} if batch_invariant and device != "cpu" else {}
 
 
 def max_num_seqs(config: RolloutConfig, shape: ModelShape, gpu_bytes: int | None) -> int:

@@ -22,9 +22,9 @@ from gspo_dist.rollout.engine import (
     check_work,
     generate,
 )
-from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
+from gspo_dist.rollout.vllm.arguments import attention_backend, head_override, max_num_seqs
 from gspo_dist.rollout.vllm.flights import Flights
-from gspo_dist.rollout.vllm.invariant import make_gates_invariant, use_batch_invariant_kernels
+from gspo_dist.rollout.vllm.invariant import use_batch_invariant_kernels
 from gspo_dist.rollout.vllm.plugin import BACKEND, register
 from gspo_dist.rollout.vllm.shared_memory import unname
 from gspo_dist.rollout.vllm.workers import names_lost_workers
@@ -152,8 +152,6 @@ class VllmEngine:
         if batch_invariant and device == "cpu":
             use_batch_invariant_kernels()
         self.llm = self._start(self.folder.path, seed)
-        if batch_invariant and device == "cpu":
-            self.llm.apply_model(make_gates_invariant)
         unname()
         self.moe_layers: list[int] = self.llm.collective_rpc("gspo_install")[0]["moe_layers"]
         self._info = self._describe()
@@ -208,6 +206,7 @@ class VllmEngine:
             "use_tqdm_on_load": False,
             "hf_overrides": overrides,
             "seed": seed,
+            **attention_backend(self.device, batch_invariant=self.batch_invariant),
         }
         if self.device == "cpu":
             # On a CPU vLLM takes "GPU memory utilisation" of the host's memory and refuses to start when that
@@ -218,9 +217,6 @@ class VllmEngine:
         else:
             arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
             arguments["enable_sleep_mode"] = self.sleep_mode
-            if self.batch_invariant:
-                # The one whose kernel is Triton's: a learner can call it (learners/exact/gpu.py).
-                arguments["attention_backend"] = "TRITON_ATTN"
         if config.tensor_parallel > 1:
             arguments["distributed_executor_backend"] = "mp"
         try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 
@@ -36,20 +34,3 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Te
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
     return lambda x: cast(Tensor, layer.cpu_linear(x, layer.weight, layer.bias))
-
-
-def make_gates_invariant(model: nn.Module) -> int:
-    """Gives torch's own linear layers in a vLLM model (GLM's float32 gates) vLLM's product. Returns how many.
-
-    torch would take MKL, which rounds one row otherwise than many.
-    """
-    gates = [module for module in model.modules() if type(module) is nn.Linear]
-    for gate in gates:
-        gate.forward = MethodType(_pack_and_multiply, gate)  # type: ignore[method-assign]
-    return len(gates)
-
-
-@torch.no_grad()
-def _pack_and_multiply(gate: nn.Linear, x: Tensor) -> Tensor:
-    # Packed anew each time: a weight sync writes into the weight, and not into what was packed of it.
-    return packed_product(gate.weight, gate.bias)(x)

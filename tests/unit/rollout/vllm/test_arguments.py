@@ -10,7 +10,7 @@ from gspo_dist.config import RolloutConfig
 from gspo_dist.models.shape import find_model
 from gspo_dist.planner.hardware import GIB
 from gspo_dist.planner.memory import engine_memory
-from gspo_dist.rollout.vllm.arguments import head_override, max_num_seqs
+from gspo_dist.rollout.vllm.arguments import attention_backend, head_override, max_num_seqs
 from tests.unit.planner.views import engine_of, work_of
 
 QWEN = find_model("Qwen3-30B-A3B")
@@ -51,3 +51,9 @@ def test_a_gpu_decodes_what_its_cache_holds_at_half_of_the_mean_length() -> None
     assert max_num_seqs(replace(config, group_size=8), QWEN, 80 * GIB) == 512  # its share of a step
     assert max_num_seqs(replace(config, group_size=2), QWEN, 80 * GIB) == 256
     assert max_num_seqs(replace(config, tensor_parallel=1), QWEN, 60 * GIB) == 256  # no room at all
+
+
+def test_only_batch_invariant_engines_on_gpus_attend_with_tritons_kernel() -> None:
+    assert attention_backend("cuda", batch_invariant=True) == {"attention_backend": "TRITON_ATTN"}
+    assert attention_backend("cuda", batch_invariant=False) == {}
+    assert attention_backend("cpu", batch_invariant=True) == {}
