@@ -2,6 +2,7 @@
 
 python exact_case.py audits FOLDER      exact, plain and maimed learners, bf16 (FOLDER: scratch for a model)
 python exact_case.py threads FOLDER     engine and learner with two threads, fp32, long prompts
+python exact_case.py crowded FOLDER     groups whose prompt is cached, in a KV cache too small for them, bf16
 python exact_case.py families FOLDER    a family with much of its own, bf16, temperature 0.7
 """
 
@@ -25,23 +26,21 @@ from gspo_dist.rollout.vllm.engine import VllmEngine, prepare_process
 from gspo_dist.trainer.audit import compare
 from gspo_dist.types import SamplingSpec
 
+ONE_EACH = SamplingSpec(n=1, max_tokens=32, seed=1)
 
-def start(folder, precision, threads, lengths):
+
+def start(folder, precision, threads, lengths, spec=ONE_EACH, **settings):
     """(exact learner, engine, what compares a learner with what the engine has sampled)."""
     make_model(folder)
     prepare_process("cpu", threads, precision)
     policy = load_policy(folder, precision, fp32_head=precision == "fp32", consistency="exact")
-    config = RolloutConfig(
-        precision=precision,
-        max_prompt_tokens=128,
-        max_completion_tokens=32,
-        enforce_eager=True,
-        kv_cache_gib=0.1,
-    )
+    limits = {"max_prompt_tokens": 128, "max_completion_tokens": 32, "kv_cache_gib": 0.1} | settings
+    config = RolloutConfig(precision=precision, enforce_eager=True, **limits)
     engine = VllmEngine(config, folder, threads=threads, batch_invariant=True, fp32_head=precision == "fp32")
     asked = prompts(lengths)
-    groups = engine.generate(asked, SamplingSpec(n=1, max_tokens=32, seed=1), range(len(asked)))
-    sampled = [group[0] for group in groups]
+    groups = engine.generate(asked, spec, range(len(asked)))
+    sampled = [completion for group in groups for completion in group]
+    asked = [prompt for prompt in asked for _ in range(spec.n)]
 
     def audit(learner):
         found = compare(engine, learner, asked, sampled)
@@ -133,6 +132,22 @@ def threads(folder):
     return result
 
 
+def crowded(folder):
+    spec = SamplingSpec(n=4, max_tokens=64, seed=1, stop_token_ids=())
+    limits = {"max_prompt_tokens": 160, "max_completion_tokens": 64}
+    # A token takes 512 bytes: keys and values of 2 heads of 32 in 2 layers, 2 bytes each.
+    policy, engine, audit = start(
+        folder, "bf16", 1, [150] * 8, spec, kv_cache_gib=1024 * 512 / 2**30, **limits
+    )
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    result = audit(policy) | {
+        "caches_prompts": engine.prefix_caching,
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+    }
+    engine.close()
+    return result
+
+
 def audits(folder):
     policy, engine, audit = start(folder, "bf16", 1, [5, 33, 50, 20])
     result = {"exact": audit(policy), "plain": audit(load_policy(folder, "bf16", fp32_head=False))}
@@ -148,6 +163,6 @@ def audits(folder):
 
 
 if __name__ == "__main__":
-    case = {"audits": audits, "families": families, "threads": threads}[sys.argv[1]]
+    case = {"audits": audits, "crowded": crowded, "families": families, "threads": threads}[sys.argv[1]]
     print("RESULT " + json.dumps(case(Path(sys.argv[2]))), flush=True)
     os._exit(0)

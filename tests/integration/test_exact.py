@@ -100,6 +100,14 @@ def test_engine_and_learner_give_every_token_the_same_log_prob(train, overrides)
     assert rows[1]["learner/grad_norm"] > 0
 
 
+def test_so_does_a_run_that_goes_on_from_its_checkpoint(train):
+    [before] = train(*IN_PROCESS, *BF16, "steps=1", "checkpoint.save_last=true")
+    first, second = train(*IN_PROCESS, *BF16)
+    assert first == before  # with its times: it was not made again
+    assert second["step"] == 2
+    assert (second["mismatch/abs_log_ratio_max"], second["sync/probe_max_abs"]) == (0.0, 0.0)
+
+
 def test_so_does_a_run_that_samples_ahead_wherever_versions_agree(train):
     """fp32, tempered. The third step's completions are cut by a weight update in their middle.
 
@@ -135,6 +143,15 @@ def test_threads_change_nothing(tmp_path):
     told = told_by("threads", tmp_path, threads=2)
     assert told["tokens"] > 64
     assert told == {"tokens": told["tokens"], "equal": told["tokens"], "where": None, "prefilled": True}
+
+
+def test_preempted_groups_with_a_cached_prompt_are_equal_too(tmp_path):
+    """32 completions of 64 tokens over 8 prompts of 150: the cache holds half of what was sampled alone."""
+    told = told_by("crowded", tmp_path, threads=1)
+    assert told["caches_prompts"]
+    assert told["kv_tokens"] <= 1024
+    assert told["tokens"] == told["equal"] == 32 * 64
+    assert told["where"] is None
 
 
 def test_a_family_with_scales_of_its_own_is_equal_too(tmp_path):
