@@ -18,7 +18,7 @@ from gspo_dist.types import Prompt
 log = logging.getLogger(__name__)
 
 NAMED = 5
-"""Records that a message names; the rest are counted."""
+"""Records that a message names. The rest are counted."""
 
 
 class PromptSource(Sequence[Prompt]):
@@ -125,7 +125,7 @@ def to_prompt(
     max_prompt_tokens: int,
     rendering: Mapping[str, Any],
 ) -> Prompt | None:
-    """The record as a prompt; None where it is too long and data.too_long is skip.
+    """The record as a prompt. None where it is too long and data.too_long is skip.
 
     Raises ValueError where it is too long otherwise, and what `chat.render` raises.
     """
@@ -153,7 +153,7 @@ def check_disjoint(train: Iterable[Prompt], heldout: Sequence[Prompt]) -> None:
 
 
 def readable_prompts(source: PromptSource, check: Callable[[Prompt], None], *, skip: bool) -> PromptSource:
-    """`source` without the prompts for which `check` raises ValueError; they are counted and named.
+    """`source` without the prompts for which `check` raises ValueError. They are counted and named.
 
     Raises that error without `skip`, and ValueError where no prompt is left.
     """
@@ -214,7 +214,7 @@ def _render_all(
     max_prompt_tokens: int,
     rendering: Mapping[str, Any],
 ) -> PromptSource:
-    """Every record as its tokens, without equal ones; tells what is left out."""
+    """Every record as its tokens, without equal ones. The log tells what is left out."""
     first: dict[tuple[int, ...], Prompt] = {}
     duplicates = 0
     too_long: list[str] = []

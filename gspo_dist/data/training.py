@@ -1,4 +1,4 @@
-"""Training prompts as a configuration names them: a source or a mixture, held or streamed; their cursor."""
+"""Training prompts as a configuration names them: a source or a mixture, held or streamed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class TrainingPrompts:
 
     parts: dict[str, PromptSource | StreamedSource]
     weights: dict[str, float]
-    """Of each source; empty without a mixture."""
+    """Of each source. Empty without a mixture."""
 
     def __iter__(self) -> Iterator[Prompt]:
-        """Prompts of all sources; of one that is streamed the first ones."""
+        """Prompts of all sources. Of one that is streamed, the first ones."""
         for part in self.parts.values():
             yield from itertools.islice(part, CHECKED) if isinstance(part, StreamedSource) else part
 
@@ -115,7 +115,7 @@ def _not_held_out(held: dict[tuple[int, ...], str], prompt: Prompt) -> None:
 def streamed_files(config: DataConfig, source: str) -> list[Path]:
     """The files of a source that is too large to be held: a file, a folder, a data set of the hub.
 
-    None where it is held.
+    Empty where it is held in memory.
     """
     if is_procedural(source):
         return []

@@ -158,9 +158,7 @@ class ChatBridge(Bridge):
     def _check_described(self) -> None:
         """Says so where prompts do not describe the tools."""
         question = [{"role": "user", "content": QUESTION}]
-        tools, self.tools = self.tools, None
-        without, self.tools = self._render(question, cue=True), tools
-        if self._render(question, cue=True) == without:
+        if self._render(question, cue=True) == self._render(question, cue=True, described=False):
             log.warning(
                 "the chat template does not describe tools: the policy is told of none, unless its prompts do"
             )
@@ -188,12 +186,13 @@ class ChatBridge(Bridge):
                 raise self._refusal(what, thinking=bool(thinking))
             expected = text
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, cue: bool) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, cue: bool, described: bool = True) -> str:
+        """The conversation as the template writes it. described: with the tools."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     list(messages),
-                    tools=self.tools,
+                    tools=self.tools if described else None,
                     tokenize=False,
                     add_generation_prompt=cue,
                     **self.template_args,

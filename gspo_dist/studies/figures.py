@@ -36,7 +36,7 @@ INCHES_PER_ARM = 0.25
 TIME_PARTS = ("collect", "reward", "old_logprobs", "update", "sync", "flips", "pack", "other")
 """Of a step: time/PART_s, stacked in this order."""
 LAYERS = "routing/update/flip_fraction/layer_"
-"""What the keys of one layer's flips start with; the layer's number follows."""
+"""What the keys of one layer's flips start with. The layer's number follows."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def by_arm(study: Study, runs: Sequence[RunData]) -> dict[str, list[RunData]]:
 
 
 def draw_all(study: Study, runs: Sequence[RunData], folder: Path) -> dict[str, Path]:
-    """Writes every figure that has data to `folder`; title -> path.
+    """Writes every figure that has data to `folder`. Returns title -> path.
 
     A figure that cannot be drawn or written is said in the log and left out. The report's numbers matter
     more than its pictures.
@@ -138,7 +138,7 @@ def _running(key: str) -> Place:
 
 
 def _minutes(runs: list[RunData], steps: np.ndarray) -> np.ndarray:
-    """The x axis is minutes of training steps; evaluation and flip measurements are not counted."""
+    """The x axis is minutes of training steps, without evaluation and flip measurements."""
     totals = []
     for run in runs:
         s, t = run.series("time/step_s")
@@ -187,7 +187,7 @@ def _thousands(value: float, _: int) -> str:
 
 
 def _panels(axes: Sequence[Axes], arms: Arms, metrics: Mapping[str, str]) -> list[bool]:
-    """One panel per metric (key -> title) against the step; which of them have data."""
+    """One panel per metric (key -> title) against the step. Returns which of them have data."""
     drawn = []
     for axis, (key, title) in zip(axes, metrics.items(), strict=True):
         drawn.append(_line(axis, arms, key))
@@ -279,7 +279,7 @@ def _cost(figure: Figure, arms: Arms) -> bool:
 
 
 def peak_memory(run: RunData) -> float:
-    """Sum of the peak resident bytes of a finished run's processes; nan for one without a summary."""
+    """Sum of the peak resident bytes of a finished run's processes, or nan for one without a summary."""
     if run.summary is None:
         return float("nan")
     return float(sum(p.get("host", 0) for p in run.summary["peak_memory_bytes"].values()))

@@ -1,7 +1,7 @@
 """Where a step's old log-probs come from.
 
 `rollout`: the engine's own numbers, so nothing runs before the update. `recompute`: one forward pass of the
-learner over the batch. That pass is also where R2 records the experts that the update replays; under R3 it
+learner over the batch. That pass is also where R2 records the experts that the update replays. Under R3 it
 replays the engine's. The guard over engine log-probs (guard.py) can ask for recomputation too.
 """
 
@@ -57,7 +57,7 @@ class OldLogprobs:
     def with_routes(self, mini: MiniBatch, rollouts: Sequence[Rollout]) -> MiniBatch:
         """The mini-batch with the routes that the learner must replay.
 
-        R2's are in it already. R3's are those of its rollouts, which hold the batch's traces once; the copy
+        R2's are in it already. R3's are those of its rollouts, which hold the batch's traces once. The copy
         that is made here is meant to live only as long as its use.
         """
         return mini.with_traces(rollouts) if self.config.routing_replay == "r3" else mini

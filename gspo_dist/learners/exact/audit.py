@@ -1,8 +1,8 @@
 """Where engine and learner part: both run one sequence, and what each operator gave is compared in order.
 
 The outputs are caught by forward hooks. On the engine's side they are vLLM's modules, in the process of the
-engine; on the learner's side transformers'. A product that the engine computes at once (queries, keys and
-values; gate and up) is put together from the learner's parts.
+engine. On the learner's side they are transformers'. A product that the engine computes at once (queries,
+keys and values, or gate and up) is put together from the learner's parts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from gspo_dist.learners.exact.install import feed_forward
 
 Caught = dict[str, Tensor]
 """Name of an operator -> what it gave, [tokens, ...], in the order of the forward."""
@@ -40,7 +42,7 @@ class Difference:
 
 
 def first_difference(engine: Caught, learner: Caught) -> Difference | None:
-    """The first operator of both whose outputs differ; None where every bit agrees.
+    """The first operator of both whose outputs differ. None where every bit agrees.
 
     ValueError: they have no operator in common, or one gave them different shapes.
     """
@@ -78,7 +80,7 @@ def _catching_layers(base: Any, projections: Sequence[str]) -> Iterator[Caught]:
         after(base.embed_tokens, "embedding")
         for i, layer in enumerate(base.layers):
             attention = layer.self_attn
-            block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+            block = feed_forward(layer)
             # Granite's own router gives its ids first and is left out.
             router = getattr(block, "gate", None)
             after(layer.input_layernorm, f"layer {i} input norm")
@@ -99,7 +101,7 @@ Catch = Callable[[nn.Module, str], None]
 
 @contextmanager
 def _catching() -> Iterator[tuple[Caught, Catch, Catch]]:
-    """(what is caught, catch a module's output, catch its input); the hooks are gone after the block."""
+    """(what is caught, catch a module's output, catch its input). The hooks are gone after the block."""
     caught: Caught = {}
 
     def keep(name: str, value: Any) -> None:

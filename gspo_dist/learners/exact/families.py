@@ -1,7 +1,7 @@
 """Model families whose operators were compared with the engine's one by one, and what is particular to each.
 
-A family is an architecture's name, as in a model's config. `benchmarks/bench_exact.py` counts equal tokens
-of each against a real engine.
+A family is an architecture's name, as in a model's config. `benchmarks/exact_families.py` counts equal
+tokens of each against a real engine.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Family:
     """What is particular to one architecture."""
 
     router: Callable[[Any], Router] = Router
-    """Made of a layer's router module; dense families have none to make."""
+    """Made of a layer's router module. Dense families have none."""
     neighbours: bool = False
     """Whether rotary turns pairs of neighbouring channels, instead of channel i with i + D / 2."""
     sums_in_norms: bool = True

@@ -106,8 +106,8 @@ def rotated(
 ) -> Tensor:
     """[T, heads, D]: `before` rotated by the engine, with the gradient of `reference`, which HF rotated.
 
-    positions [T] int64; cache [positions, channels that turn]: cosines, then sines. neighbours: pairs are
-    neighbouring channels.
+    positions: [T] int64. cache: [positions, channels that turn], cosines and then sines. neighbours: pairs
+    are neighbouring channels.
     """
     from vllm import _custom_ops as ops
 
@@ -135,7 +135,7 @@ class Pages:
 
     @staticmethod
     def of(lengths: Tensor, block: int) -> Pages:
-        """lengths [S] int32; block: tokens of a block."""
+        """lengths: [S] int32. block: tokens of a block."""
         blocks = (lengths.long() + block - 1) // block
         first = blocks.cumsum(0) - blocks
         column = torch.arange(int(blocks.max()), device=lengths.device)
@@ -148,8 +148,9 @@ class Pages:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """The engine's on a CPU, as a prefill: q [T, heads, D]; k, v [T, kv_heads, D]; lengths [S] int32 of the
-    packed sequences -> [T, heads, D], causal.
+    """The engine's causal attention on a CPU, as a prefill. Returns [T, heads, D].
+
+    q: [T, heads, D]. k, v: [T, kv_heads, D]. lengths: [S] int32, of the packed sequences.
     """
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa

@@ -39,6 +39,16 @@ def gradient(y, q, logits, k, advantage=1.0, cap=None):
     return found
 
 
+def as_known(q, logits, ids):
+    """The engine's probabilities on `ids`, with its rest spread as the learner spreads it."""
+    pi = logits.detach().softmax(0)
+    others = torch.ones(7, dtype=torch.bool)
+    others[ids] = False
+    spread = q.exp()
+    spread[others] = (1 - q[ids].exp().sum()) * pi[others] / pi[others].sum()
+    return spread
+
+
 def test_the_value_by_hand():
     q = torch.tensor([[0.6, 0.3], [0.5, 0.0]], dtype=F64).log()
     pi = torch.tensor([[0.5, 0.3], [0.2, 0.7]], dtype=F64).log()
@@ -65,11 +75,7 @@ def test_the_mean_over_the_engine_is_zero_where_the_rest_is_spread_as_the_learne
     """q' has the engine's k likeliest tokens and the learner's proportions among the others."""
     q, logits = pair(1)
     ids = q.topk(k).indices
-    pi = logits.detach().softmax(0)
-    others = torch.ones(7, dtype=torch.bool)
-    others[ids] = False
-    spread = q.exp()
-    spread[others] = (1 - q[ids].exp().sum()) * pi[others] / pi[others].sum()
+    spread = as_known(q, logits, ids)
     mean = sum(spread[y] * gradient(y, q, logits, k) for y in range(7))
     assert mean.abs().max() < 1e-12
     plain = sum(spread[y] * torch.autograd.grad(logits.log_softmax(0)[y], logits)[0] for y in range(7))
@@ -108,11 +114,7 @@ def test_the_mean_of_the_weighted_score_over_the_engine_is_zero(k, cap):
     """q' spreads the rest as the learner does, so that a token of the rest has the rest's weight."""
     q, logits = pair(1)
     ids = q.topk(k).indices
-    pi = logits.detach().softmax(0)
-    others = torch.ones(7, dtype=torch.bool)
-    others[ids] = False
-    spread = q.exp()
-    spread[others] = (1 - q[ids].exp().sum()) * pi[others] / pi[others].sum()
+    pi, spread = logits.detach().softmax(0), as_known(q, logits, ids)
     engine = spread.log()
     mean, plain = torch.zeros(7, dtype=F64), torch.zeros(7, dtype=F64)
     for y in range(7):
