@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners.gradient_norm import total_norm
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing, trained_index
@@ -140,7 +141,7 @@ class EagerLearner:
         if self.scale is not None:
             scaled = self.scale.value
             torch._foreach_div_(grads, scaled)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        norm = total_norm(grads)
         lr = self.config.optimizer.lr * self.lr_factor(self.policy_version)
         skipped = not torch.isfinite(norm)
         if self.scale is not None:

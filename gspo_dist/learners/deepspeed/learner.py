@@ -20,6 +20,7 @@ from gspo_dist.learners.deepspeed.config import check, check_values, engine_conf
 from gspo_dist.learners.deepspeed.export import full_weights
 from gspo_dist.learners.deepspeed.load import load_in_place, load_partitioned, own_experts
 from gspo_dist.learners.eager import hf_forward, hf_logprobs, replaying
+from gspo_dist.learners.gradient_norm import total_norm
 from gspo_dist.learners.hf_folder import check_model_folder
 from gspo_dist.learners.hf_model import PolicyModel, load_policy
 from gspo_dist.learners.learner import OptimStep, WeightBucket
@@ -222,7 +223,7 @@ class DeepSpeedLearner:
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        self._plain_norm = torch.nn.utils.get_total_norm(gradients)
+        self._plain_norm = total_norm(gradients)
         if not torch.isfinite(self._plain_norm):
             for parameter in parameters:
                 parameter.grad = None

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import types
 from typing import Any, Self
 
 import torch
+
+from gspo_dist.learners.gradient_norm import total_norm
 
 # Modules that name device="cuda" in a factory call, or print a dtype as "torch.cuda.FloatTensor". They make
 # token counters (schedules), norms and found_inf flags (optimizer, clip_grads, utils), a warm-up tensor
@@ -154,6 +157,9 @@ def _stand_in_for_megatron() -> None:
     # Set to a Transformer Engine wrapper when TE imports, and left callable when it does not.
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     moe_utils.te_general_gemm = None
+    # Its own norm is torch's, which on a CPU is not exact enough for large tensors.
+    clips: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+    clips.l2_norm_impl = _l2_norm
     # A rank takes part in the sending of tensors that it does not need, in memory that it makes for them.
     sharded: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping").ShardedTensor
     plain_init = sharded.init_data
@@ -169,3 +175,10 @@ def _stand_in_for_megatron() -> None:
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """The sizes that the dispatcher asks for, on the host."""
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *args: Any
+) -> tuple[torch.Tensor, None]:
+    """As `multi_tensor_l2norm`: the norm of all tensors, and none of each."""
+    return total_norm(itertools.chain(*tensor_lists)).reshape(1), None

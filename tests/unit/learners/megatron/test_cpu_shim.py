@@ -41,6 +41,12 @@ def test_stand_ins_hold_for_the_whole_process_and_may_be_installed_again() -> No
         "assert x.cuda() is x and torch.nn.Linear(1, 1).cuda().weight.device.type == 'cpu'\n"
         "assert x.type() == 'torch.cuda.FloatTensor' and x.type(torch.int64).dtype == torch.int64\n"
         "assert torch.cuda.Stream().query() and torch.cuda.Event().record() is None\n"
+        "from megatron.core.optimizer.clip_grads import get_grad_norm_fp32\n"
+        "gloo = {'store': torch.distributed.HashStore(), 'rank': 0, 'world_size': 1}\n"
+        "torch.distributed.init_process_group('gloo', **gloo)\n"
+        "large = torch.randn(2_560_000)\n"
+        "error = get_grad_norm_fp32([large, large]) / float((2 * large.double()**2).sum() ** 0.5) - 1\n"
+        "assert abs(error) < 1e-6, error\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
