@@ -1,4 +1,6 @@
-"""Runs one case of vllm_case.py in a fresh interpreter (vLLM changes global state of its process)."""
+"""Runs one case of vllm_case.py, or of another file, in a fresh interpreter: vLLM changes global state of its
+process.
+"""
 
 import json
 import os
@@ -7,9 +9,9 @@ import sys
 from pathlib import Path
 
 
-def run_case(case, folder, timeout=280):
+def run_case(case, folder, timeout=280, script="vllm_case.py"):
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_case.py")), case, str(folder)],
+        [sys.executable, str(Path(__file__).with_name(script)), case, str(folder)],
         check=False,
         capture_output=True,
         text=True,

@@ -62,22 +62,51 @@ def test_vllm_keeps_the_contract_of_every_engine(tmp_path):
     assert run_case("contract", tmp_path)["kept"]
 
 
-def test_a_slow_tool_holds_no_engine_and_episodes_are_hfs(tmp_path):
-    """Laws 22 and 25 on a real engine, and no wait: one tool answers only after the engine has gone on.
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory):
+    return run_case("turns", tmp_path_factory.mktemp("turns"), script="turns_case.py")
+
+
+@pytest.mark.parametrize("kind", ["slow", "mcp", "crowded"])
+def test_episodes_of_several_turns_are_hfs(turns, kind):
+    """Laws 22 and 25 on a real engine: log-probs, routes, and which tokens are whose."""
+    episodes = turns[kind]
+    assert episodes["failed"] == []
+    assert episodes["gap"] < 1e-5
+    assert episodes["wrong_routes"] == 0
+    assert episodes["unsaid"] == 0
+
+
+def test_a_slow_tool_holds_no_engine(turns):
+    """One tool answers only after the engine has gone on.
 
     An engine that waited for it would never do the ten ticks that open its gate. The tool would miss its
     deadline, and its episode would have failed.
     """
-    result = run_case("turns", tmp_path)
-    assert result["was_held"]
-    assert result["held_ticks"] >= 10
-    assert result["held_tokens"] >= 10
-    assert result["failed"] == []
-    assert len(result["turns"]) == 12
-    assert result["turns"].count(4) >= 6  # most of them have more than three turns
-    assert result["gap"] < 1e-5
-    assert result["wrong_routes"] == 0
-    assert result["unsaid"] == 0
+    slow = turns["slow"]
+    assert slow["was_held"]
+    assert slow["held_ticks"] >= 10
+    assert slow["held_tokens"] >= 10
+    assert len(slow["turns"]) == 12
+    assert slow["turns"].count(4) >= 6  # most of them have more than three turns
+
+
+def test_an_mcp_servers_answers_are_appended(turns):
+    served = turns["mcp"]
+    assert served["turns"].count(3) >= 3
+    assert len(served["answers"]) >= 9
+    assert all(answer == wanted and not wrong for answer, wanted, wrong in served["answers"])
+
+
+def test_preempted_turns_keep_the_routes_of_what_the_environment_said(turns):
+    """A KV cache that holds five of twelve episodes: what was read is thrown away and read again."""
+    crowded = turns["crowded"]
+    assert crowded["environment_tokens_lost"] >= 10
+    assert crowded["preemptions_alone"] == 0
+    assert crowded["environment_tokens"] >= 30
+    assert crowded["same_tokens"]
+    assert crowded["logprob_gap"] < 1e-5
+    assert crowded["differing_routes"] == 0
 
 
 def test_sampling_follows_the_models_distribution(tmp_path):
