@@ -11,7 +11,8 @@ that the rank holds: anonymous pages, a fork's only where they differ from its p
 sizes of files with the rank's number. Bytes read are those of the items (Megatron) and files (DeepSpeed) that
 the rank opens. "read" is their sum over ranks, as a multiple of the bytes of the checkpoint. "model" and
 "build" are the peak resident memory, pages of mapped files included, that a rank takes while it reads the
-model's folder (DeepSpeed) and while it makes its learner, per parameter of the model.
+model's folder (DeepSpeed) and while it makes its learner, per parameter of the model. "export" is that of a
+process of its own which writes an HF folder from the checkpoint's files, as `gspo export --no-probe` does.
 """
 
 from __future__ import annotations
@@ -220,6 +221,23 @@ def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
     }
 
 
+def export_main(job: dict[str, Any]) -> dict[str, float]:
+    """Writes an HF folder from the checkpoint, without a learner; its peak resident memory and its seconds."""
+    from gspo_dist.config import DeepSpeedConfig, LearnerConfig, MegatronConfig
+    from gspo_dist.trainer.setup.factories import stored_weights
+    from gspo_dist.weights.export import write_hf_folder
+
+    layout = dict(job["layout"])
+    backend = layout.pop("backend")
+    section = {backend: (MegatronConfig if backend == "megatron" else DeepSpeedConfig)(**layout)}
+    config = LearnerConfig(backend=backend, world_size=job["world"], precision=job["precision"], **section)
+    folder, model = Path(job["checkpoint"]), Path(job["model"])
+    next(iter(stored_weights(config, str(model), folder)))  # what it imports is not counted
+    resident, start = Resident(), time.perf_counter()
+    write_hf_folder(stored_weights(config, str(model), folder), model, folder.parent / "export")
+    return {"export": resident.whole() / job["parameters"], "export_s": time.perf_counter() - start}
+
+
 def make_model(folder: Path, hidden: int) -> Path:
     """A random Qwen3-MoE whose experts hold most of its weights."""
     import torch
@@ -294,7 +312,11 @@ def measure(world: int, layout: dict[str, Any], model: Path, precision: str) -> 
                 process.kill()
                 process.wait()
                 log.close()
-        return [json.loads(Path(f"{folder}/rank{rank}.json").read_text()) for rank in range(world)]
+        told = [json.loads(Path(f"{folder}/rank{rank}.json").read_text()) for rank in range(world)]
+        command = [sys.executable, __file__, "--export", f"{folder}/export.json", json.dumps(job)]
+        subprocess.run(command, env=environment, check=True, timeout=900, stdout=subprocess.DEVNULL)
+        exported = json.loads(Path(f"{folder}/export.json").read_text())
+        return [rank | exported for rank in told]
 
 
 def main() -> None:
@@ -305,7 +327,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768, help="width; 768 makes 69 million parameters")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # where to write, the job
+    parser.add_argument("--export", nargs=2, help=argparse.SUPPRESS)  # the same
     options = parser.parse_args()
+    if options.export:
+        out, job = options.export
+        Path(out).write_text(json.dumps(export_main(json.loads(job))))
+        return
     if options.rank:
         out, job = options.rank
         Path(out).write_text(json.dumps(rank_main(json.loads(job), int(os.environ["RANK"]))))
@@ -313,9 +340,9 @@ def main() -> None:
     print("Bytes per parameter that the rank holds; the largest and the smallest rank where they differ.\n")
     print(
         "| layout | model | build | save: extra | save: s | written per rank "
-        "| load: extra | load: s | read per rank | read |"
+        "| load: extra | load: s | read per rank | read | export | export: s |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", options.hidden)
         for name in options.only or LAYOUTS:
@@ -330,7 +357,7 @@ def main() -> None:
             print(
                 f"| {name} | {span('model')} | {span('build')} | {span('save_extra')} | {span('save_s')} | "
                 f"{span('written', True)} | {span('load_extra')} | {span('load_s')} | {span('read', True)} | "
-                f"{read:.2f} |",
+                f"{read:.2f} | {ranks[0]['export']:.2f} | {span('export_s')} |",
                 flush=True,
             )
 

@@ -53,6 +53,8 @@ PLANS = (
     Plan("routes", "5% of the experts differ at most, and a replay leaves none out", 4),
     Plan("sync", "two steps over NCCL; both are probed, the last below 0.1 nats", 5),
     Plan("colocation", "the same on one GPU, with the engine asleep while the learner works", 5),
+    Plan("parking", "a learner's memory to the host and back: no bit changes, under 0.5 GiB stay", 2),
+    Plan("shared", "two ranks and an engine of two GPUs take turns on the same two GPUs", 6),
 )
 """In the order of what most likely breaks, and of what the later steps stand on."""
 

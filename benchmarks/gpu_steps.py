@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gspo_dist.config import LearnerConfig, MegatronConfig, OptimizerConfig, RolloutConfig
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.learners.parking import Parking
 from gspo_dist.models.config_file import find_config
 from gspo_dist.models.shape import read_shape
 from gspo_dist.objectives.objective import get_objective
@@ -538,8 +539,38 @@ def colocation(step: Step) -> None:
     )
 
 
+def parking(step: Step) -> None:
+    """A learner's memory to the host and back, as between two turns of colocated parts."""
+    learner = make(step, "eager")
+    train(step, learner)
+    (batches,) = mini_batch(step.size).micro_batches
+    before = learner.logprobs(batches)
+    parked = Parking(learner)
+    parked.sleep(), parked.wake_up()  # the first time pins host memory
+    gc.collect()
+    with step.timed("to the host s"):
+        moved = parked.sleep()
+    step.note("GiB moved", moved / GIB)
+    if step.device == "cuda":
+        step.expect("GiB that stay on the GPU", torch.cuda.memory_allocated() / GIB, most=0.5)
+    with step.timed("back s"):
+        parked.wake_up()
+    pairs = zip(before, learner.logprobs(batches), strict=True)
+    changed = sum(int((was.logprobs != now.logprobs).sum()) for was, now in pairs)
+    step.expect("log-probs that changed", float(changed), most=0.0)
+
+
+def shared(step: Step) -> None:
+    """Two steps with two ranks and an engine over both of their GPUs."""
+    if step.device == "cpu" or torch.cuda.device_count() < 2:
+        raise NotHereError("needs two GPUs, for an engine with tensor parallel 2")
+    knobs = ("learner.world_size=2", "rollout.tensor_parallel=2", "rollout.gpu_memory_utilization=0.4")
+    check_rows(step, run_quickstart(step, "shared", "cluster.colocated=true", *knobs))
+
+
 STEPS: dict[str, Callable[[Step], None]] = {
-    f.__name__: f for f in (host, head, eager, deepspeed, megatron, vllm, exact, routes, sync, colocation)
+    f.__name__: f
+    for f in (*(host, head, eager, deepspeed, megatron, vllm, exact, routes, sync), colocation, parking, shared)
 }
 
 

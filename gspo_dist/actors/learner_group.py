@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from gspo_dist.learners.collectives import PREFIX, Watch, dumps, record_in, stuc
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.learners.parking import Parking
 from gspo_dist.learners.profile import Profiler
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.packing import MicroBatches, MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.export import write_hf_folder
 from gspo_dist.weights.send import SentReport
+from gspo_dist.weights.verify import WeightSyncError
 
 START_TIMEOUT_S = 600.0
 """A rank reads the model and meets all others before it answers for the first time."""
@@ -38,6 +41,8 @@ LearnerFactory = Callable[..., Learner]
 class LearnerRank(ActorProcess):
     """One rank's process: builds the learner in place and forwards the verbs of `Learner` to it."""
 
+    _parking: Parking | None = None
+
     def __init__(self, name: str, log_dir: str) -> None:
         super().__init__(name, log_dir)
         self._log_dir = Path(log_dir)
@@ -51,6 +56,12 @@ class LearnerRank(ActorProcess):
         if self._learner is None:
             raise RuntimeError(f"{self.name} has no learner yet: call start first")
         return self._learner
+
+    def _awake(self, *, states: bool = True) -> Learner:
+        """The learner. RuntimeError where what the verb needs is in host memory (`Parking.require`)."""
+        if self._parking is not None:
+            self._parking.require(states=states)
+        return self.learner
 
     @property
     def watch(self) -> Watch:
@@ -77,32 +88,46 @@ class LearnerRank(ActorProcess):
     ) -> list[LogprobOutput]:
         """`Learner.logprobs`. Ranks that are not among `answering` compute as much and return nothing."""
         with self.watch.computing("logprobs"):
-            outputs = self.learner.logprobs(batches, **options)
+            learner = self._awake(states=options.get("reference", False))
+            outputs = learner.logprobs(batches, **options)
         return outputs if self.name in answering else []
 
     def forward_backward(self, batches: Sequence[PackedBatch], spec: LossSpec) -> dict[str, Stat]:
         with self.watch.computing("forward_backward"):
-            return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
+            return {name: stat.cpu() for name, stat in self._awake().forward_backward(batches, spec).items()}
 
     def optim_step(self) -> OptimStep:
         with self.watch.computing("optim_step"):
-            return self.learner.optim_step()
+            return self._awake().optim_step()
 
     def send_weights(
-        self, sync: WeightSyncConfig, engines: Mapping[str, Any], log_dir: str
+        self,
+        sync: WeightSyncConfig,
+        engines: Mapping[str, Any],
+        log_dir: str,
+        exporters: Sequence[int] | None = None,
     ) -> SentReport | None:
-        """Takes part in the export. The exporter delivers each bucket to all engines and waits for them.
+        """Takes part in the export. An exporter delivers each bucket to its engines and waits for them.
 
-        The exporter returns what it sent, every other rank None.
+        engines: those of this rank. exporters: the ranks that have some; None is one for all engines, which
+        the learner chooses. An exporter returns what it sent, every other rank None.
         """
         with self.watch.waiting(sync.timeout_s):
-            return self._send(sync, engines, log_dir)
+            return self._send(sync, engines, log_dir, exporters)
 
-    def _send(self, sync: WeightSyncConfig, engines: Mapping[str, Any], log_dir: str) -> SentReport | None:
+    def _send(
+        self,
+        sync: WeightSyncConfig,
+        engines: Mapping[str, Any],
+        log_dir: str,
+        exporters: Sequence[int] | None,
+    ) -> SentReport | None:
         deadline = time.monotonic() + LINK_SHARE * sync.timeout_s
-        stream = self.learner.weights(sync.bucket_bytes, stacked=True)
+        learner = self._awake(states=False)
+        chosen = {} if exporters is None else {"exporters": exporters}
+        stream = learner.weights(sync.bucket_bytes, stacked=True, **chosen)
         try:
-            if not self.learner.is_exporter:
+            if not (learner.is_exporter if exporters is None else engines):
                 return None
             if self._link is None or not self._link.reaches(engines):
                 self.close_link()
@@ -127,9 +152,10 @@ class LearnerRank(ActorProcess):
     def export(self, source: str, target: str) -> int | None:
         """Writes the weights as an HF folder and returns their number, or None from the other ranks."""
         with self.watch.waiting():
-            if self.learner.is_exporter:
-                return write_hf_folder(hf_items(self.learner), Path(source), Path(target))
-            for _ in hf_items(self.learner):
+            learner = self._awake(states=False)
+            if learner.is_exporter:
+                return write_hf_folder(hf_items(learner), Path(source), Path(target))
+            for _ in hf_items(learner):
                 pass
             return None
 
@@ -139,12 +165,16 @@ class LearnerRank(ActorProcess):
     def stop_profile(self, folder: str, name: str) -> list[str]:
         return [str(path) for path in self._profiler.stop(Path(folder), name)]
 
-    def empty_cache(self) -> None:
-        """Gives the GPU memory that only the allocator holds to a colocated engine."""
-        import torch
+    def sleep(self, keep_weights: bool = False) -> int:
+        """`Parking.sleep`: leaves the device to a colocated engine. Returns the bytes freed."""
+        if self._parking is None:
+            self._parking = Parking(self.learner)
+        with self.watch.waiting():
+            return self._parking.sleep(keep_weights=keep_weights)
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def wake_up(self, weights_only: bool = False) -> int:
+        """`Parking.wake_up`. Does nothing to a rank that never slept."""
+        return 0 if self._parking is None else self._parking.wake_up(weights_only=weights_only)
 
     def save(self, folder: str) -> None:
         """Begins to save this rank's part. `wait_saved` ends it. ValueError: this node has no such folder."""
@@ -154,11 +184,11 @@ class LearnerRank(ActorProcess):
                 "file system that all nodes share"
             )
         with self.watch.waiting():
-            self.learner.save(Path(folder))
+            self._awake().save(Path(folder))
 
     def load(self, folder: str) -> None:
         with self.watch.waiting():
-            self.learner.load(Path(folder))
+            self._awake().load(Path(folder))
 
     def wait_saved(self) -> None:
         with self.watch.waiting():
@@ -174,10 +204,20 @@ class RayLearnerGroup:
     """
 
     def __init__(
-        self, config: LearnerConfig, make: LearnerFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
+        self,
+        config: LearnerConfig,
+        make: LearnerFactory,
+        options: Sequence[Mapping[str, Any]],
+        log_dir: Path,
+        exporters: Mapping[str, int] | None = None,
     ) -> None:
-        """Creates the actors. `start` builds their learners. options: Ray's, one mapping per rank."""
+        """Creates the actors. `start` builds their learners.
+
+        options: Ray's, one mapping per rank.
+        exporters: engine -> the rank that sends it weights, on its own host. None: one rank sends to all.
+        """
         self.config = config
+        self.exporters = exporters
         remote = ray.remote(LearnerRank)
         handles = {
             f"learner-{rank}": remote.options(**options[rank]).remote(f"learner-{rank}", str(log_dir))
@@ -281,10 +321,20 @@ class RayLearnerGroup:
         return step
 
     def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
-        answers = self._call(
-            "send_weights", sync, dict(engines), str(self.actors.log_dir), timeout=sync.timeout_s
-        )
-        return next(report for report in answers.values() if report is not None)
+        log_dir = str(self.actors.log_dir)
+        if self.exporters is None or sync.transport not in ("auto", "shm"):
+            answers = self._call("send_weights", sync, dict(engines), log_dir, timeout=sync.timeout_s)
+        else:
+            own: dict[str, dict[str, Any]] = {name: {} for name in self.actors.handles}
+            for engine, handle in engines.items():
+                own[f"learner-{self.exporters[engine]}"][engine] = handle
+            ranks = sorted({self.exporters[engine] for engine in engines})
+            refs = {
+                name: rank.send_weights.remote(sync, own[name], log_dir, ranks)
+                for name, rank in self.actors.handles.items()
+            }
+            answers = self._gather(refs, sync.timeout_s)
+        return one_report({name: report for name, report in answers.items() if report is not None})
 
     def export(self, source: Path, target: Path) -> int:
         """Writes an HF folder on the exporter's host. Returns the number of tensors."""
@@ -313,11 +363,32 @@ class RayLearnerGroup:
         answers = self.actors.gather(refs, self.config.timeout_s)
         return [Path(path) for files in answers.values() for path in files]
 
-    def empty_cache(self) -> None:
-        self.actors.call_all("empty_cache", timeout=self.config.timeout_s)
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        self._call("sleep", keep_weights, timeout=self.config.timeout_s)
+
+    def wake_up(self, *, weights_only: bool = False) -> None:
+        self._call("wake_up", weights_only, timeout=self.config.timeout_s)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.actors.peak_memory()
 
     def close(self) -> None:
         self.actors.kill()
+
+
+def one_report(reports: Mapping[str, SentReport]) -> SentReport:
+    """What several exporters sent of one publication: it must be the same.
+
+    WeightSyncError names a rank that sent something else than the first one.
+    """
+    (first, sent), *others = reports.items()
+    for name, report in others:
+        if report.checksums != sent.checksums or report.tensors != sent.tensors:
+            odd = sorted(
+                tensor
+                for tensor in report.checksums.keys() | sent.checksums.keys()
+                if report.checksums.get(tensor) != sent.checksums.get(tensor)
+            )
+            raise WeightSyncError(f"{name} and {first} sent other weights, first {(odd or ['none'])[0]}")
+    slowest = max(report.seconds_checking for report in reports.values())
+    return replace(sent, seconds_checking=slowest)

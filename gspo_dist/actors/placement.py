@@ -51,7 +51,9 @@ class Layout:
     engines: tuple[Bundle, ...]
     """One per engine."""
     colocated: bool
-    """Engine i then shares the GPU of learner rank i."""
+    """Engine i then shares the GPUs of the ranks from i * engine_gpus on."""
+    engine_gpus: int = 1
+    """GPUs of each colocated engine."""
 
 
 def lay_out(cluster: ClusterConfig, learner: LearnerConfig, rollout: RolloutConfig, device: str) -> Layout:
@@ -62,14 +64,15 @@ def lay_out(cluster: ClusterConfig, learner: LearnerConfig, rollout: RolloutConf
             raise ValueError(
                 "cluster.colocated needs GPUs (engines sleep to free their memory): got cpu; unset it"
             )
-        if rollout.tensor_parallel != 1 or rollout.engines > learner.world_size:
+        size = rollout.tensor_parallel
+        if rollout.engines * size > learner.world_size:
             raise ValueError(
-                "cluster.colocated places one engine on a learner's GPU: got rollout.tensor_parallel "
-                f"{rollout.tensor_parallel}, {rollout.engines} engines and {learner.world_size} learner "
-                "ranks; use tensor_parallel=1 and at most one engine per rank"
+                "cluster.colocated places engines on the learner's GPUs: got rollout.tensor_parallel "
+                f"{size}, {rollout.engines} engines and {learner.world_size} learner ranks; lower "
+                f"rollout.engines to {max(1, learner.world_size // size)}, or raise learner.world_size"
             )
         share = Bundle(1, 0.5)
-        return Layout((share,) * learner.world_size, (share,) * rollout.engines, True)
+        return Layout((share,) * learner.world_size, (share,) * rollout.engines, True, size)
     cpus = 1 if gpu else CPU_SHARE
     sampling = gpu and rollout.engine != "reference"
     return Layout(
@@ -124,8 +127,7 @@ class Reservation:
         if layout.colocated:
             bundles = [{"CPU": 2.0, "GPU": 1.0} for _ in layout.learners]
             self._refuse_what_never_comes(bundles)
-            # One host: weights pass from a rank to the engines through its shared memory.
-            self.learners = self.engines = self._reserve(bundles, "STRICT_PACK", timeout_s)
+            self.learners = self.engines = self._reserve(bundles, "PACK", timeout_s)
         else:
             learners = [bundle.resources() for bundle in layout.learners]
             engines = [bundle.resources() for bundle in layout.engines]
@@ -134,6 +136,7 @@ class Reservation:
             self.engines = self._reserve(engines, "PACK", timeout_s)
         try:
             self._check_blocks(together or {})
+            self._check_engines()
         except BaseException:
             self.release()
             raise
@@ -180,11 +183,63 @@ class Reservation:
                         "hosts, or choose sizes that divide what each host has free"
                     )
 
+    def _check_engines(self) -> None:
+        """An engine's workers talk through the memory of one host."""
+        size = self.layout.engine_gpus
+        if self.learners is None or not self.layout.colocated or size == 1:
+            return
+        homes = self.learners.homes
+        for i in range(len(self.layout.engines)):
+            spanned = dict.fromkeys(homes[i * size : (i + 1) * size])
+            if len(spanned) > 1:
+                raise RuntimeError(
+                    f"ranks {i * size}-{(i + 1) * size - 1} share their GPUs with engine {i} and must be on "
+                    f"one host: the cluster granted {', '.join(spanned)}; free whole hosts, or choose a "
+                    "rollout.tensor_parallel that divides what each host has free"
+                )
+
     def homes(self, kind: str) -> tuple[str, ...]:
         """The host of every actor of kind learner or engine, in order."""
         place = self.learners if kind == "learner" else self.engines
         count = len(self.layout.learners if kind == "learner" else self.layout.engines)
-        return () if place is None else place.homes[:count]
+        return () if place is None else tuple(place.homes[self._place(kind, i)] for i in range(count))
+
+    def _place(self, kind: str, index: int) -> int:
+        """Which of the granted places an actor has: a colocated engine that of its first rank."""
+        return index * self.layout.engine_gpus if kind == "engine" and self.layout.colocated else index
+
+    def exporters(self) -> dict[str, int] | None:
+        """Engine -> the rank that sends it weights: the first of its host. None where one sends to all.
+
+        Example: ranks 0-7 on one host and 8-15 on another, engines of 4 GPUs: engines 0 and 1 have rank 0,
+        engines 2 and 3 have rank 8.
+        """
+        if not self.layout.colocated:
+            return None
+        first: dict[str, int] = {}
+        for rank, home in enumerate(self.homes("learner")):
+            first.setdefault(home, rank)
+        return {f"engine-{i}": first[home] for i, home in enumerate(self.homes("engine"))}
+
+    def shared_gpus(self, timeout_s: float) -> list[tuple[str, ...]]:
+        """The ids of each colocated engine's GPUs on its host. Empty where Ray's own choice will do.
+
+        A bundle keeps its GPU, so whoever looks from inside sees what the rank will have.
+        """
+        size = self.layout.engine_gpus
+        if not self.layout.colocated or size == 1:
+            return []
+
+        @ray.remote(num_cpus=0)
+        def here() -> tuple[str, ...]:
+            return tuple(str(gpu) for gpu in ray.get_gpu_ids())
+
+        ranks = range(len(self.layout.engines) * size)
+        refs = [here.options(**self.options("learner", rank, {})).remote() for rank in ranks]
+        seen = ray.get(refs, timeout=timeout_s)
+        return [
+            tuple(gpu for found in seen[i : i + size] for gpu in found) for i in range(0, len(ranks), size)
+        ]
 
     def options(self, kind: str, index: int, env: Mapping[str, str]) -> dict[str, Any]:
         """Ray options of the actor `index` of kind learner or engine."""
@@ -195,7 +250,8 @@ class Reservation:
             "num_cpus": bundle.cpus,
             "num_gpus": bundle.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=place.group, placement_group_bundle_index=place.bundles[index]
+                placement_group=place.group,
+                placement_group_bundle_index=place.bundles[self._place(kind, index)],
             ),
             "runtime_env": {"env_vars": dict(env)},
         }

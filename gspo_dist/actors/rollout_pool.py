@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,14 @@ class EngineProcess(ActorProcess):
             raise RuntimeError(f"{self.name} has no engine yet: call start first")
         return self._engine
 
-    def start(self, make: EngineFactory) -> EngineInfo:
-        """Builds the engine; called once, before every other verb."""
+    def start(self, make: EngineFactory, gpus: Sequence[str] = ()) -> EngineInfo:
+        """Builds the engine; called once, before every other verb.
+
+        gpus: ids of the host's GPUs that it takes instead of what Ray gave it. Ray gives an actor parts of
+        one GPU or several whole ones, and a colocated engine shares several.
+        """
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # read when CUDA starts, which make() does
         self._engine = make(name=self.name)
         return self._engine.info()
 
@@ -107,10 +114,19 @@ class RayRolloutPool(Fleet):
     """
 
     def __init__(
-        self, config: RolloutConfig, make: EngineFactory, options: Sequence[Mapping[str, Any]], log_dir: Path
+        self,
+        config: RolloutConfig,
+        make: EngineFactory,
+        options: Sequence[Mapping[str, Any]],
+        log_dir: Path,
+        gpus: Sequence[Sequence[str]] = (),
     ) -> None:
-        """Creates the actors, which begin to build their engines. options: Ray's, one mapping per engine."""
+        """Creates the actors, which begin to build their engines. options: Ray's, one mapping per engine.
+
+        gpus: those of each engine, where Ray's options do not say which (`EngineProcess.start`).
+        """
         names = [f"engine-{i}" for i in range(config.engines)]
+        self.gpus = dict(zip(names, gpus, strict=False))
         super().__init__(names, config.timeout_s)
         self.config, self.make = config, make
         self.options = dict(zip(names, options, strict=False))
@@ -127,7 +143,8 @@ class RayRolloutPool(Fleet):
         remote = ray.remote(EngineProcess)
         handle = remote.options(**self.options[name]).remote(name, str(self.actors.log_dir))
         self.actors.handles[name] = handle
-        self.starting[name] = handle.start.remote(self.make)
+        shared = (self.gpus[name],) if name in self.gpus else ()
+        self.starting[name] = handle.start.remote(self.make, *shared)
 
     def start(self) -> EngineInfo:
         """Waits until every engine is up, and returns what the first one says of itself: they are alike.

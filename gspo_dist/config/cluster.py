@@ -22,7 +22,8 @@ class ClusterConfig:
     device: str = "auto"
     """auto | cpu | cuda."""
     colocated: bool = False
-    """Learner ranks and engines share the GPUs of one host. Engines sleep during the update."""
+    """Learner ranks and engines share all GPUs, of one host or several. Engines sleep during the update, and
+    the learner's states are in host memory while engines sample."""
     placement_timeout_s: float = 600.0
     """Longest wait for hosts that are still joining, and for the cluster to grant what was asked for."""
     env: dict[str, str] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing, trained_index
 from gspo_dist.learners.loss_scale import LossScale
+from gspo_dist.learners.parking import Held
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, map_state, read_state, write_layout, write_state
 from gspo_dist.metrics.stat import Stat, merge_stats
@@ -163,7 +164,15 @@ class EagerLearner:
         self.policy_version += 1
         return OptimStep(float(norm), lr, self.policy_version, loss_scale=scaled)
 
-    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
+    def held(self) -> Held:
+        weights = [*self.policy.parameters(), *self.policy.buffers()]
+        return Held(
+            self.device, weights, [self.policy, self.reference, self.masters, self.gradients, self.optimizer]
+        )
+
+    def weights(
+        self, bucket_bytes: int, *, stacked: bool = False, exporters: Sequence[int] | None = None
+    ) -> Iterator[WeightBucket]:
         weights = hf_named_weights(self.policy.hf, slice_bytes=bucket_bytes, stacked=stacked)
         yield from buckets(weights, bucket_bytes)
 

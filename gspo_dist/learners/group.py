@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.learner import Learner, OptimStep
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.learners.parking import Parking
 from gspo_dist.learners.profile import Profiler
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MicroBatches, MiniBatch
@@ -121,8 +122,16 @@ class LearnerGroup(Protocol):
         """
         ...
 
-    def empty_cache(self) -> None:
-        """Gives GPU memory that only the allocator holds to a colocated engine. May be called at any time."""
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        """Moves what the ranks hold on their GPUs to host memory, all or all but the weights.
+
+        May be called again. Verbs whose memory sleeps raise RuntimeError until `wake_up`. The weights alone
+        are enough for `send_weights`, `export` and `logprobs`.
+        """
+        ...
+
+    def wake_up(self, *, weights_only: bool = False) -> None:
+        """Moves it back, bit for bit. May be called again, also on a group that never slept."""
         ...
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
@@ -152,6 +161,7 @@ class LocalLearnerGroup:
         self.transport: Transport | None = None
         self.closed = False
         self.profiler = Profiler()
+        self.parking = Parking(learner)
 
     @property
     def policy_version(self) -> int:
@@ -170,6 +180,7 @@ class LocalLearnerGroup:
         reference: bool = False,
     ) -> list[list[LogprobOutput]]:
         (batches,) = micro_batches
+        self.parking.require(states=reference)
         return [
             self.learner.logprobs(
                 batches, record_routing=record_routing, record_scores=record_scores, reference=reference
@@ -178,12 +189,15 @@ class LocalLearnerGroup:
 
     def forward_backward(self, mini: MiniBatch, spec: LossSpec) -> dict[str, Stat]:
         (batches,) = mini.micro_batches
+        self.parking.require()
         return {name: stat.cpu() for name, stat in self.learner.forward_backward(batches, spec).items()}
 
     def optim_step(self) -> OptimStep:
+        self.parking.require()
         return self.learner.optim_step()
 
     def send_weights(self, sync: WeightSyncConfig, engines: Mapping[str, Any]) -> SentReport:
+        self.parking.require(states=False)
         if self.transport is None:
             self.transport = self._connect(sync, engines)
 
@@ -209,12 +223,15 @@ class LocalLearnerGroup:
         return transport
 
     def export(self, source: Path, target: Path) -> int:
+        self.parking.require(states=False)
         return write_hf_folder(hf_items(self.learner), source, target)
 
     def save(self, folder: Path) -> None:
+        self.parking.require()
         self.learner.save(folder)
 
     def load(self, folder: Path, policy_version: int) -> None:
+        self.parking.require()
         self.learner.load(folder)
 
     def wait_saved(self) -> None:
@@ -227,8 +244,11 @@ class LocalLearnerGroup:
     def stop_profile(self, ranks: Sequence[int], folder: Path) -> list[Path]:
         return self.profiler.stop(folder, "rank-0")
 
-    def empty_cache(self) -> None:
-        """Engine and learner are one process: there is nothing to hand over."""
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        self.parking.sleep(keep_weights=keep_weights)
+
+    def wake_up(self, *, weights_only: bool = False) -> None:
+        self.parking.wake_up(weights_only=weights_only)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         """The one process is counted by the rollout pool."""

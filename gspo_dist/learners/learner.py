@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from gspo_dist.learners.loss import LossSpec
+from gspo_dist.learners.parking import Held
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.types import LogprobOutput, PackedBatch
 
@@ -102,14 +103,21 @@ class Learner(Protocol):
         """
         ...
 
-    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
+    def weights(
+        self, bucket_bytes: int, *, stacked: bool = False, exporters: Sequence[int] | None = None
+    ) -> Iterator[WeightBucket]:
         """Streams the current weights under HF names, about `bucket_bytes` at a time.
 
         stacked: experts travel together where they can, as `weights.stacks` describes.
+        exporters: the ranks that yield tensors, all of them the same; None is the one that `is_exporter`.
 
         Collective: every rank exhausts its iterator. Tensors are valid until the next bucket is asked for and
         must not be written to. It may be called again whenever no other verb runs in between.
         """
+        ...
+
+    def held(self) -> Held:
+        """What it keeps on its device between two verbs, for `parking.Parking` to move away and back."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,18 @@ from gspo_dist.planner.pipeline import Lengths
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes per weight of each `precision`."""
+MOMENTS = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
+"""Bytes of each type that `learner.megatron.optimizer` may name for a moment."""
+COUNTED = frozenset(
+    {
+        "megatron.optimizer.optimizer_offload_fraction",
+        "megatron.optimizer.exp_avg_dtype",
+        "megatron.optimizer.exp_avg_sq_dtype",
+        "deepspeed.config.zero_optimization.reduce_bucket_size",
+        "deepspeed.config.zero_optimization.offload_optimizer.ratio",
+    }
+)
+"""Keys passed on to a backend's own configuration that a plan counts."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,42 @@ class LearnerLayout:
         return self._knob(megatron="optimizer_cpu_offload", deepspeed="offload_optimizer", otherwise=False)
 
     @property
+    def offload_fraction(self) -> float:
+        """Share of the optimiser states that is in host memory, where some are."""
+        if self.backend == "megatron":
+            return float(self.config.megatron.optimizer.get("optimizer_offload_fraction", 1.0))
+        if self.zero_stage < 3:  # DeepSpeed (0.19.8) reads the ratio at stage 3 alone
+            return 1.0
+        return float(self._zero_passed.get("offload_optimizer", {}).get("ratio", 1.0))
+
+    @property
+    def reduce_bucket(self) -> int | None:
+        """Elements of DeepSpeed's reduce bucket where the run names them."""
+        named = self._zero_passed.get("reduce_bucket_size")
+        return None if named is None else int(named)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes per parameter of both moments under `low_precision_moments`."""
+        named = self.config.megatron.optimizer
+        return sum(MOMENTS[named.get(key, "bfloat16")] for key in ("exp_avg_dtype", "exp_avg_sq_dtype"))
+
+    @property
+    def not_counted(self) -> list[str]:
+        """Keys passed on to the backend's own configuration whose effect a plan does not know."""
+        given = {
+            "megatron": ("transformer", "ddp", "optimizer"),
+            "deepspeed": ("config",),
+        }.get(self.backend, ())
+        section = getattr(self.config, self.backend, None)
+        keys = [key for name in given for key in _leaves(f"{self.backend}.{name}", getattr(section, name))]
+        return [f"learner.{key}" for key in keys if key not in COUNTED]
+
+    @property
+    def _zero_passed(self) -> Mapping[str, Any]:
+        return self.config.deepspeed.config.get("zero_optimization", {})
+
+    @property
     def offload_params(self) -> bool:
         """Weights are in host memory."""
         return self._knob(deepspeed="offload_params", otherwise=False)
@@ -158,6 +207,15 @@ class LearnerLayout:
         """The value of the backend's own knob, or `otherwise` for a backend that has none."""
         name = {"megatron": megatron, "deepspeed": deepspeed}.get(self.backend)
         return otherwise if name is None else getattr(getattr(self.config, self.backend), name)
+
+
+def _leaves(where: str, given: Mapping[str, Any]) -> Iterator[str]:
+    """Dotted names of everything in nested mappings."""
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(f"{where}.{key}", value)
+        else:
+            yield f"{where}.{key}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Memory of one learner rank, one engine GPU and one host, item by item.
+"""Memory of one learner rank and one engine GPU, item by item. A host's is in host.py.
 
 Learner states in bytes per parameter, for bf16 weights. d is the number of ranks that share a weight's
 optimiser states, which differs between experts and other weights:
@@ -47,21 +47,6 @@ EXPERT_SKEW = 1.25
 """Tokens of the busiest expert-parallel rank over the mean."""
 ZERO_BUCKET = 500_000_000
 """Elements of DeepSpeed's default reduce bucket. Two are in use."""
-SAVE_EXTRA = 8
-"""Host memory of a Megatron rank that saves, in bytes per parameter that it holds: pieces of the states, and
-their copies on the way to the file."""
-LOAD_BYTES = 4
-"""Host memory of a DeepSpeed rank that starts at ZeRO 0 to 2, in bytes per parameter that it holds. Loading
-takes one parameter at a time. Where a GPU has no room for a second copy, DeepSpeed (0.19.8) takes the bf16
-parameters back to the host and lays them end to end there."""
-PINNED_ROUNDING = 1 / 3
-"""What torch's rounding of pinned blocks up to a power of two adds, as a share (torch 2.13; the blocks of
-Qwen3-30B-A3B: 0.27 to 0.33)."""
-TOKEN_BYTES = 54
-"""Host memory of a rollout's token beside its route: 17 in the completion (id, mask, log-prob, version), 29
-in the packed batch (those, position and advantage), 8 for log-probs that the learner computes."""
-HOST_BASE = 8 * GIB
-"""Operating system, Ray and its object store on one host."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +134,8 @@ def _per_parameter(layout: LearnerLayout) -> _Bytes:
     half = layout.half
     if layout.backend == "megatron":
         if layout.low_precision_moments and half and not layout.offload_optimizer:
-            # Whole float32 master weights and two bf16 moments (learners/megatron/optimizer.py).
-            return _Bytes(2, 4, 8)
+            # Whole float32 master weights and two moments (learners/megatron/optimizer.py).
+            return _Bytes(2, 4, 4 + layout.moment_bytes)
         return _Bytes(layout.width, 4, 12 if half else 8)
     if layout.backend == "eager":
         return _Bytes(layout.width, 4, 12)
@@ -172,9 +157,18 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
     (host if layout.offload_params else device).append(Item("weights", round(per.weights * weights)))
     if layout.offload_optimizer:
         # The optimiser steps on the host: a float32 copy of the shard's gradients is there too.
-        host += [Item("optimizer", round(per.optimizer * optimizer)), Item("gradients", round(4 * optimizer))]
+        away = layout.offload_fraction
+        host += [
+            Item("optimizer", round(away * per.optimizer * optimizer)),
+            Item("gradients", round(away * 4 * optimizer)),
+        ]
         if zero < 2:
             device.append(Item("gradients", round(per.gradients * gradients)))
+        elif away < 1:
+            device.append(Item("gradients", round((1 - away) * per.gradients * gradients)))
+        if away < 1:
+            stays = round((1 - away) * per.optimizer * optimizer)
+            device.append(Item("optimizer", stays, f"{1 - away:.0%} of the master weights and moments"))
     else:
         device += [
             Item("gradients", round(per.gradients * gradients)),
@@ -183,8 +177,9 @@ def learner_states(model: ModelShape, layout: LearnerLayout) -> tuple[list[Item]
     if layout.keep_reference:
         device.append(Item("reference", round(layout.width * weights), "frozen starting policy, for the KL"))
     if zero:
+        bucket = layout.reduce_bucket or ZERO_BUCKET
         device.append(
-            Item("buckets", 2 * layout.width * min(ZERO_BUCKET, params.all), "DeepSpeed's communication")
+            Item("buckets", 2 * layout.width * min(bucket, params.all), "DeepSpeed's communication")
         )
     if zero == 3:
         gathered = model.largest_layer - (
@@ -286,18 +281,6 @@ def engine_weights(model: ModelShape, engine: EngineLayout) -> int:
     return round(engine.width * ((model.total - whole + copies) / tp + whole))
 
 
-def sleeping_engines(model: ModelShape, engine: EngineLayout) -> tuple[Item, ...]:
-    """Weights that colocated engines move to host memory while the learner works (vLLM's sleep, level 1).
-
-    They share one host. The memory is pinned, and torch keeps it when they wake, so it is there during a sync
-    as well. `host_memory` counts what rounding adds to it.
-    """
-    if not engine.colocated:
-        return ()
-    held = engine_weights(model, engine) * engine.engines
-    return (Item("sleeping engines", held, f"weights of {engine.engines} engines"),)
-
-
 @dataclass(frozen=True)
 class EngineMemory:
     """One GPU of an engine, and what its KV cache holds."""
@@ -390,63 +373,3 @@ def engine_memory(
         min(at_once, int(kv_tokens // max(work.mean_length, 1))),
         min(at_once, int(kv_tokens // max(work.mean_prompt + work.lengths.half_way, 1))),
     )
-
-
-def rollout_bytes(model: ModelShape, work: Workload) -> int:
-    """Bytes of a step's rollouts at the longest: their routing traces, and `TOKEN_BYTES` for all else."""
-    row = model.trace_bytes_per_token if work.trace_sets else 0
-    return work.rollouts * work.max_length * (row + TOKEN_BYTES)
-
-
-def passing_host_bytes(model: ModelShape, layout: LearnerLayout) -> Item | None:
-    """What one rank takes in host memory for a time: while it loads, or while it saves a checkpoint."""
-    if layout.backend == "megatron":
-        extra = SAVE_EXTRA * rank_parameters(model, layout).all
-        return Item("saving", extra, f"a checkpoint, {SAVE_EXTRA} bytes per held parameter")
-    if layout.backend == "deepspeed" and layout.zero_stage < 3:
-        extra = LOAD_BYTES * rank_parameters(model, layout).all
-        return Item("loading", extra, f"{LOAD_BYTES} bytes per held parameter, where DeepSpeed lays them out")
-    return None
-
-
-def host_memory(
-    model: ModelShape,
-    work: Workload,
-    width: int,
-    offloaded: list[Item],
-    ranks: int,
-    capacity: int,
-    residents: tuple[Item, ...] = (),
-    asleep: tuple[Item, ...] = (),
-    passing: Item | None = None,
-) -> MemoryTable:
-    """The fullest host: two weight-sync buckets, the step's rollouts and routes, its ranks' offloaded states.
-
-    width: bytes per weight that travels.
-    offloaded: items of one rank in host memory. The host holds those of `ranks` ranks.
-    residents: processes that live in host memory whole (a CPU host).
-    asleep: what engines that sleep keep here (`sleeping_engines`).
-    passing: what one rank takes for a time (`passing_host_bytes`).
-    """
-    # A tensor larger than a bucket travels alone. Experts travel one by one, so the largest is the embedding.
-    bucket = max(work.bucket_bytes, width * model.embedding)
-    items = [
-        Item("base", HOST_BASE if not residents else HOST_BASE // 4, "system, Ray, object store"),
-        Item("weight_sync", 2 * min(bucket, width * model.total), "two buckets"),
-    ]
-    held = TOKEN_BYTES * work.rollouts * work.max_length
-    items.append(Item("rollouts", held, f"{TOKEN_BYTES} bytes per token, at the longest"))
-    row = model.trace_bytes_per_token
-    if work.trace_sets and row:
-        note = f"{row} bytes per token, at the longest" + (
-            "; the engines' and R2's" if work.trace_sets > 1 else ""
-        )
-        items.append(Item("routing", work.trace_sets * work.rollouts * work.max_length * row, note))
-    away = [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
-    items += away
-    pinned = 0 if residents else sum(i.bytes for i in (*away, *asleep))
-    if pinned:
-        items.append(Item("pinned rounding", round(PINNED_ROUNDING * pinned), "torch's blocks of 2^n bytes"))
-    if passing is not None:
-        items.append(Item(passing.name, passing.bytes * ranks, f"{ranks} ranks: {passing.note}"))
-    return MemoryTable("host", (*items, *asleep, *residents), capacity)

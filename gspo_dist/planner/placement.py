@@ -24,8 +24,10 @@ def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_nod
     free = nodes * gpus_per_node - learner.world_size
     size = engine.tensor_parallel
     if engine.engines and engine.colocated:
+        shared = engine.engines * size
         lines.append(
-            f"engines: {_count(engine.engines, 'engine')} on the GPUs of the first {engine.engines} ranks"
+            f"engines: {_count(engine.engines, 'engine')} of {_count(size, 'GPU')}, on the GPUs of the first "
+            f"{_count(shared, 'rank')}"
         )
     elif engine.engines:
         homes = engine_nodes(learner, engine, nodes, gpus_per_node)

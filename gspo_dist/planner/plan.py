@@ -10,18 +10,24 @@ from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.advice import engine_steps, learner_steps, nearest_change
 from gspo_dist.planner.ahead import Ahead, look_ahead
 from gspo_dist.planner.hardware import GIB, Gpu, gib
+from gspo_dist.planner.host import (
+    host_memory,
+    parked_learner,
+    passing_host_bytes,
+    sleeping_engines,
+    step_copies,
+)
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload, read_run
 from gspo_dist.planner.memory import (
     ENGINE_ASLEEP,
+    ENGINE_RUNTIME,
+    RUNTIME_GPU,
     EngineMemory,
     Item,
     MemoryTable,
     engine_memory,
-    host_memory,
+    engine_weights,
     learner_memory,
-    learner_states,
-    passing_host_bytes,
-    sleeping_engines,
 )
 from gspo_dist.planner.pipeline import Lengths
 from gspo_dist.planner.placement import engine_nodes
@@ -233,7 +239,7 @@ def _host(
     """The fullest host: of a CPU host all processes, of a GPU host what its ranks keep beside their GPUs."""
     ranks = p.learner.world_size
     if p.gpu is not None:
-        asleep = sleeping_engines(p.model, p.engine)
+        asleep = sleeping_engines(p.model, p.engine, p.gpus_per_node)
         ranks = min(ranks, p.gpus_per_node)
         return host_memory(
             p.model,
@@ -244,20 +250,32 @@ def _host(
             p.host_bytes,
             asleep=asleep,
             passing=passing_host_bytes(p.model, p.learner),
+            parked=parked_learner(p.model, p.learner) if p.engine.colocated else (),
+            copies=step_copies(p.model, p.work, p.learner, ranks),
         )
     residents = [Item("learner ranks", table.total * ranks, f"{ranks} processes")]
     if sampled is not None:
         engines = p.engine.engines * p.engine.tensor_parallel  # each worker is a process
         residents.append(Item("engines", sampled.table.total * engines, f"{engines} processes"))
     return host_memory(
-        p.model, p.work, p.learner.width, offloaded, ranks, p.host_bytes, residents=tuple(residents)
+        p.model,
+        p.work,
+        p.learner.width,
+        offloaded,
+        ranks,
+        p.host_bytes,
+        residents=tuple(residents),
+        copies=step_copies(p.model, p.work, p.learner, ranks),
     )
 
 
 def _host_advice(p: _Planned, offloaded: list[Item]) -> str:
-    if p.gpu is not None and p.engine.colocated:  # one host: nothing can be spread
+    if p.gpu is not None and p.engine.colocated:
         offload = ", turn optimiser offload off" if offloaded else ""
-        return f"lower rollout.engines{offload}, or take a host with more memory"
+        return (
+            f"raise rollout.tensor_parallel with fewer engines{offload}, or take hosts with more memory or "
+            "more hosts"
+        )
     if offloaded:
         return "spread the learner's ranks over more hosts, or turn optimiser offload off"
     if p.gpu is not None:
@@ -287,7 +305,7 @@ def _check_gpus(p: _Planned) -> list[str]:
     """Too few GPUs, or enough of them on no single node."""
     learner, engine, nodes, gpus_per_node = p.learner, p.engine, p.nodes, p.gpus_per_node
     if engine.colocated:
-        return _check_colocation(learner, engine, gpus_per_node)
+        return _check_colocation(learner, engine, nodes, gpus_per_node)
     needed = learner.world_size + engine.engines * engine.tensor_parallel
     unplaced = engine.engines - len(engine_nodes(learner, engine, nodes, gpus_per_node))
     problems = []
@@ -307,18 +325,23 @@ def _check_gpus(p: _Planned) -> list[str]:
     return problems
 
 
-def _check_colocation(learner: LearnerLayout, engine: EngineLayout, gpus_per_node: int) -> list[str]:
+def _check_colocation(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus: int) -> list[str]:
+    """gpus: of one node."""
     problems = []
-    if learner.world_size > gpus_per_node:
+    if learner.world_size > nodes * gpus:
         problems.append(
-            "GPUs: cluster.colocated shares the GPUs of one host: got learner.world_size "
-            f"{learner.world_size} and {gpus_per_node} GPUs per node; lower it, or set "
-            "cluster.colocated=false"
+            f"GPUs: learner.world_size {learner.world_size} needs as many, and {nodes} x {gpus} are there"
         )
-    if engine.tensor_parallel > 1 or engine.engines > learner.world_size:
+    needed = engine.engines * engine.tensor_parallel
+    if needed > learner.world_size:
         problems.append(
-            "GPUs: colocated engines take one GPU each, at most one per learner rank: got "
+            "GPUs: colocated engines share the learner's GPUs: got "
             f"{engine.engines} engines of {engine.tensor_parallel} and {learner.world_size} ranks"
+        )
+    if engine.engines > gpus // engine.tensor_parallel and gpus % engine.tensor_parallel:
+        problems.append(
+            f"GPUs: a colocated engine of {engine.tensor_parallel} shares the GPUs of consecutive ranks on "
+            f"one node: its size must divide {gpus}"
         )
     return problems
 
@@ -340,12 +363,8 @@ def _check_learner(p: _Planned, table: MemoryTable, found: _Findings) -> None:
 
     def room(layout: LearnerLayout) -> int:
         """Bytes left at the tightest moment, negative when it does not fit."""
-        free = learner_memory(p.model, layout, p.capacity)[0].free - (ENGINE_ASLEEP if colocated else 0)
-        if colocated:  # while engines sample, the learner's states stay
-            resident = sum(i.bytes for i in learner_states(p.model, layout)[0])
-            engine = int(p.capacity * p.engine.config.gpu_memory_utilization)
-            free = min(free, p.capacity - resident - engine)
-        return free
+        free = learner_memory(p.model, layout, p.capacity)[0].free
+        return min(free - ENGINE_ASLEEP, *_shared_room(p, layout)) if colocated else free
 
     if room(p.learner) >= 0:
         return
@@ -364,6 +383,17 @@ def _check_learner(p: _Planned, table: MemoryTable, found: _Findings) -> None:
     found.advice.append(
         f"learner: {changes}" if changes else "learner: more ranks (learner.world_size), or a smaller model"
     )
+
+
+def _shared_room(p: _Planned, layout: LearnerLayout) -> tuple[int, int]:
+    """Bytes left of a shared GPU while the engine samples, and during a publication.
+
+    The learner's states are in host memory then, and its weights are on the GPU for the publication alone.
+    """
+    sampling = p.capacity - RUNTIME_GPU - int(p.capacity * p.engine.config.gpu_memory_utilization)
+    weights = sum(i.bytes for i in parked_learner(p.model, layout) if i.name == "parked weights")
+    both = weights + engine_weights(p.model, p.engine) + 2 * p.work.bucket_bytes
+    return sampling, p.capacity - RUNTIME_GPU - ENGINE_RUNTIME - both
 
 
 def _check_engine(p: _Planned, sampled: EngineMemory, found: _Findings) -> None:
@@ -403,6 +433,8 @@ def _check_timeouts(limits: Sequence[Timeout], found: _Findings) -> None:
 def _notes(p: _Planned, sampled: EngineMemory | None) -> Iterator[str]:
     """What is legal and slow."""
     learner, engine = p.learner, p.engine
+    if learner.not_counted:
+        yield f"not counted, neither in memory nor in time: {', '.join(learner.not_counted)}"
     if learner.tensor > p.gpus_per_node:
         yield f"tensor_parallel {learner.tensor} crosses nodes: slow; keep it at {p.gpus_per_node} or below"
     if learner.expert * learner.expert_tensor > p.gpus_per_node:

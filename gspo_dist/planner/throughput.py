@@ -4,7 +4,7 @@
     passes         gspo_dist/planner/training.py: log-probs, the update, the side passes
     weight sync    a latency per tensor, and all weights over one network card (separate engines) or over the
                    cards of each node (colocated)
-    colocation     the engines' weights to host memory and back
+    colocation     the engines' weights and the learner's states to host memory and back
     checkpoint, evaluation   their seconds over the steps between two of them
     driver         a constant, and a constant per rollout
 
@@ -20,6 +20,7 @@ from gspo_dist.models.shape import ModelShape
 from gspo_dist.planner.calibration import ASSUMPTIONS, Assumptions, GpuSpeed
 from gspo_dist.planner.decode import collect_s, decode_step_s, experts_touched, prefill_token_s
 from gspo_dist.planner.hardware import Gpu
+from gspo_dist.planner.host import parked_learner
 from gspo_dist.planner.layout import EngineLayout, LearnerLayout, Workload
 from gspo_dist.planner.memory import checkpoint_bytes, engine_weights
 from gspo_dist.planner.training import optimizer_s, pass_s
@@ -63,7 +64,7 @@ class StepTime:
     optimizer_s: float = field(default=0.0, kw_only=True)
     """The optimiser steps' share of `train_s`."""
     switch_s: float = field(default=0.0, kw_only=True)
-    """Colocated engines going to sleep and waking up."""
+    """Colocated engines and learner handing the GPUs to each other."""
     checkpoint_s: float = field(default=0.0, kw_only=True)
     """Writing checkpoints, averaged over the steps."""
     evaluation_s: float = field(default=0.0, kw_only=True)
@@ -130,7 +131,9 @@ def step_time(
     steps = passes * optimizer_s(model, learner, gpu, per_node, assume)
     switch = 0.0
     if engine.colocated:
-        switch = 2 * engine_weights(model, engine) / (gpu.pcie_gb_s * 1e9 * assume.pcie_share)
+        parked = sum(item.bytes for item in parked_learner(model, learner))
+        moved = engine_weights(model, engine) + parked
+        switch = 2 * moved / (gpu.pcie_gb_s * 1e9 * assume.pcie_share)
     checkpoint = 0.0
     if run.checkpoint.every:
         hosts = -(-learner.world_size // per_node)

@@ -31,6 +31,7 @@ def save(run: Run, step: int) -> None:
     commit(run)
     with going_on_without("the flips measured so far (flips_*.npz)"):
         run.flips.save(run.run_dir)
+    run.shared.to_learner()
     folder = run.store.begin(step)
     with run.store.saving(folder):
         run.learner.save(folder / "learner")
@@ -70,6 +71,7 @@ def save_hf(run: Run, step: int) -> None:
     # A resumed run may come to a step again.
     shutil.rmtree(target, ignore_errors=True)
     model = ensure_model(run.config.model)
+    run.shared.to_publication()
     run.learner.export(model, target)
     if export_probe.has_room(target):
         export_probe.compare(export_probe.take(run.learner, run.config, model), run.config, target)

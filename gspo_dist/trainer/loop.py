@@ -50,6 +50,7 @@ def run_step(run: Run, step: int) -> None:
     """Collects, learns and publishes. Then logs, evaluates and saves what is due."""
     with failures_say_what_is_saved(run, step):
         run.clock.restart()
+        run.shared.to_engines()
         rollouts = collect(run, step)
         with run.profile(step):
             metrics = learn(run, rollouts, step)
@@ -76,6 +77,7 @@ def start(run: Run) -> None:
     A resumed learner is ahead of the model folder that the engines loaded. A resumed run
     was evaluated already.
     """
+    run.shared.to_engines()
     spec = replace(run.sampling, n=1, record_routing=False, candidates=0)
     groups = run.pool.generate(run.probe_prompts, spec, range(len(run.probe_prompts)))
     publish(run, [(prompt, group[0]) for prompt, group in zip(run.probe_prompts, groups, strict=True)])
@@ -183,17 +185,16 @@ def learning(run: Run) -> Iterator[None]:
     ones sleep.
 
     A sleeping engine's memory is the learner's. It comes out of the block with its weights awake, which the
-    publication overwrites. It wakes the rest.
+    publication overwrites.
     """
     if not run.config.cluster.colocated:
         with run.collector.beside_learner(), run.suites.beside_learner():
             yield
         return
     run.collector.pause()
-    run.pool.sleep()
+    run.shared.to_learner()
     yield
-    run.learner.empty_cache()
-    run.pool.wake_up(weights_only=True)
+    run.shared.to_publication()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from gspo_dist.objectives.offset import OffsetEstimate, batch_offset
 from gspo_dist.packing import unpack
 from gspo_dist.probes import from_sequences
 from gspo_dist.rollout.pool import RolloutPool
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.types import Completion, Prompt
 from gspo_dist.weights.tolerance import ProbeTolerance
 from gspo_dist.weights.verify import probe_difference, verify_receipt
@@ -77,14 +78,14 @@ class WeightPublisher:
         max_model_len: int,
         tolerance: ProbeTolerance,
         begins_equal: bool = False,
-        colocated: bool = False,
+        shared: SharedGpus | None = None,
         probe_always: bool = False,
     ) -> None:
         """config: its transport may still be auto, which is resolved where the engines are met.
         replicas, token_budget: of the learner, whose log-probs a probe takes.
         begins_equal: policy version 0 has the very weights that the engines loaded, so that its publication
         must change nothing.
-        colocated: the engines come to a publication with their weights awake and their KV cache asleep.
+        shared: gives the GPUs to the publication, and then to the engines. None: they have GPUs of their own.
         """
         self.config = config
         self.learner = learner
@@ -94,7 +95,7 @@ class WeightPublisher:
         self.max_model_len = max_model_len
         self.tolerance = tolerance
         self.begins_equal = begins_equal
-        self.colocated = colocated
+        self.shared = shared or SharedGpus(learner, pool, colocated=False)
         self.probe_always = probe_always
         self.published = 0
         """Publications of the whole run, over its interruptions."""
@@ -118,13 +119,11 @@ class WeightPublisher:
         kept = self._cut(probe) if due else []
         identity = self.begins_equal and not self.probed and self.learner.policy_version == 0
         before = [self._theirs(kept) for _ in range(2)] if identity and kept else []
+        self.shared.to_publication()
         metrics = self._transfer()
         ours = self._ours(kept) if kept else []
         self.probed_offset = None
-        if self.colocated:
-            # Nothing of the learner runs before the next rollouts, so its GPU memory becomes the KV cache's.
-            self.learner.empty_cache()
-            self.pool.wake_up()
+        self.shared.to_engines()
         if kept:
             metrics |= self._compare(kept, ours, before)
         self.probed = self.probed or due

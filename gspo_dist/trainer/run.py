@@ -25,6 +25,7 @@ from gspo_dist.trainer.old_logprobs import OldLogprobs
 from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.profile import ProfileWindow
 from gspo_dist.trainer.publisher import WeightPublisher
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.trainer.suites import RunSuites
 from gspo_dist.types import Prompt, SamplingSpec
 
@@ -66,6 +67,8 @@ class Run:
     old_logprobs: OldLogprobs
     flips: FlipMeter
     publisher: WeightPublisher
+    shared: SharedGpus
+    """Says who has the GPUs, where learner and engines share them."""
     profile: ProfileWindow
     """Records the learner's ranks in the steps that were asked for."""
     sinks: Sinks

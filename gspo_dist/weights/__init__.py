@@ -30,6 +30,8 @@ Which file has which verb:
   between GPUs, over a process group (`group`: gloo or nccl). `source` makes the engine's side.
 - `send`: the loop over buckets. `verify`: the verdicts. `export`: the same stream as an HF folder, read back;
   `shards` writes its files tensor by tensor.
+- Colocated engines hear from a rank of their own host: every exporter sends the same stream, each to its
+  engines (`actors.placement.Reservation.exporters`).
 - The engine's side is in `rollout.vllm.receivers` (vLLM's MoE layers in `rollout.vllm.experts`) and
   `rollout.reference`. How the engines are reached is in `learners.group` (one process) and
   `actors.weight_link` (Ray), which also picks the transport.

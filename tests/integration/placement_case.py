@@ -29,7 +29,7 @@ def main(count: int, gpus: int, overrides: list[str]) -> None:
             )
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        print(json.dumps(reserve(overrides)))
+        print(json.dumps(reserve(overrides) | {"colocated": colocated(overrides)}))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -50,6 +50,7 @@ def reserve(overrides: list[str]) -> dict[str, object]:
     last = len(layout.learners) - 1
     asked = [("learner", 7), ("learner", 8), ("learner", last), ("engine", len(layout.engines) - 1)]
     said = ray.get([where.options(**places.options(kind, i, {})).remote() for kind, i in asked], timeout=120)
+    places.release()
     return {
         "blocks": together,
         "learner": places.homes("learner"),
@@ -59,6 +60,32 @@ def reserve(overrides: list[str]) -> dict[str, object]:
             for (kind, i), (node, gpus) in zip(asked, said, strict=True)
         ],
     }
+
+
+def colocated(overrides: list[str]) -> dict[str, object]:
+    """Ranks and engines on all the same GPUs: who is where, who sends to whom, and whose GPUs they are."""
+    shared = ["cluster.colocated=true", "rollout.tensor_parallel=4"]
+
+    def places(ranks: int, engines: int) -> Reservation:
+        sizes = [f"learner.world_size={ranks}", f"rollout.engines={engines}"]
+        config = run_config([*overrides, *shared, *sizes])
+        layout = lay_out(config.cluster, config.learner, config.rollout, "cuda")
+        return Reservation(layout, 60.0, local=False, together=blocks(config.learner))
+
+    whole = places(64, 16)
+    found = {kind: whole.homes(kind) for kind in ("learner", "engine")}
+    exporters = whole.exporters()
+    whole.release()
+    few = places(8, 2)  # each look at a GPU is a process
+
+    @ray.remote
+    def here() -> list[str]:
+        return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+    seen = few.shared_gpus(120.0)
+    asked = [("engine", 1), ("learner", 4)]
+    again = ray.get([here.options(**few.options(kind, i, {})).remote() for kind, i in asked], timeout=120)
+    return {**found, "exporters": exporters, "gpus": seen, "again": again}
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gspo_dist.actors.learner_group import RayLearnerGroup
 from gspo_dist.actors.rollout_pool import EngineProcess
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
 from gspo_dist.learners.learner import OptimStep
+from gspo_dist.learners.parking import Held
 from gspo_dist.rollout.engine import EngineInfo, SyncReceipt
 from gspo_dist.trainer.publisher import learner_logprobs
 from gspo_dist.types import LogprobOutput, PackedBatch
@@ -77,6 +79,31 @@ class Learner:
 
     def weights(self, bucket_bytes: int, *, stacked: bool) -> Iterator[list[tuple[str, torch.Tensor]]]:
         yield from buckets(iter(self.tensors.items()), bucket_bytes)
+
+
+class Shard(Learner):
+    """A rank of two on two hosts. It holds one half of every tensor, and any rank may export the whole."""
+
+    def __init__(self, rank: int, world_size: int, master_addr: str, master_port: int) -> None:
+        super().__init__()
+        os.environ["GLOO_SOCKET_IFNAME"] = "eth0"  # the host's own name leads nowhere here
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://{master_addr}:{master_port}", rank=rank, world_size=world_size
+        )
+        self.rank = self.data_parallel_rank = rank
+        self.tensors = {name: tensor.chunk(2)[rank].clone() for name, tensor in self.tensors.items()}
+
+    def held(self) -> Held:
+        return Held(torch.device("cpu"), list(self.tensors.values()), [])
+
+    def weights(
+        self, bucket_bytes: int, *, stacked: bool, exporters: Sequence[int]
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        for name, tensor in self.tensors.items():
+            halves = [torch.empty_like(tensor) for _ in range(2)]
+            dist.all_gather(halves, tensor)
+            if self.rank in exporters:
+                yield [(name, torch.cat(halves))]
 
 
 class Engine:
@@ -162,6 +189,38 @@ class Cluster:
         """What befalls the engine of the second host in the next publication."""
         (self.folder / "engine-1.fate").write_text(text)
 
+    def colocated(self) -> dict[str, Any]:
+        """A publication from two ranks to the engine on the host of each, the ranks asleep before it."""
+        logs, sync = self.folder / "colocated", WeightSyncConfig(bucket_mib=4, timeout_s=TIMEOUT_S)
+        group = RayLearnerGroup(
+            LearnerConfig(world_size=2, timeout_s=60.0),
+            Shard,
+            [self._on(0), self._on(1)],
+            logs,
+            {"engine-0": 0, "engine-1": 1},
+        )
+        group.start()
+        engines = {"engine-0": self.near, "engine-1": self.far}
+        group.sleep()
+        try:
+            group.send_weights(sync, engines)
+            refused = ""
+        except RuntimeError as error:
+            refused = str(error)
+        group.wake_up(weights_only=True)
+        ray.get([handle.start_weight_update.remote() for handle in engines.values()])
+        sent = group.send_weights(sync, engines)
+        receipts = ray.get([handle.finish_weight_update.remote(0) for handle in engines.values()])
+        for name, receipt in zip(engines, receipts, strict=True):
+            verify_receipt(sent.checksums, receipt, 0, engine=name)
+        group.close()
+        said = [(logs / f"learner-{rank}.log").read_text().splitlines() for rank in range(2)]
+        return {
+            "refused": refused,
+            "sum": sum(sent.checksums.values()) % (1 << 53),
+            "links": [[line for line in lines if line.startswith("weight sync: ")] for lines in said],
+        }
+
     def publish(self, *engines: Any, transport: str = "auto", timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """What a publication ends in: the first word of its failure, or the sum of its checksums.
 
@@ -201,6 +260,7 @@ def main(folder: Path) -> None:
     near, far = cluster.near, cluster.far
     seen: dict[str, Any] = {}
     seen["shm"] = cluster.publish(near, far, transport="shm")
+    seen["colocated"] = cluster.colocated()
     seen["first"] = cluster.publish(near, far)
     cluster.group.optim_step()
     seen["second"] = cluster.publish(near, far)

@@ -268,3 +268,13 @@ def test_ranks_sit_where_the_layout_says(tmp_path) -> None:
     for home, kind, node, gpus in found["asked"]:  # at both sides of a block's edge, and at the ends
         assert home.endswith(f"/{node[:8]}")
         assert gpus == (1 if kind == "learner" else 4)
+    # Colocated: 64 ranks fill all hosts, engines of four GPUs are on those of four ranks, and hear from the
+    # first rank of their host.
+    shared = found["colocated"]
+    assert [len(set(shared["learner"][first : first + 8])) for first in range(0, 64, 8)] == [1] * 8
+    assert shared["engine"] == shared["learner"][::4]
+    assert shared["exporters"] == {f"engine-{i}": i // 2 * 8 for i in range(16)}
+    first, second = shared["gpus"]
+    assert len(set(first)) == len(set(second)) == 4
+    assert sorted(first + second, key=int) == [str(gpu) for gpu in range(8)]
+    assert shared["again"] == [[second[0]]] * 2  # engine 1 and rank 4 are in one bundle, with its GPU

@@ -71,6 +71,18 @@ def test_the_probe_names_an_engine_on_another_host_whose_bytes_arrived_in_the_wr
 
 
 @pytest.mark.slow
+def test_colocated_engines_hear_from_a_rank_of_their_own_host(seen: dict[str, Any]) -> None:
+    """Each of two ranks on two hosts gathers the halves of both, and passes the whole on in shared memory.
+
+    What arrives is what one rank would have sent over the network. A rank that sleeps sends nothing.
+    """
+    colocated = seen["colocated"]
+    assert colocated["links"] == [["weight sync: shm to engine-0"], ["weight sync: shm to engine-1"]]
+    assert "the learner's weights are in host memory" in colocated["refused"]
+    assert colocated["sum"] == seen["first"]["sum"]
+
+
+@pytest.mark.slow
 def test_auto_is_gloo_across_hosts_and_shared_memory_on_one(seen: dict[str, Any]) -> None:
     lines = [line for line in seen["learner's log"].splitlines() if line.startswith("weight sync: ")]
     assert lines == [

@@ -254,17 +254,17 @@ def train(
     return seen
 
 
-def exported(learner: Any, bucket_bytes: int = 1 << 14) -> dict[str, torch.Tensor]:
-    """Every weight by its HF name, copied."""
+def exported(learner: Any, bucket_bytes: int = 1 << 14, **which: Any) -> dict[str, torch.Tensor]:
+    """Every weight by its HF name, copied. which: the exporters, where they are not rank 0 alone."""
     out: dict[str, torch.Tensor] = {}
-    for bucket in learner.weights(bucket_bytes):
+    for bucket in learner.weights(bucket_bytes, **which):
         for name, tensor in bucket:
             assert name not in out, f"{name} was exported twice"
             out[name] = tensor.clone()
     # What travels to the engines is the same in fewer tensors; the buffers are used again after each bucket.
     stacked: dict[str, torch.Tensor] = {}
     travelled = 0
-    for bucket in learner.weights(bucket_bytes, stacked=True):
+    for bucket in learner.weights(bucket_bytes, stacked=True, **which):
         travelled += len(bucket)
         stacked.update({name: tensor.clone() for name, tensor in unstack(bucket)})
     assert stacked.keys() == out.keys()

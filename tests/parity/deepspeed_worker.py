@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
+from gspo_dist.learners.parking import Parking, tensors_below
 from tests.parity import deepspeed_case as case
 
 
@@ -94,10 +95,28 @@ def resume(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:
     second.load(folder)
     out["version"] = second.policy_version
     out["noise_back"] = torch.rand(3)
+    nap(second)
     out["back"] = case.train(second, spec["data"][2:], [ranks.rank])
+    nap(second)
     out["weights_back"] = case.exported(second)
+    out["several"] = case.exported(second, exporters=(1, 0))
     second.engine.destroy()
     return out
+
+
+def nap(learner: DeepSpeedLearner) -> None:
+    """To host memory and back, as a colocated learner; the weights come first, for a publication."""
+    parking = Parking(learner)
+    held = learner.held()
+    assert parking.sleep(keep_weights=True) > 0
+    assert all(t.untyped_storage().nbytes() for t in held.weights if t.numel())
+    assert parking.sleep() > 0
+    found = [*held.weights, *tensors_below(held.others)]
+    left = sum(s.nbytes() for s in {t.untyped_storage()._cdata: t.untyped_storage() for t in found}.values())
+    assert left == 0, f"{left} bytes stayed"
+    parking.wake_up(weights_only=True)
+    case.exported(learner)
+    parking.wake_up()
 
 
 def accepted(ranks: Ranks, spec: dict[str, Any]) -> dict[str, Any]:

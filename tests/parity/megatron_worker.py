@@ -17,6 +17,7 @@ import torch
 
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron.learner import MegatronLearner
+from gspo_dist.learners.parking import Parking
 from gspo_dist.weights.stacks import unstack
 from tests.parity import megatron_case as case
 from tests.parity.reads import with_candidates, with_other_routers
@@ -108,6 +109,19 @@ def main(job: dict, rank: int) -> dict:
             assert stacked.keys() == stream.keys()
             assert all(torch.equal(stacked[n], stream[n]) for n in stream)
             out.setdefault("travelled", []).append((travelled, len(stream)))
+        elif name == "several":  # every rank exports, then only some
+            for exporters in (range(job["world_size"]), argument or ()):
+                found = learner.weights(1 << 16, stacked=True, exporters=tuple(exporters))
+                stream = {n: t.clone() for bucket in found for n, t in unstack(bucket)}
+                out.setdefault("several", []).append(stream)
+        elif name == "nap":
+            parking = Parking(learner)
+            out["parked"] = (parking.sleep(keep_weights=True), parking.sleep())
+            assert not any(p.untyped_storage().nbytes() for c in learner.chunks for p in c.parameters())
+            out["host"] = sum(buffer.nbytes for buffer in parking._buffers.values())
+            parking.wake_up(weights_only=True)
+            learner.logprobs(mine)
+            parking.wake_up()
         elif name == "skip":
             learner.forward_backward(mine, spec)
             if rank == 1:

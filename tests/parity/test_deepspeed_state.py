@@ -240,6 +240,8 @@ def test_resuming_equals_not_stopping_bit_for_bit(lab: dict, name: str) -> None:
         assert seen["weights_on"].keys() == seen["weights_back"].keys()
         for key, weight in seen["weights_on"].items():
             assert torch.equal(weight, seen["weights_back"][key]), key
+        assert seen["several"].keys() == lab["got"][0][name]["weights_on"].keys()  # on both ranks
+        assert all(torch.equal(seen["several"][k], w) for k, w in lab["got"][0][name]["weights_on"].items())
 
 
 @pytest.mark.parametrize("name", RESUMED)

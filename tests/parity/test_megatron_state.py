@@ -18,6 +18,9 @@ from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.megatron.stored import stored_weights
 from gspo_dist.metrics.stat import merge_stats, results
 from gspo_dist.models.shape import read_shape
+from gspo_dist.planner.host import parked_learner
+from gspo_dist.planner.layout import LearnerLayout
+from gspo_dist.planner.memory import learner_states
 from gspo_dist.routing.trace import RoutingTrace
 from tests.parity import megatron_case as case
 from tests.parity.ranks import Crew
@@ -47,6 +50,28 @@ def assert_identical(got: dict, want: dict) -> None:
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
+def check_several(ranks: list[dict], some: list[int]) -> None:
+    """Any ranks may export: each has the stream that rank 0 has alone, and the others have none."""
+    for i, rank in enumerate(ranks):
+        whole, few = rank["several"]
+        assert_identical(whole, ranks[0]["weights"][0])
+        assert_identical(few, ranks[0]["weights"][0] if i in some else {})
+
+
+def check_parked(ranks: list[dict], reference: Reference) -> None:
+    """What moves is what the planner counts, at toy size and by measured bytes: gradients leave the GPU and
+    take no host memory, because they are zero."""
+    config = case.make_config(len(ranks), "fp32", **EP2)
+    model, layout = read_shape(reference.model), LearnerLayout(config)
+    device = {item.name: item.bytes for item in learner_states(model, layout)[0]}
+    for rank in ranks:
+        states, weights = rank["parked"]
+        # Buffers are padded, and norms and the like are some bytes more.
+        assert weights == pytest.approx(device["weights"], rel=0.02)
+        assert states == pytest.approx(device["gradients"] + device["optimizer"], rel=0.02)
+        assert rank["host"] == pytest.approx(sum(i.bytes for i in parked_learner(model, layout)), rel=0.02)
+
+
 def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path, crew: Crew) -> None:
     """Saved in the background at step 2 under ep2: resumed under ep2 the third step is the one not
     interrupted, bit for bit; resumed under tp2 it is the eager learner's."""
@@ -60,8 +85,11 @@ def test_resume_goes_on_and_layouts_change(reference: Reference, tmp_path: Path,
         [["train", 2], ["save", saved], ["train", 1], "weights", "wait"],
     )
     crew.close()  # what goes on is another process
-    again = run(crew, tmp_path / "b", reference, 2, EP2, [["load", saved], ["train", 1], "weights"])
+    # It was moved to host memory and back before the step and after it, as colocated learners are.
+    actions = [["load", saved], "nap", ["train", 1], "nap", "weights"]
+    again = run(crew, tmp_path / "b", reference, 2, EP2, actions)
     assert [r["version"] for r in again] == [2, 2]
+    check_parked(again, reference)
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert again[0]["steps"][0]["lr"] == first[0]["steps"][2]["lr"]
     assert again[0]["steps"][0]["policy_version"] == 3
@@ -138,10 +166,12 @@ def test_16_bits_resume_bit_for_bit_and_export_alike(
         assert step["grad_norm"] == pytest.approx(want.grad_norm, rel=0.1 if scaled else 0.25)
     assert_identical(stored_alone(saved, reference), first[0]["weights"][0])
     crew.close()
-    again = go("b", EP2, [["load", saved], "weights", ["train", 1], "weights"], 14)
+    again = go("b", EP2, [["load", saved], "nap", "weights", ["train", 1], "nap", "weights"], 14)
     assert_identical(again[0]["weights"][0], first[0]["weights"][0])
     assert_identical(again[0]["weights"][1], first[0]["weights"][1])
-    other = go("c", {"pipeline_parallel": 2}, [["train", 1], ["load", saved], "weights"], 60)
+    actions = [["train", 1], ["load", saved], "weights", ["several", [1]]]
+    other = go("c", {"pipeline_parallel": 2}, actions, 60)
+    check_several(other, [1])
     assert_identical(other[0]["weights"][0], first[0]["weights"][0])
     scales = [ranks[0]["steps"][-1]["loss_scale"] for ranks in (first, again, other)]
     assert scales == ([2.0**8, 2.0**8, 2.0**60] if scaled else [None] * 3)
@@ -170,12 +200,15 @@ def test_every_rank_writes_its_share_which_any_layout_reads(
     """Two replicas under ep2, then tensor and context ranks: norms have twins there, states other ranges."""
     saved, other = tmp_path / "checkpoint", tmp_path / "other"
     first = run(
-        crew, tmp_path / "a", reference, 4, EP2, [["train", 2], "weights", ["save", str(saved)], "wait"]
+        *(crew, tmp_path / "a", reference, 4, EP2),
+        [["train", 2], "weights", ["several", [1, 2]], ["save", str(saved)], "wait"],
     )
+    check_several(first, [1, 2])
     shares = [sum(p.stat().st_size for p in saved.glob(f"__{rank}_*.distcp")) for rank in range(4)]
     assert max(shares) < 1.2 * min(shares), shares
     twins = {"tensor_parallel": 2, "context_parallel": 2, "expert_parallel": 2}
-    run(crew, tmp_path / "b", reference, 4, twins, [["load", str(saved)], ["save", str(other)], "wait"])
+    actions = [["load", str(saved)], "weights", ["several", [3]], ["save", str(other)], "wait"]
+    check_several(run(crew, tmp_path / "b", reference, 4, twins, actions), [3])
     again = run(crew, tmp_path / "c", reference, 2, {}, [["load", str(other)], ["train", 1], "weights"])
     assert again[0]["version"] == 2
     assert_weights(again[0]["weights"][0], reference.end, 1e-5)

@@ -16,6 +16,7 @@ import torch
 from benchmarks import gpu_check, gpu_steps
 from benchmarks.gpu_check import PLANS, Plan, report, run_step
 from benchmarks.gpu_steps import STEPS, NotHereError, Step
+from gspo_dist.actors.placement import lay_out
 from gspo_dist.config import RolloutConfig
 from gspo_dist.learners import hf_model
 from gspo_dist.learners.exact.audit import Difference
@@ -135,6 +136,13 @@ for name in ("host", "head", "eager"):
     assert done.stdout.splitlines() == ["host 0 True", "head 1 True", "eager 3 True"], done.stderr
 
 
+def test_a_learner_that_was_parked_says_the_same(tmp_path):
+    step = Step("cpu", tmp_path)
+    STEPS["parking"](step)
+    assert [(item["name"], item["met"]) for item in step.expected] == [("log-probs that changed", True)]
+    assert float(step.measured["GiB moved"]) > 0
+
+
 @pytest.mark.parametrize("name", ["vllm", "routes"])
 def test_the_engines_steps_with_the_reference_engine_in_vllms_place(name, tmp_path, monkeypatch):
     def start(step, record_routing=False):
@@ -205,6 +213,7 @@ def test_the_exact_step_counts_tokens_and_names_the_operator(
         ("sync", "cuda", {"transport": "nccl", "colocated": False}),
         ("sync", "cpu", {"transport": "gloo", "colocated": False}),
         ("colocation", "cuda", {"transport": "auto", "colocated": True}),
+        ("shared", "cuda", {"transport": "auto", "colocated": True}),
     ],
 )
 def test_the_runs_of_the_last_steps_are_runs_that_a_user_could_start(
@@ -230,7 +239,11 @@ def test_the_runs_of_the_last_steps_are_runs_that_a_user_could_start(
     STEPS[name](step)
     (config,) = built
     assert (config.rollout.weight_sync.transport, config.cluster.colocated) == tuple(knobs.values())
-    assert (config.rollout.engines, config.learner.world_size, config.steps) == (1, 1, 2)
+    gpus = 2 if name == "shared" else 1
+    assert (config.rollout.engines, config.learner.world_size, config.steps) == (1, gpus, 2)
+    assert config.rollout.tensor_parallel == gpus
+    if config.cluster.colocated:  # a layout that placement takes
+        assert len(lay_out(config.cluster, config.learner, config.rollout, "cuda").learners) == gpus
     assert config.rollout.weight_sync.probe_tolerance is None  # so that the first sync must change nothing
     assert [item["met"] for item in step.expected] == [True, True]
 
@@ -240,6 +253,7 @@ def test_the_runs_of_the_last_steps_are_runs_that_a_user_could_start(
     [
         ("sync", "cuda", "needs two GPUs"),
         ("colocation", "cpu", "needs a GPU"),
+        ("shared", "cuda", "needs two GPUs"),
         ("megatron", "cuda", "needs Transformer Engine on GPUs: it is not installed"),
     ],
 )

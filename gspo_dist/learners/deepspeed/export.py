@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ def hf_name(name: str) -> str:
 
 
 def full_weights(
-    policy: PolicyModel, *, exporter: bool, bucket_bytes: int, zero: Any, stacked: bool = False
+    policy: PolicyModel, *, exporters: Sequence[int], bucket_bytes: int, zero: Any, stacked: bool = False
 ) -> Iterator[NamedTensor]:
-    """Full tensors on the exporting rank (rank 0), nothing on the others. Collective: every rank exhausts it.
+    """Full tensors on the exporting ranks, nothing on the others. Collective: every rank exhausts it.
 
     stacked: experts stay together where they are, as `weights.stacks` names them.
 
@@ -45,6 +45,7 @@ def full_weights(
 
     At most about `bucket_bytes` (or one parameter, where it is larger) is gathered at once.
     """
+    exporter = dist.get_rank() in exporters
     experts: dict[str, tuple[torch.nn.Parameter, Any]] = {}
     for module_name, module in policy.named_modules():
         if getattr(module, "_is_autoep_layer", False):
@@ -73,7 +74,7 @@ def full_weights(
                 yield from names.split(name, buffer)
     for name, (parameter, group) in experts.items():
         ((_, local),) = _gather([(name, parameter)], zero)
-        stacks = _expert_stacks(hf_name(name), local, group, exporter, bucket_bytes)
+        stacks = _expert_stacks(hf_name(name), local, group, exporters, bucket_bytes)
         yield from stacks if stacked else unstack(stacks)
         del local
 
@@ -93,24 +94,26 @@ def _gather(part: list[NamedTensor], zero: Any) -> list[NamedTensor]:
 
 
 def _expert_stacks(
-    name: str, local: torch.Tensor, group: dist.ProcessGroup, exporter: bool, bucket_bytes: int
+    name: str, local: torch.Tensor, group: dist.ProcessGroup, exporters: Sequence[int], bucket_bytes: int
 ) -> Iterator[NamedTensor]:
-    """local [E_local, ...] of this rank -> stacks of every expert on the exporter, some of each
+    """local [E_local, ...] of this rank -> stacks of every expert on the exporters, some of each
     rank at a time.
 
     Rank r of an expert-parallel group holds experts r * E_local .. (r + 1) * E_local - 1. Example: 8 experts
-    on 2 ranks, 2 at a time: 0, 1 (of rank 0), 4, 5 (of rank 1), then 2, 3, 6, 7. Only the exporter's group
-    (ranks 0 .. expert_parallel - 1) takes part, because the other groups hold copies.
+    on 2 ranks, 2 at a time: 0, 1 (of rank 0), 4, 5 (of rank 1), then 2, 3, 6, 7. Only groups with an
+    exporter take part, because the groups hold copies of each other.
     """
     members = dist.get_process_group_ranks(group)
-    if 0 not in members:
+    wanted = [rank for rank in exporters if rank in members]
+    if not wanted:
         return
     stem, _, leaf = name.rpartition(".")
     step = max(1, bucket_bytes // (len(members) * local[0].nbytes))
     for start in range(0, len(local), step):
         chunk = local[start : start + step].contiguous()
-        shards = [torch.empty_like(chunk) for _ in members] if exporter else None
-        dist.gather(chunk, shards, dst=0, group=group)
+        shards = [torch.empty_like(chunk) for _ in members] if dist.get_rank() in wanted else None
+        for exporter in wanted:
+            dist.gather(chunk, shards if exporter == dist.get_rank() else None, dst=exporter, group=group)
         for rank, shard in enumerate(shards or ()):
             first = rank * len(local) + start
             yield Stack(stem, first, len(shard), (HF_PROJECTION[leaf],), ".weight").name, shard

@@ -26,6 +26,7 @@ from gspo_dist.learners.hf_model import PolicyModel, load_policy
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing
 from gspo_dist.learners.loss_scale import LossScale
+from gspo_dist.learners.parking import Held
 from gspo_dist.learners.schedule import lr_factor, set_groups
 from gspo_dist.learners.state_files import check_resume, read_state, write_layout, write_state, writing
 from gspo_dist.metrics.stat import Stat, merge_stats
@@ -253,10 +254,20 @@ class DeepSpeedLearner:
         kind = next(type(e) for e in errors if e is not None)
         raise kind("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None)) from error
 
-    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
+    def held(self) -> Held:
+        # Under ZeRO 3 a parameter's share is in `ds_tensor`, which DeepSpeed hangs on it.
+        parameters = list(self.policy.parameters())
+        shares = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
+        weights = [*parameters, *self.policy.buffers(), *shares]
+        reference = None if self.reference is None else self.reference.module
+        return Held(self.device, weights, [self.policy, self.engine.optimizer, reference])
+
+    def weights(
+        self, bucket_bytes: int, *, stacked: bool = False, exporters: Sequence[int] | None = None
+    ) -> Iterator[WeightBucket]:
         zero = self.deepspeed.zero if self.config.deepspeed.zero_stage == 3 else None
         weights = full_weights(
-            self.policy, exporter=self.is_exporter, bucket_bytes=bucket_bytes, zero=zero, stacked=stacked
+            self.policy, exporters=exporters or (0,), bucket_bytes=bucket_bytes, zero=zero, stacked=stacked
         )
         yield from buckets(weights, bucket_bytes)
 

@@ -42,6 +42,7 @@ from gspo_dist.learners.megatron.head import Head, assemble
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout, check_transformer_engine
 from gspo_dist.learners.megatron.rows import MicroBatch, lay_out
 from gspo_dist.learners.megatron.shards import export_weights, load_weights
+from gspo_dist.learners.parking import Held
 from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing.megatron import Routers
@@ -359,9 +360,18 @@ class MegatronLearner:
 
     # ---- weights and checkpoints
 
-    def weights(self, bucket_bytes: int, *, stacked: bool = False) -> Iterator[WeightBucket]:
+    def held(self) -> Held:
         self._gather_parameters()
-        weights = export_weights(self.chunks, self.architecture, bucket_bytes, stacked=stacked)
+        weights = [tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+        return Held(self.device, weights, [self.ddp, self.optimizer, self.reference])
+
+    def weights(
+        self, bucket_bytes: int, *, stacked: bool = False, exporters: Sequence[int] | None = None
+    ) -> Iterator[WeightBucket]:
+        self._gather_parameters()
+        weights = export_weights(
+            self.chunks, self.architecture, bucket_bytes, exporters or (0,), stacked=stacked
+        )
         yield from buckets(weights, bucket_bytes)
 
     @property

@@ -95,11 +95,11 @@ def export_weights(
     chunks: Sequence[nn.Module],
     model: ModelShape,
     bucket_bytes: int,
-    exporter: int = 0,
+    exporters: Sequence[int] = (0,),
     *,
     stacked: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Streams HF-named full tensors on rank `exporter`.
+    """Streams HF-named full tensors on the ranks `exporters`.
 
     stacked: experts stay together where they can, as `weights.stacks` names them.
 
@@ -118,19 +118,20 @@ def export_weights(
     local = {entry.name: parameter for entry, parameter in mine}
     # The ranks of this rank's pipeline: one per stage, with the same other coordinates.
     line = dist.get_process_group_ranks(pipeline)
-    in_line = exporter in line
-    heads = _pipeline_of(exporter)
+    heads = {exporter: _pipeline_of(exporter) for exporter in exporters}
     exported: set[str] = set()
     for stage, entries in enumerate(stages):
         for group_of in _steps(entries, bucket_bytes):
             if model.tied and group_of[0].name == "output_layer.weight":
                 continue  # the last stage's copy of the embedding
             gathered = None
-            if stage == mpu.get_pipeline_model_parallel_rank():
-                gathered = _gather(group_of, local, heads[stage])
-            if in_line and len(line) > 1:
+            # A group that holds the heads of two exporters gathers once: its ranks all see that it did.
+            for exporter in exporters:
+                if gathered is None and stage == mpu.get_pipeline_model_parallel_rank():
+                    gathered = _gather(group_of, local, heads[exporter][stage])
+            if len(line) > 1 and any(exporter in line for exporter in exporters):
                 gathered = _send_down(gathered, group_of, line[stage], pipeline)
-            if dist.get_rank() == exporter and gathered is not None:
+            if dist.get_rank() in exporters and gathered is not None:
                 for name, tensor in _to_hf(group_of, gathered, model, stacked):
                     if name in exported:
                         raise RuntimeError(

@@ -66,6 +66,7 @@ from gspo_dist.trainer.setup.factories import (
 )
 from gspo_dist.trainer.setup.processes import Parts, start_parts
 from gspo_dist.trainer.setup.run_folder import prepare_folder
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.trainer.suites import RunSuites
 from gspo_dist.types import SamplingSpec
 
@@ -202,6 +203,7 @@ def assemble(checked: Checked, parts: Parts, episodes: Episodes | None = None) -
     flips = FlipMeter(config.flips, learner, config.seed, moe_layers, replicas, budget)
     sampling = sampling_spec(config, checked.tokenizer, parts.info)
     heldout, train = checked.heldout, checked.train
+    shared = SharedGpus(learner, parts.pool, colocated=config.cluster.colocated)
     collector = Collector(
         config.rollout,
         config.steps,
@@ -228,7 +230,8 @@ def assemble(checked: Checked, parts: Parts, episodes: Episodes | None = None) -
         guard=guard,
         old_logprobs=OldLogprobs(config.objective, learner, guard),
         flips=flips,
-        publisher=make_publisher(config, parts, checked.device),
+        publisher=make_publisher(config, parts, checked.device, shared),
+        shared=shared,
         profile=ProfileWindow(config.profile, learner, run_dir),
         sinks=sinks,
         health=Health(run_dir, sinks),
@@ -273,7 +276,7 @@ def make_cursor(config: RunConfig, train: TrainingPrompts) -> Cursor:
     return RenewedCursor(source, config.data.renewal, seed=config.seed, shuffle=config.data.shuffle)
 
 
-def make_publisher(config: RunConfig, parts: Parts, device: str) -> WeightPublisher:
+def make_publisher(config: RunConfig, parts: Parts, device: str, shared: SharedGpus) -> WeightPublisher:
     """What sends the learner's weights to the engines of a run, and checks them."""
     return WeightPublisher(
         resolved_weight_sync(config, device),
@@ -284,7 +287,7 @@ def make_publisher(config: RunConfig, parts: Parts, device: str) -> WeightPublis
         max_model_len=config.rollout.max_model_len,
         tolerance=probe_tolerance(config),
         begins_equal=begins_equal(config),
-        colocated=config.cluster.colocated,
+        shared=shared,
         # A step may then have no token of the learner's own version to measure the mismatch on.
         probe_always=config.rollout.steps_ahead > 0,
     )

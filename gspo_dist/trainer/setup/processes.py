@@ -14,8 +14,8 @@ from gspo_dist.files import write_text
 from gspo_dist.host import thread_share
 from gspo_dist.learners.group import LearnerGroup, LocalLearnerGroup
 from gspo_dist.models.shape import read_shape
+from gspo_dist.planner.host import rollout_bytes
 from gspo_dist.planner.layout import read_run
-from gspo_dist.planner.memory import rollout_bytes
 from gspo_dist.rewards.pool import LocalRewardPool, RewardPool
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.rollout.pool import LocalRolloutPool, RolloutPool
@@ -62,7 +62,10 @@ def start_here(config: RunConfig, model: str, device: str, run_dir: Path, moe_la
         started.callback(learner.close)
         pool = LocalRolloutPool(engine_factory(config, model, device, moe_layers)(name="engine-0"))
         started.callback(pool.close)
-        return Parts(learner, pool, rewards, pool.start(), started.pop_all().close)
+        info = pool.start()
+        if config.cluster.colocated:
+            pool.sleep()
+        return Parts(learner, pool, rewards, info, started.pop_all().close)
 
 
 def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
@@ -73,12 +76,11 @@ def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_
         pool, learner, rewards = processes.pool(), processes.learner(), processes.rewards()
         rewards.start()  # a reward that cannot be imported is told before the learner is built
         if config.cluster.colocated:
-            # vLLM measures free memory while it starts, so the two start one after the other.
+            # vLLM measures free memory while it starts, so the two start one after the other. The learner
+            # has the first turn (trainer/sharing.py).
             info = pool.start()
             pool.sleep()
             learner.start()
-            learner.empty_cache()
-            pool.wake_up()
         else:
             learner.start()
             info = pool.start()
@@ -157,7 +159,8 @@ class Processes:
         from gspo_dist.actors.rollout_pool import RayRolloutPool
 
         options = self._options("engine", self.config.rollout.engines)
-        pool = RayRolloutPool(self.config.rollout, self.make_engine, options, self.logs)
+        shared = self.places.shared_gpus(self.config.cluster.placement_timeout_s)
+        pool = RayRolloutPool(self.config.rollout, self.make_engine, options, self.logs, shared)
         self.stack.callback(pool.close)
         return pool
 
@@ -166,7 +169,9 @@ class Processes:
         from gspo_dist.actors.learner_group import RayLearnerGroup
 
         options = self._options("learner", self.config.learner.world_size)
-        group = RayLearnerGroup(self.config.learner, self.make_rank, options, self.logs)
+        group = RayLearnerGroup(
+            self.config.learner, self.make_rank, options, self.logs, self.places.exporters()
+        )
         self.stack.callback(group.close)
         return group
 

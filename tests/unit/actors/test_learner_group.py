@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,15 +17,18 @@ import ray
 import torch
 
 from gspo_dist.actors import learner_group
-from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
+from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup, one_report
 from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, WeightSyncConfig
 from gspo_dist.learners.collectives import Watch
 from gspo_dist.learners.learner import OptimStep
+from gspo_dist.learners.parking import Held
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.packing import MiniBatch
 from gspo_dist.types import LogprobOutput, PackedBatch
+from gspo_dist.weights.send import SentReport
+from gspo_dist.weights.verify import WeightSyncError
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -255,8 +260,7 @@ def test_the_ranks_that_are_asked_record_what_they_compute(group, tmp_path):
     assert len(list((tmp_path / "profile").iterdir())) == 2
 
 
-def test_memory_is_counted_per_rank_and_the_cache_can_be_emptied(group):
-    group.empty_cache()
+def test_memory_is_counted_per_rank(group):
     assert [set(peak) for peak in group.peak_memory().values()] == [{"host"}] * RANKS
 
 
@@ -273,3 +277,35 @@ def test_no_verb_comes_before_start():
     rank.name, rank._learner, rank._watch = "learner-2", None, None
     with pytest.raises(RuntimeError, match="learner-2 has no learner yet: call start first"):
         rank.optim_step()
+
+
+def test_several_exporters_must_have_sent_the_same():
+    sent = SentReport({"a": 1, "b": 2}, 2, 8, 0.25)
+    assert one_report({"learner-0": sent}) is sent
+    slower = replace(sent, seconds_checking=0.5)
+    assert one_report({"learner-0": sent, "learner-8": slower}) == slower
+    other = replace(sent, checksums={"a": 1, "b": 3})
+    with pytest.raises(WeightSyncError, match="learner-8 and learner-0 sent other weights, first b"):
+        one_report({"learner-0": sent, "learner-8": other})
+
+
+def test_a_rank_that_sleeps_computes_nothing_and_may_send_with_its_weights_alone():
+    weights, masters = torch.ones(4), torch.full((4,), 2.0)
+    learner = SimpleNamespace(held=lambda: Held(torch.device("cpu"), [weights], [masters]))
+    rank = object.__new__(LearnerRank)
+    rank.name, rank._learner, rank._watch = (
+        "learner-1",
+        learner,
+        SimpleNamespace(waiting=contextlib.nullcontext),
+    )
+    assert rank.wake_up() == 0  # it never slept
+    assert rank.sleep(keep_weights=True) == 16
+    assert rank._awake(states=False) is learner
+    with pytest.raises(RuntimeError, match="the learner's states are in host memory"):
+        rank._awake()
+    assert rank.sleep() == 16
+    with pytest.raises(RuntimeError, match="the learner's weights are in host memory"):
+        rank._awake(states=False)
+    assert rank.wake_up() == 32
+    assert rank._awake() is learner
+    assert (weights.tolist(), masters.tolist()) == ([1.0] * 4, [2.0] * 4)

@@ -58,9 +58,9 @@ def test_learners_and_engines_together_must_fit_a_host_that_is_alone(reserved) -
     assert reserved == [("PACK", 2), ("PACK", 2)]
 
 
-def test_colocation_is_one_host(reserved) -> None:
+def test_colocated_ranks_are_packed_and_engines_ask_for_nothing_more(reserved) -> None:
     Reservation(layout("cluster.colocated=true"), 600.0, local=True)
-    assert reserved == [("STRICT_PACK", 2)]
+    assert reserved == [("PACK", 2)]
 
 
 def test_a_shared_bundle_has_room_for_both_who_share_it(monkeypatch) -> None:
@@ -148,7 +148,7 @@ def test_an_actor_without_a_gpu_asks_for_none() -> None:
         (
             ["rollout.tensor_parallel=2"],
             "cuda",
-            "got rollout.tensor_parallel 2, 2 engines and 2 learner ranks",
+            "got rollout.tensor_parallel 2, 2 engines and 2 learner ranks; lower rollout.engines to 1",
         ),
         (["rollout.engines=3"], "cuda", "got rollout.tensor_parallel 1, 3 engines and 2 learner ranks"),
     ],
@@ -276,3 +276,40 @@ def test_nodes_that_share_a_name_are_told_apart(monkeypatch) -> None:
     )
     monkeypatch.setattr(placement, "nodes", lambda: [host(1, "laptop"), host(2, "laptop")])
     assert granted(group, 2).homes == ("laptop/n1", "laptop/n2")
+
+
+def colocated_on(monkeypatch, homes: str, engines: int, size: int) -> Reservation:
+    """A grant that puts bundle i of a colocated layout on host homes[i]."""
+    places = on_hosts(monkeypatch, homes, {})
+    share = Bundle(1, 0.5)
+    places.layout = Layout((share,) * len(homes), (share,) * engines, colocated=True, engine_gpus=size)
+    places.engines = places.learners
+    places._check_engines()
+    return places
+
+
+def test_a_colocated_engine_is_where_its_first_rank_is_and_hears_from_the_first_rank_of_its_host(
+    monkeypatch,
+) -> None:
+    places = colocated_on(monkeypatch, "21212121", 4, 2)
+    assert places.homes("engine") == ("host1", "host1", "host2", "host2")
+    assert places.learners.bundles == (1, 3, 5, 7, 0, 2, 4, 6)
+    bundles = [
+        places.options("engine", i, {})["scheduling_strategy"].placement_group_bundle_index for i in range(4)
+    ]
+    assert bundles == [1, 5, 0, 4]
+    assert places.exporters() == {"engine-0": 0, "engine-1": 0, "engine-2": 4, "engine-3": 4}
+
+
+def test_one_rank_sends_to_engines_with_gpus_of_their_own(monkeypatch) -> None:
+    places = on_hosts(monkeypatch, "1122", {})
+    assert (places.exporters(), places.shared_gpus(1.0)) == (None, [])
+    assert colocated_on(monkeypatch, "1122", 4, 1).shared_gpus(1.0) == []  # Ray gives half of one GPU
+
+
+def test_a_colocated_engine_that_the_grant_tears_is_refused(monkeypatch) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"ranks 2-3 share their GPUs with engine 1 .* granted host1, host2"
+    ):
+        colocated_on(monkeypatch, "1112", 2, 2)
+    assert colocated_on(monkeypatch, "1112", 1, 2).homes("engine") == ("host1",)

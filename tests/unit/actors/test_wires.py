@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,8 +120,9 @@ def test_learner_verbs_wait_as_long_as_the_learner_may_take(ray_calls, tmp_path)
     group.save(tmp_path)
     group.load(tmp_path, 3)
     group.wait_saved()
-    group.empty_cache()
-    assert len(waits) == 8
+    group.sleep()
+    group.wake_up()
+    assert len(waits) == 9
     assert {seconds for _, seconds in waits} == {LEARNER_S}
 
 
@@ -261,16 +263,27 @@ def test_stats_leave_a_rank_on_the_host() -> None:
     assert rank_of(learner).forward_backward(["batch"], "spec") == {"spec/1": "on the host"}
 
 
-def test_a_gpus_cache_is_emptied_and_its_peak_counted(monkeypatch) -> None:
-    emptied = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+def test_a_gpus_peak_is_counted(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 30)
     rank = rank_of(None)
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        rank.empty_cache()
-        peaks = rank.peak_memory()
-        assert (len(emptied), peaks.get("gpu")) == ((1, 5 << 30) if gpu else (0, None))
+        assert rank.peak_memory().get("gpu") == (5 << 30 if gpu else None)
+
+
+def test_a_colocated_engine_takes_the_gpus_of_its_ranks_before_it_is_built(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen = []
+
+    def make(name):
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(info=lambda: INFO)
+
+    for gpus in ((), ("4", "6")):
+        process = object.__new__(EngineProcess)
+        process.name, process._engine = "engine-1", None
+        process.start(make, gpus)
+    assert seen == ["0", "4,6"]
 
 
 def test_an_engine_process_builds_its_engine_under_its_name() -> None:

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist.models.shape import ModelShape, find_model
+from gspo_dist.planner import host as host_tables
 from gspo_dist.planner import memory
 from gspo_dist.planner.hardware import GIB
+from gspo_dist.planner.host import host_memory, parked_learner, step_copies
 from gspo_dist.planner.layout import LearnerLayout
 from gspo_dist.planner.memory import (
     activations,
     engine_memory,
     engine_weights,
-    host_memory,
     layer_activations,
     learner_memory,
     learner_states,
@@ -238,9 +239,9 @@ def test_colocated_engines_asleep_keep_their_weights_in_host_memory() -> None:
     """Three engines of 30,532,122,624 parameters of two bytes each; engines with GPUs of their
     own never sleep."""
     engine = engine_of(engines=3, colocated=True)
-    held = memory.sleeping_engines(QWEN, engine)
+    held = host_tables.sleeping_engines(QWEN, engine, 8)
     assert [item.bytes for item in held] == [3 * 61_064_245_248]
-    assert memory.sleeping_engines(QWEN, change(engine, colocated=False)) == ()
+    assert host_tables.sleeping_engines(QWEN, change(engine, colocated=False), 8) == ()
     awake, asleep = (host_memory(QWEN, work_of(), 2, [], 8, 10**13, asleep=a).total for a in ((), held))
     # and a third more, which torch's rounding of pinned blocks adds
     assert asleep - awake == 183_192_735_744 * 4 // 3
@@ -249,14 +250,14 @@ def test_colocated_engines_asleep_keep_their_weights_in_host_memory() -> None:
 def test_a_rank_that_saves_or_loads_takes_host_memory_for_a_time() -> None:
     """8 bytes per held parameter of a Megatron rank, 4 of a DeepSpeed rank below ZeRO 3."""
     layout = learner_of(world_size=16, expert_parallel=8)
-    saving = memory.passing_host_bytes(QWEN, layout)
+    saving = host_tables.passing_host_bytes(QWEN, layout)
     held = (30_532_122_624 - 28_991_029_248) + 28_991_029_248 // 8
     assert (saving.name, saving.bytes) == ("saving", 8 * held)
-    loading = memory.passing_host_bytes(QWEN, learner_of("deepspeed", world_size=16, zero_stage=2))
+    loading = host_tables.passing_host_bytes(QWEN, learner_of("deepspeed", world_size=16, zero_stage=2))
     assert (loading.name, loading.bytes) == ("loading", 4 * 30_532_122_624)
     spread = learner_of("deepspeed", world_size=16, zero_stage=2, expert_parallel=8)
-    assert memory.passing_host_bytes(QWEN, spread).bytes == 4 * held
-    assert memory.passing_host_bytes(QWEN, learner_of("deepspeed", world_size=16, zero_stage=3)) is None
+    assert host_tables.passing_host_bytes(QWEN, spread).bytes == 4 * held
+    assert host_tables.passing_host_bytes(QWEN, learner_of("deepspeed", world_size=16, zero_stage=3)) is None
     with_it, without = (
         host_memory(QWEN, work_of(), 2, [], 8, 10**13, passing=item).total for item in (saving, None)
     )
@@ -289,3 +290,61 @@ def test_the_head_is_planned_with_the_budgets_that_it_works_with():
     table, _ = learner_memory(model, learner_of("eager", token_budget=64, precision="fp32"), GIB)
     head = next(item for item in table.items if item.name == "head")
     assert head.bytes == memory.HEAD_LOGITS + 4 * 64 * 1000 + 4 * 64 * 8  # all logits fit what may be kept
+
+
+def test_an_offload_fraction_leaves_the_rest_on_the_gpu() -> None:
+    quarter = {"optimizer_offload_fraction": 0.25}
+    layout = learner_of(world_size=2).changed("megatron", optimizer_cpu_offload=True, optimizer=quarter)
+    whole = 12 * DENSE.total // 2
+    assert device(DENSE, layout)["optimizer"] == 3 * whole // 4
+    assert host(DENSE, layout) == {"optimizer": whole // 4, "gradients": 4 * DENSE.total // 2 // 4}
+    zero3 = {"zero_optimization": {"offload_optimizer": {"ratio": 0.25}}}
+    half = learner_of("deepspeed", world_size=2, zero_stage=3, offload_optimizer=True, config=zero3)
+    assert device(DENSE, half)["optimizer"] == 3 * whole // 4
+    assert device(DENSE, half)["gradients"] == 3 * (4 * DENSE.total // 2) // 4
+    zero2 = learner_of("deepspeed", world_size=2, zero_stage=2, offload_optimizer=True, config=zero3)
+    assert "optimizer" not in device(DENSE, zero2)  # DeepSpeed reads it at stage 3 alone
+
+
+def test_types_of_moments_and_deepspeeds_bucket_are_counted() -> None:
+    types = {"exp_avg_dtype": "uint8", "exp_avg_sq_dtype": "float32"}
+    low = learner_of(world_size=4).changed("megatron", precision_aware_optimizer=True, optimizer=types)
+    assert device(DENSE, low)["optimizer"] == (4 + 1 + 4) * DENSE.total // 4
+    buckets = learner_of("deepspeed", zero_stage=2, config={"zero_optimization": {"reduce_bucket_size": 100}})
+    assert device(DENSE, buckets)["buckets"] == 2 * 2 * 100
+
+
+@pytest.mark.parametrize(("replay", "rows", "recorded"), [("none", 0, 0), ("r3", 2, 0), ("r2", 2, 1)])
+def test_a_mini_batch_is_copied_on_its_way_and_r2s_routes_in_every_twin(
+    replay: str, rows: int, recorded: int
+) -> None:
+    """12 sequences of 40 tokens in 2 mini-batches; 8 ranks of 4 replicas on the host, two twins of each."""
+    work = work_of(
+        prompts=4,
+        group=3,
+        prompt=10,
+        completion=30,
+        mini_batches=2,
+        routing_replay=replay,
+        old_logprobs="recompute" if replay == "r2" else "rollout",
+    )
+    layout = learner_of(world_size=8, tensor_parallel=2)
+    found = {item.name: item.bytes for item in step_copies(QWEN, work, layout, 8)}
+    tokens, row = 6 * 40, 385
+    assert found["object store"] == tokens * (37 + rows * row)
+    assert found["ranks' batches"] == 2 * tokens * 37  # two twins hold what one replica computes
+    assert found.get("recorded routes", 0) == 2 * tokens * row * recorded
+    table = host_memory(QWEN, work, 2, [], 8, 10**13, copies=step_copies(QWEN, work, layout, 8))
+    bare = host_memory(QWEN, work, 2, [], 8, 10**13)
+    assert table.total - bare.total == sum(found.values())
+
+
+def test_what_a_colocated_learner_parks_is_pinned_as_sleeping_engines_are() -> None:
+    parked = parked_learner(DENSE, learner_of(world_size=4, keep_reference=True))
+    assert {item.name: item.bytes for item in parked} == {
+        "parked weights": 2 * DENSE.total,
+        "parked optimizer": 3 * DENSE.total,
+        "parked reference": 2 * DENSE.total,
+    }
+    with_it, bare = (host_memory(DENSE, work_of(), 2, [], 8, 10**13, parked=p).total for p in (parked, ()))
+    assert with_it - bare == pytest.approx(8 * 7 * DENSE.total * 4 / 3, abs=8)

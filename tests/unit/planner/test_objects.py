@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from gspo_dist.coldstart.model import build_model, model_config
 from gspo_dist.coldstart.recipes import recipe_named
 from gspo_dist.models.shape import shape_from_config
 from gspo_dist.packing import pack_sequences
+from gspo_dist.planner.host import SENT_BYTES, TOKEN_BYTES
 from gspo_dist.planner.layout import EngineLayout
-from gspo_dist.planner.memory import TOKEN_BYTES, engine_weights, learner_states
+from gspo_dist.planner.memory import engine_weights, learner_states
+from gspo_dist.routing import huggingface as routers
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, Rollout
 from tests.unit.planner.views import engine_of, learner_of
@@ -74,14 +78,7 @@ def test_a_token_of_a_trace(shape):
 def test_a_token_of_a_rollout_with_its_place_in_a_packed_batch():
     """Beside its route: what the completion holds, and what the micro-batch holds of the same token."""
     tokens = 1000
-    completion = Completion(
-        token_ids=np.zeros(tokens, np.int64),
-        loss_mask=np.ones(tokens, np.bool_),
-        logprobs=np.zeros(tokens, np.float32),
-        policy_versions=np.zeros(tokens, np.int32),
-        finish_reason="stop",
-        text="",
-    )
+    completion = _completion(tokens)
     rollout = Rollout(0, 0, Prompt("p", (1,), "p"), completion, 1.0)
     own = sum(
         getattr(completion, n).nbytes for n in ("token_ids", "loss_mask", "logprobs", "policy_versions")
@@ -91,3 +88,38 @@ def test_a_token_of_a_rollout_with_its_place_in_a_packed_batch():
     assert own == 17 * tokens
     assert packed == 29 * (tokens + 1)
     assert TOKEN_BYTES == 17 + 29 + 4 + 4  # and old_logprobs and ref_logprobs, one float32 each
+
+
+def test_a_token_on_its_way_to_a_rank_is_copied_and_its_route_is_not():
+    """Ray pickles by protocol 5: what it takes out of band is read where it lies, the rest is copied."""
+    tokens = 5000
+    rollout = Rollout(0, 0, Prompt("p", (1,), "p"), _completion(tokens), 1.0)
+    trace = RoutingTrace(np.zeros((tokens + 1, 4, 2), np.uint8), np.ones(tokens + 1, np.bool_), 8)
+    batch = pack_sequences([rollout], [1.0], [0])
+    batch = batch.with_(
+        old_logprobs=torch.zeros(tokens + 1), ref_logprobs=torch.zeros(tokens + 1), routing=trace
+    )
+    apart: list[pickle.PickleBuffer] = []
+    inside = len(pickle.dumps(batch, protocol=5, buffer_callback=apart.append))
+    assert sum(buffer.raw().nbytes for buffer in apart) == (4 * 2 + 1) * (tokens + 1)
+    assert inside == pytest.approx(SENT_BYTES * tokens, rel=0.05)
+
+
+def test_every_rank_of_a_replica_records_its_routes(model, shape):
+    """What R2 adds to a rank, twin or not: the trace of what it computed."""
+    batch = pack_sequences([Rollout(0, 0, Prompt("p", (1,), "p"), _completion(9), 1.0)], [1.0], [0])
+    with routers.record(model) as recorder, torch.no_grad():
+        model(input_ids=batch.token_ids[None] % shape.vocab)
+    trace = recorder.trace()
+    assert trace.expert_ids.nbytes + trace.known.nbytes == batch.num_tokens * shape.trace_bytes_per_token
+
+
+def _completion(tokens: int) -> Completion:
+    return Completion(
+        token_ids=np.zeros(tokens, np.int64),
+        loss_mask=np.ones(tokens, np.bool_),
+        logprobs=np.zeros(tokens, np.float32),
+        policy_versions=np.zeros(tokens, np.int32),
+        finish_reason="stop",
+        text="",
+    )

@@ -75,4 +75,10 @@ def test_engines_that_find_no_node_do_not_fit_although_gpus_are_free():
 
 def test_colocated_engines_take_no_gpus_of_their_own():
     lines = where(learner_of(world_size=8), engine_of(8, colocated=True), 1, 8)
-    assert lines[1:] == ["engines: 8 engines on the GPUs of the first 8 ranks", "free: 0 GPUs"]
+    assert lines[1:] == ["engines: 8 engines of 1 GPU, on the GPUs of the first 8 ranks", "free: 0 GPUs"]
+    lines = where(learner_of(world_size=32), engine_of(15, 2, colocated=True), 4, 8)
+    assert lines == [
+        "learner: 32 ranks of 1 GPU on nodes 1-4",
+        "engines: 15 engines of 2 GPUs, on the GPUs of the first 30 ranks",
+        "free: 0 GPUs",
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from gspo_dist.planner import find_gpu, format_plan
 from tests.unit.planner.views import (
     ENGINE,
@@ -36,46 +38,54 @@ def test_too_few_gpus_and_sizes_that_do_not_divide_are_refused() -> None:
     assert "does not fit" in format_plan(odd)
 
 
-def test_colocated_engines_count_no_gpus_of_their_own_but_leave_room_for_the_states() -> None:
-    learner = change(LEARNER, world_size=8)
-    engine = engine_of(engines=8, colocated=True, gpu_memory_utilization=0.6)
-    crowded = plan_of(learner, engine, WORK, QWEN, H100)  # 67 GiB of states beside 48 GiB of engine
-    assert "beside a colocated engine" in crowded.problems[0]
-    states = change(learner, optimizer_cpu_offload=True)
-    roomy = find_gpu("H200")
-    assert plan_of(states, engine, WORK, QWEN, roomy).problems == ()
-    greedy = plan_of(states, change(engine, gpu_memory_utilization=0.9), WORK, QWEN, roomy)
-    assert "beside a colocated engine" in greedy.problems[0]
+def test_colocated_engines_count_no_gpus_of_their_own_and_the_learner_leaves_them_the_gpu() -> None:
+    """Its states are in host memory while they sample, and its weights are beside theirs in a publication."""
+    learner, engine = change(LEARNER, world_size=8), engine_of(engines=4, tensor_parallel=2, colocated=True)
+    low = change(learner, recompute="full", expert_parallel=8, optimizer_cpu_offload=True)
+    assert plan_of(low, engine, WORK, QWEN, H100).problems == ()
+    # 0.97 of 79.2 GiB and the learner's 3 GiB of context are more than there is
+    greedy = plan_of(low, change(engine, gpu_memory_utilization=0.97), WORK, QWEN, H100)
+    assert greedy.problems[0].startswith("learner: a rank lacks 0.6 GiB beside a colocated engine")
+    # In a publication the weights of both are there: 56.9 GiB twice where neither is split.
+    whole = change(low, expert_parallel=1)
+    both = plan_of(whole, change(engine, tensor_parallel=1), WORK, QWEN, replace(H100, memory_gib=118.0))
+    assert "beside a colocated engine" in both.problems[0]
 
 
-def test_a_host_without_memory_for_sleeping_engines_does_not_fit() -> None:
-    """Eight engines asleep hold 16 bytes a parameter of the host, as much as the offloaded states
-    of eight ranks. Pinned blocks add a third to both, and a checkpoint 8 bytes per held parameter."""
-    layout = change(LEARNER, world_size=8, optimizer_cpu_offload=True)
-    engine = engine_of(engines=8, colocated=True, gpu_memory_utilization=0.6)
-    result = plan_of(layout, engine, WORK, QWEN, find_gpu("H200"), host_gib=1450)
-    assert result.host.bytes_of("sleeping engines") == 16 * QWEN.total
-    assert len(result.problems) == 1
-    assert result.problems[0].startswith("host: needs")
-    assert result.advice[0].startswith("lower rollout.engines")
-    assert plan_of(layout, change(engine, engines=7), WORK, QWEN, find_gpu("H200"), host_gib=1450).fits
-
-
-def test_colocation_is_one_host() -> None:
-    engine = engine_of(engines=16, colocated=True, gpu_memory_utilization=0.6)
-    [problem] = plan_of(
-        change(LEARNER, optimizer_cpu_offload=True),
-        engine,
-        WORK,
-        QWEN,
-        find_gpu("H200"),
-        nodes=2,
-        host_gib=2000,
-    ).problems
-    assert problem == (
-        "GPUs: cluster.colocated shares the GPUs of one host: got learner.world_size 16 and 8 GPUs per node; "
-        "lower it, or set cluster.colocated=false"
+def test_30b_fits_32_h100_colocated() -> None:
+    """16 engines of two GPUs on the GPUs of 32 ranks; by hand from 3.624 B expert and 1.541 B other
+    parameters a rank, of which 4 and 32 ranks share the optimiser states."""
+    learner = change(LEARNER, world_size=32, tensor_parallel=1, expert_parallel=8, recompute="full")
+    engine = engine_of(engines=16, tensor_parallel=2, colocated=True)
+    result = plan_of(learner, engine, WORK, QWEN, H100, nodes=4)
+    assert result.problems == ()
+    experts, dense = 28_991_029_248 // 8, 30_532_122_624 - 28_991_029_248
+    assert result.host.bytes_of("parked weights") == 8 * 2 * (experts + dense)
+    states = 12 * (experts / 4 + dense / 32)
+    assert result.host.bytes_of("parked optimizer") == pytest.approx(8 * states, abs=8)
+    each = result.engine.table.bytes_of("weights")
+    assert result.host.bytes_of("sleeping engines") == 8 * each  # four engines of two GPUs
+    assert result.step.gpus == 32
+    few = plan_of(learner, engine, WORK, QWEN, H100, nodes=4, host_gib=500)
+    assert few.problems[0].startswith("host: needs")
+    assert few.advice == (
+        "raise rollout.tensor_parallel with fewer engines, or take hosts with more memory or more hosts",
     )
+
+
+def test_colocated_sizes_that_cannot_be_placed_are_refused() -> None:
+    learner = change(LEARNER, world_size=16, optimizer_cpu_offload=True)
+
+    def problems(engine, nodes: int) -> tuple[str, ...]:
+        return plan_of(learner, engine, WORK, QWEN, H100, nodes=nodes).problems
+
+    assert problems(engine_of(engines=8, tensor_parallel=2, colocated=True), 2) == ()
+    [one_host] = problems(engine_of(engines=8, tensor_parallel=2, colocated=True), 1)
+    assert one_host == "GPUs: learner.world_size 16 needs as many, and 1 x 8 are there"
+    [many] = problems(engine_of(engines=5, tensor_parallel=4, colocated=True), 2)
+    assert many == "GPUs: colocated engines share the learner's GPUs: got 5 engines of 4 and 16 ranks"
+    [torn] = problems(engine_of(engines=1, tensor_parallel=16, colocated=True), 2)
+    assert torn.endswith("shares the GPUs of consecutive ranks on one node: its size must divide 8")
 
 
 def test_a_run_without_engines_has_none_to_refuse() -> None:
@@ -129,3 +139,23 @@ def test_a_cpu_host_adds_up_its_processes() -> None:
     assert not plan_of(
         learner_of(world_size=1, token_budget=10240), ENGINE, WORK, QWEN, None, host_gib=16
     ).fits
+
+
+def test_keys_passed_on_are_counted_or_named_as_not_counted() -> None:
+    half = {"optimizer_offload_fraction": 0.5}
+    counted = LEARNER.changed("megatron", optimizer_cpu_offload=True, optimizer=half)
+    assert counted.not_counted == []
+    other = counted.changed("megatron", transformer={"recompute_modules": ["moe"]}, ddp={"bucket_size": 5})
+    named = ["learner.megatron.transformer.recompute_modules", "learner.megatron.ddp.bucket_size"]
+    assert other.not_counted == named
+    text = format_plan(plan_of(other, ENGINE, WORK, QWEN, H100, nodes=4))
+    assert f"note: not counted, neither in memory nor in time: {', '.join(named)}" in text
+    assert "not counted" not in format_plan(plan_of(counted, ENGINE, WORK, QWEN, H100, nodes=4))
+    zero = {
+        "zero_optimization": {"reduce_bucket_size": 100, "stage3_max_live_parameters": 7},
+        "dump_state": True,
+    }
+    assert learner_of("deepspeed", config=zero).not_counted == [
+        "learner.deepspeed.config.zero_optimization.stage3_max_live_parameters",
+        "learner.deepspeed.config.dump_state",
+    ]

@@ -35,7 +35,7 @@ def test_ten_are_offered_the_fastest_first_and_all_fit(found):
         given = values(one)
         ranks = int(given["learner.world_size"])
         engines = int(given["rollout.engines"]) * int(given["rollout.tensor_parallel"])
-        assert ranks + engines == 16
+        assert (engines if given["cluster.colocated"] == "true" else ranks + engines) == 16
         assert one.tokens_per_s_per_gpu == pytest.approx(WORK.tokens / one.outcome.step_s / 16)
 
 
@@ -78,7 +78,8 @@ def test_lengths_and_networks_are_those_of_the_user(found):
     short = search(RUN, QWEN, H100, 2, 8, most_ahead=1, lengths=Lengths(100, 0.1, 1024))
     assert short[0].outcome.step_s < 0.7 * found[0].outcome.step_s
     slow = replace(RUN, plan=PlanConfig(network_gb_s=1.0))
-    assert search(slow, QWEN, H100, 2, 8, most_ahead=1)[0].outcome.step_s > found[0].outcome.step_s + 50
+    # What shares its GPUs sends over all cards of a node: of 60 GB, 8 each.
+    assert search(slow, QWEN, H100, 2, 8, most_ahead=1)[0].outcome.step_s > found[0].outcome.step_s + 8
 
 
 def test_the_table_names_the_limit_and_the_overrides(found):
@@ -92,12 +93,12 @@ def test_the_table_names_the_limit_and_the_overrides(found):
         assert one.limit.startswith("engines" if waits_for_engines else "learner")
 
 
-def test_colocated_layouts_are_offered_on_one_host():
-    """A small model on one host: engines of one GPU beside the ranks fit, and are among what is found."""
+def test_colocated_layouts_are_offered():
+    """A small model on one host: engines beside the ranks fit, and are among what is found."""
     small = replace(QWEN, layers=12, expert_layers=(True,) * 12)
     half = replace(RUN, rollout=replace(RUN.rollout, gpu_memory_utilization=0.5))
     few = search(half, small, H100, 1, 8, most_ahead=0)
     shared = [one for one in few if values(one)["cluster.colocated"] == "true"]
     assert shared
-    assert all(values(one)["rollout.tensor_parallel"] == "1" for one in shared)
+    assert {int(values(one)["learner.world_size"]) for one in shared} == {8}
     assert "8+shared" in format_found(few).replace(" ", "")

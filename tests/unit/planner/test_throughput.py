@@ -9,7 +9,9 @@ import pytest
 from gspo_dist.config import CheckpointConfig, EvaluationConfig, PlanConfig
 from gspo_dist.planner.calibration import ASSUMPTIONS, SPEEDS, GpuSpeed
 from gspo_dist.planner.decode import batch_s, collect_s, decode_step_s, experts_touched, prefill_token_s
+from gspo_dist.planner.host import parked_learner
 from gspo_dist.planner.links import exchange_s, gather_s
+from gspo_dist.planner.memory import rank_parameters
 from gspo_dist.planner.pipeline import Lengths
 from gspo_dist.planner.throughput import step_time, sync_s
 from gspo_dist.planner.training import forward_slot_s, layer_s, micro_batches, optimizer_s, packed, pass_s
@@ -283,7 +285,12 @@ def test_checkpoints_evaluation_and_the_driver_are_part_of_a_step() -> None:
 
 def test_colocated_engines_move_their_weights_to_the_host_and_back() -> None:
     time = step_time(QWEN, change(LEARNER, world_size=8), engine_of(8, colocated=True), work_of(), H100, 64)
-    assert time.switch_s == pytest.approx(2 * 61_064_245_248 / 32e9, rel=1e-12)
+    learner = change(LEARNER, world_size=8)
+    parked = sum(item.bytes for item in parked_learner(QWEN, learner))
+    held = rank_parameters(QWEN, learner)
+    states = held.dense / learner.shards + held.experts / learner.expert_shards
+    assert parked == pytest.approx(2 * held.all + 12 * states, abs=8)
+    assert time.switch_s == pytest.approx(2 * (61_064_245_248 + parked) / 32e9, rel=1e-12)
     assert time.gpus == 8
     apart = step_time(QWEN, change(LEARNER, world_size=8), engine_of(8), work_of(), H100, 64)
     assert apart.gpus == 16

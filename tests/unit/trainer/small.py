@@ -123,8 +123,11 @@ class BookLearner:
         self.policy_version += 1
         return OptimStep(1.0, 0.1, self.policy_version)
 
-    def empty_cache(self) -> None:
-        self.calls.append(("empty_cache", {}))
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        self.calls.append(("sleep", {"keep_weights": keep_weights}))
+
+    def wake_up(self, *, weights_only: bool = False) -> None:
+        self.calls.append(("wake_up", {"weights_only": weights_only}))
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

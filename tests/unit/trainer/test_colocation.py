@@ -1,5 +1,7 @@
-"""Learner and engines on one GPU: who is awake when. No GPU is needed to see it: the engine here only
-keeps the books.
+"""Learner and engines on one GPU: who is awake when, and that it changes no number.
+
+No GPU is needed to see it: the engine here only keeps the books, and the learner's tensors are really moved
+away and back.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.setup.build import build
@@ -36,26 +39,66 @@ def watched(owner: object, books: Books, *verbs: str) -> None:
         setattr(owner, verb, noted)
 
 
+def parked(learner) -> set[str]:
+    """Which of an eager learner's memory is on its device."""
+    sizes = {
+        "weights": [p.untyped_storage().nbytes() for p in learner.policy.parameters()],
+        "masters": [m.untyped_storage().nbytes() for m in learner.masters],
+    }
+    for name, held in sizes.items():
+        assert all(held) or not any(held), name
+    return {name for name, held in sizes.items() if all(held)}
+
+
+def trained(run_dir) -> list[dict[str, float]]:
+    """What a run measured, without its times."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "perf/", "sync/gib", "sync/check"))}
+        for row in rows
+    ]
+
+
 @pytest.mark.slow
-def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> None:
-    """With rollouts begun ahead, which the engine must not hold while it sleeps."""
-    ahead = ["rollout.steps_ahead=1", "rollout.ticks_per_step=0", "objective.old_logprobs=recompute"]
-    run = build(config(model, reward_file, tmp_path / "run", *ahead, "rollout.max_completion_tokens=24"))
+def test_learner_and_engine_are_awake_in_turns_and_learn_as_if_they_were_not(
+    model, reward_file, tmp_path
+) -> None:
+    """With rollouts begun ahead, which the engine must not hold while it sleeps, and checkpoints."""
+    knobs = [
+        *("rollout.steps_ahead=1", "rollout.ticks_per_step=0", "objective.old_logprobs=recompute"),
+        *("rollout.max_completion_tokens=24", "checkpoint.every=2", "checkpoint.hf_every=2"),
+    ]
+    plain = build(config(model, reward_file, tmp_path / "plain", *knobs))
+    try:
+        train(plain)
+    finally:
+        plain.release()
+    run = build(config(model, reward_file, tmp_path / "run", *knobs))
     books = Books()
     engine: ReferenceEngine = run.pool.engine
+    moved: dict[str, set[frozenset[str]]] = {}
 
     def sleep() -> None:
         assert engine.rows == []
         books.awake.clear()
 
-    engine.sleep = sleep
-    engine.wake_up = lambda weights_only=False: books.awake.update(
-        {"weights"} if weights_only else {"weights", "cache"}
-    )
+    def wake_up(weights_only: bool = False) -> None:
+        books.awake.update({"weights"} if weights_only else {"weights", "cache"})
+
+    engine.sleep, engine.wake_up = sleep, wake_up
     watched(engine, books, "submit", "advance", "logprobs_of", "update_weights")
-    watched(run.learner, books, "logprobs", "forward_backward", "optim_step", "empty_cache")
+    watched(run.learner, books, "logprobs", "forward_backward", "optim_step", "save", "export")
+    for verb in ("submit", "advance", "logprobs_of", "update_weights"):
+        call = getattr(engine, verb)
+
+        def noted(*args, _call=call, _verb=verb, **kwargs):
+            moved.setdefault(_verb, set()).add(frozenset(parked(run.learner.learner)))
+            return _call(*args, **kwargs)
+
+        setattr(engine, verb, noted)
     run.config = replace(run.config, cluster=replace(run.config.cluster, colocated=True))
-    run.publisher.colocated = True
+    run.shared.colocated = True
+    engine.sleep()  # as after the start
     try:
         train(run)
     finally:
@@ -63,7 +106,9 @@ def test_learner_and_engine_are_awake_in_turns(model, reward_file, tmp_path) -> 
     everything, weights = frozenset({"weights", "cache"}), frozenset({"weights"})
     for verb in ("submit", "advance", "logprobs_of"):
         assert books.seen[verb] == {everything}
-    assert books.seen["forward_backward"] == books.seen["optim_step"] == {frozenset()}
-    assert books.seen["update_weights"] == {everything, weights}  # all awake before the first step only
+        assert moved[verb] == {frozenset()}  # nothing of the learner is on the device
+    assert books.seen["forward_backward"] == books.seen["optim_step"] == books.seen["save"] == {frozenset()}
+    assert books.seen["update_weights"] == books.seen["export"] == {weights}
+    assert moved["update_weights"] == {weights}
     assert weights in books.seen["logprobs"]  # the probe: before the KV cache takes its memory back
-    assert books.seen["empty_cache"] >= {frozenset(), weights}
+    assert trained(tmp_path / "run") == trained(tmp_path / "plain")

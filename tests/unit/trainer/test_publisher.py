@@ -14,6 +14,7 @@ from gspo_dist.config import WeightSyncConfig
 from gspo_dist.rollout.engine import SyncReceipt
 from gspo_dist.trainer import publisher as module
 from gspo_dist.trainer.publisher import PROBE_SEQUENCES, PROBE_TOKENS, WeightPublisher, probe_sequences
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.types import Completion, Prompt
 from gspo_dist.weights.send import SentReport
 from gspo_dist.weights.tolerance import ProbeTolerance
@@ -52,7 +53,7 @@ class Engines:
         }
 
     def wake_up(self, weights_only: bool = False) -> None:
-        self.verbs.append("wake_up")
+        self.verbs.append("wake_up weights" if weights_only else "wake_up")
 
 
 class Sender(BookLearner):
@@ -68,8 +69,8 @@ class Sender(BookLearner):
         self.pool.verbs.append("send")
         return SentReport(dict(SENT), tensors=2, bytes=2 << 30, seconds_checking=self.seconds_checking)
 
-    def empty_cache(self) -> None:
-        self.pool.verbs.append("empty_cache")
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        self.pool.verbs.append("learner keeps weights" if keep_weights else "learner sleeps")
 
 
 def make(
@@ -84,16 +85,17 @@ def make(
 ):
     fixed = knobs.pop("probe_tolerance", 0.01)
     sync = WeightSyncConfig(**({"transport": "shm"} | knobs))
+    sender = Sender(pool, logprob)
     return WeightPublisher(
         sync,
-        Sender(pool, logprob),
+        sender,
         pool,
         replicas=1,
         token_budget=4096,
         max_model_len=max_model_len,
         tolerance=tolerance or ProbeTolerance("fp32", fixed),
         begins_equal=begins_equal,
-        colocated=colocated,
+        shared=SharedGpus(sender, pool, colocated=True) if colocated else None,
     )
 
 
@@ -279,10 +281,11 @@ def test_colocated_engines_wake_after_the_learners_probe_and_before_their_own():
         return torch.full((batch.num_tokens,), -1.0)
 
     make(pool, colocated=True, logprob=learner).publish(probe())
-    assert pool.verbs == ["start", "send", "finish", "learner", "empty_cache", "wake_up", "logprobs_of"]
+    taken = ["learner keeps weights", "wake_up weights", "start", "send", "finish"]
+    assert pool.verbs == [*taken, "learner", "learner sleeps", "wake_up", "logprobs_of"]
     pool.verbs.clear()
     make(pool, colocated=True, probe_every=0).publish([])
-    assert pool.verbs == ["start", "send", "finish", "empty_cache", "wake_up"]
+    assert pool.verbs == [*taken, "learner sleeps", "wake_up"]
 
 
 def test_the_cost_of_checking_is_the_senders_and_the_slowest_engines(monkeypatch):

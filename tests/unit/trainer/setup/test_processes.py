@@ -96,6 +96,12 @@ class Places:
     def options(self, kind, index, env):
         return (kind, index, env["OMP_NUM_THREADS"])
 
+    def shared_gpus(self, timeout):
+        return [(kind, timeout) for kind in ("engine's gpus",)]
+
+    def exporters(self):
+        return "exporters"
+
     def release(self) -> None:
         self.released += 1
 
@@ -154,8 +160,12 @@ def test_every_kind_of_actor_is_made_with_its_own_settings_and_ended_with_the_bl
         assert (places.timeout, places.local) == (7.0, True)
         assert (len(places.layout.learners), len(places.layout.engines)) == (2, 3)
         logs = tmp_path / "logs"
-        assert pool.args == (c.rollout, processes.make_engine, [("engine", i, "5") for i in range(3)], logs)
-        assert learner.args == (c.learner, processes.make_rank, [("learner", i, "3") for i in range(2)], logs)
+        engines, ranks = (
+            [(kind, i, n) for i in range(many)] for kind, n, many in (("engine", "5", 3), ("learner", "3", 2))
+        )
+        granted = [("engine's gpus", c.cluster.placement_timeout_s)]
+        assert pool.args == (c.rollout, processes.make_engine, engines, logs, granted)
+        assert learner.args == (c.learner, processes.make_rank, ranks, logs, "exporters")
         assert rewards.args == (c.reward, logs, process_env(c, "cpu")["reward"])
         lines = (logs / "places.txt").read_text().splitlines()
         assert lines == [
@@ -289,10 +299,10 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
 
         def __exit__(self, *error) -> None: ...
         def pool(self):
-            return Part("engine", "start", "sleep", "wake_up")
+            return Part("engine", "start", "sleep")
 
         def learner(self):
-            return Part("learner", "start", "empty_cache")
+            return Part("learner", "start")
 
         def rewards(self):
             return Part("rewards", "start")
@@ -308,5 +318,5 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
     assert threads == [(1, "cpu")]
     assert (parts.info, parts.release) == ("info", "end")
     together = ["learner.start", "engine.start"]
-    one_by_one = ["engine.start", "engine.sleep", "learner.start", "learner.empty_cache", "engine.wake_up"]
+    one_by_one = ["engine.start", "engine.sleep", "learner.start"]
     assert said == ["made", "rewards.start", *(one_by_one if colocated else together)]
