@@ -222,7 +222,7 @@ def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
 
 
 def export_main(job: dict[str, Any]) -> dict[str, float]:
-    """Writes an HF folder from the checkpoint, without a learner; its peak resident memory and its seconds."""
+    """Writes an HF folder from the checkpoint, without a learner: peak resident memory, and seconds."""
     from gspo_dist.config import DeepSpeedConfig, LearnerConfig, MegatronConfig
     from gspo_dist.trainer.setup.factories import stored_weights
     from gspo_dist.weights.export import write_hf_folder
