@@ -382,6 +382,8 @@ def one_report(reports: Mapping[str, SentReport]) -> SentReport:
     WeightSyncError names a rank that sent something else than the first one.
     """
     (first, sent), *others = reports.items()
+    if not others:
+        return sent
     for name, report in others:
         if report.checksums != sent.checksums or report.tensors != sent.tensors:
             odd = sorted(
