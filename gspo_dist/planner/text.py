@@ -64,8 +64,8 @@ def format_found(found: Sequence[Found]) -> str:
     if not found:
         return "nothing fits: no layout of these GPUs that the run accepts has room"
     lines = [
-        "      s per  tokens/s                 GiB of a  GiB of an    GiB of",
-        "       step   per GPU  ahead  GPUs     learner  engine GPU   a host  limited by",
+        "      s per  tokens/s                    GiB of a  GiB of an    GiB of",
+        "       step   per GPU  ahead     GPUs     learner  engine GPU   a host  limited by",
     ]
     for i, f in enumerate(found, 1):
         assert f.plan.engine is not None
@@ -76,7 +76,7 @@ def format_found(found: Sequence[Found]) -> str:
         rest = "shared" if "cluster.colocated=true" in f.overrides else _engine_gpus(f.overrides)
         lines.append(
             f"{i:>3}{f.outcome.step_s:>8.0f}{f.tokens_per_s_per_gpu:>10,.0f}{f.outcome.steps_ahead:>7}"
-            f"{f'{ranks}+{rest}':>9}{learner:>9.1f}{engine:>12.1f}{host:>9.0f}  {f.limit}"
+            f"{f'{ranks}+{rest}':>12}{learner:>9.1f}{engine:>12.1f}{host:>9.0f}  {f.limit}"
         )
     return "\n".join([*lines, "", *(f"{i:>3}  {' '.join(f.overrides)}" for i, f in enumerate(found, 1))])
 

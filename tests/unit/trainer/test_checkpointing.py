@@ -25,6 +25,7 @@ from gspo_dist.trainer.clockwork import Clockwork
 from gspo_dist.trainer.flip_meter import FlipMeter
 from gspo_dist.trainer.guard import OffsetGuard
 from gspo_dist.trainer.pipeline import Collector
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.weights.tolerance import ProbeTolerance
 from tests.unit.trainer.small import BookLearner
 from tests.unit.trainer.test_guard import measured
@@ -54,6 +55,7 @@ def run_of(folder, *, steps: int = 10, asynchronous: bool = False, **checkpoint)
         run_dir=folder,
         store=CheckpointStore(folder, config.checkpoint.keep),
         learner=learner,
+        shared=SharedGpus(None, None, colocated=False),
         collector=Collector(
             RolloutConfig(), steps, None, None, Cursor(), lambda step: None, Clockwork(RolloutConfig())
         ),

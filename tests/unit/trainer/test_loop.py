@@ -16,6 +16,7 @@ from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.heldout import EVALUATION_IDS
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.setup.build import build
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.types import SamplingSpec
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.trainer.small import config, go, rollout, values
@@ -35,6 +36,7 @@ def test_a_start_samples_one_completion_per_probe_prompt_without_routes_and_publ
             sampling=SamplingSpec(n=4, max_tokens=8, seed=7, record_routing=True),
             probe_prompts=[first.prompt, second.prompt],
             pool=SimpleNamespace(generate=generate),
+            shared=SharedGpus(None, None, colocated=False),
             collector=SimpleNamespace(pause=lambda: None),
             publisher=SimpleNamespace(publish=published.append),
             clock=StepClock(),

@@ -10,6 +10,7 @@ import pytest
 
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.metrics.names import metric_of
+from gspo_dist.trainer.sharing import SharedGpus
 from gspo_dist.trainer.suites import RunSuites
 from tests.unit.evaluation.small import Table, suite, write_jsonl
 from tests.unit.trainer.small import config, go
@@ -211,6 +212,7 @@ def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatc
         tokens_seen=0,
         config=SimpleNamespace(cluster=SimpleNamespace(colocated=False)),
         learner=SimpleNamespace(policy_version=7),
+        shared=SharedGpus(None, None, colocated=False),
         profile=lambda step: beside(f"profile of {step}"),
         collector=SimpleNamespace(
             take_speed=lambda: (0, 0.0), metrics=lambda: {}, beside_learner=lambda: beside("collector")
