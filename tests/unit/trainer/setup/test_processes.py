@@ -97,7 +97,7 @@ class Places:
         return (kind, index, env["OMP_NUM_THREADS"])
 
     def shared_gpus(self, timeout):
-        return [(kind, timeout) for kind in ("engine's gpus",)]
+        return [("engine's gpus", timeout)]
 
     def exporters(self):
         return "exporters"
