@@ -143,7 +143,8 @@ def tensors_below(roots: Iterable[object]) -> Iterator[Tensor]:
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> dict[int, torch.UntypedStorage]:
     """Their storages on the device, each once.
 
-    Without those that are empty, and those that torch cannot resize (a mapped file, on a CPU).
+    Without those that are empty, and those that torch cannot resize: on a CPU a mapped file, what torch.load
+    read, and what numpy has looked at.
     """
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:

@@ -140,7 +140,7 @@ def test_ranks_are_built_within_the_learners_time_at_one_address(ray_calls, tmp_
 def test_a_publication_waits_as_long_as_the_sync_may_take(ray_calls, tmp_path) -> None:
     calls, waits = ray_calls
     sync = WeightSyncConfig(timeout_s=SYNC_S)
-    assert learners(tmp_path).send_weights(sync, {"engine-0": "handle"}) is SENT
+    assert learners(tmp_path).send_weights(sync, {"engine-0": "handle"}) == SENT
     pool = engines(tmp_path)
     pool.starting = {}  # all are up
     pool.start_weight_update(SYNC_S)

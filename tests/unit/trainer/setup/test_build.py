@@ -132,7 +132,8 @@ def test_the_publisher_knows_whether_its_engines_sleep(model, reward_file, tmp_p
     object.__setattr__(c, "cluster", replace(c.cluster, colocated=colocated))
     run = build(c)
     run.release()
-    assert run.publisher.colocated is colocated
+    assert run.publisher.shared is run.shared
+    assert run.shared.colocated is colocated
 
 
 def test_the_folder_is_held_until_the_run_is_released(model, reward_file, tmp_path, started):
