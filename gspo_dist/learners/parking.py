@@ -118,7 +118,9 @@ class Parking:
 def tensors_below(roots: Iterable[object]) -> Iterator[Tensor]:
     """Every tensor that is reached from `roots` through containers and the attributes of `OWNERS`' objects.
 
-    Gradients and what a backend hangs on a parameter (main_grad, ds_tensor) are reached from it.
+    Gradients and what a backend hangs on a parameter (main_grad, ds_tensor) are reached from it. Of a module
+    parameters and buffers count: what else it keeps (a dispatcher's indices) is small, and its forward pass
+    needs it while only the weights are awake.
     """
     todo: list[Any] = list(roots)
     seen: dict[int, object] = {}  # keeps what it counted alive, so that no id is given twice
@@ -132,6 +134,8 @@ def tensors_below(roots: Iterable[object]) -> Iterator[Tensor]:
             if one.is_leaf and one.grad is not None:
                 todo.append(one.grad)
             todo += vars(one).values()
+        elif isinstance(one, torch.nn.Module):
+            todo += [*one.parameters(), *one.buffers()]
         elif isinstance(one, Mapping):
             todo += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set | frozenset):

@@ -90,3 +90,15 @@ def test_tensors_are_found_in_modules_optimizers_and_on_parameters():
     wanted = [model.weight, model.weight.main_grad, model.weight.grad, *moments]
     assert {id(tensor) for tensor in wanted} <= found
     assert id(model.bias) in found  # of a parameter group
+
+
+def test_what_a_modules_forward_pass_keeps_beside_its_weights_stays():
+    """Megatron's dispatchers hold indices as plain attributes, which log-probs need with the weights alone."""
+    model = torch.nn.Linear(2, 2)
+    model.order = torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.model = model  # as DistributedOptimizer holds its chunks
+    parked = parking(list(model.parameters()), [optimizer, model])
+    parked.sleep()
+    assert model.order.tolist() == [0, 1, 2, 3]
+    parked.wake_up()
