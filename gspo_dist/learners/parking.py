@@ -135,7 +135,10 @@ def tensors_below(roots: Iterable[object]) -> Iterator[Tensor]:
                 todo.append(one.grad)
             todo += vars(one).values()
         elif isinstance(one, torch.nn.Module):
-            todo += [*one.parameters(), *one.buffers()]
+            todo += [
+                *one.parameters(),
+                *torch.nn.Module.buffers(one),
+            ]  # megatron's DDP has a list of that name
         elif isinstance(one, Mapping):
             todo += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set | frozenset):

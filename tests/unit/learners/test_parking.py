@@ -93,7 +93,7 @@ def test_tensors_are_found_in_modules_optimizers_and_on_parameters():
 
 
 def test_what_a_modules_forward_pass_keeps_beside_its_weights_stays():
-    """Megatron's dispatchers hold indices as plain attributes, which log-probs need with the weights alone."""
+    """Megatron's dispatchers hold indices as plain attributes, which log-probs need too."""
     model = torch.nn.Linear(2, 2)
     model.order = torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters())
