@@ -570,7 +570,10 @@ def shared(step: Step) -> None:
 
 STEPS: dict[str, Callable[[Step], None]] = {
     f.__name__: f
-    for f in (*(host, head, eager, deepspeed, megatron, vllm, exact, routes, sync), colocation, parking, shared)
+    for f in (
+        *(host, head, eager, deepspeed, megatron, vllm, exact, routes, sync),
+        *(colocation, parking, shared),
+    )
 }
 
 
