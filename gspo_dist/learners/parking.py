@@ -74,6 +74,7 @@ class Parking:
             found |= {key: (storage, True) for key, storage in weights.items()}
         known = self._parked.keys() | others.keys() | weights.keys()
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in known}
+        _finish(held.device)  # a backend's side streams may still write
         moved = {key: self._copy_out(key, storage, weight) for key, (storage, weight) in found.items()}
         _finish(held.device)  # copies out of pinned memory are still under way
         for parked in moved.values():
@@ -135,10 +136,8 @@ def tensors_below(roots: Iterable[object]) -> Iterator[Tensor]:
                 todo.append(one.grad)
             todo += vars(one).values()
         elif isinstance(one, torch.nn.Module):
-            todo += [
-                *one.parameters(),
-                *torch.nn.Module.buffers(one),
-            ]  # megatron's DDP has a list of that name
+            todo += one.parameters()
+            todo += torch.nn.Module.buffers(one)  # Megatron's DDP has a list of that name
         elif isinstance(one, Mapping):
             todo += [*one.keys(), *one.values()]
         elif isinstance(one, list | tuple | set | frozenset):

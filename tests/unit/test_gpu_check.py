@@ -139,7 +139,8 @@ for name in ("host", "head", "eager"):
 def test_a_learner_that_was_parked_says_the_same(tmp_path):
     step = Step("cpu", tmp_path)
     STEPS["parking"](step)
-    assert [(item["name"], item["met"]) for item in step.expected] == [("log-probs that changed", True)]
+    assert step.expected[-1]["name"] == "log-probs that changed"
+    assert all(item["met"] for item in step.expected)
     assert float(step.measured["GiB moved"]) > 0
 
 

@@ -35,9 +35,17 @@ def hf_name(name: str) -> str:
 
 
 def full_weights(
-    policy: PolicyModel, *, exporters: Sequence[int], bucket_bytes: int, zero: Any, stacked: bool = False
+    policy: PolicyModel,
+    *,
+    rank: int,
+    exporters: Sequence[int],
+    bucket_bytes: int,
+    zero: Any,
+    stacked: bool = False,
 ) -> Iterator[NamedTensor]:
     """Full tensors on the exporting ranks, nothing on the others. Collective: every rank exhausts it.
+
+    rank: this one.
 
     stacked: experts stay together where they are, as `weights.stacks` names them.
 
@@ -45,7 +53,7 @@ def full_weights(
 
     At most about `bucket_bytes` (or one parameter, where it is larger) is gathered at once.
     """
-    exporter = dist.get_rank() in exporters
+    exporter = rank in exporters
     experts: dict[str, tuple[torch.nn.Parameter, Any]] = {}
     for module_name, module in policy.named_modules():
         if getattr(module, "_is_autoep_layer", False):
@@ -74,7 +82,7 @@ def full_weights(
                 yield from names.split(name, buffer)
     for name, (parameter, group) in experts.items():
         ((_, local),) = _gather([(name, parameter)], zero)
-        stacks = _expert_stacks(hf_name(name), local, group, exporters, bucket_bytes)
+        stacks = _expert_stacks(hf_name(name), local, group, rank, exporters, bucket_bytes)
         yield from stacks if stacked else unstack(stacks)
         del local
 
@@ -94,7 +102,12 @@ def _gather(part: list[NamedTensor], zero: Any) -> list[NamedTensor]:
 
 
 def _expert_stacks(
-    name: str, local: torch.Tensor, group: dist.ProcessGroup, exporters: Sequence[int], bucket_bytes: int
+    name: str,
+    local: torch.Tensor,
+    group: dist.ProcessGroup,
+    rank: int,
+    exporters: Sequence[int],
+    bucket_bytes: int,
 ) -> Iterator[NamedTensor]:
     """local [E_local, ...] of this rank -> stacks of every expert on the exporters, some of each
     rank at a time.
@@ -104,16 +117,16 @@ def _expert_stacks(
     exporter take part, because the groups hold copies of each other.
     """
     members = dist.get_process_group_ranks(group)
-    wanted = [rank for rank in exporters if rank in members]
+    wanted = [exporter for exporter in exporters if exporter in members]
     if not wanted:
         return
     stem, _, leaf = name.rpartition(".")
     step = max(1, bucket_bytes // (len(members) * local[0].nbytes))
     for start in range(0, len(local), step):
         chunk = local[start : start + step].contiguous()
-        shards = [torch.empty_like(chunk) for _ in members] if dist.get_rank() in wanted else None
+        shards = [torch.empty_like(chunk) for _ in members] if rank in wanted else None
         for exporter in wanted:
-            dist.gather(chunk, shards if exporter == dist.get_rank() else None, dst=exporter, group=group)
-        for rank, shard in enumerate(shards or ()):
-            first = rank * len(local) + start
+            dist.gather(chunk, shards if exporter == rank else None, dst=exporter, group=group)
+        for place, shard in enumerate(shards or ()):
+            first = place * len(local) + start
             yield Stack(stem, first, len(shard), (HF_PROJECTION[leaf],), ".weight").name, shard

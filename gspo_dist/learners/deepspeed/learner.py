@@ -267,7 +267,12 @@ class DeepSpeedLearner:
     ) -> Iterator[WeightBucket]:
         zero = self.deepspeed.zero if self.config.deepspeed.zero_stage == 3 else None
         weights = full_weights(
-            self.policy, exporters=exporters or (0,), bucket_bytes=bucket_bytes, zero=zero, stacked=stacked
+            self.policy,
+            rank=self.rank,
+            exporters=exporters or (0,),
+            bucket_bytes=bucket_bytes,
+            zero=zero,
+            stacked=stacked,
         )
         yield from buckets(weights, bucket_bytes)
 

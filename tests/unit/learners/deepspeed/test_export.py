@@ -46,7 +46,7 @@ def policy(tied: bool) -> PolicyModel:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_leaves_once_and_a_tied_head_does_not(tied: bool) -> None:
     model = policy(tied)
-    got = list(full_weights(model, exporter=True, bucket_bytes=2000, zero=None))
+    got = list(full_weights(model, rank=0, exporters=(0,), bucket_bytes=2000, zero=None))
     want = {name.removeprefix("hf."): p for name, p in model.named_parameters()}
     assert [name for name, _ in got] == list(want)
     assert ("lm_head.weight" in want) == (not tied)
@@ -59,14 +59,19 @@ def test_without_expert_parallelism_the_stream_is_the_folder_bit_for_bit(family:
     """Routed and shared experts under the family's own names, and the router's buffer."""
     make(tmp_path, family)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    got = dict(full_weights(PolicyModel(hf), exporter=True, bucket_bytes=2000, zero=None))
+    got = dict(full_weights(PolicyModel(hf), rank=0, exporters=(0,), bucket_bytes=2000, zero=None))
     folder = load_file(tmp_path / "model.safetensors")
     assert set(got) == set(folder)
     assert all(torch.equal(got[name], folder[name]) for name in folder)
 
 
-def test_only_the_exporter_yields() -> None:
-    assert list(full_weights(policy(False), exporter=False, bucket_bytes=2000, zero=None)) == []
+def test_only_the_exporters_yield() -> None:
+    def names(rank: int) -> list[str]:
+        stream = full_weights(policy(False), rank=rank, exporters=(0, 2), bucket_bytes=2000, zero=None)
+        return [name for name, _ in stream]
+
+    assert names(1) == []
+    assert names(0) == names(2) != []
 
 
 def test_no_more_than_a_bucket_is_gathered_at_once() -> None:
@@ -84,7 +89,7 @@ def test_no_more_than_a_bucket_is_gathered_at_once() -> None:
         yield
 
     zero = SimpleNamespace(GatheredParameters=gather)
-    list(full_weights(model, exporter=True, bucket_bytes=3000, zero=zero))
+    list(full_weights(model, rank=0, exporters=(0,), bucket_bytes=3000, zero=zero))
     assert sum(gathered) == 4 * sum(sizes.values())
     assert max(gathered) <= 3000
     assert len(gathered) < len(sizes)
@@ -93,15 +98,21 @@ def test_no_more_than_a_bucket_is_gathered_at_once() -> None:
 def test_the_experts_of_all_ranks_are_stacks_where_they_are(monkeypatch) -> None:
     """8 experts on 2 ranks, 2 at a time, as the docstring has them; another rank's numbers are 100 higher."""
     local = torch.arange(4 * 2 * 3.0).view(4, 2, 3)
+    roots = []
 
     def gather(chunk, shards, dst, group) -> None:
+        roots.append(dst)
+        if dst != 0:
+            assert shards is None  # only the root of a gather receives
+            return
         shards[0].copy_(chunk)
         shards[1].copy_(chunk + 100)
 
     monkeypatch.setattr(export.dist, "get_process_group_ranks", lambda group: [0, 1])
     monkeypatch.setattr(export.dist, "gather", gather)
     name = "model.layers.1.mlp.experts.w1"
-    stacks = list(export._expert_stacks(name, local, "group", True, 2 * 2 * local[0].nbytes))
+    stacks = list(export._expert_stacks(name, local, "group", 0, (0, 1, 4), 2 * 2 * local[0].nbytes))
+    assert roots == [0, 1, 0, 1]  # rank 4 is of another group
     assert [stack for stack, _ in stacks] == [
         f"model.layers.1.mlp.experts.{experts}.{{gate_proj}}.weight"
         for experts in ("{0..1}", "{4..5}", "{2..3}", "{6..7}")
@@ -111,3 +122,4 @@ def test_the_experts_of_all_ranks_are_stacks_where_they_are(monkeypatch) -> None
         want = local[expert % 4] + 100 * (expert // 4)
         assert torch.equal(tensors[f"model.layers.1.mlp.experts.{expert}.gate_proj.weight"], want)
     assert len(tensors) == 8
+    assert list(export._expert_stacks(name, local, "group", 0, (4,), 1)) == []
