@@ -110,7 +110,8 @@ def nap(learner: DeepSpeedLearner) -> None:
     parking.sleep(keep_weights=True)
     assert all(t.untyped_storage().nbytes() for t in held.weights if t.numel())
     assert parking.sleep() > 0
-    storages = [t.untyped_storage() for t in (*held.weights, *tensors_below(held.others))]
+    found = [*held.weights, *tensors_below(held.others)]
+    storages = [t.untyped_storage() for t in found if not t.is_meta]  # DeepSpeed keeps shapes as meta tensors
     left = sum(s.nbytes() for s in storages if s.resizable())  # a CPU maps what torch.load reads
     assert left == 0, f"{left} bytes stayed"
     parking.wake_up(weights_only=True)
