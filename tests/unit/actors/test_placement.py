@@ -236,7 +236,7 @@ def test_blocks_are_the_groups_of_consecutive_ranks(overrides, wanted) -> None:
     assert blocks(run_config(["learner.world_size=16", *overrides]).learner) == wanted
 
 
-def on_hosts(monkeypatch, homes: str, together: dict[str, int], names: str | None = None) -> Reservation:
+def on_hosts(monkeypatch, homes: str, together: dict[str, int], made: Layout | None = None) -> Reservation:
     """A grant that puts bundle i on host homes[i]; the driver is on host 1."""
     count = len(homes)
     group = SimpleNamespace(wait=lambda seconds: True)
@@ -245,7 +245,7 @@ def on_hosts(monkeypatch, homes: str, together: dict[str, int], names: str | Non
     monkeypatch.setattr(placement, "placement_group_table", lambda group: table)
     monkeypatch.setattr(placement, "nodes", lambda: [host(i) for i in range(1, 5)])
     monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
-    made = Layout((Bundle(1, 1),) * count, (), colocated=False)
+    made = made or Layout((Bundle(1, 1),) * count, (), colocated=False)
     return Reservation(made, 1.0, local=False, together=together)
 
 
@@ -280,12 +280,9 @@ def test_nodes_that_share_a_name_are_told_apart(monkeypatch) -> None:
 
 def colocated_on(monkeypatch, homes: str, engines: int, size: int) -> Reservation:
     """A grant that puts bundle i of a colocated layout on host homes[i]."""
-    places = on_hosts(monkeypatch, homes, {})
     share = Bundle(1, 0.5)
-    places.layout = Layout((share,) * len(homes), (share,) * engines, colocated=True, engine_gpus=size)
-    places.engines = places.learners
-    places._check_engines()
-    return places
+    made = Layout((share,) * len(homes), (share,) * engines, colocated=True, engine_gpus=size)
+    return on_hosts(monkeypatch, homes, {}, made)
 
 
 def test_a_colocated_engine_is_where_its_first_rank_is_and_hears_from_the_first_rank_of_its_host(
