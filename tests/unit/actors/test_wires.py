@@ -23,6 +23,7 @@ from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, RewardConfig, RolloutConfig, WeightSyncConfig
 from gspo_dist.learners.collectives import Watch
 from gspo_dist.learners.learner import OptimStep
+from gspo_dist.learners.parking import Parking
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.packing import MiniBatch
 from gspo_dist.rewards.pool import START_TIMEOUT_S
@@ -155,6 +156,24 @@ def test_a_publication_waits_as_long_as_the_sync_may_take(ray_calls, tmp_path) -
     ] * 2
 
 
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_colocated_engines_hear_from_their_own_rank_unless_the_transport_crosses_hosts(
+    ray_calls, tmp_path, transport
+) -> None:
+    """Of three engines on two hosts one is not alive."""
+    calls, _ = ray_calls
+    group = learners(tmp_path)
+    group.exporters = {"engine-0": 0, "engine-1": 1, "engine-2": 1}
+    sync, alive = WeightSyncConfig(transport=transport), {"engine-0": "near", "engine-2": "far"}
+    group.send_weights(sync, alive)
+    sent = {rank: args[1:] for rank, method, args, _ in calls if method == "send_weights"}
+    if transport == "auto":
+        assert sent["learner-0"] == ({"engine-0": "near"}, str(tmp_path), [0, 1])
+        assert sent["learner-1"] == ({"engine-2": "far"}, str(tmp_path), [0, 1])
+    else:
+        assert sent == {f"learner-{rank}": (alive, str(tmp_path)) for rank in range(2)}
+
+
 def test_engine_verbs_wait_as_long_as_the_engines_may_take(ray_calls, tmp_path) -> None:
     _, waits = ray_calls
     pool = engines(tmp_path)
@@ -261,6 +280,33 @@ def test_stats_leave_a_rank_on_the_host() -> None:
     stat = SimpleNamespace(cpu=lambda: "on the host")
     learner = SimpleNamespace(forward_backward=lambda batches, spec: {f"{spec}/{len(batches)}": stat})
     assert rank_of(learner).forward_backward(["batch"], "spec") == {"spec/1": "on the host"}
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda rank: rank.logprobs([], answering=["learner-0"]), "weights"),
+        (lambda rank: rank.logprobs([], answering=["learner-0"], reference=True), "states"),
+        (lambda rank: rank.forward_backward([], None), "states"),
+        (lambda rank: rank.optim_step(), "states"),
+        (lambda rank: rank.send_weights(WeightSyncConfig(), {}, "logs"), "weights"),
+        (lambda rank: rank.export("from", "to"), "weights"),
+        (lambda rank: rank.save("."), "states"),
+        (lambda rank: rank.load("folder"), "states"),
+    ],
+)
+def test_a_rank_that_sleeps_computes_nothing(call, what, monkeypatch) -> None:
+    class Asleep(Exception):
+        """Its memory is asked for first, whatever else would fail."""
+
+    def require(self, *, states=True):
+        raise Asleep("states" if states else "weights")
+
+    monkeypatch.setattr(Parking, "require", require)
+    rank = rank_of(None)
+    rank._parking = Parking(None)
+    with pytest.raises(Asleep, match=what):
+        call(rank)
 
 
 def test_a_gpus_peak_is_counted(monkeypatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from gspo_dist.config import WeightSyncConfig
 from gspo_dist.learners.group import LearnerGroup, LocalLearnerGroup, hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
+from gspo_dist.learners.parking import Held
 from gspo_dist.metrics.stat import Stat
 from gspo_dist.packing import MiniBatch
 from gspo_dist.weights.shm import map_bucket
@@ -29,6 +30,7 @@ class Recorder:
         self.policy_version = 7
         self.asked: list[Any] = []
         self.stacked: list[bool] = []
+        self.weights_here, self.states_here = [torch.ones(2)], [torch.ones(3)]
 
     def logprobs(
         self,
@@ -50,12 +52,15 @@ class Recorder:
         return OptimStep(0.5, 1e-3, self.policy_version)
 
     def weights(
-        self, bucket_bytes: int, *, stacked: bool = False
+        self, bucket_bytes: int, *, stacked: bool = False, exporters: Sequence[int] | None = None
     ) -> Iterator[list[tuple[str, torch.Tensor]]]:
         self.stacked.append(stacked)
         self.asked.append(bucket_bytes)
         yield [("a", WEIGHTS["a"]), ("b", WEIGHTS["b"])]
         yield [("c", WEIGHTS["c"])]
+
+    def held(self) -> Held:
+        return Held(torch.device("cpu"), self.weights_here, self.states_here)
 
     def save(self, folder: Path) -> None:
         self.asked.append(("save", folder))
@@ -143,6 +148,37 @@ def test_checksums_are_sent_only_when_they_are_asked_for(group: LocalLearnerGrou
     engine = Engine()
     assert group.send_weights(sync(check=False), {"engine-0": engine}).checksums == {}
     assert engine.opened == [{"transport": "shm", "check": False}]
+
+
+def test_a_learner_that_sleeps_does_nothing_and_with_its_weights_alone_what_needs_no_more(
+    group: LocalLearnerGroup, tmp_path: Path
+) -> None:
+    of_states = {
+        "forward_backward": lambda: group.forward_backward(mini(("z",)), "spec"),  # type: ignore[arg-type]
+        "optim_step": group.optim_step,
+        "save": lambda: group.save(Path("here")),
+        "load": lambda: group.load(Path("there"), 7),
+        "reference": lambda: group.logprobs((("z",),), reference=True),
+    }
+    of_weights = {
+        "logprobs": lambda: group.logprobs((("z",),)),
+        "send_weights": lambda: group.send_weights(sync(), {"engine-0": Engine()}),
+    }
+    export = {"export": lambda: group.export(tmp_path, tmp_path)}
+    group.sleep()
+    for call in (of_states | of_weights | export).values():
+        with pytest.raises(RuntimeError, match="are in host memory: wake it up before it computes"):
+            call()
+    assert group.learner.asked == []
+    group.wake_up(weights_only=True)
+    for call in of_states.values():
+        with pytest.raises(RuntimeError, match="the learner's states are in host memory"):
+            call()
+    for call in of_weights.values():
+        call()
+    group.wake_up()
+    for call in of_states.values():
+        call()
 
 
 def test_another_transport_than_shared_memory_is_refused(group: LocalLearnerGroup) -> None:
