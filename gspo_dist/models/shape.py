@@ -190,6 +190,11 @@ class ModelShape:
             return 0
         return self.moe_layers * self.top_k * (1 if self.num_experts <= 256 else 2) + 1
 
+    @property
+    def score_bytes_per_token(self) -> int:
+        """One row of `routing.trace.RouterScores`: L x k expert ids and log-probabilities of 4 bytes."""
+        return 8 * self.moe_layers * self.top_k
+
     def forward_flops(self, tokens: float, mean_length: float) -> float:
         """2N per token for the matrices, and 4 L q x (length / 2) for causal attention."""
         return tokens * (2.0 * self.active_without_embedding + 2.0 * self.layers * self.q * mean_length)

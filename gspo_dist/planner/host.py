@@ -61,15 +61,17 @@ def step_copies(model: ModelShape, work: Workload, layout: LearnerLayout, ranks:
     """Copies of a mini-batch while the learner has it: in the object store, and in each of `ranks` ranks.
 
     R3 attaches a copy of the rollouts' routes, which is stored once more. Under R2 every rank of a replica
-    records its replica's routes, and those that one of them returns pass through the store.
+    records its replica's routes, and those that one of them returns pass through the store. Router scores
+    (objective rspo) travel as tensors do.
     """
     tokens = work.rollouts * work.max_length / work.run.mini_batches
     row, replay = model.trace_bytes_per_token, work.run.objective.routing_replay
-    stored = SENT_BYTES + row * {"r3": 2, "r2": 2}.get(replay, 0)
+    sent = SENT_BYTES + work.scored * model.score_bytes_per_token
+    stored = sent + row * {"r3": 2, "r2": 2}.get(replay, 0)
     share = ranks / layout.data
     items = [
         Item("object store", round(tokens * stored), "a mini-batch on its way to the learner, in /dev/shm"),
-        Item("ranks' batches", round(tokens * share * SENT_BYTES), f"{ranks} ranks, copied out of the store"),
+        Item("ranks' batches", round(tokens * share * sent), f"{ranks} ranks, copied out of the store"),
     ]
     if replay == "r2" and row:
         items.append(Item("recorded routes", round(tokens * share * row), f"R2: {ranks} ranks, twins too"))
@@ -77,8 +79,9 @@ def step_copies(model: ModelShape, work: Workload, layout: LearnerLayout, ranks:
 
 
 def rollout_bytes(model: ModelShape, work: Workload) -> int:
-    """Bytes of a step's rollouts at the longest: their routing traces, and `TOKEN_BYTES` for all else."""
+    """Bytes of a step's rollouts at the longest: routes, router scores, `TOKEN_BYTES` for all else."""
     row = model.trace_bytes_per_token if work.trace_sets else 0
+    row += work.scored * model.score_bytes_per_token
     return work.rollouts * work.max_length * (row + TOKEN_BYTES)
 
 
@@ -134,6 +137,9 @@ def host_memory(
             "; the engines' and R2's" if work.trace_sets > 1 else ""
         )
         items.append(Item("routing", work.trace_sets * work.rollouts * work.max_length * row, note))
+    if row := work.scored * model.score_bytes_per_token:
+        held = row * work.rollouts * work.max_length
+        items.append(Item("router scores", held, f"{row} bytes per token, at the longest"))
     away = [Item(f"offloaded {i.name}", i.bytes * ranks, f"{ranks} ranks") for i in offloaded]
     away += [Item(i.name, i.bytes * ranks, f"{ranks} ranks, while engines sample") for i in parked]
     items += copies

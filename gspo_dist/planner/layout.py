@@ -17,6 +17,7 @@ from gspo_dist.checks import divisors
 from gspo_dist.config import LearnerConfig, RolloutConfig, RunConfig
 from gspo_dist.config.rollout import PROBE_SEQUENCES, PROBE_TOKENS
 from gspo_dist.models.shape import ModelShape
+from gspo_dist.objectives.legality import spec_of
 from gspo_dist.planner.pipeline import Lengths
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -380,6 +381,11 @@ class Workload:
         """
         replay = self.run.objective.routing_replay
         return int(replay == "r3" or self.run.flips.every > 0) + int(replay == "r2")
+
+    @property
+    def scored(self) -> bool:
+        """The objective weighs tokens by how far routers moved, so their scores are kept (rspo)."""
+        return "router_shift" in spec_of(self.run.objective.name).reads
 
     @property
     def bucket_bytes(self) -> int:

@@ -240,12 +240,33 @@ def activations(model: ModelShape, layout: LearnerLayout) -> Item:
     return Item("activations", round(kept), f"{tokens:,} tokens, recompute {layout.recompute}")
 
 
+def router_scores(model: ModelShape, layout: LearnerLayout, work: Workload) -> int:
+    """Bytes that a rank's device holds of what the old policy's routers thought (objective rspo).
+
+    Megatron's ranks hold those of a whole mini-batch, each of its own tokens and layers. The others hold one
+    micro-batch at a time.
+    """
+    if not work.scored:
+        return 0
+    tokens: float = layout.token_budget
+    if layout.backend == "megatron":
+        tokens = work.rollouts * work.max_length / work.run.mini_batches / layout.data
+    ranks = layout.pipeline * layout.context * layout.tensor
+    return round(model.score_bytes_per_token * tokens / ranks)
+
+
 def learner_memory(
-    model: ModelShape, layout: LearnerLayout, capacity: int, *, gpu: bool = True
+    model: ModelShape,
+    layout: LearnerLayout,
+    capacity: int,
+    *,
+    gpu: bool = True,
+    work: Workload | None = None,
 ) -> tuple[MemoryTable, list[Item]]:
     """The fullest rank at its worst moment, and its items in host memory.
 
-    The worst moment is in the backward pass, or in the optimiser step.
+    The worst moment is in the backward pass, in the optimiser step, or where scores of routers are put
+    together. work: what else a rank keeps of a step depends on it. None is a step that needs nothing of it.
     """
     device, host = learner_states(model, layout)
     tokens = math.ceil(layout.token_budget / layout.context)
@@ -264,7 +285,12 @@ def learner_memory(
                 "step", 4 * rank_parameters(model, layout).all, "float32 gradients while the optimiser steps"
             )
         ]
-    worst = max(backward, step, key=lambda items: sum(i.bytes for i in items))
+    recorded: list[Item] = []
+    if scores := 0 if work is None else router_scores(model, layout, work):
+        backward.append(Item("router scores", scores, "the old policy's, at the longest"))
+        # The layers' scores and, beside them, the whole that is made of them.
+        recorded = [Item("router scores", 2 * scores, "the old policy's, at the longest, and a copy")]
+    worst = max(backward, step, recorded, key=lambda items: sum(i.bytes for i in items))
     runtime = Item("runtime", RUNTIME_GPU if gpu else RUNTIME_HOST, "context, buffers, fragments")
     return MemoryTable("learner rank", (*device, *worst, runtime), capacity), host
 

@@ -136,7 +136,7 @@ def plan(
     if refused:  # sizes that do not divide have no memory table worth showing
         nothing = MemoryTable("learner rank", (), p.capacity), None, MemoryTable("host", (), p.host_bytes)
         return Plan(model, hardware, nodes, p.gpus_per_node, *nothing, problems=tuple(refused))
-    table, offloaded = learner_memory(model, p.learner, p.capacity, gpu=hardware is not None)
+    table, offloaded = learner_memory(model, p.learner, p.capacity, gpu=hardware is not None, work=p.work)
     sampled = None
     if p.engine.engines:
         sampled = engine_memory(model, p.engine, p.work, p.capacity, gpu=hardware is not None)
@@ -217,7 +217,7 @@ def _ahead(p: _Planned, sampled: EngineMemory | None, assume: Assumptions) -> Ah
         unplaced = engine.engines > len(engine_nodes(learner, engine, p.nodes, p.gpus_per_node))
         if unplaced or learner.data > mini_batch or p.refusals(learner):
             return False
-        return learner_memory(p.model, learner, p.capacity)[0].fits
+        return learner_memory(p.model, learner, p.capacity, work=p.work)[0].fits
 
     return look_ahead(
         p.model,
@@ -363,7 +363,7 @@ def _check_learner(p: _Planned, table: MemoryTable, found: _Findings) -> None:
 
     def room(layout: LearnerLayout) -> int:
         """Bytes left at the tightest moment, negative when it does not fit."""
-        free = learner_memory(p.model, layout, p.capacity)[0].free
+        free = learner_memory(p.model, layout, p.capacity, work=p.work)[0].free
         return min(free - ENGINE_ASLEEP, *_shared_room(p, layout)) if colocated else free
 
     if room(p.learner) >= 0:

@@ -143,7 +143,9 @@ def _fastest_learners(
     nobody = EngineLayout(dataclasses.replace(run.rollout, engine="reference"))
     best: dict[bool, tuple[float, LearnerLayout, tuple[str, ...]]] = {}
     for layout, overrides in _layouts(learner, ranks):
-        if layout.data > mini_batch or learner_memory(model, layout, gpu.memory)[0].free < ROOM * gpu.memory:
+        if layout.data > mini_batch:
+            continue
+        if learner_memory(model, layout, gpu.memory, work=work)[0].free < ROOM * gpu.memory:
             continue
         seconds = step_time(model, layout, nobody, work, gpu, 1, assume).learn_s
         known = best.get(layout.offload_optimizer)

@@ -128,6 +128,8 @@ def step_time(
 
     passes = run.mini_batches
     update = passes * pass_s(model, learner, work, gpu, work.rollouts / passes, assume, update=True)
+    if work.scored and learner.pipeline > 1:  # a pipeline measures the routers' shift in a pass of its own
+        update += passes * forward_s(work.rollouts / passes)
     steps = passes * optimizer_s(model, learner, gpu, per_node, assume)
     switch = 0.0
     if engine.colocated:

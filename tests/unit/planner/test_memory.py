@@ -10,7 +10,7 @@ from gspo_dist.models.shape import ModelShape, find_model
 from gspo_dist.planner import host as host_tables
 from gspo_dist.planner import memory
 from gspo_dist.planner.hardware import GIB
-from gspo_dist.planner.host import host_memory, parked_learner, step_copies
+from gspo_dist.planner.host import host_memory, parked_learner, rollout_bytes, step_copies
 from gspo_dist.planner.layout import LearnerLayout
 from gspo_dist.planner.memory import (
     activations,
@@ -20,6 +20,7 @@ from gspo_dist.planner.memory import (
     learner_memory,
     learner_states,
     rank_parameters,
+    router_scores,
 )
 from tests.unit.planner.views import change, engine_of, learner_of, work_of
 
@@ -337,6 +338,50 @@ def test_a_mini_batch_is_copied_on_its_way_and_r2s_routes_in_every_twin(
     table = host_memory(QWEN, work, 2, [], 8, 10**13, copies=step_copies(QWEN, work, layout, 8))
     bare = host_memory(QWEN, work, 2, [], 8, 10**13)
     assert table.total - bare.total == sum(found.values())
+
+
+RSPO = {"name": "rspo", "old_logprobs": "recompute"}
+
+
+def test_router_scores_are_on_the_host_once_a_step_and_travel_with_each_mini_batch() -> None:
+    """12 sequences of 40 tokens in 2 mini-batches, 48 layers of 8 experts; 2 ranks of each of 4 replicas."""
+    work, plain = (
+        work_of(4, 3, prompt=10, completion=30, mini_batches=2, **o)
+        for o in (RSPO, {"old_logprobs": "recompute"})
+    )
+    row = 8 * 48 * 8
+    layout = learner_of(world_size=8, tensor_parallel=2)
+    found, bare = ({i.name: i.bytes for i in step_copies(QWEN, w, layout, 8)} for w in (work, plain))
+    assert found["object store"] - bare["object store"] == 6 * 40 * row
+    assert found["ranks' batches"] - bare["ranks' batches"] == 2 * 6 * 40 * row
+    assert host_memory(QWEN, work, 2, [], 8, 10**13).bytes_of("router scores") == 12 * 40 * row
+    assert host_memory(QWEN, plain, 2, [], 8, 10**13).bytes_of("router scores") == 0
+    assert rollout_bytes(QWEN, work) - rollout_bytes(QWEN, plain) == 12 * 40 * row
+
+
+def test_megatrons_ranks_keep_the_scores_of_a_mini_batch_and_others_of_a_micro_batch() -> None:
+    """1,024 sequences of 9,216 tokens in 2 mini-batches, and 2 replicas of 8 ranks."""
+    work = work_of(mini_batches=2, **RSPO)
+    layout = learner_of(world_size=16, tensor_parallel=2, pipeline_parallel=2, context_parallel=2)
+    own = 8 * 48 * 8 * (1024 * 9216 // 2 // 2) // 8
+    assert router_scores(QWEN, layout, work) == own
+    with_it, bare = (learner_memory(QWEN, layout, 10**13, work=w)[0] for w in (work, work_of(mini_batches=2)))
+    assert with_it.bytes_of("router scores") in (own, 2 * own)
+    assert bare.bytes_of("router scores") == 0
+    moment = max(bare.bytes_of("activations") + bare.bytes_of("head") + own, 2 * own)
+    assert with_it.total - bare.total == moment - bare.bytes_of("activations") - bare.bytes_of("head")
+    one = learner_of("deepspeed", world_size=16, token_budget=9216)
+    assert router_scores(QWEN, one, work) == 8 * 48 * 8 * 9216
+
+
+@pytest.mark.parametrize(("prompts", "copies"), [(64, 1), (8192, 2)])
+def test_where_scores_are_most_of_it_the_worst_moment_is_when_they_are_put_together(
+    prompts: int, copies: int
+) -> None:
+    work, layout = work_of(prompts, **RSPO), learner_of(world_size=16, pipeline_parallel=2)
+    table, _ = learner_memory(QWEN, layout, 10**13, work=work)
+    assert table.bytes_of("router scores") == copies * router_scores(QWEN, layout, work)
+    assert (table.bytes_of("activations") > 0) == (copies == 1)
 
 
 def test_what_a_colocated_learner_parks_is_pinned_as_sleeping_engines_are() -> None:

@@ -17,6 +17,7 @@ from gspo_dist.planner.host import SENT_BYTES, TOKEN_BYTES
 from gspo_dist.planner.layout import EngineLayout
 from gspo_dist.planner.memory import engine_weights, learner_states
 from gspo_dist.routing import huggingface as routers
+from gspo_dist.routing.scores import ScoreRecorder
 from gspo_dist.routing.trace import RoutingTrace, id_dtype
 from gspo_dist.types import Completion, Prompt, Rollout
 from tests.unit.planner.views import engine_of, learner_of
@@ -112,6 +113,23 @@ def test_every_rank_of_a_replica_records_its_routes(model, shape):
         model(input_ids=batch.token_ids[None] % shape.vocab)
     trace = recorder.trace()
     assert trace.expert_ids.nbytes + trace.known.nbytes == batch.num_tokens * shape.trace_bytes_per_token
+
+
+def test_router_scores_of_passes_are_held_layer_by_layer_and_travel_as_tensors_do(shape):
+    """Megatron's ranks hold those of all passes till the last one is over."""
+    recorder, tokens, passes = ScoreRecorder(), 500, 3
+    ids = torch.zeros((tokens, shape.top_k), dtype=torch.int64)
+    for _ in range(passes):
+        for layer in range(shape.moe_layers):
+            recorder.see(layer, torch.zeros((tokens, shape.num_experts)), ids)
+    row = shape.score_bytes_per_token
+    kept = [field for layer in recorder.seen.values() for one in layer for field in one]
+    assert size(kept) == passes * tokens * row
+    assert sum(scores.nbytes for scores in recorder.passes()) == passes * tokens * row  # beside them
+    apart: list[pickle.PickleBuffer] = []
+    inside = len(pickle.dumps(recorder.passes()[0], protocol=5, buffer_callback=apart.append))
+    assert apart == []
+    assert inside == pytest.approx(tokens * row, rel=0.1)
 
 
 def _completion(tokens: int) -> Completion:

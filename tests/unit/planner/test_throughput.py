@@ -209,6 +209,18 @@ def test_a_pipeline_waits_one_slot_for_each_stage_but_one() -> None:
     assert pass_s(QWEN, interleaved, work, H100, 64, ASSUMPTIONS) == pytest.approx((16 + 1) * slot, rel=1e-12)
 
 
+def test_a_pipeline_measures_the_routers_shift_in_a_pass_of_its_own() -> None:
+    def train_s(layout, name):
+        work = work_of(8, 8, mini_batches=2, name=name, old_logprobs="recompute")
+        return step_time(QWEN, layout, ENGINE, work, H100, 64).train_s
+
+    flat, staged = learner_of(world_size=4), learner_of(world_size=4, pipeline_parallel=2)
+    assert train_s(flat, "rspo") == train_s(flat, "gmpo")
+    work = work_of(8, 8)
+    passes = 2 * pass_s(QWEN, staged, work, H100, 32, ASSUMPTIONS)
+    assert train_s(staged, "rspo") - train_s(staged, "gmpo") == pytest.approx(passes, rel=1e-9)
+
+
 def test_small_micro_batches_cost_latency_and_large_ones_do_not() -> None:
     work = work_of(8, 8, prompt=512, completion=512, mean_fill=1.0)
     small, large = (
