@@ -26,6 +26,9 @@ MOMENTS = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}
 """Bytes of each type that `learner.megatron.optimizer` may name for a moment."""
 COUNTED = frozenset(
     {
+        "megatron.transformer.num_layers_in_first_pipeline_stage",
+        "megatron.transformer.num_layers_in_last_pipeline_stage",
+        "megatron.transformer.recompute_modules",
         "megatron.optimizer.optimizer_offload_fraction",
         "megatron.optimizer.exp_avg_dtype",
         "megatron.optimizer.exp_avg_sq_dtype",
@@ -109,6 +112,26 @@ class LearnerLayout:
         """none | selective | full: activations that the backward pass computes again."""
         full = "full" if self.config.activation_checkpointing else "none"
         return self._knob(megatron="recompute", otherwise=full)
+
+    @property
+    def recompute_modules(self) -> frozenset[str]:
+        """What selective recomputation computes again, by megatron-core's names."""
+        return frozenset(self.config.megatron.transformer.get("recompute_modules", ("layernorm", "moe_act")))
+
+    @property
+    def end_stages(self) -> tuple[int | None, int | None]:
+        """Layers of the first and of the last pipeline stage, where the run names them."""
+        named = self.config.megatron.transformer if self.pipeline > 1 else {}
+        first, last = (named.get(f"num_layers_in_{end}_pipeline_stage") for end in ("first", "last"))
+        return first, last
+
+    def stages(self, layers: int) -> tuple[int, int, int]:
+        """Layers of the first pipeline stage, of the largest one in the middle (0: none), and of the last."""
+        first, last = self.end_stages
+        others = self.pipeline - sum(end is not None for end in (first, last))
+        rest = -(-(layers - (first or 0) - (last or 0)) // others) if others else 0
+        middle = rest if self.pipeline > 2 else 0
+        return rest if first is None else first, middle, rest if last is None else last
 
     @property
     def recompute_num_layers(self) -> int:

@@ -109,10 +109,17 @@ def rank_parameters(model: ModelShape, layout: LearnerLayout) -> RankParameters:
     """
     if layout.backend != "megatron":
         return RankParameters(model.total - model.experts_total, model.experts_total // layout.expert)
-    layers, moe = (math.ceil(n / layout.pipeline) for n in (model.layers, model.moe_layers))
-    split = layers * model.attention + moe * model.shared_expert + (layers - moe) * model.dense_ffn
+    first, middle, last = layout.stages(model.layers)
     # With several stages, the first one's table or the last one's head (a copy of the table when tied).
-    split += model.embedding + (model.head if layout.pipeline == 1 else 0)
+    table = model.embedding + (model.head if layout.pipeline == 1 else 0)
+    ends = _stage_parameters(model, layout, max(first, last), table)
+    return max(ends, _stage_parameters(model, layout, middle, 0), key=lambda held: held.all)
+
+
+def _stage_parameters(model: ModelShape, layout: LearnerLayout, layers: int, tables: int) -> RankParameters:
+    """A rank of a pipeline stage of so many layers, which holds `tables` parameters beside them."""
+    moe = math.ceil(model.moe_layers * layers / model.layers)
+    split = layers * model.attention + moe * model.shared_expert + (layers - moe) * model.dense_ffn + tables
     whole = layers * model.norms + moe * model.router + model.hidden
     experts = moe * model.num_experts * model.expert // (layout.expert * layout.expert_tensor)
     return RankParameters(split // layout.tensor + whole, experts)
@@ -204,16 +211,22 @@ def layer_activations(model: ModelShape, layout: LearnerLayout, moe: bool, recom
     - Experts: router logits and probabilities in float32 (8E), and for each of k experts input and output
       (2h), gate, up and product (3I).
 
-    Selective recomputation drops norm outputs and the experts' product.
+    Selective recomputation drops norm outputs and the experts' product, or what its modules say: the output
+    of attention (core_attn), all of a feed-forward part but its input (mlp, moe, shared_experts).
     """
     w, skew = layout.width, EXPERT_SKEW if layout.expert > 1 else 1.0
-    kept_norms = 1 if recompute == "selective" else 2
-    product = 2 if recompute == "selective" else 3
+    again = layout.recompute_modules if recompute == "selective" else frozenset()
+    kept_norms = 1 if "layernorm" in again else 2
+    product = 2 if "moe_act" in again else 3
     qk = model.q + model.kv if model.qk_norm != "none" else 0
     attention = w * (kept_norms * model.hidden + 2 * model.q + 2 * model.kv + qk) + 4 * model.heads
+    if "core_attn" in again:
+        attention -= w * model.q + 4 * model.heads
     if not moe:
-        return attention + w * (kept_norms * model.hidden + 3 * model.ffn)
-    shared = w * 3 * model.shared_ffn
+        return attention + w * (kept_norms * model.hidden + (0 if "mlp" in again else 3 * model.ffn))
+    if "moe" in again:
+        return attention + w * kept_norms * model.hidden
+    shared = 0 if "shared_experts" in again else w * 3 * model.shared_ffn
     rows = model.top_k * w * (2 * model.hidden * layout.expert_tensor + product * model.expert_ffn) * skew
     return attention + w * kept_norms * model.hidden + 8 * model.num_experts + rows + shared
 
@@ -227,7 +240,7 @@ def activations(model: ModelShape, layout: LearnerLayout) -> Item:
         return layer_activations(model, layout, moe, mode) * tokens / layout.tensor
 
     boundary = layout.width * model.hidden * tokens / layout.tensor
-    on_rank = math.ceil(model.layers / layout.pipeline)
+    on_rank = max(layout.stages(model.layers))
     # 1F1B: the first stage holds `pipeline` micro-batches; interleaving adds (p - 1) / (p v) of that.
     in_flight = float(layout.pipeline)
     if layout.virtual_stages > 1:

@@ -93,11 +93,28 @@ def forward_slot_s(
         rate *= assume.other_backends
         layers /= assume.other_backends
     products = model.forward_flops(tokens, mean_length) / rate
-    seconds = (layers + products) / layout.pipeline
+    share = 1 / layout.pipeline
+    if any(layout.end_stages):  # all wait for the largest stage
+        share = max(layout.stages(model.layers)) / model.layers
+    seconds = (layers + products) * share
     if layout.zero_stage == 3:  # every pass gathers the weights that this rank lacks
         held = layout.width * rank_parameters(model, layout).all
         seconds += gather_s(held, layout.shards, gpu, assume)
     return seconds / assume.learner_speed
+
+
+def recomputed(model: ModelShape, layout: LearnerLayout) -> float:
+    """Share of a forward pass that the backward pass computes again: all, or that of whole modules."""
+    if layout.recompute != "selective":
+        return float(layout.recompute == "full")
+    again, matrices = layout.recompute_modules, 0
+    if "moe" in again:
+        matrices += model.moe_layers * (model.top_k * model.expert + model.shared_expert)
+    elif "shared_experts" in again:
+        matrices += model.moe_layers * model.shared_expert
+    if "mlp" in again:
+        matrices += (model.layers - model.moe_layers) * model.dense_ffn
+    return matrices / model.active_without_embedding
 
 
 def slots(layout: LearnerLayout, count: float) -> float:
@@ -123,7 +140,7 @@ def pass_s(
     count = micro_batches(work, each, budget)
     slot = forward_slot_s(model, layout, gpu, each * work.mean_length / count, work.mean_length, assume)
     share = min(1.0, sequences / layout.data / each)  # less than a sequence each: an average over steps
-    units = 1.0 + BACKWARD + (layout.recompute == "full") if update else 1.0
+    units = 1.0 + BACKWARD + recomputed(model, layout) if update else 1.0
     return units * slots(layout, count) * slot * share
 
 

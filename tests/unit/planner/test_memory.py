@@ -137,6 +137,44 @@ def test_activations_of_one_expert_layer_by_hand() -> None:
     assert layer_activations(MOE, learner_of(), True, "none") == expected
 
 
+@pytest.mark.parametrize(
+    ("modules", "moe", "dropped"),
+    [
+        (["layernorm"], True, 2 * (8 + 8)),  # both norm outputs
+        (["moe_act"], True, 2 * 2 * 16),  # a product for each of 2 experts
+        (["core_attn"], True, 2 * 8 + 8),  # its output, and 2 float32 log-sum-exps
+        (["moe"], True, 32 + 2 * 2 * (16 + 48) + 2 * 3 * 24),  # router, experts and the shared one
+        (["shared_experts"], True, 2 * 3 * 24),
+        (["layernorm", "moe"], True, 2 * (8 + 8) + 32 + 2 * 2 * (16 + 48) + 2 * 3 * 24),
+        (["mlp"], False, 2 * 3 * 16),
+        (["moe"], False, 0),
+    ],
+)
+def test_named_modules_are_what_selective_recomputation_drops(
+    modules: list[str], moe: bool, dropped: int
+) -> None:
+    model = replace(MOE, shared_ffn=24)
+    layout = learner_of(recompute="selective", transformer={"recompute_modules": modules})
+    kept = layer_activations(model, layout, moe, "selective")
+    assert layer_activations(model, layout, moe, "none") - kept == dropped
+
+
+def test_uneven_stages_are_counted_by_the_fullest() -> None:
+    """48 layers in 4 stages: 11 with the table, 13, 13, and 11 with the head."""
+    ends = {f"num_layers_in_{end}_pipeline_stage": 11 for end in ("first", "last")}
+    layout = learner_of(world_size=4, pipeline_parallel=4, transformer=ends, token_budget=64)
+    assert layout.stages(48) == (11, 13, 11)
+    layer = 18_874_368 + 2 * 2048 + 2 * 128 + 2048 * 128 + 128 * 4_718_592
+    assert rank_parameters(QWEN, layout).all == 13 * layer + 2048
+    even = learner_of(world_size=4, pipeline_parallel=4, token_budget=64)
+    assert activations(QWEN, layout).bytes == pytest.approx(activations(QWEN, even).bytes * 13 / 12)
+    few = learner_of(
+        world_size=2, pipeline_parallel=2, transformer={"num_layers_in_first_pipeline_stage": 47}
+    )
+    assert few.stages(48) == (47, 0, 1)
+    assert rank_parameters(QWEN, few).all == 47 * layer + 151_936 * 2048 + 2048
+
+
 def test_full_recomputation_keeps_layer_inputs_and_one_layer() -> None:
     layout = learner_of(token_budget=10, recompute="full")
     one = layer_activations(DENSE, layout, False, "none")

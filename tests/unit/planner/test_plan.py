@@ -46,10 +46,27 @@ def test_colocated_engines_count_no_gpus_of_their_own_and_the_learner_leaves_the
     # 0.97 of 79.2 GiB and the learner's 3 GiB of context are more than there is
     greedy = plan_of(low, change(engine, gpu_memory_utilization=0.97), WORK, QWEN, H100)
     assert greedy.problems[0].startswith("learner: a rank lacks 0.6 GiB beside a colocated engine")
-    # In a publication the weights of both are there: 56.9 GiB twice where neither is split.
-    whole = change(low, expert_parallel=1)
-    both = plan_of(whole, change(engine, tensor_parallel=1), WORK, QWEN, replace(H100, memory_gib=118.0))
-    assert "beside a colocated engine" in both.problems[0]
+
+
+def test_in_a_publication_the_weights_of_both_sides_are_on_a_shared_gpu() -> None:
+    """56.87 GiB twice, two buckets of 0.25, contexts of 3 and 1.5: 118.7 GiB. Each side alone needs less."""
+    learner = learner_of(
+        "deepspeed",
+        world_size=8,
+        token_budget=20480,
+        zero_stage=2,
+        offload_optimizer=True,
+        activation_checkpointing=True,
+    )
+    engine = engine_of(engines=8, colocated=True)
+
+    def problems(memory_gib: float) -> tuple[str, ...]:
+        gpu = replace(H100, memory_gib=memory_gib)
+        return plan_of(learner, engine, WORK, QWEN, gpu, host_gib=9000).problems
+
+    assert problems(119.0) == ()
+    [short] = problems(110.0)
+    assert short.startswith("learner: a rank lacks 8.7 GiB beside a colocated engine (70.0 GiB of 110.0 GiB")
 
 
 def test_30b_fits_32_h100_colocated() -> None:
@@ -145,8 +162,8 @@ def test_keys_passed_on_are_counted_or_named_as_not_counted() -> None:
     half = {"optimizer_offload_fraction": 0.5}
     counted = LEARNER.changed("megatron", optimizer_cpu_offload=True, optimizer=half)
     assert counted.not_counted == []
-    other = counted.changed("megatron", transformer={"recompute_modules": ["moe"]}, ddp={"bucket_size": 5})
-    named = ["learner.megatron.transformer.recompute_modules", "learner.megatron.ddp.bucket_size"]
+    other = counted.changed("megatron", transformer={"moe_deepep_num_sms": 20}, ddp={"bucket_size": 5})
+    named = ["learner.megatron.transformer.moe_deepep_num_sms", "learner.megatron.ddp.bucket_size"]
     assert other.not_counted == named
     text = format_plan(plan_of(other, ENGINE, WORK, QWEN, H100, nodes=4))
     assert f"note: not counted, neither in memory nor in time: {', '.join(named)}" in text

@@ -200,6 +200,27 @@ def test_an_update_takes_three_passes_and_a_fourth_where_all_is_recomputed() -> 
     assert pass_s(QWEN, layout, wide, H100, 64, ASSUMPTIONS, update=True) == pytest.approx(update, rel=1e-12)
 
 
+def test_modules_that_are_recomputed_cost_their_share_of_a_forward_pass() -> None:
+    work = work_of(8, 8, prompt=512, completion=512, mean_fill=1.0)
+    modules = {"recompute_modules": ["moe"]}
+    layout = learner_of(world_size=4, token_budget=4096, recompute="selective", transformer=modules)
+    slot = forward_slot_s(QWEN, layout, H100, 4096, 1024, ASSUMPTIONS)
+    update = pass_s(QWEN, layout, work, H100, 64, ASSUMPTIONS, update=True)
+    experts = 48 * 8 * 4_718_592 / (3_353_032_704 - 151_936 * 2048)
+    assert update == pytest.approx(4 * (3 + experts) * slot, rel=1e-12)
+    plain = learner_of(world_size=4, token_budget=4096, recompute="selective")
+    assert pass_s(QWEN, plain, work, H100, 64, ASSUMPTIONS, update=True) == pytest.approx(12 * slot)
+
+
+def test_a_pipeline_of_uneven_stages_waits_for_the_largest() -> None:
+    even, uneven = (
+        learner_of(world_size=4, pipeline_parallel=4, transformer=given)
+        for given in ({}, {f"num_layers_in_{end}_pipeline_stage": 10 for end in ("first", "last")})
+    )
+    slots = [forward_slot_s(QWEN, layout, H100, 4096, 1024, ASSUMPTIONS) for layout in (even, uneven)]
+    assert slots[1] == pytest.approx(slots[0] * 14 / 12, rel=1e-12)
+
+
 def test_a_pipeline_waits_one_slot_for_each_stage_but_one() -> None:
     work = work_of(8, 8, prompt=512, completion=512, mean_fill=1.0)
     layout = learner_of(world_size=4, pipeline_parallel=4, token_budget=4096)
