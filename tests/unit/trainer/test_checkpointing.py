@@ -212,6 +212,26 @@ def test_weights_alone_are_written_on_their_schedule_and_the_newest_kept(
     )
 
 
+def test_a_checkpoint_is_written_in_the_learners_turn_and_an_hf_folder_in_a_publications(
+    tmp_path, monkeypatch
+):
+    """Where learner and engines share GPUs: a checkpoint has all states, a folder needs weights alone."""
+    monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
+    monkeypatch.setattr(export_probe, "has_room", lambda target: False)
+    said: list[str] = []
+    run = run_of(tmp_path, hf_every=1)
+    run.config.model = None
+    run.shared = SimpleNamespace(
+        to_learner=lambda: said.append("learner"), to_publication=lambda: said.append("publication")
+    )
+    write = run.learner.save
+    run.learner.save = lambda folder: (said.append("save"), write(folder))
+    run.learner.export = lambda source, target: said.append("export")
+    save(run, 1)
+    save_hf(run, 1)
+    assert said == ["learner", "save", "publication", "export"]
+
+
 def test_a_checkpoint_keeps_log_probs_for_an_export_where_it_can(tmp_path, monkeypatch):
     run = run_of(tmp_path, keep=5)
     monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
