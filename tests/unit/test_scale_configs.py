@@ -125,6 +125,39 @@ def test_an_engine_gpu_is_filled_as_worked_out_by_hand(nodes):
     assert result.host.bytes_of("routing") == 4096 * 10_240 * 385
 
 
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_fits_four_nodes_of_which_all_gpus_learn_and_sample(name):
+    """By hand: two engines of 4 GPUs a node, and 8 ranks that move 2 bytes of every weight, and of states 12
+    over 4 replicas of an expert and 32 of all else."""
+    config = run_config([f"experiment=qwen3_30b_a3b/{name}", "layout=qwen3_30b_a3b_4x8_colocated", *PATHS])
+    check_layout(config.learner.megatron, from_hf(CONFIG_JSON), config.learner.world_size)
+    learner, engine, result = planned(config, 4)
+    assert (result.problems, result.step.gpus) == ((), 32)
+    assert (
+        where(learner, engine, 4, 8)[1] == "engines: 8 engines of 4 GPUs, on the GPUs of the first 32 ranks"
+    )
+    dense = 1_541_093_376
+    assert result.host.bytes_of("parked weights") == 8 * 2 * (dense + EXPERTS_A_RANK)
+    states = 8 * 12 * (dense / 32 + EXPERTS_A_RANK / 4)
+    assert result.host.bytes_of("parked optimizer") == pytest.approx(states, abs=100)
+    assert result.host.bytes_of("sleeping engines") == 8 * result.engine.table.bytes_of("weights")
+    assert result.learner.free > 20 << 30
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_fits_four_nodes_with_the_deepspeed_learner(name):
+    """ZeRO 2: gradients are shared like the states, 12 bytes over 2 replicas of an expert, 16 of all else."""
+    config = run_config([f"experiment=qwen3_30b_a3b/{name}", "layout=qwen3_30b_a3b_4x8_deepspeed", *PATHS])
+    learner, engine, result = planned(config, 4)
+    assert (learner.backend, learner.zero_stage, result.problems) == ("deepspeed", 2, ())
+    assert where(learner, engine, 4, 8) == where(*planned(arm(name, 4), 4)[:2], 4, 8)
+    dense = 1_541_093_376
+    assert result.learner.bytes_of("weights") == 2 * (dense + EXPERTS_A_RANK)
+    states = 12 * (dense / 16 + EXPERTS_A_RANK / 2)
+    assert result.learner.bytes_of("optimizer") == pytest.approx(states, abs=100)
+    assert result.learner.free > 20 << 30
+
+
 @pytest.mark.parametrize("nodes", NODES)
 def test_a_layout_changes_where_a_run_runs_and_nothing_else(nodes):
     placed = {
