@@ -13,13 +13,15 @@ the rank opens. "read" is their sum over ranks, as a multiple of the bytes of th
 "build" are the peak resident memory, pages of mapped files included, that a rank takes while it reads the
 model's folder (DeepSpeed) and while it makes its learner, per parameter of the model. "export" is that of a
 process of its own which writes an HF folder from the checkpoint's files, as `gspo export --no-probe` does:
-the second of two as well.
+the second of two as well. --profile FOLDER leaves cProfile's tables of rank 0's save and load there, for
+`python -m pstats FOLDER/save.prof`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
 import json
 import math
 import os
@@ -156,6 +158,17 @@ def written_by(folder: Path, rank: int) -> int:
     return total
 
 
+@contextlib.contextmanager
+def profiled(job: dict[str, Any], rank: int, name: str) -> Iterator[None]:
+    """Notes where rank 0 spends the block's seconds, where that was asked for."""
+    if rank or not job["profile"]:
+        yield
+        return
+    with cProfile.Profile() as profile:
+        yield
+    profile.dump_stats(f"{job['profile']}/{name}.prof")
+
+
 def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
     """One rank: builds, saves twice, loads twice; what the second ones cost."""
     import torch
@@ -194,7 +207,7 @@ def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         torch.distributed.barrier()
-        with Peak() as save:
+        with Peak() as save, profiled(job, rank, "save"):
             learner.save(folder)
             learner.wait_saved()
     torch.distributed.barrier()
@@ -202,7 +215,7 @@ def rank_main(job: dict[str, Any], rank: int) -> dict[str, float]:
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     for _ in range(2):
         torch.distributed.barrier()
-        with Peak() as load, counted_reads() as read:
+        with Peak() as load, counted_reads() as read, profiled(job, rank, "load"):
             learner.load(folder)
     state = held() - empty
     torch.distributed.barrier()
@@ -272,13 +285,16 @@ def head_of(file: Path) -> bytes:
         return opened.read(int.from_bytes(opened.read(8), "little"))
 
 
-def measure(world: int, layout: dict[str, Any], model: Path, precision: str) -> list[dict[str, float]]:
+def measure(
+    world: int, layout: dict[str, Any], model: Path, precision: str, profile: str | None
+) -> list[dict[str, float]]:
     """What every rank of a layout tells."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         job = {"world": world, "layout": layout, "model": str(model), "precision": precision}
+        job["profile"] = profile and str(Path(profile).resolve())
         job["parameters"] = sum(
             math.prod(entry["shape"])
             for file in model.glob("*.safetensors")
@@ -327,6 +343,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(LAYOUTS), help="names of layouts")
     parser.add_argument("--hidden", type=int, default=768, help="width; 768 makes 69 million parameters")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--profile", metavar="FOLDER", help="an existing folder for cProfile's tables")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # where to write, the job
     parser.add_argument("--export", nargs=2, help=argparse.SUPPRESS)  # the same
     options = parser.parse_args()
@@ -347,7 +364,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", options.hidden)
         for name in options.only or LAYOUTS:
-            ranks = measure(*LAYOUTS[name], model, options.precision)
+            ranks = measure(*LAYOUTS[name], model, options.precision, options.profile)
 
             def span(key: str, per: bool = False, ranks: list[dict[str, float]] = ranks) -> str:
                 values = [rank[key] / (rank["parameters"] if per else 1) for rank in ranks]
