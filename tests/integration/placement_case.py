@@ -64,11 +64,11 @@ def reserve(overrides: list[str]) -> dict[str, object]:
 
 def colocated(overrides: list[str]) -> dict[str, object]:
     """Ranks and engines on all the same GPUs: who is where, who sends to whom, and whose GPUs they are."""
-    shared = ["cluster.colocated=true", "rollout.tensor_parallel=4"]
 
     def places(ranks: int, engines: int) -> Reservation:
         sizes = [f"learner.world_size={ranks}", f"rollout.engines={engines}"]
-        config = run_config([*overrides, *shared, *sizes])
+        sizes += [f"rollout.tensor_parallel={ranks // engines}", "learner.megatron.expert_parallel=4"]
+        config = run_config([*overrides, "cluster.colocated=true", *sizes])
         layout = lay_out(config.cluster, config.learner, config.rollout, "cuda")
         return Reservation(layout, 60.0, local=False, together=blocks(config.learner))
 
@@ -76,14 +76,14 @@ def colocated(overrides: list[str]) -> dict[str, object]:
     found = {kind: whole.homes(kind) for kind in ("learner", "engine")}
     exporters = whole.exporters()
     whole.release()
-    few = places(8, 2)  # each look at a GPU is a process
+    few = places(4, 2)  # each look at a GPU is a process
 
     @ray.remote
     def here() -> list[str]:
         return [str(gpu) for gpu in ray.get_gpu_ids()]
 
     seen = few.shared_gpus(120.0)
-    asked = [("engine", 1), ("learner", 4)]
+    asked = [("engine", 1), ("learner", 2)]
     again = ray.get([here.options(**few.options(kind, i, {})).remote() for kind, i in asked], timeout=120)
     return {**found, "exporters": exporters, "gpus": seen, "again": again}
 

@@ -275,6 +275,6 @@ def test_ranks_sit_where_the_layout_says(tmp_path) -> None:
     assert shared["engine"] == shared["learner"][::4]
     assert shared["exporters"] == {f"engine-{i}": i // 2 * 8 for i in range(16)}
     first, second = shared["gpus"]
-    assert len(set(first)) == len(set(second)) == 4
-    assert sorted(first + second, key=int) == [str(gpu) for gpu in range(8)]
-    assert shared["again"] == [[second[0]]] * 2  # engine 1 and rank 4 are in one bundle, with its GPU
+    assert len(set(first)) == len(set(second)) == 2
+    assert len({*first, *second}) == 4  # no GPU is two engines'
+    assert shared["again"] == [[second[0]]] * 2  # engine 1 and rank 2 are in one bundle, with its GPU
