@@ -50,9 +50,11 @@ PLANS = (
     Plan("megatron", "the same, with Transformer Engine 2.9 to 2.11", 5),
     Plan("vllm", "starts; its log-probs are the learner's to 0.1 nats, decoding and prefill", 4),
     Plan("exact", "no token differs between engine and exact learner; else the first operator that does", 3),
+    Plan("families", "the same of six families' miniatures, in bf16 and fp32", 6),
     Plan("routes", "5% of the experts differ at most, and a replay leaves none out", 4),
     Plan("sync", "two steps over NCCL; both are probed, the last below 0.1 nats", 5),
     Plan("colocation", "the same on one GPU, with the engine asleep while the learner works", 5),
+    Plan("exact_run", "two steps of training, with exact log-probs through every weight sync", 3),
     Plan("parking", "a learner's memory to the host and back: no bit changes, under 0.5 GiB stay", 2),
     Plan("shared", "two ranks and an engine of two GPUs take turns on the same two GPUs", 6),
 )

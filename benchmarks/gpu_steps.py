@@ -13,11 +13,12 @@ import argparse
 import gc
 import json
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from gspo_dist.types import Completion, LogprobOutput, PackedBatch, Prompt, Roll
 
 SAMPLED = 64
 """Tokens of each completion of the engine's steps."""
+GPU_FAMILIES = ("qwen3_moe", "mixtral", "llama", "qwen3", "qwen2", "mistral")
+"""`model_type` of what `learners/exact/gpu.py` knows, mixtures first."""
 RESULT = "RESULT "
 """Begins the line of JSON in a step's output."""
 
@@ -131,6 +134,31 @@ class Step:
         if not (folder / "tokenizer.json").is_file():
             make_model(folder, self.size)
         return folder
+
+    def use_miniature(self, family: str, precision: str) -> None:
+        """Makes a miniature of a family, in this precision, the step's model."""
+        from benchmarks.exact_families import prepare
+
+        folder = self.work / "families" / f"{family}_{precision}"
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(family, precision, folder)
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        self.size = replace(self.size, precision=precision, vocabulary=vocabulary)
+        self.model = lambda: folder  # type: ignore[method-assign]
+
+    def in_own_process(self, name: str, *arguments: str) -> dict[str, Any]:
+        """What a step with these arguments measures in a process of its own, where vLLM keeps no other model.
+
+        RuntimeError with its last lines, where it does not come to an end.
+        """
+        command = [sys.executable, __file__, name, "--device", self.device, "--work", str(self.work)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        told = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+        if done.returncode or not told:
+            raise RuntimeError(
+                f"{name} {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}"
+            )
+        return json.loads(told[-1].removeprefix(RESULT))["measured"]
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -465,6 +493,18 @@ def exact(step: Step) -> None:
     step.expect("tokens that differ", found.tokens - found.equal, most=0.0)
 
 
+def families(step: Step) -> None:
+    """`exact` for a miniature of every family that GPUs have, in both precisions, each in its own process."""
+    chosen = GPU_FAMILIES if step.device == "cuda" else GPU_FAMILIES[:1]
+    for family in chosen:
+        for precision in ("bf16", "fp32"):
+            measured = step.in_own_process("exact", "--family", family, "--precision", precision)
+            name = f"{family} {precision}"
+            step.note(f"{name}: tokens compared", measured["tokens compared"])
+            step.note(f"{name}: first operator that differs", measured["first operator that differs"])
+            step.expect(f"{name}: tokens that differ", float(measured["tokens that differ"]), most=0.0)
+
+
 def routes(step: Step) -> None:
     """The engine's experts are those that the learner chooses, and the learner can replay them."""
     engine = start_engine(step, record_routing=True)
@@ -539,6 +579,19 @@ def colocation(step: Step) -> None:
     )
 
 
+def exact_run(step: Step) -> None:
+    """Two steps of training with `learner.consistency=exact` on one GPU, weight syncs among them."""
+    if step.device == "cpu":
+        raise NotHereError("needs a GPU: engines on a CPU cannot sleep")
+    rows = run_quickstart(
+        step, "exact_run", "cluster.colocated=true", "rollout.gpu_memory_utilization=0.4",
+        "learner.consistency=exact", "learner.exact_on_gpu=true", "learner.fp32_head=false",
+    )  # fmt: skip
+    step.expect("steps", len(rows), least=2)
+    largest = max(row["mismatch/abs_log_ratio_max"] for row in rows)
+    step.expect("largest log-ratio of a token, nats", largest, most=0.0)
+
+
 def parking(step: Step) -> None:
     """A learner's memory to the host and back, as between two turns of colocated parts."""
     learner = make(step, "eager")
@@ -571,8 +624,8 @@ def shared(step: Step) -> None:
 STEPS: dict[str, Callable[[Step], None]] = {
     f.__name__: f
     for f in (
-        *(host, head, eager, deepspeed, megatron, vllm, exact, routes, sync),
-        *(colocation, parking, shared),
+        *(host, head, eager, deepspeed, megatron, vllm, exact, families, routes, sync),
+        *(colocation, exact_run, parking, shared),
     )
 }
 
@@ -586,9 +639,13 @@ def main() -> int:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a toy, to try the step"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/gpu_check"), help="folder of models and runs")
+    parser.add_argument("--family", choices=GPU_FAMILIES, help="exact: a miniature of it, and not the model")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the miniature")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     step = Step(args.device, args.work)
+    if args.family:
+        step.use_miniature(args.family, args.precision)
     skipped = ""
     try:
         STEPS[args.step](step)

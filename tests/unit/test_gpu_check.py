@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks import gpu_check, gpu_steps
 from benchmarks.gpu_check import PLANS, Plan, report, run_step
@@ -19,6 +20,7 @@ from benchmarks.gpu_steps import STEPS, NotHereError, Step
 from gspo_dist.actors.placement import lay_out
 from gspo_dist.config import RolloutConfig
 from gspo_dist.learners import hf_model
+from gspo_dist.learners.exact import gpu
 from gspo_dist.learners.exact.audit import Difference
 from gspo_dist.rollout.policy import HFPolicy
 from gspo_dist.rollout.reference import ReferenceEngine
@@ -208,12 +210,35 @@ def test_the_exact_step_counts_tokens_and_names_the_operator(
     assert step.measured["largest difference, nats"] == 0.25
 
 
+def test_each_family_is_compared_in_both_precisions_and_one_token_is_enough_to_fail(tmp_path, monkeypatch):
+    asked = []
+
+    def in_own_process(self, name, *arguments):
+        asked.append((name, *arguments))
+        differs = 1 if arguments == ("--family", "llama", "--precision", "fp32") else 0
+        return {"tokens compared": 40, "first operator that differs": "none", "tokens that differ": differs}
+
+    monkeypatch.setattr(Step, "in_own_process", in_own_process)
+    step = Step("cuda", tmp_path)
+    STEPS["families"](step)
+    known = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in gpu_steps.GPU_FAMILIES}
+    assert known == gpu.FAMILIES  # what a learner on a GPU takes, and nothing else
+    assert asked == [
+        ("exact", "--family", family, "--precision", precision)
+        for family in gpu_steps.GPU_FAMILIES
+        for precision in ("bf16", "fp32")
+    ]
+    assert [item["name"] for item in step.expected if not item["met"]] == ["llama fp32: tokens that differ"]
+    assert len(step.expected) == 12
+
+
 @pytest.mark.parametrize(
     ("name", "device", "knobs"),
     [
         ("sync", "cuda", {"transport": "nccl", "colocated": False}),
         ("sync", "cpu", {"transport": "gloo", "colocated": False}),
         ("colocation", "cuda", {"transport": "auto", "colocated": True}),
+        ("exact_run", "cuda", {"transport": "auto", "colocated": True}),
         ("shared", "cuda", {"transport": "auto", "colocated": True}),
     ],
 )
@@ -226,7 +251,8 @@ def test_the_runs_of_the_last_steps_are_runs_that_a_user_could_start(
         release = staticmethod(lambda: None)
 
     monkeypatch.setattr("gspo_dist.trainer.setup.build.build", lambda config: built.append(config) or Built)
-    rows = [{"sync/probe_mean_abs": 1e-7, "sync/gib_per_s": 2.0, "time/step_s": 3.0}] * 2
+    row = {"sync/probe_mean_abs": 1e-7, "sync/gib_per_s": 2.0, "time/step_s": 3.0}
+    rows = [row | {"mismatch/abs_log_ratio_max": 0.0}] * 2
 
     def train(run):
         folder = tmp_path / name
@@ -245,6 +271,8 @@ def test_the_runs_of_the_last_steps_are_runs_that_a_user_could_start(
     assert config.rollout.tensor_parallel == gpus
     if config.cluster.colocated:  # a layout that placement takes
         assert len(lay_out(config.cluster, config.learner, config.rollout, "cuda").learners) == gpus
+    exact = name == "exact_run"
+    assert (config.learner.consistency == "exact") == config.learner.exact_on_gpu == exact
     assert config.rollout.weight_sync.probe_tolerance is None  # so that the first sync must change nothing
     assert [item["met"] for item in step.expected] == [True, True]
 
@@ -254,6 +282,7 @@ def test_the_runs_of_the_last_steps_are_runs_that_a_user_could_start(
     [
         ("sync", "cuda", "needs two GPUs"),
         ("colocation", "cpu", "needs a GPU"),
+        ("exact_run", "cpu", "needs a GPU"),
         ("shared", "cuda", "needs two GPUs"),
         ("megatron", "cuda", "needs Transformer Engine on GPUs: it is not installed"),
     ],

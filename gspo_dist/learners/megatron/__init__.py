@@ -28,7 +28,7 @@ def hide_gpu_packages() -> None:
     if torch.cuda.is_available():
         return
     for name in there:
-        # None: an import of it is an ImportError. A part that was imported already would be found by its name.
+        # None makes an import an ImportError. A part that was imported already would be found by its name.
         for known in [name, *(loaded for loaded in sys.modules if loaded.startswith(f"{name}."))]:
             sys.modules[known] = None  # type: ignore[assignment]
 
