@@ -112,7 +112,7 @@ REFUSED_FAMILIES: dict[str, str] = {
 
 ON_GPUS = (
     "cluster.device=cuda",
-    "the learner's operators for GPUs were read and not run on one",
+    "the learner's operators for GPUs were compared on one card, an H100 (benchmarks/reports/gpu/h100.md)",
     "set cluster.device=cpu, or learner.exact_on_gpu=true, which stops at the first token that differs",
 )
 """Knob, reason and way out of what only a run's device can tell."""

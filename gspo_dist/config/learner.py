@@ -191,7 +191,8 @@ class LearnerConfig:
     """off | exact: exact computes the forward with the engine's own operators, so that the engine's log-probs
     are the learner's bit for bit. `gspo legality` lists what it needs."""
     exact_on_gpu: bool = False
-    """Tries `consistency=exact` on GPUs. No GPU has run it; a run stops at the first token that differs."""
+    """Allows `consistency=exact` on GPUs. One card was compared so far, an H100, and every token was equal. A
+    run stops at the first token that differs."""
     token_budget: int = 16384
     """Most tokens that a micro-batch holds. Sequences are never cut, so it must hold the longest one."""
     activation_checkpointing: bool = False

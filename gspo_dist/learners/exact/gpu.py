@@ -1,10 +1,10 @@
 """The same for GPUs, by reading vLLM 0.30: its batch-invariant CUDA operators in an HF model.
 
-No GPU has run it. With VLLM_BATCH_INVARIANT=1 the engine computes products, plain norms, attention, experts
-and log-softmax with Triton kernels whose sums have one order for any number of rows, and the rest with CUDA
-kernels that work row by row. `make_exact` gives the learner those kernels, each with the gradient of
-transformers' operator at the same inputs, as `operators` does on a CPU. Besides what differs there, on a GPU
-differ
+An H100 gave the same number for every token (benchmarks/reports/gpu/h100.md). With VLLM_BATCH_INVARIANT=1 the
+engine computes products, plain norms, attention, experts and log-softmax with Triton kernels whose sums have
+one order for any number of rows, and the rest with CUDA kernels that work row by row. `make_exact` gives the
+learner those kernels, each with the gradient of transformers' operator at the same inputs, as `operators`
+does on a CPU. Besides what differs there, on a GPU differ
 
     products                       by the sizes of the weight: queries, keys and values are one product of the
                                    engine's, and gate and up are, whose blocks may be others than the parts'
@@ -12,8 +12,8 @@ differ
     SwiGLU                         one kernel
     the choice of experts          one kernel with the softmax
 
-Whether that is all, `benchmarks/gpu_check.py --only exact` tells in minutes. A run needs
-`learner.exact_on_gpu=true` and stops at the first token that differs.
+Whether that is all on another card, `benchmarks/gpu_check.py --only exact families` tells in minutes. A run
+needs `learner.exact_on_gpu=true` and stops at the first token that differs.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_a_gpu_is_refused_unless_it_is_insisted_on():
     check_device(LearnerConfig(**{**LEARNER, "consistency": "off"}), "cuda")
     with pytest.raises(
         ValueError,
-        match=r"^learner.consistency=exact is refused with cluster.device=cuda: .* not run on one; got "
+        match=r"^learner.consistency=exact is refused with cluster.device=cuda: .* one card, an H100 .*; got "
         r"device cuda; .*learner.exact_on_gpu=true, .*or learner.consistency=off$",
     ):
         check_device(exact, "cuda")
