@@ -42,6 +42,50 @@ def where(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_nod
     return lines
 
 
+def gpu_problems(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus_per_node: int) -> list[str]:
+    """Why processes find no place: too few GPUs, or enough of them on no single node."""
+    if engine.colocated:
+        return _shared_problems(learner, engine, nodes, gpus_per_node)
+    needed = learner.world_size + engine.engines * engine.tensor_parallel
+    unplaced = engine.engines - len(engine_nodes(learner, engine, nodes, gpus_per_node))
+    problems = []
+    if needed > nodes * gpus_per_node:
+        problems.append(
+            f"GPUs: learner.world_size {learner.world_size} and {engine.engines} engines of "
+            f"{engine.tensor_parallel} need {needed}, and {nodes} x {gpus_per_node} are there"
+        )
+    if engine.tensor_parallel > gpus_per_node:
+        problems.append(f"GPUs: an engine of {engine.tensor_parallel} does not fit a node of {gpus_per_node}")
+    if unplaced and not problems:
+        problems.append(
+            f"GPUs: {unplaced} of {engine.engines} engines find no node with {engine.tensor_parallel} free "
+            f"GPUs beside learner.world_size {learner.world_size} on {nodes} x {gpus_per_node}; add a node, "
+            "or choose sizes that fill whole nodes"
+        )
+    return problems
+
+
+def _shared_problems(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus: int) -> list[str]:
+    """The same where engines share the GPUs of ranks. gpus: of one node."""
+    problems = []
+    if learner.world_size > nodes * gpus:
+        problems.append(
+            f"GPUs: learner.world_size {learner.world_size} needs as many, and {nodes} x {gpus} are there"
+        )
+    needed = engine.engines * engine.tensor_parallel
+    if needed > learner.world_size:
+        problems.append(
+            "GPUs: colocated engines share the learner's GPUs: got "
+            f"{engine.engines} engines of {engine.tensor_parallel} and {learner.world_size} ranks"
+        )
+    if engine.engines > gpus // engine.tensor_parallel and gpus % engine.tensor_parallel:
+        problems.append(
+            f"GPUs: a colocated engine of {engine.tensor_parallel} shares the GPUs of consecutive ranks on "
+            f"one node: its size must divide {gpus}"
+        )
+    return problems
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 

@@ -30,7 +30,7 @@ from gspo_dist.planner.memory import (
     learner_memory,
 )
 from gspo_dist.planner.pipeline import Lengths
-from gspo_dist.planner.placement import engine_nodes
+from gspo_dist.planner.placement import engine_nodes, gpu_problems
 from gspo_dist.planner.throughput import ASSUMPTIONS, Assumptions, StepTime, step_time
 from gspo_dist.planner.timeouts import Timeout, timeouts
 
@@ -289,7 +289,7 @@ def _check_memory(
     """Whether the run finds its GPUs, and room on them and on the fullest host."""
     found = _Findings()
     if p.gpu is not None:
-        found.problems += _check_gpus(p)
+        found.problems += gpu_problems(p.learner, p.engine, p.nodes, p.gpus_per_node)
         _check_learner(p, table, found)
         if sampled is not None:
             _check_engine(p, sampled, found)
@@ -299,51 +299,6 @@ def _check_memory(
         found.problems.append(f"host: needs {gib(host.total)} and has {gib(host.capacity)}")
         found.advice.append(_host_advice(p, offloaded))
     return found
-
-
-def _check_gpus(p: _Planned) -> list[str]:
-    """Too few GPUs, or enough of them on no single node."""
-    learner, engine, nodes, gpus_per_node = p.learner, p.engine, p.nodes, p.gpus_per_node
-    if engine.colocated:
-        return _check_colocation(learner, engine, nodes, gpus_per_node)
-    needed = learner.world_size + engine.engines * engine.tensor_parallel
-    unplaced = engine.engines - len(engine_nodes(learner, engine, nodes, gpus_per_node))
-    problems = []
-    if needed > nodes * gpus_per_node:
-        problems.append(
-            f"GPUs: learner.world_size {learner.world_size} and {engine.engines} engines of "
-            f"{engine.tensor_parallel} need {needed}, and {nodes} x {gpus_per_node} are there"
-        )
-    if engine.tensor_parallel > gpus_per_node:
-        problems.append(f"GPUs: an engine of {engine.tensor_parallel} does not fit a node of {gpus_per_node}")
-    if unplaced and not problems:
-        problems.append(
-            f"GPUs: {unplaced} of {engine.engines} engines find no node with {engine.tensor_parallel} free "
-            f"GPUs beside learner.world_size {learner.world_size} on {nodes} x {gpus_per_node}; add a node, "
-            "or choose sizes that fill whole nodes"
-        )
-    return problems
-
-
-def _check_colocation(learner: LearnerLayout, engine: EngineLayout, nodes: int, gpus: int) -> list[str]:
-    """gpus: of one node."""
-    problems = []
-    if learner.world_size > nodes * gpus:
-        problems.append(
-            f"GPUs: learner.world_size {learner.world_size} needs as many, and {nodes} x {gpus} are there"
-        )
-    needed = engine.engines * engine.tensor_parallel
-    if needed > learner.world_size:
-        problems.append(
-            "GPUs: colocated engines share the learner's GPUs: got "
-            f"{engine.engines} engines of {engine.tensor_parallel} and {learner.world_size} ranks"
-        )
-    if engine.engines > gpus // engine.tensor_parallel and gpus % engine.tensor_parallel:
-        problems.append(
-            f"GPUs: a colocated engine of {engine.tensor_parallel} shares the GPUs of consecutive ranks on "
-            f"one node: its size must divide {gpus}"
-        )
-    return problems
 
 
 def _check_cpu(engine: EngineLayout) -> list[str]:
