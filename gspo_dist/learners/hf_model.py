@@ -189,6 +189,9 @@ def load_policy(
         # The reentrant kind would lose the gradient of layers whose input needs none (frozen embeddings).
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()
+    # transformers (5.19) gives the embedding of the config's padding token no gradient. Nothing is padded
+    # here, and chat models often have the token that ends every turn for it.
+    hf.get_input_embeddings().padding_idx = None
     check_mixers(shape, hf)
     policy = PolicyModel(
         hf, temperature, fp32_head, logit_scale=shape.logit_scale, logit_softcap=shape.logit_softcap

@@ -3,7 +3,9 @@ keeps, what it exports."""
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,19 @@ def test_the_norm_of_a_large_vocabulary_is_that_of_float64(tmp_path: Path) -> No
     learner.gradients = [torch.randn(m.shape, generator=g) for m in learner.masters]
     wanted = float(torch.stack([gradient.double().norm() for gradient in learner.gradients]).norm())
     assert learner.optim_step().grad_norm == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_padding_tokens_embedding_is_trained_as_any_others(model: Path, tmp_path: Path) -> None:
+    """The config names a token that occurs, as chat models name the one that ends a turn."""
+    packed = batch((0, 1, 2))
+    padding = int(packed.token_ids[4])
+    shutil.copytree(model, tmp_path / "padded")
+    path = tmp_path / "padded" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": padding}))
+    plain, padded = make(model), make(tmp_path / "padded")
+    wanted, got = (gradients(learner, [near(learner, packed)], "gspo")[0] for learner in (plain, padded))
+    assert float(wanted[0][padding].norm()) > 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
 def test_clipping_scales_the_gradient_and_reports_the_norm_before(model: Path) -> None:
