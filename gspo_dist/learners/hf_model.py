@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -159,6 +160,22 @@ def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype)
     return hf
 
 
+def _train_padding(hf: PreTrainedModel) -> None:
+    """Trains the embedding of the padding token where it also ends turns, as in many chat models.
+
+    transformers (5.19) gives that row no gradient. Where the token only pads, it stays so: nothing is padded
+    here, the row is zeros as a rule, and the norm behind it would make its gradient a thousand times as large
+    as any other's if such a token were sampled. megatron-core trains every row.
+    """
+    embedding: Any = hf.get_input_embeddings()
+    ends: set[int] = set()
+    for config in (hf.config, getattr(hf, "generation_config", None)):
+        found = getattr(config, "eos_token_id", None)
+        ends |= {found} if isinstance(found, int) else set(found or ())
+    if getattr(embedding, "padding_idx", None) in ends:
+        embedding.padding_idx = None
+
+
 def load_policy(
     path: str | Path,
     precision: str,
@@ -189,9 +206,7 @@ def load_policy(
         # The reentrant kind would lose the gradient of layers whose input needs none (frozen embeddings).
         hf.gradient_checkpointing_enable({"use_reentrant": False})
     hf.train()
-    # transformers (5.19) gives the embedding of the config's padding token no gradient. Nothing is padded
-    # here, and chat models often have the token that ends every turn for it.
-    hf.get_input_embeddings().padding_idx = None
+    _train_padding(hf)
     check_mixers(shape, hf)
     policy = PolicyModel(
         hf, temperature, fp32_head, logit_scale=shape.logit_scale, logit_softcap=shape.logit_softcap

@@ -106,7 +106,9 @@ def make_model(kind: str, folder: Path, shard_size: str = "64KB") -> Path:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
-    model.config.pad_token_id = 5  # a token that occurs: its embedding is trained as any other's
+    model.config.pad_token_id = model.config.eos_token_id = (
+        5  # it occurs: its embedding is trained as any other's
+    )
     model.save_pretrained(folder, max_shard_size=shard_size)
     (folder / "tokenizer.json").write_text("{}")
     return folder
