@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu_rates"))
     parser.add_argument("--out", type=Path, help="the report (default: report.md in the work folder)")
     args = parser.parse_args()
+    # Not the engine's `prepare_process`: vLLM's own model runner is what published rows ran.
     for name, value in (
         ("LOGGING_LEVEL", "ERROR"),
         ("NO_USAGE_STATS", "1"),

@@ -104,6 +104,7 @@ class Step:
         self.device, self.work, self.size = device, work, SIZES[device]
         self.measured: dict[str, float | str] = {}
         self.expected: list[dict[str, Any]] = []
+        self.miniature: Path | None = None
 
     def note(self, name: str, value: float | str) -> None:
         """A figure for the report, of which nothing is expected."""
@@ -129,7 +130,9 @@ class Step:
             return None
 
     def model(self) -> Path:
-        """A random model of the step's size, made once and shared by the steps."""
+        """A random model of the step's size, made once and shared by the steps, or the miniature."""
+        if self.miniature is not None:
+            return self.miniature
         folder = self.work / "model"
         if not (folder / "tokenizer.json").is_file():
             make_model(folder, self.size)
@@ -144,7 +147,7 @@ class Step:
         prepare(family, precision, folder)
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
         self.size = replace(self.size, precision=precision, vocabulary=vocabulary)
-        self.model = lambda: folder  # type: ignore[method-assign]
+        self.miniature = folder
 
     def in_own_process(self, name: str, *arguments: str) -> dict[str, Any]:
         """What a step with these arguments measures in a process of its own, where vLLM keeps no other model.

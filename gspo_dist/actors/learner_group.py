@@ -42,6 +42,7 @@ class LearnerRank(ActorProcess):
     """One rank's process: builds the learner in place and forwards the verbs of `Learner` to it."""
 
     _parking: Parking | None = None
+    """Made by the first `sleep`."""
 
     def __init__(self, name: str, log_dir: str) -> None:
         super().__init__(name, log_dir)

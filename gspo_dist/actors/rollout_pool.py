@@ -46,7 +46,7 @@ class EngineProcess(ActorProcess):
         return self._engine
 
     def start(self, make: EngineFactory, gpus: Sequence[str] = ()) -> EngineInfo:
-        """Builds the engine; called once, before every other verb.
+        """Builds the engine. Called once, before every other verb.
 
         gpus: ids of the host's GPUs that it takes instead of what Ray gave it. Ray gives an actor parts of
         one GPU or several whole ones, and a colocated engine shares several.
@@ -139,7 +139,7 @@ class RayRolloutPool(Fleet):
             self._create(name)
 
     def _create(self, name: str) -> None:
-        """Creates the actor and has it build its engine; nobody waits for it here."""
+        """Creates the actor and has it build its engine. Nobody waits for it here."""
         remote = ray.remote(EngineProcess)
         handle = remote.options(**self.options[name]).remote(name, str(self.actors.log_dir))
         self.actors.handles[name] = handle
@@ -157,7 +157,7 @@ class RayRolloutPool(Fleet):
 
     @property
     def engines(self) -> dict[str, Any]:
-        """Name -> actor handle of those alive; the learner's exporter delivers weights to them itself."""
+        """Name -> actor handle of those alive. The learner's exporters deliver weights to them."""
         return {name: self.actors.handles[name] for name in self.alive}
 
     def each(self, method: str, arguments: Mapping[str, tuple[Any, ...]], timeout: float) -> Answers:

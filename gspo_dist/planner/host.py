@@ -67,7 +67,7 @@ def step_copies(model: ModelShape, work: Workload, layout: LearnerLayout, ranks:
     tokens = work.rollouts * work.max_length / work.run.mini_batches
     row, replay = model.trace_bytes_per_token, work.run.objective.routing_replay
     sent = SENT_BYTES + work.scored * model.score_bytes_per_token
-    stored = sent + row * {"r3": 2, "r2": 2}.get(replay, 0)
+    stored = sent + row * 2 * (replay in ("r2", "r3"))
     share = ranks / layout.data
     items = [
         Item("object store", round(tokens * stored), "a mini-batch on its way to the learner, in /dev/shm"),

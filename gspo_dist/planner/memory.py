@@ -299,7 +299,8 @@ def learner_memory(
             )
         ]
     recorded: list[Item] = []
-    if scores := 0 if work is None else router_scores(model, layout, work):
+    scores = 0 if work is None else router_scores(model, layout, work)
+    if scores:
         backward.append(Item("router scores", scores, "the old policy's, at the longest"))
         # The layers' scores and, beside them, the whole that is made of them.
         recorded = [Item("router scores", 2 * scores, "the old policy's, at the longest, and a copy")]

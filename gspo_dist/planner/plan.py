@@ -237,36 +237,22 @@ def _host(
     p: _Planned, table: MemoryTable, sampled: EngineMemory | None, offloaded: list[Item]
 ) -> MemoryTable:
     """The fullest host: of a CPU host all processes, of a GPU host what its ranks keep beside their GPUs."""
-    ranks = p.learner.world_size
+    ranks = p.learner.world_size if p.gpu is None else min(p.learner.world_size, p.gpus_per_node)
+    common = (p.model, p.work, p.learner.width, offloaded, ranks, p.host_bytes)
+    copies = step_copies(p.model, p.work, p.learner, ranks)
     if p.gpu is not None:
-        asleep = sleeping_engines(p.model, p.engine, p.gpus_per_node)
-        ranks = min(ranks, p.gpus_per_node)
         return host_memory(
-            p.model,
-            p.work,
-            p.learner.width,
-            offloaded,
-            ranks,
-            p.host_bytes,
-            asleep=asleep,
+            *common,
+            asleep=sleeping_engines(p.model, p.engine, p.gpus_per_node),
             passing=passing_host_bytes(p.model, p.learner),
             parked=parked_learner(p.model, p.learner) if p.engine.colocated else (),
-            copies=step_copies(p.model, p.work, p.learner, ranks),
+            copies=copies,
         )
     residents = [Item("learner ranks", table.total * ranks, f"{ranks} processes")]
     if sampled is not None:
         engines = p.engine.engines * p.engine.tensor_parallel  # each worker is a process
         residents.append(Item("engines", sampled.table.total * engines, f"{engines} processes"))
-    return host_memory(
-        p.model,
-        p.work,
-        p.learner.width,
-        offloaded,
-        ranks,
-        p.host_bytes,
-        residents=tuple(residents),
-        copies=step_copies(p.model, p.work, p.learner, ranks),
-    )
+    return host_memory(*common, residents=tuple(residents), copies=copies)
 
 
 def _host_advice(p: _Planned, offloaded: list[Item]) -> str:

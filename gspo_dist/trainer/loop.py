@@ -74,8 +74,7 @@ def run_step(run: Run, step: int) -> None:
 def start(run: Run) -> None:
     """Gives the engines the learner's weights, and evaluates a run that begins.
 
-    A resumed learner is ahead of the model folder that the engines loaded. A resumed run
-    was evaluated already.
+    A resumed learner is ahead of the model folder that the engines loaded. Its run was evaluated already.
     """
     run.shared.to_engines()
     spec = replace(run.sampling, n=1, record_routing=False, candidates=0)

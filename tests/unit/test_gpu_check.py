@@ -232,6 +232,37 @@ def test_each_family_is_compared_in_both_precisions_and_one_token_is_enough_to_f
     assert len(step.expected) == 12
 
 
+def test_a_miniature_is_the_steps_model(tmp_path, monkeypatch, capsys):
+    def exact(step):
+        config = json.loads((step.model() / "config.json").read_text())
+        step.note("model", f"{config['model_type']} {config['dtype']} {step.size.precision}")
+        step.note("words", step.size.vocabulary - config["vocab_size"])
+
+    monkeypatch.setitem(STEPS, "exact", exact)
+    words = ["exact", "--device", "cpu", "--work", str(tmp_path), "--family", "llama", "--precision", "bf16"]
+    monkeypatch.setattr(sys, "argv", ["gpu_steps.py", *words])
+    assert gpu_steps.main() == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix(gpu_steps.RESULT))
+    assert told["measured"] == {"model": "llama bfloat16 bf16", "words": 0}
+
+
+def test_a_step_in_its_own_process_gives_its_figures_or_its_last_words(tmp_path, monkeypatch):
+    (tmp_path / "steps.py").write_text(FAKE)
+    monkeypatch.setattr(gpu_steps, "__file__", str(tmp_path / "steps.py"))
+    step = Step("cpu", tmp_path)
+    assert step.in_own_process("good") == {"speed": 2.0, "card": "a card"}
+    with pytest.raises(RuntimeError, match=r"^dies --family x ended with 3"):
+        step.in_own_process("dies", "--family", "x")
+
+
+def test_one_token_that_differs_in_training_is_enough_to_fail(tmp_path, monkeypatch):
+    rows = [{"mismatch/abs_log_ratio_max": size} for size in (0.0, 1e-7)]
+    monkeypatch.setattr(gpu_steps, "run_quickstart", lambda *_: rows)
+    step = Step("cuda", tmp_path)
+    STEPS["exact_run"](step)
+    assert [item["met"] for item in step.expected] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "device", "knobs"),
     [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from benchmarks import gpu_rates
 from gspo_dist.models.shape import read_shape
@@ -35,3 +38,22 @@ def test_reading_a_token_is_told_beside_the_planned_seconds(model):
     assert [cell.strip() for cell in cells[1:3]] == ["a token of 8 prompts of 1024", "20.00 us"]
     assert float(cells[3].split()[0]) == pytest.approx(planned, abs=0.01)
     assert cells[5].strip() == "50,000"
+
+
+def test_a_step_is_the_difference_of_two_lengths_and_the_first_call_of_each_kind_is_not_counted(
+    model, monkeypatch
+):
+    """An engine that takes 7 s to start sampling, 10 us per prompt token that it reads and 4 ms a token."""
+    clock, warm = [0.0], set()
+
+    def generate(prompts, spec, use_tqdm):
+        kind = (len(prompts), len(prompts[0]["prompt_token_ids"]))
+        clock[0] += 7.0 if kind not in warm else 0.0
+        warm.add(kind)
+        clock[0] += 1e-5 * kind[0] * kind[1] + 0.004 * (spec.max_tokens - 1)
+
+    monkeypatch.setattr(gpu_rates, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    engine = SimpleNamespace(generate=generate)
+    rows = gpu_rates.measure(engine, model, find_gpu("H100"), [4], 2048)
+    assert [row.split("|")[2].strip() for row in rows] == ["4.00 ms", "10.00 us"]

@@ -69,7 +69,7 @@ def start_here(config: RunConfig, model: str, device: str, run_dir: Path, moe_la
 
 
 def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
-    """Learner ranks, engines and reward workers as Ray actors; engines and learner start side by side."""
+    """Learner ranks, engines and reward workers as Ray actors. Engines and learner start side by side."""
     # This process only packs and counts: idle OpenMP threads would spin on the actors' cores.
     cap_threads(1, "cpu")
     with Processes(config, model, device, run_dir, moe_layers) as processes:
@@ -151,7 +151,7 @@ class Processes:
         self.stack.close()
 
     def keep(self) -> Callable[[], None]:
-        """Leaves everything running; returns what ends it."""
+        """Leaves everything running and returns what ends it."""
         return self.stack.pop_all().close
 
     def pool(self) -> RayRolloutPool:

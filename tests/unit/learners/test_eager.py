@@ -140,18 +140,19 @@ def test_the_norm_of_a_large_vocabulary_is_that_of_float64(tmp_path: Path) -> No
     assert learner.optim_step().grad_norm == pytest.approx(wanted, rel=1e-6)
 
 
-@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("ends", ["config.json", "generation_config.json", ""])
 def test_a_padding_token_that_ends_turns_is_trained_as_any_other_and_one_that_only_pads_is_not(
-    model: Path, tmp_path: Path, ends: bool
+    model: Path, tmp_path: Path, ends: str
 ) -> None:
     """The config names a token that occurs, as chat models name the one that ends a turn."""
     packed = batch((0, 1, 2))
     padding = int(packed.token_ids[4])
     shutil.copytree(model, tmp_path / "padded")
     path = tmp_path / "padded" / "config.json"
-    end = [1, padding] if ends else 1
-    known = json.loads(path.read_text()) | {"pad_token_id": padding, "eos_token_id": end}
-    path.write_text(json.dumps(known))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": padding, "eos_token_id": 1}))
+    if ends:
+        named = tmp_path / "padded" / ends
+        named.write_text(json.dumps(json.loads(named.read_text()) | {"eos_token_id": [1, padding]}))
     plain, padded = make(model), make(tmp_path / "padded")
     wanted, got = (gradients(learner, [near(learner, packed)], "gspo")[0] for learner in (plain, padded))
     assert float(wanted[0][padding].norm()) > 1e-3
