@@ -45,16 +45,20 @@ class EngineProcess(ActorProcess):
             raise RuntimeError(f"{self.name} has no engine yet: call start first")
         return self._engine
 
-    def start(self, make: EngineFactory, gpus: Sequence[str] = ()) -> EngineInfo:
+    def start(self, make: EngineFactory, gpus: Sequence[str] = (), asleep: bool = False) -> EngineInfo:
         """Builds the engine. Called once, before every other verb.
 
+        asleep: frees the device memory again once it is up.
         gpus: ids of the host's GPUs that it takes instead of what Ray gave it. Ray gives an actor parts of
         one GPU or several whole ones, and a colocated engine shares several.
         """
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)  # read when CUDA starts, which make() does
         self._engine = make(name=self.name)
-        return self._engine.info()
+        info = self._engine.info()
+        if asleep:
+            self._engine.sleep()
+        return info
 
     def info(self) -> EngineInfo:
         return self.engine.info()
@@ -111,6 +115,9 @@ class RayRolloutPool(Fleet):
 
     An engine that dies, breaks or misses its deadline is ended, and its work goes to the others. Every verb
     raises what an engine refuses, with the engine's name.
+
+    Engines that sleep share their GPUs with the learner. Their successors start only while the engines have
+    the GPUs, come up asleep, and wake for their first publication.
     """
 
     def __init__(
@@ -135,6 +142,12 @@ class RayRolloutPool(Fleet):
         """Engines that are coming up -> the answer that they will give."""
         self.attempts = dict.fromkeys(names, 0)
         """Successors of each engine that died before they took part in a publication."""
+        self.shares = False
+        """Whether engines sleep at times, so that somebody else has their GPUs then."""
+        self.away = False
+        """Whether somebody else has the GPUs now."""
+        self.postponed: list[str] = []
+        """Engines whose successors wait for the GPUs."""
         for name in names:
             self._create(name)
 
@@ -143,8 +156,7 @@ class RayRolloutPool(Fleet):
         remote = ray.remote(EngineProcess)
         handle = remote.options(**self.options[name]).remote(name, str(self.actors.log_dir))
         self.actors.handles[name] = handle
-        shared = (self.gpus[name],) if name in self.gpus else ()
-        self.starting[name] = handle.start.remote(self.make, *shared)
+        self.starting[name] = handle.start.remote(self.make, self.gpus.get(name, ()), self.shares)
 
     def start(self) -> EngineInfo:
         """Waits until every engine is up, and returns what the first one says of itself: they are alike.
@@ -177,7 +189,10 @@ class RayRolloutPool(Fleet):
         if self.attempts[name] > SUCCESSORS:
             log.error("%s is given up: %d successors in a row died before a publication", name, SUCCESSORS)
             return
-        self._create(name)
+        if self.away:
+            self.postponed.append(name)
+        else:
+            self._create(name)
 
     def newcomers(self, *, wait: bool) -> list[str]:
         came: list[str] = []
@@ -193,6 +208,10 @@ class RayRolloutPool(Fleet):
                 break
             refs = {names[ref]: self.starting.pop(names[ref]) for ref in done}
             answers, failures = self.actors.each(refs, 0.0)
+            if self.shares:  # what a publication needs: the others have woken for it already
+                woken = {name: self.actors.handles[name].wake_up.remote(True) for name in answers}
+                answers, lost = self.actors.each(woken, self.config.timeout_s)
+                failures |= lost
             came += answers
             for name, error in failures.items():
                 log.warning("the successor of %s did not come up: %s", name, error)
@@ -209,10 +228,33 @@ class RayRolloutPool(Fleet):
         return receipts
 
     def sleep(self) -> None:
-        self.ask("sleep", timeout=self.config.timeout_s)
+        """Returns when nothing of an engine needs its GPU, a successor that is starting included."""
+        self.shares = self.away = True
+        self._await_successors()
+        _, failures = self.each("sleep", dict.fromkeys(self.alive, ()), self.config.timeout_s)
+        self.lose(failures)
+
+    def _await_successors(self) -> None:
+        """Waits until those that are starting sleep. One that takes too long is ended and begins anew."""
+        names = {ref: name for name, ref in self.starting.items()}
+        if not names:
+            return
+        limit = max(START_TIMEOUT_S, self.config.timeout_s)
+        _, late = ray.wait(list(names), num_returns=len(names), timeout=limit)
+        for name in (names[ref] for ref in late):
+            log.warning("the successor of %s did not come up within %.0f s", name, limit)
+            ray.kill(self.actors.handles[name])
+            del self.starting[name]
+            self._replace(name)
 
     def wake_up(self, weights_only: bool = False) -> None:
-        self.ask("wake_up", weights_only, timeout=self.config.timeout_s)
+        _, failures = self.each("wake_up", dict.fromkeys(self.alive, (weights_only,)), self.config.timeout_s)
+        self.lose(failures)
+        if not weights_only:
+            self.away = False
+            postponed, self.postponed = self.postponed, []
+            for name in postponed:
+                self._create(name)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.ask("peak_memory", timeout=60.0)

@@ -95,14 +95,16 @@ class RolloutPool(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Frees the engines' device memory. Sleeping twice is allowed.
+        """Frees the engines' device memory. Sleeping twice is allowed, and so is a pool without an engine
+        left, whose learner saves a checkpoint then. Who starts in a dead engine's place is waited for.
 
         ValueError: the engines were not started for it.
         """
         ...
 
     def wake_up(self, weights_only: bool = False) -> None:
-        """Takes back the memory that still sleeps, or that of the weights alone. Waking twice is allowed.
+        """Takes back the memory that still sleeps, or that of the weights alone. Waking twice is allowed, and
+        so is a pool without an engine left. Wholly awake, it starts others in the places of dead engines.
 
         ValueError: the engines were not started for it.
         """

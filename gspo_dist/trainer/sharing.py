@@ -7,6 +7,7 @@
 
 Each turn frees before it takes, so that no moment needs more than the turns themselves. What is not on a GPU
 is in its host's memory. Engines hand over without work in the making: the caller pauses the collector before.
+The successor of an engine that died starts in the engines' turn, and the turn ends when it is up.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ class SharedGpus:
         if not self.colocated or self.turn == "learner":
             return
         self.to_engines()  # an engine of which a part is asleep cannot be put to sleep
-        if self.pool.engines:  # where none is left, a checkpoint is saved all the same
-            self.pool.sleep()
+        self.pool.sleep()
         self.learner.wake_up()
         self.turn = "learner"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import ray
 from gspo_dist.actors import rollout_pool
 from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
 from gspo_dist.config import RolloutConfig
+from gspo_dist.failures import ProcessTimeout
 from gspo_dist.rollout.engine import EngineInfo, Growth, Progress, SyncReceipt
 from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.types import Completion, Prompt, SamplingSpec
@@ -237,6 +239,90 @@ def test_the_work_of_an_engine_that_ends_in_the_middle_goes_on_at_the_others(ray
     assert list(pool.finish_weight_update(1, timeout=60)) == ["engine-0"]
     assert list(pool.engines) == ["engine-0"]
     pool.close()
+
+
+class SharingEngine(RecordingEngine):
+    """Writes down when it is up and when it has gone to sleep."""
+
+    def __init__(self, name, events):
+        super().__init__(name, "cpu")
+        self.events = events
+        self.note("up")
+
+    def note(self, what):
+        with self.events.open("a") as file:
+            file.write(f"{self.name} {what}\n")
+
+    def sleep(self):
+        super().sleep()
+        self.note("asleep")
+
+
+def test_a_successor_takes_its_gpu_only_in_the_engines_turn(ray_here, tmp_path):
+    """An engine dies while the learner has the GPUs. Another starts in its place when the engines have them
+    again. They are given away when it sleeps. Its weights wake for the publication, and it takes part."""
+    events = tmp_path / "events"
+
+    def make_sharing(name):
+        if events.exists() and f"{name} up" in events.read_text():
+            time.sleep(1.0)  # a successor takes its time
+        return SharingEngine(name, events)
+
+    pool = RayRolloutPool(RolloutConfig(engines=2), make_sharing, [{"num_cpus": 0}] * 2, tmp_path / "logs")
+    try:
+        pool.start()
+        pool.sleep()
+        first = ["engine-0 asleep", "engine-0 up", "engine-1 asleep", "engine-1 up"]
+        assert sorted(events.read_text().splitlines()) == first
+        ray.kill(pool.engines["engine-1"])
+        pool.sleep()  # where it is noticed
+        pool.wake_up(weights_only=True)
+        pool.start_weight_update(timeout=60)
+        assert list(pool.finish_weight_update(1, timeout=60)) == ["engine-0"]
+        assert (pool.postponed, pool.starting) == (["engine-1"], {})
+        pool.wake_up()
+        pool.sleep()
+        assert [line for line in events.read_text().splitlines() if "engine-1" in line][2:] == [
+            "engine-1 up",
+            "engine-1 asleep",
+        ]
+        pool.wake_up(weights_only=True)
+        pool.start_weight_update(timeout=60)
+        told = pool.finish_weight_update(2, timeout=60)["engine-1"].checksums
+        assert list(told) == ["sleep", "('wake_up', True)", "start_weight_update"]
+    finally:
+        pool.close()
+
+
+def test_a_successor_that_hangs_does_not_keep_the_learner_off_its_gpus(ray_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout_pool, "START_TIMEOUT_S", 0.0)
+    up = tmp_path / "up"
+
+    def make_hanging(name):
+        if up.exists():
+            time.sleep(600.0)
+        return make(name)
+
+    pool = RayRolloutPool(
+        RolloutConfig(engines=1, timeout_s=5.0), make_hanging, [{"num_cpus": 0}], tmp_path / "logs"
+    )
+    try:
+        while pool.starting:  # it may take longer than the timeout to come up
+            with contextlib.suppress(ProcessTimeout):
+                pool.start()
+        pool.sleep()
+        up.touch()
+        ray.kill(pool.engines["engine-0"])
+        pool.wake_up()  # where it is noticed
+        hanging = pool.actors.handles["engine-0"]
+        pool.sleep()
+        assert (pool.postponed, pool.starting, pool.attempts) == (["engine-0"], {}, {"engine-0": 2})
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(hanging.info.remote(), timeout=60)
+        with pytest.raises(NoEngineLeft):
+            pool.start_weight_update(timeout=60)
+    finally:
+        pool.close()
 
 
 def test_no_verb_comes_before_start(tmp_path, monkeypatch):

@@ -72,12 +72,13 @@ def test_engines_with_gpus_of_their_own_never_sleep() -> None:
     assert shared.turn == "learner"
 
 
-def test_where_no_engine_is_left_the_learner_wakes_for_its_checkpoint() -> None:
+@pytest.mark.parametrize("turn", ["engines", "publication"])
+def test_where_no_engine_is_left_the_learner_wakes_for_its_checkpoint(turn) -> None:
     gpu = Gpu()
     pool = Engines(gpu)
     shared = SharedGpus(Learner(gpu), pool, colocated=True)
-    shared.to_engines()
-    pool.engines, pool.sleep = {}, None
-    gpu.held = set()
+    getattr(shared, f"to_{turn}")()
+    gpu.held -= {"engine weights", "cache"}  # all of them die
+    pool.sleep = pool.wake_up = lambda: None
     shared.to_learner()
     assert gpu.held == HELD["learner"]
