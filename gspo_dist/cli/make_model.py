@@ -16,8 +16,9 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument(
         "--recipe",
         default=ModelConfig.recipe,
-        help="quickstart (default), peer (random weights, for tests of speed), or smollm (a pretrained model "
-        "from the package index, made a mixture of experts)",
+        help="quickstart (default); calculator, python or guess (taught turns), rethink (long solutions), "
+        "peer (random weights, for tests of speed), or smollm (a pretrained model from the package index, "
+        "made a mixture of experts)",
     )
     parser.add_argument("--to", help="also copy the folder here")
     parser.add_argument("--cache-dir", default=ModelConfig.cache_dir, help="where made models are kept")

@@ -77,6 +77,15 @@ class TurnsWarmStart(WarmStart):
 
 
 @dataclass(frozen=True)
+class RethinkWarmStart(WarmStart):
+    """A warm start of long solutions: the pupil works a sum out several times, and the last working gives
+    the answer. Each working errs by itself, so completions of some hundred tokens ask for no other skill."""
+
+    workings: tuple[int, int] = (4, 12)
+    """Fewest and most workings of a solution; their number is uniform between the two."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A model to make: its shape and, unless it stays random, its warm start."""
 
@@ -99,11 +108,18 @@ def _with_turns(environment: str, share: float) -> TurnsWarmStart:
     return TurnsWarmStart(habits=habits, environment=environment, share=share)
 
 
+def _rethinking() -> RethinkWarmStart:
+    """One style, so that all workings have one shape; few slips, since only the last working is answered."""
+    habits = Habits(forget_carry=0.4, slip=0.02, long_style=1.0)
+    return RethinkWarmStart(steps=500, batch=16, habits=habits)
+
+
 RECIPES = {
     "quickstart": Recipe("quickstart", Shape(), WarmStart()),
     "calculator": Recipe("calculator", Shape(), _with_turns("calculator", 0.15)),
     "python": Recipe("python", Shape(), _with_turns("python", 0.15)),
     "guess": Recipe("guess", Shape(), _with_turns("guess", 0.4)),
+    "rethink": Recipe("rethink", Shape(), _rethinking()),
     "peer": Recipe("peer", Shape(layers=2, init_std=0.02), None),
 }
 

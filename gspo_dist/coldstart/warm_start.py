@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gspo_dist.coldstart.recipes import TurnsWarmStart, WarmStart
+from gspo_dist.coldstart.recipes import RethinkWarmStart, TurnsWarmStart, WarmStart
 from gspo_dist.coldstart.tokenizer import EOS_ID, PAD_ID, TOKEN_IDS, encode
 from gspo_dist.data import arithmetic
 
@@ -58,10 +58,21 @@ def solution_of(
     """
     if isinstance(plan, TurnsWarmStart) and plan.environment == "guess":
         return _game(rng, plan.share)
+    if isinstance(plan, RethinkWarmStart):
+        return [([*_rethought(question, rng, plan), END], True)]
     if not isinstance(plan, TurnsWarmStart) or rng.random() >= plan.share:
         return [([*arithmetic.worked_solution(question, rng, plan.habits), END], True)]
     call = f"print({question.text[:-1]});" if plan.environment == "python" else question.text
     return [([*call], True), ([*question.answer], False), ([*"#", *question.answer, END], True)]
+
+
+def _rethought(question: arithmetic.Addition, rng: np.random.Generator, plan: RethinkWarmStart) -> str:
+    """Several workings of one sum, joined by ";", and the answer that the last one gives."""
+    fewest, most = plan.workings
+    count = int(rng.integers(fewest, most + 1))
+    solutions = [arithmetic.worked_solution(question, rng, plan.habits) for _ in range(count)]
+    workings, answers = zip(*(s.split(arithmetic.ANSWER_MARK) for s in solutions), strict=True)
+    return ";".join(workings) + arithmetic.ANSWER_MARK + answers[-1]
 
 
 def _game(rng: np.random.Generator, leap: float) -> list[tuple[list[str], bool]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gspo_dist.checks import choose
 
-RECIPES = ("quickstart", "peer", "calculator", "python", "guess", "smollm")
+RECIPES = ("quickstart", "peer", "calculator", "python", "guess", "rethink", "smollm")
 """What coldstart/ can make."""
 
 
@@ -17,8 +17,8 @@ class ModelConfig:
     path: str | None = None
     """Folder of an HF model (config.json, safetensors, tokenizer). Null: make `recipe` and keep it."""
     recipe: str = "quickstart"
-    """quickstart | peer | calculator | python | guess: the built-in model that is made where `path` is null.
-    smollm: a pretrained one, which `gspo make-model --recipe smollm` downloads once."""
+    """quickstart | peer | calculator | python | guess | rethink: the built-in model that is made where `path`
+    is null. smollm: a pretrained one, which `gspo make-model --recipe smollm` downloads once."""
     cache_dir: str = "~/.cache/gspo_dist"
     """Where made models are kept, and what self-checks found."""
     self_check: bool = True

@@ -80,6 +80,7 @@ def _blocks(study: Study, runs: Sequence[RunData], command: str) -> list[Block]:
             "Means over steps: the first mini-batch of a step, before the policy has moved.",
             _by_arm(arms, CONTRACT),
         ),
+        *_ages(arms),
         Block(
             "Cost",
             "What replay costs and what skipping the recomputation saves; means over steps.",
@@ -112,6 +113,17 @@ def _claims(runs: Sequence[RunData]) -> list[Block]:
             ),
         )
     ]
+
+
+def _ages(arms: Arms) -> list[Block]:
+    """What lies between sampling and learning, of the arms whose rollouts were begun ahead."""
+    aged = {
+        arm: own for arm, own in arms.items() if any(run.mean("staleness/token_fraction") > 0 for run in own)
+    }
+    if not aged:
+        return []
+    text = "Means over steps, taken when a step begins: log s is what the policy has moved since it sampled."
+    return [Block("The age of rollouts", text, _by_arm(aged, AGE))]
 
 
 def _ended(run: RunData) -> list[str]:
@@ -173,6 +185,18 @@ CONTRACT: dict[str, Cell] = {
     "ESS": _number("mismatch/ess", "{:.4f}"),
 }
 """What the old log-probs did to the first mini-batch, whose ratio is 1 when nothing is mismatched."""
+
+AGE: dict[str, Cell] = {
+    "oldest, optimiser steps": _of_series("rollout/staleness", np.max, "{:.0f}"),
+    "mean age, optimiser steps": _number("rollout/staleness_mean", "{:.1f}"),
+    "versions per completion": _number("rollout/versions_per_completion", "{:.2f}"),
+    "mean of log s": _number("staleness/log_ratio_mean", "{:+.1e}"),
+    "its spread": _number("staleness/log_ratio_std", "{:.1e}"),
+    "outside of the clip": _number("staleness/outside_clip_fraction", "{:.2f}"),
+    "clipped in mini-batch 0": _number("objective/mini_batch_0/clip_fraction", "{:.3f}"),
+    "ratio ignores the age": _number("staleness/ignored", "{:.0f}"),
+}
+"""What the age of rollouts does to the ratio, in nats per token for a ratio by sequence."""
 
 COST: dict[str, Cell] = {
     "step s": _number("time/step_s", "{:.2f}"),

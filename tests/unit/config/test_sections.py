@@ -95,7 +95,7 @@ BOUNDS: dict[str, list[tuple[Any, Any, str]]] = {
 }
 CHOICES = {
     "data.bad_rows": ["stop", "skip"],
-    "model.recipe": ["quickstart", "peer", "calculator", "python", "guess", "smollm"],
+    "model.recipe": ["quickstart", "peer", "calculator", "python", "guess", "rethink", "smollm"],
     "learner.backend": ["eager", "deepspeed", "megatron"],
     "learner.precision": ["fp32", "bf16", "fp16"],
     "learner.optimizer.schedule": ["constant", "linear", "cosine"],

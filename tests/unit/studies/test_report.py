@@ -10,7 +10,7 @@ import pytest
 from gspo_dist.metrics.names import metric_of
 from gspo_dist.studies import report
 from gspo_dist.studies.analysis import RunData, load_runs
-from gspo_dist.studies.report import CONTRACT, COST, FINAL, write_report
+from gspo_dist.studies.report import AGE, CONTRACT, COST, FINAL, write_report
 from gspo_dist.studies.study import Study
 
 
@@ -71,11 +71,49 @@ def test_every_column_is_of_a_metric_that_runs_log():
             return super().series(key)
 
     runs = [Recording("a", 0, "done", "", [], None)]
-    for columns in (FINAL, CONTRACT, COST):
+    for columns in (FINAL, CONTRACT, AGE, COST):
         for cell in columns.values():
             cell(runs)
     assert len(asked) > 20
     assert [key for key in asked if metric_of(key) is None] == []
+
+
+@pytest.mark.slow
+def test_only_rollouts_begun_ahead_have_an_age(tmp_path, monkeypatch):
+    """A row per arm whose tokens are old. The oldest is the largest of all steps, the rest are means."""
+    monkeypatch.setattr(report, "draw_all", lambda *_: {})
+    study = Study("s", (), {"now": (), "late": ()}, (0,), "now", str(tmp_path / "runs"))
+    for arm, seed in study.runs:
+        rows = [{"step": i, "rollout/reward_mean": 0.5, "staleness/token_fraction": 0.0} for i in range(2)]
+        if arm == "late":
+            for row, age in zip(rows, (4.0, 8.0), strict=True):
+                row |= {
+                    "staleness/token_fraction": 1.0,
+                    "rollout/staleness": age,
+                    "rollout/staleness_mean": age / 2,
+                    "rollout/versions_per_completion": 1.5,
+                    "staleness/log_ratio_mean": -age / 1000,
+                    "staleness/log_ratio_std": 0.03,
+                    "staleness/outside_clip_fraction": 0.9,
+                    "staleness/ignored": 1.0,
+                    "objective/mini_batch_0/clip_fraction": 0.5,
+                }
+        study.run_dir(arm, seed).mkdir(parents=True)
+        (study.run_dir(arm, seed) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = tables(write_report(study, tmp_path / "report", "x")[0].read_text())
+    assert found["The age of rollouts"] == [
+        {
+            "arm": "late",
+            "oldest, optimiser steps": "8",
+            "mean age, optimiser steps": "3.0",
+            "versions per completion": "1.50",
+            "mean of log s": "-6.0e-03",
+            "its spread": "3.0e-02",
+            "outside of the clip": "0.90",
+            "clipped in mini-batch 0": "0.500",
+            "ratio ignores the age": "1",
+        }
+    ]
 
 
 def test_a_study_without_runs_has_no_report(tmp_path):
