@@ -1,6 +1,7 @@
 """What rollouts begun ahead gain in the same time, where sampling and learning have machines of their own.
 
     python benchmarks/reward_by_time.py runs/staleness         # the folder of a study's runs, ARM/seed-N
+    python benchmarks/reward_by_time.py runs/staleness --figure by_time.png --arms gspo_k0 gspo_k2
 
 A study on a laptop trains with one core a run, where nothing can overlap: its curves say what a step gains,
 and not what a second gains. The seconds come from the discrete-event model of the planner
@@ -115,21 +116,47 @@ def table(arms: Sequence[Arm], seconds: Sequence[float]) -> list[str]:
     return lines
 
 
+def curve(arm: Arm, seconds: float) -> tuple[list[float], list[float]]:
+    """(seconds, reward) after each step from the WINDOW-th on, the reward as a mean over seeds."""
+    steps = range(WINDOW, arm.steps + 1)
+    return [step * seconds for step in steps], [statistics.fmean(arm.around(step)) for step in steps]
+
+
+def draw(arms: Sequence[Arm], seconds: Sequence[float], path: Path) -> None:
+    """The curves of all arms in one picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    for number, (arm, s) in enumerate(zip(arms, seconds, strict=True)):
+        axis.plot(*curve(arm, s), ("-", "--", ":")[number // 10 % 3], color=f"C{number % 10}", label=arm.name)
+    axis.set_xlabel("seconds, by the model of the pipeline")
+    axis.set_ylabel(f"training reward, mean of {WINDOW} steps")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a study's folder of runs")
     parser.add_argument("--tick", type=float, default=0.03, help="seconds of a simulated decode step")
+    parser.add_argument("--arms", nargs="+", default=["*"], help="names of arms, or patterns; all without it")
+    parser.add_argument("--figure", type=Path, help="also draw reward against seconds into this file")
     options = parser.parse_args()
-    folders = sorted(path for path in options.folder.glob("*") if path.is_dir())
+    folders = sorted({path for name in options.arms for path in options.folder.glob(name) if path.is_dir()})
     arms = [arm for arm in map(read_arm, folders) if arm is not None]
     if not arms:
         sys.exit(
             f"{options.folder} holds no finished run (ARM/seed-N/summary.json): run `gspo compare` first"
         )
     case = Case(tick_s=options.tick)
-    print("\n".join(table(arms, [step_seconds(arm, case) for arm in arms])))
+    seconds = [step_seconds(arm, case) for arm in arms]
+    print("\n".join(table(arms, seconds)))
+    if options.figure:
+        draw(arms, seconds, options.figure)
 
 
 if __name__ == "__main__":

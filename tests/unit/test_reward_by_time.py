@@ -56,6 +56,14 @@ def test_all_arms_are_read_at_one_second(script):
     assert fast == "| fast | 1 | 1.00 | 0.550 | 8 | 0.550 |"
 
 
+def test_a_curve_begins_where_a_moment_has_its_steps(script):
+    """Two seeds of five steps, 3 s each: means of steps 1 to 4 and 2 to 5 at 12 s and 15 s."""
+    arm = script.Arm("a", 0, 0.0, [[0.0, 0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.4, 0.5, 0.6]])
+    seconds, rewards = script.curve(arm, 3.0)
+    assert seconds == [12.0, 15.0]
+    assert rewards == pytest.approx([0.25, 0.35])
+
+
 def test_recomputation_lengthens_the_learners_part_only(script):
     """Fixed lengths of one token: sampling takes one decode step of 64 / 2 = 32 sequences, so a synchronous
     step takes 1 + 3 s without and 1 + 3 * 1.5 s with recomputation at half the update's time."""
