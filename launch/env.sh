@@ -46,6 +46,12 @@ gspo_find_python() {
         if "$candidate" -c "import sys; sys.exit(not $versions)" >/dev/null 2>&1; then
             "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
                 gspo_die "$candidate has no venv module: install your system's python3-venv package"
+            # pycosat 0.6.6 (which reasoning-gym asks for) has no wheels.
+            "$candidate" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' >/dev/null 2>&1 ||
+                gspo_die "$candidate has no headers (Python.h), which some packages are compiled with: install your" \
+                    "system's python3-dev package, or set GSPO_PYTHON to another interpreter"
+            command -v "${CC:-cc}" >/dev/null 2>&1 ||
+                gspo_die "no C compiler (${CC:-cc}), which some packages are compiled with: install g++, or set CC"
             command -v "$candidate"
             return
         fi

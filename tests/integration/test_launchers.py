@@ -31,6 +31,7 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
 *version_info*) exit "${FAKE_OLD:-0}" ;;
 *python_version*) echo 3.9.1 ;;
+*Python.h*) exit "${FAKE_HEADERLESS:-0}" ;;
 '-m venv --clear '*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && echo "venv" >>"$FAKE_LOG" ;;
 '-m pip --version'*) ;;
 '-m pip '*)
@@ -321,6 +322,18 @@ def test_an_old_python_and_a_full_disk_are_named(host: dict[str, str], tmp_path:
     assert full.returncode == 1
     assert "8 GiB of free disk" in full.stderr
     assert "has 3 GiB" in full.stderr
+    assert log(host) == []
+
+
+def test_what_packages_are_compiled_with_is_asked_for_before_they_are(host, tmp_path: Path) -> None:
+    script = tmp_path / "clone/launch/test.sh"
+    headerless = run(script, env={**host, "FAKE_HEADERLESS": "1"})
+    assert headerless.returncode == 1
+    assert f"{host['GSPO_PYTHON']} has no headers (Python.h)" in headerless.stderr
+    assert "install your system's python3-dev package" in headerless.stderr
+    without = run(script, env={**host, "CC": "no-such-compiler"})
+    assert without.returncode == 1
+    assert "no C compiler (no-such-compiler)" in without.stderr
     assert log(host) == []
 
 
