@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 from pathlib import Path
 from traceback import StackSummary
@@ -100,3 +102,45 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
     with pytest.raises(ValueError, match=rf"(?s){tmp_path} cannot be read"):
         checkpoint.load(SimpleNamespace(), tmp_path)
+
+
+class Collecting:
+    """An optimiser that collects garbage while it says what it holds, and notes how much is looked at."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.looked_at = fails, 0
+
+    def sharded_state_dict(self, models, **options) -> dict:
+        self.looked_at = len(gc.get_objects())
+        if self.fails:
+            raise RuntimeError("no room")
+        return {}
+
+
+@pytest.fixture
+def thawed():
+    """As a rank is: tests/conftest.py freezes what it imported."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("thawed")
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("loading", [False, True])
+def test_megatrons_collections_pass_over_what_was_there_before(fails: bool, loading: bool) -> None:
+    assert gc.get_freeze_count() == 0
+    before, optimizer = len(gc.get_objects()), Collecting(fails)
+    learner = SimpleNamespace(chunks=[], optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="no room") if fails else contextlib.nullcontext():
+        checkpoint.sharded_state(learner, loading=loading)
+    assert optimizer.looked_at < before / 100
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.usefixtures("thawed")
+def test_what_somebody_else_froze_stays_frozen() -> None:
+    gc.freeze()
+    with checkpoint.short_collections():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() > 1000
