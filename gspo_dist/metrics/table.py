@@ -61,6 +61,7 @@ STALE = "steps with tokens of an older policy (`rollout.steps_ahead` above 0)"
 SELECTED = "runs with `objective.selection.degenerate=drop` or `mask_truncated`"
 REFILLED = "runs with `objective.selection.degenerate=refill`"
 RENEWED = "runs with `data.renewal`"
+COLOCATED = "runs with `cluster.colocated`"
 CORRECTED = "runs with a mismatch correction (`objective.correction`)"
 
 # One entry is one or two lines here; the formatter would make four of it.
@@ -413,6 +414,16 @@ SECTIONS = (
         Metric("time/flips_s", "seconds", "Measuring routing flips."),
         Metric("time/sync_s", "seconds", "Publishing the weights, probe included."),
         Metric("time/other_s", "seconds", "The rest of the step."),
+    )),
+    Section("Hand-overs of shared GPUs", "trainer/sharing.py", (
+        Metric("time/switch_s", "seconds",
+               "Learner and engines handing the GPUs to each other, since the row before. A part of "
+               "`time/sync_s` and `time/other_s`; that of a checkpoint stands in the next row.", COLOCATED),
+        Metric("time/switch/learner_sleep_s", "seconds",
+               "Of it: the learner's memory to the host.", COLOCATED),
+        Metric("time/switch/learner_wake_s", "seconds", "Of it: the learner's memory back.", COLOCATED),
+        Metric("time/switch/engines_sleep_s", "seconds", "Of it: engines give their memory up.", COLOCATED),
+        Metric("time/switch/engines_wake_s", "seconds", "Of it: engines take it back.", COLOCATED),
     )),
     Section("Time outside the steps", "trainer/loop.py", (
         Metric("time/evaluation_s", "seconds", "The held-out evaluation after the step.", EVALUATED),

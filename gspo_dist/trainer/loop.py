@@ -60,6 +60,7 @@ def run_step(run: Run, step: int) -> None:
         metrics.speed = step_metrics.speed_metrics(
             run.clock.metrics(), rollouts, run.tokens_seen, run.collector.take_speed()
         )
+        metrics.speed |= run.shared.take_metrics()
         metrics.pipeline = run.collector.metrics()
         if evaluation_due(run, step):
             metrics.evaluation |= evaluate(run)
@@ -80,6 +81,7 @@ def start(run: Run) -> None:
     spec = replace(run.sampling, n=1, record_routing=False, candidates=0)
     groups = run.pool.generate(run.probe_prompts, spec, range(len(run.probe_prompts)))
     publish(run, [(prompt, group[0]) for prompt, group in zip(run.probe_prompts, groups, strict=True)])
+    run.shared.take_metrics()  # the start's, which are no step's
     row = run.suites.start(run.completed_steps)
     if run.completed_steps == 0:
         row |= evaluate(run) if run.heldout else {}

@@ -150,9 +150,9 @@ CONFIGURATIONS = {
         "+evaluation.options.own={file: FOLDER/own.jsonl, reward: exact_match, samples: 1}",
     ],
 }
-NOT_BY_THESE_RUNS = {"learners/megatron/balance.py", "metrics/sinks.py"}
-"""Sources of keys that only a Megatron learner logs (tests/parity compares its metrics), or only a collect
-that takes long (test_pipeline.py)."""
+NOT_BY_THESE_RUNS = {"learners/megatron/balance.py", "metrics/sinks.py", "trainer/sharing.py"}
+"""Sources of keys that only a Megatron learner logs (tests/parity compares its metrics), only a collect that
+takes long (test_pipeline.py), or only shared GPUs (test_colocation.py)."""
 NOT_BY_THESE_SUITES = ("eval/{suite}/elo",)
 """Beginnings of keys that need stored standings of contests (test_codeforces.py)."""
 

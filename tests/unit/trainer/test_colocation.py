@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist.metrics.jsonl import read_jsonl
+from gspo_dist.metrics.names import metric_of
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.trainer.loop import train
 from gspo_dist.trainer.setup.build import build
@@ -109,3 +110,13 @@ def test_learner_and_engine_are_awake_in_turns_and_learn_as_if_they_were_not(
     assert here["update_weights"] == {False}
     assert weights in books.seen["logprobs"]  # the probe: before the KV cache takes its memory back
     assert trained(tmp_path / "run") == trained(tmp_path / "plain")
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    for row in rows:
+        parts = {key: value for key, value in row.items() if key.startswith("time/switch/")}
+        assert len(parts) == 4
+        assert row["time/switch_s"] == pytest.approx(sum(parts.values()))
+        assert 0.0 < parts["time/switch/learner_sleep_s"] < row["time/switch_s"] < row["time/step_s"]
+        assert all(metric_of(key) is not None for key in ("time/switch_s", *parts))
+    assert len(rows) == 3
+    for row in read_jsonl(tmp_path / "plain/metrics.jsonl"):
+        assert not any(key.startswith("time/switch") for key in row)

@@ -82,3 +82,56 @@ def test_where_no_engine_is_left_the_learner_wakes_for_its_checkpoint(turn) -> N
     pool.sleep = pool.wake_up = lambda: None
     shared.to_learner()
     assert gpu.held == HELD["learner"]
+
+
+class Slow:
+    """Learner and engines whose verbs take so many seconds of a clock that nothing else moves."""
+
+    def __init__(self, scale: float, now: list[float]) -> None:
+        self.seconds = {"sleep": 1.0, "sleep, weights stay": 2.0, "wake": 4.0, "wake, weights": 8.0}
+        self.scale, self.now, self.engines = scale, now, {"engine-0": None}
+
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        self.now[0] += self.scale * self.seconds["sleep, weights stay" if keep_weights else "sleep"]
+
+    def wake_up(self, *, weights_only: bool = False) -> None:
+        self.now[0] += self.scale * self.seconds["wake, weights" if weights_only else "wake"]
+
+
+def test_the_seconds_of_every_hand_over_are_told_once() -> None:
+    now = [100.0]
+    shared = SharedGpus(Slow(1.0, now), Slow(0.01, now), colocated=True, clock=lambda: now[0])
+    assert set(shared.take_metrics().values()) == {0.0}
+    shared.to_engines()  # learner sleeps 1, engines wake 0.04
+    shared.to_learner()  # engines sleep 0.01, learner wakes 4
+    now[0] += 1000.0  # an update
+    shared.to_publication()  # learner sleeps but for its weights 2, engines wake in part 0.08
+    now[0] += 1000.0
+    shared.to_engines()  # 1 and 0.04
+    shared.to_engines()
+    told = shared.take_metrics()
+    assert told == pytest.approx(
+        {
+            "time/switch_s": 8.17,
+            "time/switch/learner_sleep_s": 4.0,
+            "time/switch/learner_wake_s": 4.0,
+            "time/switch/engines_sleep_s": 0.01,
+            "time/switch/engines_wake_s": 0.16,
+        }
+    )
+    shared.to_publication()  # engines sleep 0.01, the learner's weights wake 8, engines wake in part 0.08
+    assert shared.take_metrics() == pytest.approx(
+        {
+            "time/switch_s": 8.09,
+            "time/switch/learner_sleep_s": 0.0,
+            "time/switch/learner_wake_s": 8.0,
+            "time/switch/engines_sleep_s": 0.01,
+            "time/switch/engines_wake_s": 0.08,
+        }
+    )
+
+
+def test_without_colocation_no_hand_over_is_told() -> None:
+    shared = SharedGpus(None, None, colocated=False)
+    shared.to_engines(), shared.to_learner()
+    assert shared.take_metrics() == {}
