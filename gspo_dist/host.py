@@ -10,10 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path("/")
 # cgroup v1 says "no limit" of memory with a number near 2^63, rounded down to a page.
 NO_LIMIT = 1 << 60
+
+
+class Place(NamedTuple):
+    """Where a process of a run is."""
+
+    address: str
+    """Its node's, by which the others reach it."""
+    gpus: tuple[str, ...]
+    """Those of the node that it sees, by their ids there."""
 
 
 def usable_cores(root: Path = ROOT) -> int:

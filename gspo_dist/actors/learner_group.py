@@ -15,6 +15,7 @@ from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied, ProcessT
 from gspo_dist.actors.weight_link import LINK_SHARE, WeightLink
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
 from gspo_dist.failures import CollectiveTimeout
+from gspo_dist.host import Place
 from gspo_dist.learners.collectives import PREFIX, Watch, dumps, record_in, stuck_at
 from gspo_dist.learners.group import hf_items
 from gspo_dist.learners.learner import Learner, OptimStep
@@ -369,6 +370,10 @@ class RayLearnerGroup:
 
     def wake_up(self, *, weights_only: bool = False) -> None:
         self._call("wake_up", weights_only, timeout=self.config.timeout_s)
+
+    def places(self) -> dict[str, Place]:
+        """Where each rank runs."""
+        return self.actors.call_all("place", timeout=60.0)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.actors.peak_memory()

@@ -14,6 +14,7 @@ import ray
 
 from gspo_dist.failures import ProcessDied as ProcessDied
 from gspo_dist.failures import ProcessTimeout as ProcessTimeout
+from gspo_dist.host import Place
 from gspo_dist.weights.verify import WeightSyncError
 
 TAIL_LINES = 15
@@ -50,6 +51,11 @@ class ActorProcess:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def place(self) -> Place:
+        """This node's address, and the GPUs that this process sees."""
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Place(ray.util.get_node_ip_address(), tuple(gpu for gpu in gpus.split(",") if gpu))
 
     def peak_memory(self) -> dict[str, int]:
         """Peak resident bytes on the host, and peak allocated bytes on the GPU where there is one."""

@@ -14,6 +14,7 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import RolloutConfig
+from gspo_dist.host import Place
 from gspo_dist.rollout.engine import EngineInfo, Progress, RolloutEngine, SyncReceipt
 from gspo_dist.rollout.fleet import Answers, Fleet
 from gspo_dist.types import Work
@@ -255,6 +256,10 @@ class RayRolloutPool(Fleet):
             postponed, self.postponed = self.postponed, []
             for name in postponed:
                 self._create(name)
+
+    def places(self) -> dict[str, Place]:
+        """Where each engine runs."""
+        return self.ask("place", timeout=60.0)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.ask("peak_memory", timeout=60.0)

@@ -36,8 +36,17 @@ COLUMNS = (
 class ConsoleSink:
     """Progress, reward, clip fraction, tokens per second, time left."""
 
-    def __init__(self, total_steps: int, completed_steps: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        completed_steps: int = 0,
+        console: Console | None = None,
+        places: Sequence[str] = (),
+    ) -> None:
+        """places: lines to begin with, one per process."""
         self.console = console or Console()
+        for line in places:
+            self.console.print(f"[dim]{escape(line)}[/dim]", highlight=False, soft_wrap=True)
         self.total = total_steps
         self.progress = Progress(
             TextColumn("[bold]step"),

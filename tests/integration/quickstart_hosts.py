@@ -48,10 +48,8 @@ def run_way(folder: Path, way: str, overrides: list[str]) -> None:
             else:
                 _by_hand(hosts, launcher, words, folder / way, last=last)
         (work / "seconds").write_text(f"{time.monotonic() - start:.0f}")
-        places = (folder / way / "logs/places.txt").read_text().split()
-        (work / "places").write_text(
-            ", ".join(f"{who} {host}" for who, host in zip(places[::2], places[1::2], strict=True))
-        )
+        places = (folder / way / "logs/places.txt").read_text().splitlines()
+        (work / "places").write_text(", ".join(" ".join(line.split()[:2]) for line in places))
     (folder / way / "whole").touch()
 
 

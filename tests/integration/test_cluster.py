@@ -101,7 +101,10 @@ def leave_token(hosts: Hosts) -> None:
 
 
 def places(run_dir: Path) -> list[str]:
-    return (run_dir / "logs/places.txt").read_text().split()
+    """Name and host of every process, one after the other. The line also has addresses and coordinates."""
+    lines = (run_dir / "logs/places.txt").read_text().splitlines()
+    assert all(line.split()[2].count(".") == 3 for line in lines)  # an address, which only the process knows
+    return [word for line in lines for word in line.split()[:2]]
 
 
 @dataclass

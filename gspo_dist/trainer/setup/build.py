@@ -195,8 +195,8 @@ def check_run(config: RunConfig) -> Checked:
 def assemble(checked: Checked, parts: Parts, episodes: Episodes | None = None) -> Run:
     """The run of started parts, at its first step. `build` says what releases it."""
     config, run_dir, learner = checked.config, checked.run_dir, parts.learner
-    replicas, budget = config.learner.data_parallel, config.learner.token_budget
-    sinks = make_sinks(config, run_dir, checked.completed_steps, checked.wandb_mode)
+    replicas, budget = config.learner.data_parallel, config.learner.forward_budget
+    sinks = make_sinks(config, run_dir, checked.completed_steps, checked.wandb_mode, parts.places)
     exact = config.learner.consistency == "exact"
     guard = OffsetGuard(config.objective, checked.objective, learner, config.seed, budget, exact=exact)
     moe_layers = parts.info.moe_layers or checked.moe_layers

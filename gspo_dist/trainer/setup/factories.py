@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,10 +258,18 @@ def begins_equal(config: RunConfig) -> bool:
     return config.learner.precision in ("fp32", engine_precision(config))
 
 
-def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int, wandb_mode: Mode | None) -> Sinks:
+def make_sinks(
+    config: RunConfig,
+    run_dir: Path,
+    completed_steps: int,
+    wandb_mode: Mode | None,
+    places: Sequence[str] = (),
+) -> Sinks:
     """Where a run reports: metrics.jsonl and samples.jsonl always, the console and W&B as configured.
 
     wandb_mode: what `choose_mode` found before anything heavy started. None is without W&B.
+    places: a line per process, its name first. The console begins with them, and W&B's configuration has
+    them as `places`.
 
     Raises OSError when metrics.jsonl cannot be written. Others that cannot be are said and left out.
     """
@@ -270,10 +278,12 @@ def make_sinks(config: RunConfig, run_dir: Path, completed_steps: int, wandb_mod
     with going_on_without("samples.jsonl"):
         others.append(SamplesFile(run_dir, completed_steps))
     if config.logger.console:
-        others.append(ConsoleSink(config.steps, completed_steps))
+        others.append(ConsoleSink(config.steps, completed_steps, places=places))
     if wandb_mode is not None:
         identity = (run_dir / "run_id").read_text()
-        sink = open_wandb(wandb_mode, config.logger.wandb, run_dir, to_mapping(config), identity)
+        named = dict(line.split(" ", 1) for line in places)
+        shown = to_mapping(config) | {"places": named}
+        sink = open_wandb(wandb_mode, config.logger.wandb, run_dir, shown, identity)
         others += [sink] if sink else []
     return Sinks(record, others)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gspo_dist.config import RunConfig
 from gspo_dist.files import write_text
-from gspo_dist.host import thread_share
+from gspo_dist.host import Place, thread_share
+from gspo_dist.learners import determinism
+from gspo_dist.learners.coordinates import coordinates
 from gspo_dist.learners.group import LearnerGroup, LocalLearnerGroup
 from gspo_dist.models.shape import read_shape
 from gspo_dist.planner.host import rollout_bytes
@@ -44,6 +47,8 @@ class Parts:
     """What the engines say of themselves."""
     release: Callable[[], None]
     """Ends what was started."""
+    places: Sequence[str] = ()
+    """A line per learner rank and engine: its name, and where it is."""
 
 
 def start_parts(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
@@ -65,7 +70,9 @@ def start_here(config: RunConfig, model: str, device: str, run_dir: Path, moe_la
         info = pool.start()
         if config.cluster.colocated:
             pool.sleep()
-        return Parts(learner, pool, rewards, info, started.pop_all().close)
+        card = " gpu=0" if device == "cuda" else ""
+        places = [f"{name} {socket.gethostname()}{card}" for name in ("learner-0", "engine-0")]
+        return Parts(learner, pool, rewards, info, started.pop_all().close, places)
 
 
 def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_layers: int) -> Parts:
@@ -84,7 +91,8 @@ def start_on_ray(config: RunConfig, model: str, device: str, run_dir: Path, moe_
         else:
             learner.start()
             info = pool.start()
-        return Parts(learner, pool, rewards, info, processes.keep())
+        places = processes.found(learner, pool)
+        return Parts(learner, pool, rewards, info, processes.keep(), places)
 
 
 class Processes:
@@ -137,15 +145,35 @@ class Processes:
             self.stack.close()
             raise
         self.stack.callback(self.places.release)
-        self._write_places()
+        self._write_places({})  # at once: a start that hangs is looked for on its host
         return self
 
-    def _write_places(self) -> None:
-        """Notes in logs/places.txt on which host each process is, for who reads the logs."""
-        homes = {kind: self.places.homes(kind) for kind in ("learner", "engine")}
-        lines = [f"{kind}-{i} {home}" for kind, hosts in homes.items() for i, home in enumerate(hosts)]
+    def _write_places(self, places: Mapping[str, Place]) -> list[str]:
+        """Notes in logs/places.txt on which host each process is, for who reads the logs.
+
+        places: what the processes themselves said. Returns the lines, such as "learner-9 node2 10.0.0.2 gpu=1
+        replica=1 expert=1".
+        """
+        lines = []
+        for kind in ("learner", "engine"):
+            for i, home in enumerate(self.places.homes(kind)):
+                words, place = [f"{kind}-{i}", home], places.get(f"{kind}-{i}")
+                if place is not None:
+                    words += [place.address, *([f"gpu={','.join(place.gpus)}"] if place.gpus else [])]
+                if kind == "learner":
+                    own = coordinates(self.config.learner, i)
+                    words += [f"{name}={at}" for name, at in own.items()]
+                lines.append(" ".join(words))
         self.logs.mkdir(parents=True, exist_ok=True)
         write_text(self.logs / "places.txt", "\n".join([*lines, ""]))
+        return lines
+
+    def found(self, learner: RayLearnerGroup, pool: RayRolloutPool) -> list[str]:
+        """A line per learner rank and engine, with what they say of themselves once they are up."""
+        places: dict[str, Place] = {}
+        with going_on_without("the processes' addresses and GPUs"):
+            places = learner.places() | pool.places()
+        return self._write_places(places)
 
     def __exit__(self, *error: object) -> None:
         self.stack.close()

@@ -20,6 +20,13 @@ def lines(*rows: tuple[int, dict]) -> list[str]:
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
+def test_it_begins_with_a_line_for_every_process():
+    out = io.StringIO()
+    places = ["learner-0 node1 10.0.0.1 gpu=0 replica=0", "engine-0 node2 10.0.0.2 gpu=0,1"]
+    ConsoleSink(10, console=Console(file=out, width=20, force_terminal=False), places=places)
+    assert out.getvalue().splitlines() == places
+
+
 def test_every_column_is_a_metric_that_runs_log():
     assert [key for _, key, _ in COLUMNS if metric_of(key) is None] == []
 

@@ -181,16 +181,16 @@ def test_the_objective_is_bound_with_the_runs_parameters(model, reward_file, tmp
         make_objective(replace(c, objective=replace(c.objective, params={"clip_lo": 1.0})))
 
 
-def test_sinks_follow_the_logger(model, reward_file, tmp_path):
+def test_sinks_follow_the_logger(model, reward_file, tmp_path, capsys):
     c = config(model, reward_file, tmp_path)
     sinks = make_sinks(c, tmp_path, 0, None)
     assert type(sinks.record).__name__ == "MetricsFile"
     assert [type(s).__name__ for s in sinks.others] == ["SamplesFile"]
     c = replace(c, logger=replace(c.logger, console=True))
-    assert [type(s).__name__ for s in make_sinks(c, tmp_path, 0, None).others] == [
-        "SamplesFile",
-        "ConsoleSink",
-    ]
+    capsys.readouterr()
+    others = make_sinks(c, tmp_path, 0, None, ["learner-0 node1 gpu=3"]).others
+    assert [type(s).__name__ for s in others] == ["SamplesFile", "ConsoleSink"]
+    assert capsys.readouterr().out == "learner-0 node1 gpu=3\n"
 
 
 def test_the_objective_gets_every_knob_of_the_run(model, reward_file, tmp_path):
@@ -285,9 +285,11 @@ def test_a_reference_engine_is_told_as_much(model, reward_file, tmp_path, monkey
 def test_wandb_is_a_sink_where_a_mode_was_found(model, reward_file, tmp_path, monkeypatch):
     monkeypatch.setattr("gspo_dist.trainer.setup.factories.open_wandb", lambda *told: told)
     (tmp_path / "run_id").write_text("abc")
-    sinks = make_sinks(config(model, reward_file, tmp_path), tmp_path, 0, "offline")
-    mode, _, folder, _, identity = sinks.others[-1]
+    lines = ["learner-0 node1 10.0.0.1 gpu=0", "engine-0 node2"]
+    sinks = make_sinks(config(model, reward_file, tmp_path), tmp_path, 0, "offline", lines)
+    mode, _, folder, shown, identity = sinks.others[-1]
     assert (mode, folder, identity) == ("offline", tmp_path, "abc")
+    assert shown["places"] == {"learner-0": "node1 10.0.0.1 gpu=0", "engine-0": "node2"}
     monkeypatch.setattr("gspo_dist.trainer.setup.factories.open_wandb", lambda *told: None)
     sinks = make_sinks(config(model, reward_file, tmp_path), tmp_path, 0, "offline")
     assert [type(s).__name__ for s in sinks.others] == ["SamplesFile"]  # it could not be opened

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 
 import pytest
 
 from gspo_dist.actors.session import Node
+from gspo_dist.host import Place
+from gspo_dist.learners import determinism
 from gspo_dist.trainer.setup import processes as module
 from gspo_dist.trainer.setup.processes import process_env, start_parts
 from tests.unit.trainer.small import config
@@ -58,6 +61,7 @@ def test_in_process_parts_end_together(model, reward_file, tmp_path, monkeypatch
         )
     parts = start_parts(config(model, reward_file, tmp_path), str(model), "cpu", tmp_path, 2)
     assert parts.info.moe_layers == 2
+    assert parts.places == [f"{name} {socket.gethostname()}" for name in ("learner-0", "engine-0")]
     parts.release()
     assert sorted(ended) == ["LocalLearnerGroup", "LocalRewardPool", "LocalRolloutPool"]
 
@@ -172,6 +176,22 @@ def test_every_kind_of_actor_is_made_with_its_own_settings_and_ended_with_the_bl
             *(f"learner-{i} learners-host" for i in range(2)),
             *(f"engine-{i} engines-host" for i in range(3)),
         ]
+        ranks, engines = (
+            {f"{kind}-{i}": Place(f"10.0.0.{i + first}", gpus[i]) for i in range(len(gpus))}
+            for kind, first, gpus in (("learner", 1, [("2",), ()]), ("engine", 7, [("0", "1"), ("2",), ()]))
+        )
+        pool.places, learner.places = lambda: engines, lambda: ranks
+        lines = processes.found(learner, pool)
+        assert lines == [
+            "learner-0 learners-host 10.0.0.1 gpu=2 replica=0",
+            "learner-1 learners-host 10.0.0.2 replica=1",
+            "engine-0 engines-host 10.0.0.7 gpu=0,1",
+            "engine-1 engines-host 10.0.0.8 gpu=2",
+            "engine-2 engines-host 10.0.0.9",
+        ]
+        assert (logs / "places.txt").read_text().splitlines() == lines
+        pool.places = lambda: 1 / 0  # it only records: the run goes on with what it knew before
+        assert processes.found(learner, pool)[2:] == [f"engine-{i} engines-host" for i in range(3)]
         # 4 x 4 rollouts of at most 16 + 8 tokens: 2 layers x 2 experts and a mark, and 54 for the rest
         assert cluster["started"] == [(c.cluster, ROLLOUTS)]
         assert cluster["stopped"] == places.released == pool.closed == 0
@@ -307,6 +327,10 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
         def rewards(self):
             return Part("rewards", "start")
 
+        def found(self, learner, pool):
+            said.append("places")
+            return ["learner-0 here"]
+
         def keep(self):
             return "end"
 
@@ -316,7 +340,34 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
     c = distributed(model, reward_file, tmp_path, colocated=colocated)
     parts = module.start_on_ray(c, "folder", "cpu", tmp_path, 2)
     assert threads == [(1, "cpu")]
-    assert (parts.info, parts.release) == ("info", "end")
+    assert (parts.info, parts.release, parts.places) == ("info", "end", ["learner-0 here"])
     together = ["learner.start", "engine.start"]
     one_by_one = ["engine.start", "engine.sleep", "learner.start"]
-    assert said == ["made", "rewards.start", *(one_by_one if colocated else together)]
+    assert said == ["made", "rewards.start", *(one_by_one if colocated else together), "places"]
+
+
+def test_a_deterministic_learner_has_its_variables_from_the_start_of_its_process(
+    model, reward_file, tmp_path, monkeypatch
+):
+    """The ranks alone: an engine has kernels of its own. A value that repeats itself too is the user's."""
+    for name in determinism.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    plain = config(model, reward_file, tmp_path)
+    c = config(model, reward_file, tmp_path, "learner.deterministic=true")
+    wanted = {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "NCCL_ALGO": "Ring",
+    }
+    for device in ("cpu", "cuda"):
+        env = process_env(c, device)
+        assert wanted.items() <= env["learner"].items()
+        assert not wanted.keys() & (env["engine"].keys() | env["reward"].keys())
+        assert not wanted.keys() & process_env(plain, device)["learner"].keys()
+    monkeypatch.setenv("NCCL_ALGO", "^NVLS")
+    assert process_env(c, "cpu")["learner"]["NCCL_ALGO"] == "^NVLS"
+    c = config(
+        *(model, reward_file, tmp_path, "learner.deterministic=true"),
+        "+cluster.env.CUBLAS_WORKSPACE_CONFIG=':16:8'",
+    )
+    assert process_env(c, "cpu")["learner"]["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
