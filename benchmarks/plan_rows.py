@@ -97,6 +97,7 @@ def views_of(row: dict[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workload
         backend="megatron",
         world_size=row["ranks"],
         token_budget=row["token_budget"],
+        forward_token_budget=row.get("forward_budget"),
         precision="bf16",
         megatron=megatron,
     )
@@ -110,7 +111,6 @@ def views_of(row: dict[str, Any]) -> tuple[LearnerLayout, EngineLayout, Workload
         measured=lengths,
         mean_prompt_tokens=row["mean_prompt"],
         unpacked=row.get("unpacked"),
-        forward_budget=row.get("forward_budget"),
     )
     return LearnerLayout(learner, True), EngineLayout(rollout, row.get("colocated", False)), work
 

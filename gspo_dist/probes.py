@@ -1,8 +1,8 @@
 """Small batches that run beside the training batch: samples of it, and bare sequences to
 compare log-probs on.
 
-They have micro-batches like a mini-batch, within the same token budget, and no denominators: nothing is
-trained on them.
+They have micro-batches like a mini-batch, within `learner.forward_token_budget`, and no denominators: nothing
+is trained on them.
 """
 
 from __future__ import annotations
@@ -30,18 +30,47 @@ def take_sequences(
     of 6 every replica runs two, of 5 and 3 and of 4 and 3 tokens, and the last of them is a masked copy.
     Raises ValueError for a sequence that is longer than the budget.
     """
-    singles = [_cut(batch, sequence) for batch, sequence in picks]
-    shortest = masked_copy(min(singles, key=lambda single: single.num_tokens))
-    singles += [shortest] * (replicas - len(singles))
-    lengths = [single.num_tokens for single in singles]
-    return tuple(
-        tuple(
-            # The longest first, as they were dealt.
-            _join([singles[i] for i in sorted(places, key=lambda i: -lengths[i])]) if places else shortest
-            for places in micro_batches
-        )
-        for micro_batches in balanced_bins(lengths, replicas, token_budget)
+    singles = [cut(batch, sequence) for batch, sequence in picks]
+    singles += [masked_copy(min(singles, key=_length))] * (replicas - len(singles))
+    return deal(singles, replicas=replicas, token_budget=token_budget)[0]
+
+
+Place = tuple[int, int, slice]
+"""Where a sequence went: replica, micro-batch, rows in it."""
+
+
+def deal(
+    singles: Sequence[PackedBatch], *, replicas: int, token_budget: int
+) -> tuple[MicroBatches, list[Place]]:
+    """Batches of one sequence each joined to micro-batches of at most `token_budget` tokens, as many on every
+    replica, and the place of each. An empty micro-batch is a masked copy of the shortest sequence.
+
+    Example: sequences of 5, 3 and 4 tokens on one replica with a budget of 9 give the micro-batches [5 4] and
+    [3], and the places (0, 0, 0:5), (0, 1, 0:3) and (0, 0, 5:9).
+    """
+    lengths = [_length(single) for single in singles]
+    places: list[Place] = [(0, 0, slice(0))] * len(singles)
+
+    def joined(members: Sequence[int], replica: int, index: int) -> PackedBatch:
+        if not members:
+            return masked_copy(min(singles, key=_length))
+        order = sorted(members, key=lambda i: -lengths[i])  # the longest first, as they were dealt
+        start = 0
+        for i in order:
+            places[i] = replica, index, slice(start, start + lengths[i])
+            start += lengths[i]
+        return join([singles[i] for i in order])
+
+    bins = balanced_bins(lengths, replicas, token_budget)
+    dealt = tuple(
+        tuple(joined(members, replica, index) for index, members in enumerate(own))
+        for replica, own in enumerate(bins)
     )
+    return dealt, places
+
+
+def _length(batch: PackedBatch) -> int:
+    return batch.num_tokens
 
 
 def from_sequences(
@@ -75,7 +104,7 @@ _OPTIONAL = ("old_logprobs", "ref_logprobs", "policy_versions")
 _APART = ("cu_seqlens", "rollout_index", "routing")  # a test holds that these are all of PackedBatch
 
 
-def _cut(batch: PackedBatch, sequence: int) -> PackedBatch:
+def cut(batch: PackedBatch, sequence: int) -> PackedBatch:
     """One sequence of a packed batch as a batch of its own."""
     rows = batch.rows(sequence)
     fields: dict[str, Any] = {name: getattr(batch, name)[rows] for name in _PER_TOKEN}
@@ -90,7 +119,7 @@ def _cut(batch: PackedBatch, sequence: int) -> PackedBatch:
     )
 
 
-def _join(parts: Sequence[PackedBatch]) -> PackedBatch:
+def join(parts: Sequence[PackedBatch]) -> PackedBatch:
     """Packed batches laid end to end. An optional field is kept when every part has it."""
     lengths = torch.cat([part.cu_seqlens.diff() for part in parts])
     fields: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in _PER_TOKEN}

@@ -195,6 +195,14 @@ class LearnerConfig:
     run stops at the first token that differs."""
     token_budget: int = 16384
     """Most tokens that a micro-batch holds. Sequences are never cut, so it must hold the longest one."""
+    forward_token_budget: int | None = None
+    """The same for passes in which nothing is trained: recomputed and reference log-probs, the guard's
+    subset, the flip sample, probes. They keep no activations, so several times `token_budget` may fit. null:
+    as many as `token_budget`."""
+    deterministic: bool = False
+    """The same mini-batch gives the same gradient bit for bit, on GPUs too: kernels without atomic sums,
+    pinned algorithms of cuBLAS, cuDNN and NCCL. Slower. What cannot be repeated is refused.
+    `rollout.batch_invariant` is the engines' side."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass (eager, deepspeed). Megatron has a knob of its own."""
     threads: int = 0
@@ -228,6 +236,7 @@ class LearnerConfig:
             )
         at_least("learner.world_size", self.world_size, 1)
         at_least("learner.token_budget", self.token_budget, 1)
+        at_least("learner.forward_token_budget", self.forward_budget, 1)
         at_least("learner.threads", self.threads, 0)
         at_least("learner.max_skipped_steps", self.max_skipped_steps, 0)
         above("learner.timeout_s", self.timeout_s, 0)
@@ -246,6 +255,11 @@ class LearnerConfig:
                 )
         if self.backend == "megatron":
             self.megatron.check_ranks(self.world_size)
+
+    @property
+    def forward_budget(self) -> int:
+        """Most tokens of a pass in which nothing is trained."""
+        return self.token_budget if self.forward_token_budget is None else self.forward_token_budget
 
     @property
     def saves_asynchronously(self) -> bool:

@@ -90,12 +90,17 @@ class RunConfig:
                 f"a mini-batch must give every data-parallel replica a rollout: got {rollouts} rollouts for "
                 f"{self.learner.data_parallel} replicas; raise rollout.prompts_per_step or lower mini_batches"
             )
-        if self.learner.token_budget < self.rollout.max_model_len:
-            raise ValueError(
-                "learner.token_budget must hold the longest sequence (sequences are never cut): got "
-                f"{self.learner.token_budget} for rollout.max_prompt_tokens + rollout.max_completion_tokens "
-                f"= {self.rollout.max_model_len}; raise the budget or shorten the sequences"
-            )
+        budgets = {
+            "token_budget": self.learner.token_budget,
+            "forward_token_budget": self.learner.forward_budget,
+        }
+        for name, budget in budgets.items():
+            if budget < self.rollout.max_model_len:
+                raise ValueError(
+                    f"learner.{name} must hold the longest sequence (sequences are never cut): got {budget} "
+                    "for rollout.max_prompt_tokens + rollout.max_completion_tokens = "
+                    f"{self.rollout.max_model_len}; raise the budget or shorten the sequences"
+                )
         advantage = self.objective.advantage_name
         if self.rollout.group_size == 1 and advantage not in ("none", None):
             raise ValueError(

@@ -254,6 +254,10 @@ SECTIONS = (
     Section("Old log-probs", "trainer/old_logprobs.py", (
         Metric("old_logprobs/recomputed", "0 or 1",
                "1 when the learner recomputed the old log-probs, 0 when they are the engine's."),
+        Metric("old_logprobs/micro_batches", "micro-batches",
+               "Forward passes over all replicas, for the learner's log-probs and the reference's. "
+               "`learner.forward_token_budget` decides how many.",
+               "steps with recomputed old log-probs or a KL term"),
     )),
     Section("Guard over the engine's log-probs", "trainer/guard.py", (
         Metric("guard/offset", "nats per token",

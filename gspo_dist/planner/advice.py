@@ -51,6 +51,8 @@ def learner_steps(layout: LearnerLayout, work: Workload, gpus_per_node: int) -> 
 
 def _written(value: object) -> str:
     """A value as the command line takes it."""
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -59,6 +61,8 @@ Knobs = tuple[str | None, dict[str, Any]]
 
 
 def _learner_knobs(layout: LearnerLayout, work: Workload, gpus_per_node: int) -> Iterator[Knobs]:
+    if layout.forward_budget > layout.token_budget:
+        yield None, {"forward_token_budget": None}
     if layout.token_budget // 2 >= work.max_length:
         yield None, {"token_budget": layout.token_budget // 2}
     if layout.backend == "megatron":

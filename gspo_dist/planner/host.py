@@ -62,12 +62,15 @@ def step_copies(model: ModelShape, work: Workload, layout: LearnerLayout, ranks:
 
     R3 attaches a copy of the rollouts' routes, which is stored once more. Under R2 every rank of a replica
     records its replica's routes, and those that one of them returns pass through the store. Router scores
-    (objective rspo) travel as tensors do.
+    (objective rspo) travel as tensors do. m2po's pass is packed out of what has its routes already, which
+    copies them once more.
     """
     tokens = work.rollouts * work.max_length / work.run.mini_batches
     row, replay = model.trace_bytes_per_token, work.run.objective.routing_replay
     sent = SENT_BYTES + work.scored * model.score_bytes_per_token
     stored = sent + row * 2 * (replay in ("r2", "r3"))
+    if layout.config.forward_token_budget is not None and work.asks_again and replay in ("r2", "r3"):
+        stored += row
     share = ranks / layout.data
     items = [
         Item("object store", round(tokens * stored), "a mini-batch on its way to the learner, in /dev/shm"),

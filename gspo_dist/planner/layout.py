@@ -73,6 +73,11 @@ class LearnerLayout:
         return self.config.token_budget
 
     @property
+    def forward_budget(self) -> int:
+        """Tokens of the largest micro-batch of a pass in which nothing is trained."""
+        return self.config.forward_budget
+
+    @property
     def tensor(self) -> int:
         """Ranks that share each matrix."""
         return self._knob(megatron="tensor_parallel", otherwise=1)
@@ -313,8 +318,6 @@ class Workload:
     """Mean length of a prompt, where more is known than `mean_fill`."""
     unpacked: int | None = None
     """Sequences of a micro-batch in frameworks that do not pack (published runs). None packs."""
-    forward_budget: int | None = None
-    """Tokens of a micro-batch in a forward pass alone, in frameworks where that differs (published runs)."""
 
     @property
     def rollouts(self) -> int:
@@ -409,6 +412,11 @@ class Workload:
     def scored(self) -> bool:
         """The objective weighs tokens by how far routers moved, so their scores are kept (rspo)."""
         return "router_shift" in spec_of(self.run.objective.name).reads
+
+    @property
+    def asks_again(self) -> bool:
+        """The objective asks for a mini-batch's log-probs right before its update (m2po)."""
+        return "second_moment_cut" in spec_of(self.run.objective.name).reads
 
     @property
     def bucket_bytes(self) -> int:

@@ -253,15 +253,27 @@ def activations(model: ModelShape, layout: LearnerLayout) -> Item:
     return Item("activations", round(kept), f"{tokens:,} tokens, recompute {layout.recompute}")
 
 
-def router_scores(model: ModelShape, layout: LearnerLayout, work: Workload) -> int:
+def forward_activations(model: ModelShape, layout: LearnerLayout) -> list[Item]:
+    """What a pass in which nothing is trained holds at `forward_token_budget` tokens: the layer under way,
+    and the hidden states that the head reads.
+    """
+    tokens = math.ceil(layout.forward_budget / layout.context)
+    layer = layer_activations(model, layout, model.moe_layers > 0, "none") * tokens / layout.tensor
+    return [
+        Item("activations", round(layer), f"{tokens:,} tokens, one layer of a pass without gradients"),
+        Item("hidden states", layout.width * tokens * model.hidden, "those of the trained tokens"),
+    ]
+
+
+def router_scores(model: ModelShape, layout: LearnerLayout, work: Workload, budget: int | None = None) -> int:
     """Bytes that a rank's device holds of what the old policy's routers thought (objective rspo).
 
     Megatron's ranks hold those of a whole mini-batch, each of its own tokens and layers. The others hold one
-    micro-batch at a time.
+    micro-batch at a time, of `budget` tokens (None: the token budget).
     """
     if not work.scored:
         return 0
-    tokens: float = layout.token_budget
+    tokens: float = budget or layout.token_budget
     if layout.backend == "megatron":
         tokens = work.rollouts * work.max_length / work.run.mini_batches / layout.data
     ranks = layout.pipeline * layout.context * layout.tensor
@@ -278,8 +290,10 @@ def learner_memory(
 ) -> tuple[MemoryTable, list[Item]]:
     """The fullest rank at its worst moment, and its items in host memory.
 
-    The worst moment is in the backward pass, in the optimiser step, or where scores of routers are put
-    together. work: what else a rank keeps of a step depends on it. None is a step that needs nothing of it.
+    The worst moment is in the backward pass, in the optimiser step, where scores of routers are put together,
+    or in a pass without gradients, which may have more tokens.
+
+    work: what else a rank keeps of a step depends on it. None is a step that needs nothing of it.
     """
     device, host = learner_states(model, layout)
     tokens = math.ceil(layout.token_budget / layout.context)
@@ -291,6 +305,7 @@ def learner_memory(
         "a block of logits, those kept for the backward pass, and the hidden states' gradient in float32",
     )
     backward = [activations(model, layout), head]
+    forward = [*forward_activations(model, layout), Item("head", block, "a block of logits")]
     step: list[Item] = []
     if layout.backend == "deepspeed" and layout.zero_stage == 0 and layout.half:
         step = [
@@ -299,12 +314,14 @@ def learner_memory(
             )
         ]
     recorded: list[Item] = []
-    scores = 0 if work is None else router_scores(model, layout, work)
-    if scores:
+    if work is not None and work.scored:
+        scores = router_scores(model, layout, work)
         backward.append(Item("router scores", scores, "the old policy's, at the longest"))
+        scores = router_scores(model, layout, work, layout.forward_budget)
+        forward.append(Item("router scores", scores, "those that the pass records, at the longest"))
         # The layers' scores and, beside them, the whole that is made of them.
         recorded = [Item("router scores", 2 * scores, "the old policy's, at the longest, and a copy")]
-    worst = max(backward, step, recorded, key=lambda items: sum(i.bytes for i in items))
+    worst = max(backward, step, recorded, forward, key=lambda items: sum(i.bytes for i in items))
     runtime = Item("runtime", RUNTIME_GPU if gpu else RUNTIME_HOST, "context, buffers, fragments")
     return MemoryTable("learner rank", (*device, *worst, runtime), capacity), host
 

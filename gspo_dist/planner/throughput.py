@@ -150,7 +150,8 @@ def step_time(
     separate = engine.engines * engine.tensor_parallel
     return StepTime(
         collect_s=collect_s(model, engine, work, gpu, concurrency, assume) if engine.engines else 0.0,
-        logprobs_s=work.forward_passes * forward_s(work.rollouts),
+        # Mini-batch after mini-batch: a pipeline fills up for each.
+        logprobs_s=work.forward_passes * passes * forward_s(work.rollouts / passes),
         train_s=update + steps,
         sync_s=sync_s(model, learner, gpu, assume, per_node if engine.colocated else 1),
         tokens=work.tokens,

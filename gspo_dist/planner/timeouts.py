@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gspo_dist.config import RunConfig
+from gspo_dist.planner.layout import Workload
 from gspo_dist.planner.throughput import StepTime
 
 ROUGH = 2.0
@@ -48,9 +49,11 @@ class Timeout:
 
 def timeouts(run: RunConfig, step: StepTime) -> tuple[Timeout, ...]:
     """Every timeout whose call the plan has a time for, each with the longest of its calls."""
-    # The log-probs of a mini-batch are one forward pass, always shorter than its update.
+    # A forward pass is shorter than an update, but for a pipeline that a large forward_token_budget starves.
+    passes = max(1, Workload(run).forward_passes) * run.mini_batches
     learning = {
         "a mini-batch's update": step.train_s / run.mini_batches,
+        "a mini-batch's log-probs": step.logprobs_s / passes,
         "the guard's subset": step.guard_s,
     }
     return (

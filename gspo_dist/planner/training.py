@@ -1,10 +1,12 @@
 """Seconds that the learner takes: micro-batches, pipeline slots, what each layer costs, the optimiser.
 
-    a replica's sequences -> micro-batches of token_budget -> slots of the pipeline: m + (p - 1) / v
+    a replica's sequences -> micro-batches of a token budget -> slots of the pipeline: m + (p - 1) / v
     a slot's forward pass = layers of a stage x (latency + exchanges of tokens and rows) + FLOPs over rate
     an update = 3 of them (4 with full recomputation) per slot, then gradients summed, and the optimiser
 
 So small micro-batches cost latency, large ones FLOPs, and the share of FLOP/s that comes out is no constant.
+Passes without an update have a token budget of their own. A pipeline gains little by a large one: it then has
+few micro-batches to fill its stages with.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ def pass_s(
     if sequences <= 0:
         return 0.0
     each = max(1, math.ceil(sequences / layout.data))
-    budget = layout.token_budget if update else work.forward_budget or layout.token_budget
+    budget = layout.token_budget if update else layout.forward_budget
     count = micro_batches(work, each, budget)
     slot = forward_slot_s(model, layout, gpu, each * work.mean_length / count, work.mean_length, assume)
     share = min(1.0, sequences / layout.data / each)  # less than a sequence each: an average over steps

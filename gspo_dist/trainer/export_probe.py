@@ -33,8 +33,8 @@ MEMORY_SHARE = 0.5
 
 
 def sequences(config: RunConfig, vocabulary: int) -> list[tuple[np.ndarray, int]]:
-    """Random tokens, so that no prompt is needed: the same ones for the same vocabulary and budget."""
-    length = min(TOKENS, config.learner.token_budget)
+    """Random tokens, so that no prompt is needed: the same ones for the same vocabulary and budgets."""
+    length = min(TOKENS, config.learner.token_budget, config.learner.forward_budget)
     tokens = np.random.default_rng(0).integers(0, vocabulary, (SEQUENCES, length))
     return [(row, 0) for row in tokens]
 
@@ -48,7 +48,7 @@ def take(learner: LearnerGroup, config: RunConfig, model: str | Path) -> list[li
         learner,
         sequences(config, read_shape(model).vocab),
         replicas=config.learner.data_parallel,
-        token_budget=config.learner.token_budget,
+        token_budget=config.learner.forward_budget,
     )
     return [[float(value) for value in row] for row in found]
 

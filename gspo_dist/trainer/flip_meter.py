@@ -48,7 +48,7 @@ class FlipMeter:
         replicas: int,
         token_budget: int,
     ) -> None:
-        """token_budget: most tokens of one forward pass (learner.token_budget)."""
+        """token_budget: most tokens of one forward pass (learner.forward_budget)."""
         self.config = config
         self.learner = learner
         self.seed = seed

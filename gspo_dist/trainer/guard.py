@@ -62,7 +62,7 @@ class OffsetGuard:
         *,
         exact: bool = False,
     ) -> None:
-        """token_budget: most tokens of one forward pass (learner.token_budget).
+        """token_budget: most tokens of one forward pass (learner.forward_budget).
 
         exact: the run stops at the first fresh token on which engine and learner differ.
         """

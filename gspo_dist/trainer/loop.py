@@ -110,7 +110,8 @@ def learn(run: Run, rollouts: Sequence[Rollout], step: int) -> StepMetrics:
                 routed = run.old_logprobs.with_routes(mini, trained)
             with run.clock("old_logprobs"):
                 unmoved = run.old_logprobs.recomputed and index == 0
-                spec = with_second_moment_cut(spec, routed, run.learner, unmoved=unmoved)
+                budget = run.config.learner.forward_token_budget
+                spec = with_second_moment_cut(spec, routed, run.learner, budget, unmoved=unmoved)
             with run.clock("update"):
                 stats.append(run.learner.forward_backward(routed, spec))
                 optim.append(run.learner.optim_step())

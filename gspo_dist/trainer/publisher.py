@@ -82,7 +82,7 @@ class WeightPublisher:
         probe_always: bool = False,
     ) -> None:
         """config: its transport may still be auto, which is resolved where the engines are met.
-        replicas, token_budget: of the learner, whose log-probs a probe takes.
+        replicas, token_budget: of the learner's forward passes, of which a probe takes one.
         begins_equal: policy version 0 has the very weights that the engines loaded, so that its publication
         must change nothing.
         shared: gives the GPUs to the publication, and then to the engines. None: they have GPUs of their own.

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from gspo_dist.learners.forward import logprobs_within
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.learners.loss import LossSpec, trained_index
 from gspo_dist.objectives import second_moment
@@ -19,18 +20,26 @@ from gspo_dist.packing import MiniBatch
 
 
 def with_second_moment_cut(
-    spec: LossSpec, mini: MiniBatch, learner: LearnerGroup, *, unmoved: bool
+    spec: LossSpec,
+    mini: MiniBatch,
+    learner: LearnerGroup,
+    forward_token_budget: int | None = None,
+    *,
+    unmoved: bool,
 ) -> LossSpec:
     """`spec` with the cut of this mini-batch, where its objective reads one.
 
-    mini: with the routes that the update replays. unmoved: the policy is still the one of the old log-probs.
+    mini: with the routes that the update replays.
+    forward_token_budget: most tokens of a pass. None computes micro-batches as they are packed.
+    unmoved: the policy is still the one of the old log-probs.
     """
     if "second_moment_cut" not in spec.objective.spec.reads:
         return spec
     if unmoved:
         return replace(spec, second_moment_cut=math.inf)
     values = [torch.zeros(0, dtype=torch.float64)]
-    for batches, outputs in zip(mini.micro_batches, learner.logprobs(mini.micro_batches), strict=True):
+    found, _ = logprobs_within(learner, mini.micro_batches, forward_token_budget)
+    for batches, outputs in zip(mini.micro_batches, found, strict=True):
         for batch, output in zip(batches, outputs, strict=True):
             index = trained_index(batch)
             old = batch.rollout_logprobs if batch.old_logprobs is None else batch.old_logprobs

@@ -169,6 +169,7 @@ def make_config(
         world_size=world_size,
         precision=precision,
         token_budget=64,
+        forward_token_budget=256,  # a pass of its own for the routers' shift takes all at once
         timeout_s=120.0,
         optimizer=OptimizerConfig(lr=2e-4, weight_decay=0.1, grad_clip=0.05, warmup_steps=2, eps=1e-6),
         megatron=MegatronConfig(**megatron),

@@ -30,6 +30,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners import determinism
+from gspo_dist.learners.forward import in_groups
 from gspo_dist.learners.learner import OptimStep, WeightBucket
 from gspo_dist.learners.loss import LossSpec, micro_batch_loss, missing
 from gspo_dist.learners.loss_scale import LossScale
@@ -46,6 +48,7 @@ from gspo_dist.learners.parking import Held
 from gspo_dist.learners.schedule import lr_factor
 from gspo_dist.metrics.stat import Stat, merge_stats
 from gspo_dist.routing.megatron import Routers
+from gspo_dist.routing.scores import ShiftMeter
 from gspo_dist.types import LogprobOutput, PackedBatch
 from gspo_dist.weights.stream import buckets
 
@@ -231,10 +234,7 @@ class MegatronLearner:
             raise ValueError("no reference is kept: set objective.kl_coef above 0")
         chunks: list[Any] = self.reference if reference and self.reference is not None else self.ddp
         items = self._items(batches)
-        # The interleaved schedule needs a micro-batch per stage. Copies fill up, and their
-        # results are dropped.
-        fill = max(0, self.layout.pipeline - len(items)) if self.layout.virtual_stages > 1 else 0
-        work = items + items[:1] * fill
+        work = items + items[:1] * self._missing_stages(items)  # their results are dropped
 
         def finish(item: MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             nothing = hidden.new_zeros(())
@@ -253,6 +253,10 @@ class MegatronLearner:
             return outputs
         old = self.routers.gather_scores(scores, items)
         return [replace(out, router=router) for out, router in zip(outputs, old, strict=True)]
+
+    def _missing_stages(self, items: list[MicroBatch]) -> int:
+        """Copies that a forward pass takes beside its items: the interleaved schedule needs one per stage."""
+        return max(0, self.layout.pipeline - len(items)) if self.layout.virtual_stages > 1 else 0
 
     # ---- training
 
@@ -314,21 +318,34 @@ class MegatronLearner:
         """
         if not wanted:
             yield None
-            return
-        with self.routers.metering(items) as meter:
-            # The router that helps to predict a token sees the one before it, whose row that is.
-            found = (self.routers.shift(meter, i)[item.rows.hidden_rows] for i, item in enumerate(items))
-            if self.layout.pipeline == 1:
-                yield found
-                return
+        elif self.layout.pipeline > 1:
+            yield iter(self._shifts_before(items))
+        else:
+            with self.routers.metering(items) as meter:
+                yield (self._shift(meter, i, item) for i, item in enumerate(items))
 
-            def finish(item: MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
-                return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
+    def _shift(self, meter: ShiftMeter, at: int, item: MicroBatch) -> Tensor:
+        # The router that helps to predict a token sees the one before it, whose row that is.
+        return self.routers.shift(meter, at)[item.rows.hidden_rows]
 
-            with torch.no_grad(), self.routers.replaying(items):
-                self._schedule(self.ddp, items, finish, forward_only=True)
-            shifts = list(found)
-        yield iter(shifts)
+    @torch.no_grad()
+    def _shifts_before(self, items: list[MicroBatch]) -> list[Tensor]:
+        """Of each item [N], by a forward pass. It computes as many items at once as its token budget has room
+        for at the longest, so that all ranks join as many.
+        """
+        size = max(1, self.config.forward_budget // self.config.token_budget)
+        joined = self._items(in_groups([item.batch for item in items], size))
+        work = joined + joined[:1] * self._missing_stages(joined)
+
+        def finish(item: MicroBatch, chunk: Any, hidden: Tensor) -> tuple[Tensor, Tensor, None]:
+            return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
+
+        with self.routers.metering(work) as meter:
+            with self.routers.replaying(work):
+                self._schedule(self.ddp, work, finish, forward_only=True)
+            found = torch.cat([self._shift(meter, i, item) for i, item in enumerate(joined)])
+        # Sequences keep their order and their cut over context ranks, so tokens stand as in the items.
+        return list(found.split([len(item.rows.index) for item in items]))
 
     @torch.no_grad()
     def optim_step(self) -> OptimStep:

@@ -28,6 +28,11 @@ from gspo_dist.config.mapping import from_mapping
             r"learner.token_budget must hold the longest sequence .*: got 9215 .* = 9216; raise the budget",
         ),
         (
+            {"learner": {"forward_token_budget": 9215}},
+            r"learner.forward_token_budget must hold the longest sequence .*: got 9215 .* = 9216; raise",
+        ),
+        ({"learner": {"forward_token_budget": 0}}, r"learner.forward_token_budget must be at least 1: got 0"),
+        (
             {"learner": {"world_size": 3, "deepspeed": {"expert_parallel": 2}}},
             r"learner.deepspeed.expert_parallel must divide learner.world_size: got 2 and 3; try 1, 3",
         ),
@@ -92,6 +97,8 @@ def test_bad_input_names_rule_value_and_way_out(values, message):
         {"rollout": {"group_size": 2}},
         {"rollout": {"prompts_per_step": 4, "group_size": 3}, "learner": {"world_size": 3}},
         {"learner": {"token_budget": 9216}},
+        {"learner": {"token_budget": 16384, "forward_token_budget": 9216}},
+        {"learner": {"forward_token_budget": 131072, "deterministic": True}},
         {"learner": {"deepspeed": {"offload_params": True, "zero_stage": 3}}},
         {"learner": {"megatron": {"virtual_stages": 2, "pipeline_parallel": 2}}},
         {"learner": {"backend": "megatron", "world_size": 8, "megatron": {"tensor_parallel": 4}}},

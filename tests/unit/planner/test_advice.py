@@ -6,6 +6,7 @@ from gspo_dist.planner import (
     LearnerLayout,
     find_gpu,
 )
+from gspo_dist.planner.advice import learner_steps
 from gspo_dist.planner.memory import learner_memory
 from tests.unit.planner.views import (
     ENGINE,
@@ -65,6 +66,15 @@ def test_an_engine_without_room_for_one_sequence_is_told_to_split() -> None:
     )
     assert any("engine: its KV cache holds" in p and "122,048" in p for p in result.problems)
     assert "engine: rollout.tensor_parallel=2" in result.advice
+
+
+def test_forward_passes_that_are_too_large_are_told_to_shrink_first() -> None:
+    wide = change(LEARNER, forward_token_budget=40 * LEARNER.token_budget)
+    assert next(learner_steps(wide, WORK, 8)) == ("learner.forward_token_budget=null", LEARNER)
+    result = plan_of(wide, ENGINE, WORK, QWEN, H100, nodes=4)
+    assert "learner: a rank lacks" in result.problems[0]
+    assert result.advice == ("learner: learner.forward_token_budget=null",)
+    assert "forward_token_budget" not in next(learner_steps(LEARNER, WORK, 8))[0]
 
 
 def test_what_the_run_refuses_is_reported_in_its_words_and_never_advised() -> None:

@@ -197,6 +197,48 @@ def test_tensor_context_and_pipeline_parallelism_divide_activations() -> None:
     assert activations(DENSE, interleaved).bytes == whole * 5 // 4
 
 
+def test_a_forward_pass_of_more_tokens_is_the_worst_moment_once_it_holds_more() -> None:
+    """One MoE layer without recomputation, the hidden states that the head reads, and a block of logits."""
+    layout = learner_of(world_size=4, tensor_parallel=2, recompute="full", token_budget=8192)
+    plain, _ = learner_memory(QWEN, layout, 10**13)
+    same, _ = learner_memory(QWEN, change(layout, forward_token_budget=16384), 10**13)
+    assert same == plain  # an update of 8,192 tokens still holds more
+    wide, _ = learner_memory(QWEN, change(layout, forward_token_budget=262144), 10**13)
+    # 2h; q, k, v before and after their norm, and the output: h 2048, q 4096, kv 512, 32 heads
+    attention = 2 * (2 * 2048 + 2 * 4096 + 2 * 512 + 4096 + 512) + 4 * 32
+    experts = 2 * 2 * 2048 + 8 * 128 + 8 * 2 * (2 * 2048 + 3 * 768)
+    assert wide.bytes_of("activations") == 262144 * (attention + experts) // 2
+    assert wide.bytes_of("hidden states") == 262144 * 2 * 2048
+    assert wide.bytes_of("head") == 512 << 20
+    for name in ("weights", "gradients", "optimizer", "runtime"):
+        assert wide.bytes_of(name) == plain.bytes_of(name)
+    ring = change(layout, context_parallel=2, forward_token_budget=262144)
+    halved, _ = learner_memory(QWEN, ring, 10**13)
+    assert 2 * halved.bytes_of("hidden states") == wide.bytes_of("hidden states")
+
+
+@pytest.mark.parametrize(("replay", "extra"), [("none", 0), ("r2", 1), ("r3", 1)])
+def test_m2pos_pass_in_packs_of_its_own_copies_the_routes_once_more(replay: str, extra: int) -> None:
+    recompute = {"old_logprobs": "recompute", "routing_replay": replay}
+    layout = learner_of(world_size=8, forward_token_budget=65536)
+    tokens = 1024 * 9216
+    for name, copies in (("m2po", extra), ("grpo", 0)):
+        work = work_of(name=name, **recompute)
+        wide, plain = (
+            {i.name: i.bytes for i in step_copies(QWEN, work, one, 8)}["object store"]
+            for one in (layout, change(layout, forward_token_budget=None))
+        )
+        assert wide - plain == copies * tokens * 385  # a byte marks whether the row is known
+
+
+def test_scores_are_recorded_in_packs_of_the_forward_budget() -> None:
+    layout = learner_of("deepspeed", world_size=16, token_budget=9216, forward_token_budget=99 * 9216)
+    scored, bare = (learner_memory(QWEN, layout, 10**13, work=w)[0] for w in (work_of(**RSPO), work_of()))
+    assert scored.bytes_of("router scores") == 8 * 48 * 8 * 99 * 9216
+    assert scored.total - bare.total == scored.bytes_of("router scores")
+    assert scored.bytes_of("hidden states") == 99 * 9216 * 2 * 2048
+
+
 def test_engine_weights_are_split_and_its_cache_takes_the_rest() -> None:
     assert engine_weights(QWEN, engine_of()) == 2 * QWEN.total
     whole = 48 * (2 * 2048 + 2 * 128) + 48 * 2048 * 128 + 2048

@@ -194,10 +194,10 @@ def test_an_update_takes_three_passes_and_a_fourth_where_all_is_recomputed() -> 
     full = change(layout, recompute="full")
     assert pass_s(QWEN, full, work, H100, 64, ASSUMPTIONS, update=True) == pytest.approx(16 * slot, rel=1e-12)
     assert pass_s(QWEN, layout, work, H100, 2, ASSUMPTIONS) < slot  # half a sequence a replica
-    wide = replace(work, forward_budget=8192)
+    wide = change(layout, forward_token_budget=8192)
     twice = forward_slot_s(QWEN, layout, H100, 8192, 1024, ASSUMPTIONS)
-    assert pass_s(QWEN, layout, wide, H100, 64, ASSUMPTIONS) == pytest.approx(2 * twice, rel=1e-12)
-    assert pass_s(QWEN, layout, wide, H100, 64, ASSUMPTIONS, update=True) == pytest.approx(update, rel=1e-12)
+    assert pass_s(QWEN, wide, work, H100, 64, ASSUMPTIONS) == pytest.approx(2 * twice, rel=1e-12)
+    assert pass_s(QWEN, wide, work, H100, 64, ASSUMPTIONS, update=True) == pytest.approx(update, rel=1e-12)
 
 
 def test_modules_that_are_recomputed_cost_their_share_of_a_forward_pass() -> None:

@@ -114,3 +114,19 @@ def test_a_guard_that_measures_no_subset_costs_nothing(old, guard) -> None:
 def test_the_budget_holds_the_longest_sequence_so_every_side_pass_fits_a_micro_batch() -> None:
     with pytest.raises(ValueError, match="token_budget must hold the longest sequence"):
         run(learner=LearnerConfig(token_budget=9215))
+
+
+def test_a_pipeline_that_a_large_forward_budget_starves_is_compared_by_its_log_probs() -> None:
+    """Eight stages with one micro-batch: each waits for the other seven, at eight times the tokens."""
+    layout = learner_of(world_size=16, pipeline_parallel=8, expert_parallel=2, token_budget=9216)
+    work = work_of(128, 16, mini_batches=4, old_logprobs="recompute")
+    seconds = {}
+    for budget in (None, 256 * 9216):
+        learner = replace(layout, config=replace(layout.config, forward_token_budget=budget))
+        result = planned(run_of(learner, ENGINE, work))
+        (limit,) = (t for t in result.timeouts if t.knob == "learner.timeout_s")
+        seconds[budget] = result.step.logprobs_s
+        slow = budget is not None
+        assert limit.what == ("a mini-batch's log-probs" if slow else "a mini-batch's update")
+        assert limit.predicted_s == (result.step.logprobs_s if slow else result.step.train_s) / 4
+    assert seconds[256 * 9216] > 2 * seconds[None]

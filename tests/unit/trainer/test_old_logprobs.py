@@ -44,7 +44,7 @@ def test_recomputation_is_one_pass_per_mini_batch_and_its_output_is_attached():
             expected = torch.where(batch.loss_mask, -2.5, 0.0)
             assert torch.equal(batch.old_logprobs, expected)
             assert batch.routing is None
-    assert old.metrics() == {"old_logprobs/recomputed": 1.0}
+    assert old.metrics() == {"old_logprobs/recomputed": 1.0, "old_logprobs/micro_batches": 2.0}
 
 
 def test_r2_records_in_that_pass_and_the_update_replays_it():
