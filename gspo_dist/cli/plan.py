@@ -15,6 +15,7 @@ from gspo_dist.cli.exits import guarded
 from gspo_dist.config import LearnerConfig, RunConfig
 from gspo_dist.config.mapping import from_mapping
 from gspo_dist.learners.deepspeed.config import check as check_deepspeed
+from gspo_dist.learners.determinism import check as check_deterministic
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.metrics.jsonl import METRICS, SAMPLES, read_jsonl
@@ -230,6 +231,8 @@ def _refusals(config: RunConfig, hf: Mapping[str, Any], *, gpu: bool) -> Callabl
     """What the run itself would refuse of a planned learner, in the words of its own checks."""
 
     def check(learner: LearnerConfig) -> None:
+        if learner.deterministic:
+            check_deterministic(shape_from_config(hf), "cuda" if gpu else "cpu")
         if learner.backend == "megatron":
             check_knobs(learner, gpu=gpu)
             check_layout(learner.megatron, from_hf(hf), learner.world_size)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners import determinism
 from gspo_dist.learners.gradient_norm import total_norm
 from gspo_dist.learners.hf_model import PolicyModel, load_policy, model_inputs
 from gspo_dist.learners.learner import OptimStep, WeightBucket
@@ -64,6 +65,8 @@ class EagerLearner:
 
         Raises ValueError for a model folder that cannot be trained.
         """
+        if config.deterministic:
+            determinism.turn_on()
         self.config = config
         self.device = torch.device(device)
         self.policy_version = 0

@@ -376,6 +376,8 @@ def _notes(p: _Planned, sampled: EngineMemory | None) -> Iterator[str]:
     learner, engine = p.learner, p.engine
     if learner.not_counted:
         yield f"not counted, neither in memory nor in time: {', '.join(learner.not_counted)}"
+    if learner.config.deterministic:
+        yield "learner.deterministic takes slower kernels and more of their workspace: neither is counted"
     if learner.tensor > p.gpus_per_node:
         yield f"tensor_parallel {learner.tensor} crosses nodes: slow; keep it at {p.gpus_per_node} or below"
     if learner.expert * learner.expert_tensor > p.gpus_per_node:

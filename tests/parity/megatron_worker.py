@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state as mpu
 
 from gspo_dist.learners.megatron import model as builder
 from gspo_dist.learners.megatron.learner import MegatronLearner
@@ -57,6 +58,8 @@ def main(job: dict, rank: int) -> dict:
     config = case.make_config(job["world_size"], job.get("precision", "fp32"), **job["layout"])
     if "initial_loss_scale" in job:
         config = replace(config, initial_loss_scale=job["initial_loss_scale"])
+    if job.get("deterministic"):
+        config = replace(config, deterministic=True)
     if "optimizer" in job:
         config = replace(config, optimizer=replace(config.optimizer, **job["optimizer"]))
     learner = MegatronLearner(
@@ -70,7 +73,23 @@ def main(job: dict, rank: int) -> dict:
     spec = case.make_spec(data, job.get("objective", "gspo"))
     every = learner.layout.data
     mine = [b for i, b in enumerate(data) if i % every == learner.data_parallel_rank]
-    out: dict = {"data_rank": learner.data_parallel_rank, "exporter": learner.is_exporter}
+    out: dict = {"data_rank": learner.data_parallel_rank, "exporter": learner.is_exporter, "passes": []}
+    out["mode"] = (learner.transformer.deterministic_mode, torch.are_deterministic_algorithms_enabled())
+    out["at"] = {
+        "tensor": mpu.get_tensor_model_parallel_rank(),
+        "context": mpu.get_context_parallel_rank(),
+        "replica": mpu.get_data_parallel_rank(),
+        "pipeline": mpu.get_pipeline_model_parallel_rank(),
+        "expert_tensor": mpu.get_expert_tensor_parallel_rank(),
+        "expert": mpu.get_expert_model_parallel_rank(),
+    }
+    schedule = learner._schedule
+
+    def counted(chunks, items, finish, *, forward_only):
+        out["passes"].append((forward_only, len(items)))
+        return schedule(chunks, items, finish, forward_only=forward_only)
+
+    learner._schedule = counted
     for action in job["actions"]:
         name, argument = action if isinstance(action, list) else (action, None)
         if name == "logits":
@@ -149,6 +168,7 @@ def main(job: dict, rank: int) -> dict:
                 for r in builder.routers(learner.chunks)
             }
     learner.close()
+    torch.use_deterministic_algorithms(False)  # the process goes on with other jobs
     return out
 
 

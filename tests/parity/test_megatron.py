@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gspo_dist.learners.coordinates import coordinates
 from gspo_dist.learners.eager import EagerLearner
 from gspo_dist.learners.megatron.stored import stored_weights
 from gspo_dist.metrics.stat import merge_stats, results
@@ -248,6 +249,34 @@ def test_layout_equals_eager(name: str, reference: Reference, tmp_path: Path, cr
     weights = assert_weights(after, reference.end, 1e-5, reference.start)
     measured("megatron", name, logits=logits, logprobs=logprobs, weights=weights, **training)
     assert_reads(ranks, reference)
+    for number, rank in enumerate(ranks):
+        own = coordinates(case.make_config(world_size, **layout), number)
+        assert own == {key: rank["at"][key] for key in own}
+        assert {key for key, at in rank["at"].items() if at} <= own.keys()
+        # Two steps of rspo: a pipeline measures the shift in one pass of all micro-batches, and copies of it
+        # where virtual stages need one for each stage.
+        stages = layout.get("pipeline_parallel", 1)
+        one = stages if "virtual_stages" in layout else 1
+        shifts = [p for p, after in pairwise(rank["passes"]) if p[0] and not after[0]]
+        assert shifts.count((True, one)) == (2 if stages > 1 else 0), rank["passes"]
+
+
+def test_the_deterministic_mode_gives_the_same_bits_again(
+    reference: Reference, tmp_path: Path, crew: Crew
+) -> None:
+    """megatron-core takes other operations in it, whose results are the eager learner's too."""
+    world_size, layout = LAYOUTS["tp2_ep2"]
+    seen = []
+    for name in ("first", "second"):
+        common = (reference.model, reference.batches, world_size, layout, ["train", "weights"])
+        ranks = launch(crew, tmp_path / name, *common, deterministic=True)
+        assert all(rank["mode"] == (True, True) for rank in ranks)
+        assert_training(ranks, reference.steps)
+        assert_weights(ranks[0]["weights"][0], reference.end, 1e-5, reference.start)
+        seen.append(ranks)
+    for first, second in zip(*seen, strict=True):
+        assert [s["grad_norm"] for s in first["steps"]] == [s["grad_norm"] for s in second["steps"]]
+        assert all(torch.equal(t, second["weights"][0][n]) for n, t in first["weights"][0].items())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 
 from gspo_dist.config import LearnerConfig
+from gspo_dist.learners import determinism
 from gspo_dist.learners.deepspeed.config import check, check_values, engine_config, import_deepspeed
 from gspo_dist.learners.deepspeed.export import full_weights
 from gspo_dist.learners.deepspeed.load import load_in_place, load_partitioned, own_experts
@@ -75,6 +76,8 @@ class DeepSpeedLearner:
             )
         self.shape = read_shape(check_model_folder(model_path))
         check(config, self.shape, device)
+        if config.deterministic:
+            determinism.turn_on()
         self.config = config
         # torch.cuda.set_device needs an index. It is 0, because Ray shows each rank its own GPU alone.
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device(device)

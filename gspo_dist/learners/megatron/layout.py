@@ -177,7 +177,23 @@ def check_knobs(config: LearnerConfig, *, gpu: bool) -> None:
         raise ValueError(
             "learner.megatron.overlap_param_gather needs overlap_grad_reduce: got false; set it too"
         )
+    if config.deterministic:
+        _check_deterministic(megatron)
     check_passed(megatron)
+
+
+def _check_deterministic(config: MegatronConfig) -> None:
+    """Refuses kernels that `learner.deterministic` cannot repeat."""
+    if config.token_dispatcher == "flex":
+        raise ValueError(
+            "learner.megatron.token_dispatcher flex cannot be had with learner.deterministic: DeepEP "
+            "promises no order of the tokens that reach an expert, whose sum is its gradient; use alltoall"
+        )
+    if config.transformer.get("moe_permute_fusion"):
+        raise ValueError(
+            "learner.megatron.transformer.moe_permute_fusion=true cannot be had with learner.deterministic: "
+            "megatron-core adds up the experts' outputs in one order only without it; unset it"
+        )
 
 
 def check_transformer_engine() -> None:

@@ -105,6 +105,8 @@ class MegatronLearner:
         self.layout = check_layout(config.megatron, self.architecture, config.world_size)
         self.gpu = torch.device(device).type == "cuda"
         check_knobs(config, gpu=self.gpu)
+        if config.deterministic:
+            determinism.turn_on()
         if self.gpu:
             check_transformer_engine()
         source = SafetensorsFolder(model_path)
@@ -113,7 +115,12 @@ class MegatronLearner:
         self._join(config)
         builder.start_groups(self.layout, config.timeout_s, seed)
         self.transformer = builder.transformer_config(
-            self.architecture, self.layout, config.megatron, config.precision, gpu=self.gpu
+            self.architecture,
+            self.layout,
+            config.megatron,
+            config.precision,
+            gpu=self.gpu,
+            deterministic=config.deterministic,
         )
         optim.ddp_config(config), optim.optimizer_config(config)  # what they refuse, before weights are read
         self.chunks = builder.build_chunks(self.architecture, self.layout, self.transformer, gpu=self.gpu)

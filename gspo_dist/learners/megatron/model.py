@@ -59,15 +59,19 @@ def transformer_config(
     precision: str,
     *,
     gpu: bool,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config.
 
     gpu: picks kernels only, so that the settings of a GPU run are validated on any machine.
+    deterministic: takes kernels that give the same bits again (learners/determinism.py).
     """
     dtype = DTYPES[precision]
     # Named for dense models too: 0.16.1's default dispatcher refuses variable lengths where
     # nothing is dispatched.
-    moe = _moe_settings(model, config, gpu) if model.moe_layers else {"moe_token_dispatcher_type": "alltoall"}
+    moe = {"moe_token_dispatcher_type": "alltoall"}
+    if model.moe_layers:
+        moe = _moe_settings(model, config, gpu, deterministic)
     settings: dict[str, Any] = dict(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -102,6 +106,7 @@ def transformer_config(
         # The loss's denominators are global: gradients of ranks and micro-batches are summed, not averaged.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
+        deterministic_mode=deterministic,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=gpu,
@@ -137,7 +142,9 @@ def _as_values(passed: Mapping[str, Any]) -> dict[str, Any]:
     return {key: AttnBackend[v] if key == "attention_backend" else v for key, v in passed.items()}
 
 
-def _moe_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[str, Any]:
+def _moe_settings(
+    model: ModelShape, config: MegatronConfig, gpu: bool, deterministic: bool
+) -> dict[str, Any]:
     """The experts' part of the config."""
     return {
         "num_moe_experts": model.num_experts,
@@ -156,7 +163,9 @@ def _moe_settings(model: ModelShape, config: MegatronConfig, gpu: bool) -> dict[
         "moe_token_dispatcher_type": config.token_dispatcher,
         "moe_flex_dispatcher_backend": "deepep",
         "moe_grouped_gemm": config.grouped_gemm and gpu,
-        "moe_permute_fusion": gpu and transformer_engine_version() is not None,
+        # 0.16.1 has a way to add up the experts' outputs that repeats itself, and takes it where it permutes
+        # in torch.
+        "moe_permute_fusion": gpu and transformer_engine_version() is not None and not deterministic,
         # A fused router returns before it looks at replayed ids (routing.megatron hands the
         # routers their handles).
         "moe_router_fusion": False,

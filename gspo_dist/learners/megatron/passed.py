@@ -56,6 +56,7 @@ TRANSFORMER = {
     "set learner.megatron.expert_bias": "moe_router_enable_expert_bias moe_router_bias_update_rate",
     "set objective.routing_replay": "moe_enable_routing_replay moe_router_fusion",
     "set cluster.device": "transformer_impl",
+    "set learner.deterministic": "deterministic_mode",
     PRECISION: "bf16 fp16 params_dtype pipeline_dtype enable_autocast autocast_dtype fp8 fp8_recipe "
     "fp8_param fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo "
     "fp8_wgrad fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red first_last_layers_bf16 "

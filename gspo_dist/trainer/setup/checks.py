@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -120,6 +121,11 @@ def check_passed_on(learner: LearnerConfig) -> None:
 def check_backend(config: RunConfig, device: str, model: str) -> None:
     """The learner's own rules about its knobs on this device and for this model folder. Raises ValueError."""
     check_device(config.learner, device)
+    if config.learner.deterministic:
+        from gspo_dist.learners import determinism
+
+        determinism.check_environment({**os.environ, **config.cluster.env})
+        determinism.check(read_shape(model), device)
     if config.learner.backend in ("eager", "deepspeed"):
         from gspo_dist.learners.mixers import check_layers
 

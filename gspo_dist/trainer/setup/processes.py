@@ -16,6 +16,7 @@ from gspo_dist.host import Place, thread_share
 from gspo_dist.learners import determinism
 from gspo_dist.learners.coordinates import coordinates
 from gspo_dist.learners.group import LearnerGroup, LocalLearnerGroup
+from gspo_dist.metrics.sinks import going_on_without
 from gspo_dist.models.shape import read_shape
 from gspo_dist.planner.host import rollout_bytes
 from gspo_dist.planner.layout import read_run
@@ -223,6 +224,8 @@ def process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
     common |= passed_on(os.environ)
     own = config.cluster.env
+    # From the start of the process: CUDA, cuBLAS and NCCL read them once.
+    fixed = determinism.environment(common) if config.learner.deterministic else {}
     if device == "cuda":
         import torch
 
@@ -230,7 +233,7 @@ def process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
         each = thread_share(max(1, torch.cuda.device_count()))
         return {
             "reward": common | own,
-            "learner": common | {"OMP_NUM_THREADS": str(config.learner.threads or each)} | own,
+            "learner": common | fixed | {"OMP_NUM_THREADS": str(config.learner.threads or each)} | own,
             "engine": common | {"OMP_NUM_THREADS": str(config.rollout.threads or each)} | own,
         }
     hidden = {"CUDA_VISIBLE_DEVICES": ""}  # cluster.device=cpu on a host with GPUs: Ray leaves them visible
@@ -238,7 +241,7 @@ def process_env(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     engine = config.rollout.threads or thread_share(config.rollout.engines)
     return {
         "reward": common | own,
-        "learner": common | hidden | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"} | own,
+        "learner": common | fixed | hidden | {"OMP_NUM_THREADS": str(learner), "DS_ACCELERATOR": "cpu"} | own,
         "engine": common | hidden | {"OMP_NUM_THREADS": str(engine)} | own,
     }
 

@@ -147,6 +147,25 @@ def test_knobs_that_contradict_are_refused() -> None:
         check_knobs(learner(token_dispatcher="flex"), gpu=False)
 
 
+def test_kernels_that_cannot_be_repeated_are_refused_in_the_deterministic_mode() -> None:
+    def check(**knobs: object) -> None:
+        for deterministic in (False, True):
+            megatron = MegatronConfig(expert_parallel=2, **knobs)
+            config = {"backend": "megatron", "world_size": 2, "megatron": megatron}
+            check_knobs(LearnerConfig(**config, deterministic=deterministic), gpu=True)
+
+    check(overlap_grad_reduce=True, overlap_param_gather=True)
+    check(transformer={"moe_permute_fusion": False})
+    with pytest.raises(
+        ValueError, match=r"flex cannot be had with learner\.deterministic: DeepEP .* alltoall"
+    ):
+        check(token_dispatcher="flex")
+    with pytest.raises(ValueError, match=r"moe_permute_fusion=true cannot be had with .*; unset it"):
+        check(transformer={"moe_permute_fusion": True})
+    with pytest.raises(ValueError, match=r"deterministic_mode.*set learner\.deterministic"):
+        check(transformer={"deterministic_mode": True})
+
+
 @pytest.mark.parametrize("version", ["2.9.0", "2.10", "2.11.0+c188b53"])
 def test_a_version_of_transformer_engine_that_megatron_takes(version, monkeypatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from gspo_dist.config import LearnerConfig, MegatronConfig
+from gspo_dist.learners.megatron import model
 from gspo_dist.learners.megatron.architecture import from_hf
 from gspo_dist.learners.megatron.layout import check_knobs, check_layout
 from gspo_dist.learners.megatron.model import transformer_config
@@ -41,4 +44,23 @@ def test_gpu_settings_of_qwen3_30b_are_valid_without_a_gpu(knobs: dict) -> None:
     assert built.moe_aux_loss_coeff == knobs.get("aux_loss_coef", 0.0)
     assert built.recompute_granularity == {"none": None}.get(config.recompute, config.recompute)
     assert not built.moe_router_fusion
+    assert not built.deterministic_mode
     assert built.calculate_per_token_loss
+
+
+def test_the_deterministic_mode_is_megatrons_and_permutes_in_torch(monkeypatch) -> None:
+    config = MegatronConfig(expert_parallel=8)
+    layout = check_layout(config, MODEL, 8)
+    built = transformer_config(MODEL, layout, config, "bf16", gpu=True, deterministic=True)
+    assert built.deterministic_mode
+    assert not (built.cross_entropy_loss_fusion)
+    assert not (built.gradient_accumulation_fusion)
+    monkeypatch.setattr(model, "transformer_engine_version", lambda: "2.11.0")
+    for on in (False, True):
+        settings = model._moe_settings(MODEL, config, True, on)
+        assert settings["moe_permute_fusion"] is not on
+    seen = []
+    monkeypatch.setattr(model, "_moe_settings", lambda *told: seen.append(told) or {})
+    monkeypatch.setattr(model, "TransformerConfig", lambda **given: SimpleNamespace(**given))
+    made = transformer_config(MODEL, layout, config, "bf16", gpu=True, deterministic=True)
+    assert (made.deterministic_mode, seen) == (True, [(MODEL, config, True, True)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from gspo_dist.config import ClusterConfig, RunConfig
+from gspo_dist.learners import determinism
 from gspo_dist.trainer.setup.build import check_run
 from gspo_dist.trainer.setup.checks import (
     check_backend,
@@ -86,6 +87,27 @@ def test_experts_must_divide_over_the_ranks(model, reward_file, tmp_path):
     object.__setattr__(c, "learner", learner)
     with pytest.raises(ValueError, match=r"expert_parallel must divide num_experts: got 3 and 8; try 1"):
         check_backend(c, "cpu", str(model))
+
+
+def test_a_deterministic_run_is_refused_what_cannot_be_repeated(model, reward_file, tmp_path, monkeypatch):
+    for name in determinism.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    c = config(model, reward_file, tmp_path, "learner.deterministic=true")
+    check_backend(c, "cuda", str(model))
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    check_backend(config(model, reward_file, tmp_path), "cuda", str(model))
+    with pytest.raises(ValueError, match=r"needs NCCL_ALGO to be one of Ring, .*: got 'Tree'"):
+        check_backend(c, "cuda", str(model))
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    own = "+cluster.env.NVTE_ALLOW_NONDETERMINISTIC_ALGO='1'"
+    with pytest.raises(ValueError, match=r"needs NVTE_ALLOW_NONDETERMINISTIC_ALGO to be one of 0: got '1'"):
+        check_backend(
+            config(model, reward_file, tmp_path, "learner.deterministic=true", own), "cpu", str(model)
+        )
+    asked = []
+    monkeypatch.setattr(determinism, "check", lambda shape, device: asked.append((shape.layers, device)))
+    check_backend(c, "cuda", str(model))
+    assert asked == [(2, "cuda")]
 
 
 def test_replay_needs_experts(model, reward_file, tmp_path):

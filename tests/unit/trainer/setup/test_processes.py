@@ -173,7 +173,7 @@ def test_every_kind_of_actor_is_made_with_its_own_settings_and_ended_with_the_bl
         assert rewards.args == (c.reward, logs, process_env(c, "cpu")["reward"])
         lines = (logs / "places.txt").read_text().splitlines()
         assert lines == [
-            *(f"learner-{i} learners-host" for i in range(2)),
+            *(f"learner-{i} learners-host replica={i}" for i in range(2)),
             *(f"engine-{i} engines-host" for i in range(3)),
         ]
         ranks, engines = (
