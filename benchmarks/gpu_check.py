@@ -48,6 +48,7 @@ PLANS = (
     Plan("eager", "packed = alone; MFU of the update 0.05 or more; peak memory within the plan's", 3),
     Plan("deepspeed", "log-probs of the eager learner to 0.1 nats, finite updates", 4),
     Plan("megatron", "the same, with Transformer Engine 2.9 to 2.11", 5),
+    Plan("deterministic", "learner.deterministic: a gradient computed again is equal, bit for bit", 4),
     Plan("vllm", "starts; its log-probs are the learner's to 0.1 nats, decoding and prefill", 4),
     Plan("exact", "no token differs between engine and exact learner; else the first operator that does", 3),
     Plan("families", "the same of six families' miniatures, in bf16 and fp32", 6),

@@ -221,9 +221,9 @@ def learner_config(step: Step, backend: str) -> LearnerConfig:
     )
 
 
-def make(step: Step, backend: str) -> Any:
+def make(step: Step, backend: str, config: LearnerConfig | None = None) -> Any:
     """A learner of one rank in this process."""
-    config, options = learner_config(step, backend), {"total_steps": 10, "temperature": 1.0}
+    config, options = config or learner_config(step, backend), {"total_steps": 10, "temperature": 1.0}
     if backend == "eager":  # directly: the chooser imports what a bare torch does not have
         from gspo_dist.learners.eager import EagerLearner
 
@@ -403,6 +403,11 @@ def deepspeed(step: Step) -> None:
 
 def megatron(step: Step) -> None:
     """Megatron-core, one rank, with Transformer Engine on a GPU."""
+    needs_transformer_engine(step)
+    against_eager(step, "megatron")
+
+
+def needs_transformer_engine(step: Step) -> None:
     from gspo_dist.learners.megatron.layout import check_transformer_engine
 
     if step.device == "cuda":
@@ -410,7 +415,48 @@ def megatron(step: Step) -> None:
             check_transformer_engine()
         except ValueError as missing:
             raise NotHereError(str(missing)) from None
-    against_eager(step, "megatron")
+
+
+def gradients_of(learner: Any, backend: str) -> list[torch.Tensor]:
+    """Copies of the gradients of the step that was just made, where betas[0] is 0: AdamW's first moments."""
+    if backend == "megatron":
+        parts = getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])
+        inner = [part.optimizer for part in parts]
+    else:
+        inner = [learner.optimizer if backend == "eager" else learner.engine.optimizer.optimizer]
+    return [state["exp_avg"].clone() for one in inner for state in one.state.values()]
+
+
+def deterministic(step: Step) -> None:
+    """The gradient of one mini-batch, computed twice by each backend in its deterministic mode."""
+    mini = mini_batch(step.size)
+    (batches,) = mini.micro_batches
+    spec = LossSpec(get_objective("gspo"), mini.denominators)
+    for backend in ("eager", "deepspeed", "megatron"):
+        if backend == "megatron":
+            try:
+                needs_transformer_engine(step)
+            except NotHereError as reason:
+                step.note(backend, f"left out: {reason}")
+                continue
+        # A learning rate that is 0 in float32: a step moves nothing. Its first moments are the gradients.
+        still = OptimizerConfig(lr=1e-300, betas=(0.0, 0.95), weight_decay=0.0, grad_clip=0.0)
+        config = replace(learner_config(step, backend), deterministic=True, optimizer=still)
+        learner, seen, norms = make(step, backend, config), [], []
+        for name in ("first", "second"):
+            with step.timed(f"{backend}, {name} s"):
+                learner.forward_backward(batches, spec)
+                norms.append(learner.optim_step().grad_norm)
+            seen.append(gradients_of(learner, backend))
+        step.expect(f"{backend}: gradient norm", norms[0], least=1e-12)
+        step.expect(f"{backend}: values compared", float(sum(g.numel() for g in seen[0])), least=1)
+        differ = sum(int((a != b).sum()) for a, b in zip(*seen, strict=True)) + (norms[0] != norms[1])
+        step.expect(f"{backend}: gradient values that differ", float(differ), most=0.0)
+        learner.close()
+        del learner, seen
+        gc.collect()
+        if step.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def start_engine(step: Step, *, eager: bool = False, **options: Any) -> Any:
@@ -627,7 +673,7 @@ def shared(step: Step) -> None:
 STEPS: dict[str, Callable[[Step], None]] = {
     f.__name__: f
     for f in (
-        *(host, head, eager, deepspeed, megatron, vllm, exact, families, routes, sync),
+        *(host, head, eager, deepspeed, megatron, deterministic, vllm, exact, families, routes, sync),
         *(colocation, exact_run, parking, shared),
     )
 }

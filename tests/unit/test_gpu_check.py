@@ -138,6 +138,21 @@ for name in ("host", "head", "eager"):
     assert done.stdout.splitlines() == ["host 0 True", "head 1 True", "eager 3 True"], done.stderr
 
 
+@pytest.mark.slow
+def test_each_backend_computes_one_gradient_twice_in_its_deterministic_mode(tmp_path):
+    """In a process of its own, as gpu_check.py runs it: flags of torch stay on."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu_steps.py"), "deterministic", "--device", "cpu"]
+    done = subprocess.run([*command, "--work", str(tmp_path)], capture_output=True, text=True, check=False)
+    told = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert told, done.stderr
+    expected = {item["name"]: item for item in json.loads(told[-1].removeprefix("RESULT "))["expected"]}
+    for backend in ("eager", "deepspeed", "megatron"):
+        assert expected[f"{backend}: gradient values that differ"]["value"] == 0.0
+        # 2 layers and 8 experts: every parameter of the toy has a gradient
+        assert expected[f"{backend}: values compared"]["value"] > 100_000
+        assert expected[f"{backend}: gradient norm"]["value"] > 1e-3
+
+
 def test_a_learner_that_was_parked_says_the_same(tmp_path):
     step = Step("cpu", tmp_path)
     STEPS["parking"](step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from gspo_dist.cli.compose import run_config
 from gspo_dist.config import RunConfig
 from gspo_dist.environments.pool import describe
 from gspo_dist.environments.worker import Call
+from gspo_dist.learners import determinism
 from gspo_dist.trainer.setup.environment import CheckedEnvironment, start_episodes
 from gspo_dist.trainer.setup.processes import Processes
 from gspo_dist.types import Completion, Prompt
@@ -96,6 +98,39 @@ def test_variables_reach_learners_engines_and_rewards(ray_here, tmp_path, monkey
         pool.bury("engine-1", RuntimeError("for the test"))
         assert pool.starting.keys() == {"engine-1"}
         assert pool.actors.gather(pool.starting, 120.0) == {"engine-1": WANTED}
+
+
+class Flags:
+    """A learner's place taken: what a rank's process finds when its learner is made, and after it turned the
+    deterministic mode on."""
+
+    def __init__(self, **_: object) -> None:
+        import torch
+
+        found = [os.environ.get(name) for name in determinism.VARIABLES]
+        before = torch.are_deterministic_algorithms_enabled()
+        determinism.turn_on()
+        after = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+        self.data_parallel_rank = found, before, after
+
+
+@pytest.mark.slow
+def test_a_deterministic_rank_is_so_from_its_start_and_says_where_it_is(ray_here, tmp_path, monkeypatch):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for name in determinism.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    config = make_config(tmp_path)
+    config = replace(config, learner=replace(config.learner, world_size=1, deterministic=True))
+    with Processes(config, str(tmp_path), "cpu", tmp_path, 48) as processes:
+        processes.make_rank, processes.make_engine = Flags, Mirror
+        pool, learner = processes.pool(), processes.learner()
+        learner.start(), pool.start()
+        assert learner.replica_of == {"learner-0": ([":4096:8", "0", "Ring"], False, (True, True))}
+        lines = processes.found(learner, pool)
+    address = ray.util.get_node_ip_address()
+    assert [line.split()[0] for line in lines] == ["learner-0", "engine-0", "engine-1"]
+    assert all(line.split()[2] == address for line in lines)
+    assert lines[0].split()[3:] == ["replica=0"]  # no GPU on a CPU
 
 
 @pytest.mark.slow
