@@ -17,6 +17,7 @@ from gspo_dist.coldstart.model import build_model, save_model
 from gspo_dist.coldstart.recipes import Shape
 from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.metrics.jsonl import read_jsonl
+from tests.integration import forked
 
 SMALL = [
     "experiment=quickstart",
@@ -58,16 +59,9 @@ def train(tmp_path, model):
     reward.write_text("def sevens(prompt, completion):\n    return completion.text.count('7') / 24\n")
 
     def run(*overrides):
-        command = [sys.executable, "-m", "gspo_dist", "train", *SMALL, f"model.path={model}"]
-        command += ["reward=function", f"reward.function='{reward}:sevens'"]
-        done = subprocess.run(
-            [*command, f"run_dir={tmp_path / 'run'}", *overrides],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        words = ["-m", "gspo_dist", "train", *SMALL, f"model.path={model}", "reward=function"]
+        words += [f"reward.function='{reward}:sevens'", f"run_dir={tmp_path / 'run'}", *overrides]
+        done = forked.run(words, timeout=280)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))[1:]
 
@@ -126,15 +120,18 @@ def test_so_does_a_run_that_samples_ahead_wherever_versions_agree(train):
 
 
 def told_by(case, folder, threads):
-    script = Path(__file__).with_name("exact_case.py")
-    done = subprocess.run(
-        [sys.executable, str(script), case, str(folder)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
+    words = [str(Path(__file__).with_name("exact_case.py")), case, str(folder)]
+    if threads == 1:
+        done = forked.run(words, timeout=280)
+    else:
+        done = subprocess.run(
+            [sys.executable, *words],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.rsplit("RESULT ", 1)[1])
 

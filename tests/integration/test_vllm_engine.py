@@ -1,12 +1,8 @@
 """A real vLLM engine against the same model in HF, float32: sampling, log-probs, routes, repeatability."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from run_vllm_case import run_case
+from tests.integration.run_vllm_case import run_case
 
 
 @pytest.fixture(scope="module")

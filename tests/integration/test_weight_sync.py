@@ -1,12 +1,8 @@
 """Weight sync into a real vLLM engine: what is published is what it computes, and what goes wrong is seen."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from run_vllm_case import run_case
+from tests.integration.run_vllm_case import run_case
 
 
 @pytest.mark.parametrize("case", ["sync", "tied", "dense_layer"])
