@@ -21,7 +21,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     """Megatron ranks that stay from test to test."""
     crew = Crew(Path(__file__).parent / "megatron_worker.py", tmp_path_factory.mktemp("crew"))
     yield crew
-    crew.close()
+    crew.end()
 
 
 COLUMNS = {

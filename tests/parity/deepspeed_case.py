@@ -206,7 +206,10 @@ def make_spec(mini_batch: MiniBatch, kl_coef: float = 0.0, name: str = "gspo") -
 
 def make_config(world_size: int = 1, backend: str = "deepspeed", **changes: Any) -> LearnerConfig:
     """Clipping bites, the schedule moves; eps is large enough that Adam does not magnify rounding."""
-    deepspeed = DeepSpeedConfig(**changes.pop("deepspeed", {}))
+    # ZeRO 3 makes a buffer of so many elements, and a nap copies it: two gigabytes by DeepSpeed's default.
+    # All gradients of these models fit into either.
+    config = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
+    deepspeed = DeepSpeedConfig(**{"config": config} | changes.pop("deepspeed", {}))
     optimizer = OptimizerConfig(
         lr=2e-3, weight_decay=0.1, grad_clip=0.05, warmup_steps=2, schedule="linear", eps=1e-6
     )

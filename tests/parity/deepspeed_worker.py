@@ -1,4 +1,4 @@
-"""One rank of the DeepSpeed parity tests. Usage: deepspeed_worker.py JOB.pt RANK.
+"""A rank of the DeepSpeed parity tests, of a crew (ranks.py). job.pt in its folder holds more of the job.
 
 job["cases"]: name -> {"config": arguments of make_config, "model": folder, "do": name of a function below,
 ...}. All cases of a launch share one process group.
@@ -7,7 +7,7 @@ job["cases"]: name -> {"config": arguments of make_config, "model": folder, "do"
 from __future__ import annotations
 
 import gc
-import sys
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from gspo_dist.learners.deepspeed.config import import_deepspeed
 from gspo_dist.learners.deepspeed.learner import DeepSpeedLearner
 from gspo_dist.learners.parking import Parking, tensors_below
 from tests.parity import deepspeed_case as case
+from tests.parity.ranks import deliver, jobs
 
 
 class Ranks:
@@ -221,9 +223,12 @@ def main(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job = torch.load(sys.argv[1], weights_only=False)
-    rank = int(sys.argv[2])
-    torch.save(main(job, rank), Path(job["out"]) / f"rank{rank}.pt")
+    import_deepspeed("cpu")
+    # DeepSpeed's first engine imports torch's compiler, which takes seconds. The ranks find it imported.
+    importlib.import_module("torch._inductor.compile_fx")
+    for job, rank in jobs():
+        job |= torch.load(Path(job["out"]) / "job.pt", weights_only=False)
+        deliver(job, rank, main(job, rank))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,15 +1,13 @@
-"""One rank of the megatron learner in the parity tests: reads a job, runs it, writes what it saw, and again.
+"""A rank of the megatron learner in the parity tests: runs job after job of a crew (ranks.py).
 
-Usage: megatron_worker.py < lines "JOB.json RANK". A job names the model, the layout and the actions; see
-`main`. Each job has a learner and process groups of its own.
+A job names the model, the layout and the actions; see `main`. Each job has a learner and process groups of
+its own.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from gspo_dist.learners.megatron.learner import MegatronLearner
 from gspo_dist.learners.parking import Parking
 from gspo_dist.weights.stacks import unstack
 from tests.parity import megatron_case as case
+from tests.parity.ranks import deliver, jobs
 from tests.parity.reads import with_candidates, with_other_routers
 
 
@@ -172,23 +171,14 @@ def main(job: dict, rank: int) -> dict:
     return out
 
 
-def serve(path: Path, rank: int) -> None:
-    """One job; its result appears whole, by renaming."""
-    job = json.loads(path.read_text())
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(job["world_size"]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(job["port"]),
-    }
-    part = Path(job["out"]) / f"rank{rank}.part"
-    torch.save(main(job, rank), part)
-    part.rename(part.with_suffix(".pt"))
-
-
 if __name__ == "__main__":
     gc.freeze()  # what the imports made stays: collections look at the jobs' objects only
-    for line in sys.stdin:
-        job_path, of_rank = line.rsplit(maxsplit=1)
-        serve(Path(job_path), int(of_rank))
+    for job, rank in jobs():
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(job["world_size"]),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(job["port"]),
+        }
+        deliver(job, rank, main(job, rank))
         gc.collect()
