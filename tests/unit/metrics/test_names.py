@@ -14,8 +14,7 @@ from gspo_dist.coldstart.tokenizer import build_tokenizer
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.metrics.names import metric_of, metrics, page
 from gspo_dist.metrics.table import PLACEHOLDERS, SECTIONS
-from gspo_dist.trainer.loop import train
-from gspo_dist.trainer.setup.build import build
+from tests.unit.trainer.small import go
 
 PACKAGE = Path(__file__).resolve().parents[3] / "gspo_dist"
 
@@ -178,11 +177,7 @@ def logged(tmp_path_factory) -> dict[str, set[str]]:
             *("rollout.max_completion_tokens=4", "learner.token_budget=128", "evaluation.prompts=2"),
             *("learner.precision=fp32", "rollout.precision=fp32", "rollout.weight_sync.probe_every=1"),
         ]
-        run = build(run_config([*common, *(one.replace("FOLDER", str(folder)) for one in overrides)]))
-        try:
-            train(run)
-        finally:
-            run.release()
+        go(run_config([*common, *(one.replace("FOLDER", str(folder)) for one in overrides)]))
         keys[name] = {key for row in read_jsonl(folder / name / "metrics.jsonl") for key in row}
     return keys
 
