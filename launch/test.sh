@@ -19,14 +19,16 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MKL_NUM_THREADS=${MKL_NUM_THREADS:-
 cd "$GSPO_ROOT"
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # which counts OpenMP's threads where these are set
 pytest=(python -m pytest -q)
-beside=("${pytest[@]}" -n "$((cores < 8 ? cores : 8))" --dist worksteal)
+beside=("${pytest[@]}" -n "$((cores < 8 ? cores : 8))")
+# A file at a time, as what is slow to make is shared by the tests of a file; in the order of tests/conftest.py.
+by_file=(--dist loadfile --no-loadscope-reorder)
 case ${1:-} in
 "")
     status=0
-    (gspo_exec "${beside[@]}" -m "not alone" tests) || status=$?
+    (gspo_exec "${beside[@]}" "${by_file[@]}" -m "not alone" tests) || status=$?
     (gspo_exec "${pytest[@]}" -m alone tests/integration) || status=$((status ? status : $?))
     exit $status
     ;;
-quick) gspo_exec "${beside[@]}" -m "not slow" "${@:2}" ;;
+quick) gspo_exec "${beside[@]}" --dist worksteal -m "not slow" "${@:2}" ;;
 *) gspo_exec python -m pytest "$@" ;;
 esac

@@ -22,7 +22,7 @@ ALONE = (
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
@@ -30,6 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if item.path.name in ALONE:
             item.add_marker(pytest.mark.alone)
+    if hasattr(config, "workerinput"):
+        # Files are handed out in this order, so the last ones are short and all workers end together.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.path.parent.name not in SLOW, item.path not in slow))
 
 
 def pytest_collection_finish() -> None:

@@ -134,12 +134,12 @@ def test_launchers_run_gspo_with_the_users_overrides() -> None:
     assert dry("single_node.sh", "seed=1") == "gspo train cluster.address=null seed=1 \n"
     assert dry("test.sh", "-x", "tests/unit") == "python -m pytest -x tests/unit \n"
     cores = min(8, len(os.sched_getaffinity(0)))
-    beside = f"python -m pytest -q -n {cores} --dist worksteal "
+    beside = f"python -m pytest -q -n {cores} --dist "
     assert dry("test.sh").splitlines() == [
-        f"{beside}-m not\\ alone tests ",
+        f"{beside}loadfile --no-loadscope-reorder -m not\\ alone tests ",
         "python -m pytest -q -m alone tests/integration ",
     ]
-    assert dry("test.sh", "quick", "-x") == f"{beside}-m not\\ slow -x \n"
+    assert dry("test.sh", "quick", "-x") == f"{beside}worksteal -m not\\ slow -x \n"
     assert dry("../.ci/run", "-x") == "python -m pytest -x \n"
     start = r"ray start --disable-usage-stats --block --object-store-memory \d+ "
     assert re.fullmatch(start + r"--head --port 7000 \n", dry("ray_head.sh", GSPO_RAY_PORT="7000"))
