@@ -16,6 +16,7 @@ ALONE = (
     "test_hosts.py",
     "test_lost_engines.py",
     "test_quickstart.py",
+    "test_suites_beside.py",
     "test_sync_hosts.py",
 )
 """Files whose tests start a Ray cluster, Slurm, several hosts or kill processes: more than a core each."""
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
         if item.path.name in ALONE:
             item.add_marker(pytest.mark.alone)
+        if item.get_closest_marker("alone") and folder != "integration":
+            raise pytest.UsageError(
+                "tests that run alone must be in tests/integration, where launch/test.sh looks: got "
+                f"{item.nodeid}"
+            )
     if hasattr(config, "workerinput"):
         # Files are handed out in this order, so the last ones are short and all workers end together.
         slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -12,8 +12,6 @@ from gspo_dist.trainer.evaluate import evaluate_suites
 from tests.unit.evaluation.small import write_jsonl
 from tests.unit.trainer.small import config, go, values
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
-
 
 def sampled(folder: Path) -> list[str]:
     return [row["completion"] for row in read_jsonl(folder / "samples.jsonl")]
@@ -25,10 +23,12 @@ def test_suites_beside_a_learner_on_ray_are_those_of_the_weights_alone_and_chang
     """The run trains as one in a single process without suites. What each step's suite gives is what
     `gspo evaluate` gives on the folder of that step's weights, token by token.
     """
-    words = ("logger.samples_per_step=16", "data.heldout=null", "checkpoint.save_last=false")
+    reward = f"reward.function='{reward_file}:sevens'"
+    words = (reward, "logger.samples_per_step=16", "data.heldout=null", "checkpoint.save_last=false")
     _, plain = go(config(model, reward_file, tmp_path / "plain", *words))
     file = write_jsonl(tmp_path / "own.jsonl", [{"problem": f"{i}+1=", "answer": "7"} for i in range(3)])
     suite = (
+        reward,
         "evaluation.suites=[own]",
         f"+evaluation.options.own={{file: {file}, reward: exact_match, samples: 4, temperature: 1.0}}",
     )
