@@ -258,6 +258,14 @@ class SharingEngine(RecordingEngine):
         self.note("asleep")
 
 
+def kill(handle):
+    """Ends an actor, and returns when it has ended: Ray only sends the order."""
+    ray.kill(handle)
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        while True:
+            ray.get(handle.info.remote(), timeout=60)
+
+
 def test_a_successor_takes_its_gpu_only_in_the_engines_turn(ray_here, tmp_path):
     """An engine dies while the learner has the GPUs. Another starts in its place when the engines have them
     again. They are given away when it sleeps. Its weights wake for the publication, and it takes part."""
@@ -274,7 +282,7 @@ def test_a_successor_takes_its_gpu_only_in_the_engines_turn(ray_here, tmp_path):
         pool.sleep()
         first = ["engine-0 asleep", "engine-0 up", "engine-1 asleep", "engine-1 up"]
         assert sorted(events.read_text().splitlines()) == first
-        ray.kill(pool.engines["engine-1"])
+        kill(pool.engines["engine-1"])
         pool.sleep()  # where it is noticed
         pool.wake_up(weights_only=True)
         pool.start_weight_update(timeout=60)
@@ -312,7 +320,7 @@ def test_a_successor_that_hangs_does_not_keep_the_learner_off_its_gpus(ray_here,
                 pool.start()
         pool.sleep()
         up.touch()
-        ray.kill(pool.engines["engine-0"])
+        kill(pool.engines["engine-0"])
         pool.wake_up()  # where it is noticed
         hanging = pool.actors.handles["engine-0"]
         pool.sleep()
