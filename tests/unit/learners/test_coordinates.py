@@ -38,6 +38,8 @@ def test_context_ranks_stand_between_tensor_and_replica_and_experts_count_their_
         tensor_parallel=2, context_parallel=2, expert_parallel=2, expert_tensor_parallel=2
     )
     config = LearnerConfig(backend="megatron", world_size=8, megatron=layout)
+    assert [coordinates(config, rank)["context"] for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [coordinates(config, rank)["replica"] for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert coordinates(config, 6) == {
         "tensor": 0,
         "context": 1,
