@@ -14,7 +14,7 @@ import ray
 from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied, ProcessTimeout
 from gspo_dist.actors.weight_link import LINK_SHARE, WeightLink
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
-from gspo_dist.failures import CollectiveTimeout
+from gspo_dist.failures import CollectiveTimeout, first_line
 from gspo_dist.host import Place
 from gspo_dist.learners.collectives import PREFIX, Watch, dumps, record_in, stuck_at
 from gspo_dist.learners.group import hf_items
@@ -34,6 +34,9 @@ START_TIMEOUT_S = 600.0
 
 SILENCE_S = 15.0
 """What ranks may give up on a collective apart. Who is silent longer has not given up: it never came."""
+
+DEATH_S = 10.0
+"""What Ray may take to tell that a rank has ended, after the others have lost their connection to it."""
 
 LearnerFactory = Callable[..., Learner]
 """make(rank=, world_size=, master_addr=, master_port=) -> Learner. Picklable; a call imports its backend."""
@@ -261,6 +264,13 @@ class RayLearnerGroup:
                     f"{command} (-j shows all of it)"
                 )
             raise
+        except Exception as error:
+            # A collective breaks in the ranks that are left, which may say so before Ray tells of the death.
+            death = self.actors.death_among(refs, DEATH_S)
+            if death is None:
+                raise
+            death.add_note(f"another rank's error came first: {first_line(error)}")
+            raise death from error
 
     def _name_silent(self, refs: Mapping[str, Any], error: CollectiveTimeout) -> None:
         """Notes the ranks that answer nothing while the others give up: those that are waited for."""

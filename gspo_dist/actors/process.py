@@ -104,6 +104,25 @@ class Actors:
                 answers[names[ref]] = self._result(names[ref], ref)
         return {name: answers[name] for name in refs}
 
+    def death_among(self, refs: Mapping[str, Any], timeout: float) -> ProcessDied | None:
+        """The end of an actor that owes an answer, if one is told within `timeout` seconds. Other errors and
+        answers are passed over.
+        """
+        names = {ref: name for name, ref in refs.items()}
+        pending, deadline = list(names), time.monotonic() + timeout
+        while pending:
+            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                return None
+            for ref in done:
+                try:
+                    self._result(names[ref], ref)
+                except ProcessDied as death:
+                    return death
+                except Exception:
+                    continue
+        return None
+
     def each(
         self, refs: Mapping[str, Any], timeout: float, *, deaths_only: bool = False
     ) -> tuple[dict[str, Any], dict[str, Exception]]:

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +270,36 @@ def test_a_rank_that_dies_is_named_with_its_last_words(ray_here, tmp_path):
     group.start()
     with pytest.raises(ProcessDied, match=r"(?s)^learner-3 died: .*the last words of a rank"):
         group.logprobs(MINI.micro_batches, reference=True)
+    group.close()
+
+
+class BrokenLearner(CountingLearner):
+    """Rank 0 loses its connection at once. Rank 1 ends a second later, or only answers."""
+
+    def optim_step(self):
+        if self.rank == 0:
+            raise RuntimeError("Connection reset by peer")
+        time.sleep(1.0)
+        if self.policy_version:
+            os._exit(1)
+        return super().optim_step()
+
+    def load(self, folder):
+        self.policy_version = 1
+
+
+def test_a_broken_connection_is_the_death_of_the_rank_that_ended(ray_here, tmp_path, monkeypatch):
+    """A run begins again from its checkpoint after a death, and ends at any other error of a rank."""
+    monkeypatch.setattr(learner_group, "DEATH_S", 30.0)
+    group = make_group(tmp_path, BrokenLearner)
+    group.start()
+    with pytest.raises(RuntimeError, match="Connection reset by peer") as alive:
+        group.optim_step()
+    assert not isinstance(alive.value, ProcessDied)
+    group.load(tmp_path, 1)
+    with pytest.raises(ProcessDied, match=r"^learner-[123] died: ") as died:
+        group.optim_step()
+    assert died.value.__notes__ == ["another rank's error came first: Connection reset by peer"]
     group.close()
 
 
