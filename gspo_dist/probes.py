@@ -35,13 +35,13 @@ def take_sequences(
     return deal(singles, replicas=replicas, token_budget=token_budget)[0]
 
 
-Place = tuple[int, int, slice]
+Spot = tuple[int, int, slice]
 """Where a sequence went: replica, micro-batch, rows in it."""
 
 
 def deal(
     singles: Sequence[PackedBatch], *, replicas: int, token_budget: int
-) -> tuple[MicroBatches, list[Place]]:
+) -> tuple[MicroBatches, list[Spot]]:
     """Batches of one sequence each joined to micro-batches of at most `token_budget` tokens, as many on every
     replica, and the place of each. An empty micro-batch is a masked copy of the shortest sequence.
 
@@ -49,7 +49,7 @@ def deal(
     [3], and the places (0, 0, 0:5), (0, 1, 0:3) and (0, 0, 5:9).
     """
     lengths = [_length(single) for single in singles]
-    places: list[Place] = [(0, 0, slice(0))] * len(singles)
+    places: list[Spot] = [(0, 0, slice(0))] * len(singles)
 
     def joined(members: Sequence[int], replica: int, index: int) -> PackedBatch:
         if not members:

@@ -31,7 +31,7 @@ class ActorProcess:
     """
 
     def __init__(self, name: str, log_dir: str) -> None:
-        """Redirects the output of this whole process to `log_dir/name.log`; earlier content is kept."""
+        """Redirects the output of this whole process to `log_dir/name.log`. Earlier content is kept."""
         self.name = name
         path = Path(log_dir) / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,14 @@ class Actors:
         self.log_dir = log_dir
 
     def call_all(self, method: str, *args: Any, timeout: float, **kwargs: Any) -> dict[str, Any]:
-        """The same call on every actor; answers by name. Raises what `gather` raises."""
+        """The same call on every actor: answers by name. Raises what `gather` raises."""
         return self.gather(
             {name: getattr(handle, method).remote(*args, **kwargs) for name, handle in self.handles.items()},
             timeout,
         )
 
     def gather(self, refs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        """Waits at most `timeout` seconds for every object of `refs` (name -> reference); answers by name.
+        """Waits at most `timeout` seconds for every object of `refs` (name -> reference). Answers by name.
 
         The first failure is raised at once: the others may wait in a collective for the rank that failed.
         Raises ProcessDied, ProcessTimeout, or what the actor raised. Each message names the actor.
@@ -126,7 +126,7 @@ class Actors:
     def each(
         self, refs: Mapping[str, Any], timeout: float, *, deaths_only: bool = False
     ) -> tuple[dict[str, Any], dict[str, Exception]]:
-        """Waits at most `timeout` seconds for every object; (answers, failures), both by name.
+        """Waits at most `timeout` seconds for every object. Returns (answers, failures), both by name.
 
         For actors that do not need each other: a failure holds nobody off. It is ProcessDied, ProcessTimeout,
         or what broke in the actor. An actor's refusal (ValueError, WeightSyncError and other errors that are

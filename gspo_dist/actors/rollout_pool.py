@@ -181,11 +181,11 @@ class RayRolloutPool(Fleet):
 
     def bury(self, name: str, error: Exception) -> None:
         log.warning("%s is dead, the others go on with its work: %s", name, error)
-        ray.kill(self.actors.handles[name])  # what hangs, or broke without ending, must not come back
         self._replace(name)
 
     def _replace(self, name: str) -> None:
-        """Starts a successor, unless the last ones came to nothing."""
+        """Ends what is left of an engine and starts a successor, unless the last ones came to nothing."""
+        ray.kill(self.actors.handles[name])  # what hangs, or broke without ending, must not keep its GPU
         self.attempts[name] += 1
         if self.attempts[name] > SUCCESSORS:
             log.error("%s is given up: %d successors in a row died before a publication", name, SUCCESSORS)
@@ -244,7 +244,6 @@ class RayRolloutPool(Fleet):
         _, late = ray.wait(list(names), num_returns=len(names), timeout=limit)
         for name in (names[ref] for ref in late):
             log.warning("the successor of %s did not come up within %.0f s", name, limit)
-            ray.kill(self.actors.handles[name])
             del self.starting[name]
             self._replace(name)
 

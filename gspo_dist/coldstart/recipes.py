@@ -82,7 +82,7 @@ class RethinkWarmStart(WarmStart):
     the answer. Each working errs by itself, so completions of some hundred tokens ask for no other skill."""
 
     workings: tuple[int, int] = (4, 12)
-    """Fewest and most workings of a solution; their number is uniform between the two."""
+    """Fewest and most workings of a solution. Their number is uniform between the two."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _with_turns(environment: str, share: float) -> TurnsWarmStart:
 
 
 def _rethinking() -> RethinkWarmStart:
-    """One style, so that all workings have one shape; few slips, since only the last working is answered."""
+    """All workings have one shape, by one style. Slips are few, because only the last working is answered."""
     habits = Habits(forget_carry=0.4, slip=0.02, long_style=1.0)
     return RethinkWarmStart(steps=500, batch=16, habits=habits)
 

@@ -20,7 +20,7 @@ import torch
 
 from gspo_dist.learners.group import LearnerGroup
 from gspo_dist.packing import MicroBatches
-from gspo_dist.probes import Place, cut, deal, join
+from gspo_dist.probes import Spot, cut, deal, join
 from gspo_dist.routing.trace import RouterScores, RoutingTrace
 from gspo_dist.types import LogprobOutput, PackedBatch
 
@@ -33,7 +33,7 @@ class Repacked:
     """As they are packed for training."""
     micro_batches: MicroBatches
     """As the pass computes them. Of the source they keep what a forward pass reads."""
-    places: Sequence[Place]
+    places: Sequence[Spot]
     """Where each sequence of the source went: replica after replica, micro-batch after micro-batch."""
 
     def restored(self, outputs: Sequence[Sequence[LogprobOutput]]) -> list[list[LogprobOutput]]:

@@ -33,8 +33,8 @@ MEMORY_SHARE = 0.5
 
 
 def sequences(config: RunConfig, vocabulary: int) -> list[tuple[np.ndarray, int]]:
-    """Random tokens, so that no prompt is needed: the same ones for the same vocabulary and budgets."""
-    length = min(TOKENS, config.learner.token_budget, config.learner.forward_budget)
+    """Random tokens, so that no prompt is needed: the same ones for the same vocabulary and budget."""
+    length = min(TOKENS, config.learner.forward_budget)
     tokens = np.random.default_rng(0).integers(0, vocabulary, (SEQUENCES, length))
     return [(row, 0) for row in tokens]
 

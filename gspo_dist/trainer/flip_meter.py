@@ -109,7 +109,7 @@ class FlipMeter:
             self.history["update"].append(self.step, self.last.by_layer)
 
     def metrics(self) -> dict[str, float]:
-        """routing/engine/* and routing/update/* of the step; empty where it was not measured."""
+        """routing/engine/* and routing/update/* of the step. Empty where it was not measured."""
         return dict(self._metrics)
 
     def save(self, folder: Path) -> None:

@@ -133,14 +133,7 @@ class MegatronLearner:
             # The schedules apply it, to the auxiliary loss too.
             self.transformer.grad_scale_func = self.scale.apply
         self._let_schedules_sync()
-        self.routers = Routers(
-            builder.routers(self.chunks),
-            self.architecture.expert_layers,
-            self.architecture.top_k,
-            self.architecture.num_experts,
-            recompute=builder.recomputes_routers(self.transformer),
-            sequence_parallel=self.layout.sequence_parallel,
-        )
+        self.routers = self._routers()
         self.head = Head(self.layout, self.architecture.vocab, temperature, config.fp32_head)
         self.lr_factor = lr_factor(config.optimizer, total_steps)
         self.writer = checkpoint.CheckpointWriter(config.megatron.async_save)
@@ -150,6 +143,17 @@ class MegatronLearner:
         self._accumulated = 0
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
+
+    def _routers(self) -> Routers:
+        """Those of the trained chunks."""
+        return Routers(
+            builder.routers(self.chunks),
+            self.architecture.expert_layers,
+            self.architecture.top_k,
+            self.architecture.num_experts,
+            recompute=builder.recomputes_routers(self.transformer),
+            sequence_parallel=self.layout.sequence_parallel,
+        )
 
     def _join(self, config: LearnerConfig) -> None:
         """Joins the default process group. ValueError when it has another number of ranks than configured."""

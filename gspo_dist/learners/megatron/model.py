@@ -94,15 +94,6 @@ def transformer_config(
         pipeline_dtype=dtype,
         perform_initialization=False,
         use_cpu_initialization=not gpu,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        context_parallel_size=layout.context,
-        sequence_parallel=layout.sequence_parallel,
-        # Micro-batches are packed, so no two have one length: stages tell each other the shape.
-        variable_seq_lengths=layout.pipeline > 1,
         # The loss's denominators are global: gradients of ranks and micro-batches are summed, not averaged.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
@@ -112,10 +103,7 @@ def transformer_config(
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
         apply_rope_fusion=gpu and transformer_engine_version() is not None,
-        # Virtual stages exchange both ways at once. With two pipeline ranks both neighbours are the same
-        # rank, and the batched exchange of 0.16.1 would pair one direction's message with the other's.
-        overlap_p2p_comm=layout.virtual_stages > 1,
-        batch_p2p_comm=layout.virtual_stages == 1,
+        **_parallel_settings(layout),
         **_recompute_settings(model, config, gpu),
         **moe,
     )
@@ -124,6 +112,25 @@ def transformer_config(
     # 0.16.1 refuses the bias with softmax scores when the config is made; CountingRouter implements it.
     built.moe_router_enable_expert_bias = bool(model.moe_layers and config.expert_bias)
     return built
+
+
+def _parallel_settings(layout: Layout) -> dict[str, Any]:
+    """The layout's part of the config."""
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_stages if layout.virtual_stages > 1 else None,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "context_parallel_size": layout.context,
+        "sequence_parallel": layout.sequence_parallel,
+        # Micro-batches are packed, so no two have one length: stages tell each other the shape.
+        "variable_seq_lengths": layout.pipeline > 1,
+        # Virtual stages exchange both ways at once. With two pipeline ranks both neighbours are the same
+        # rank, and the batched exchange of 0.16.1 would pair one direction's message with the other's.
+        "overlap_p2p_comm": layout.virtual_stages > 1,
+        "batch_p2p_comm": layout.virtual_stages == 1,
+    }
 
 
 @contextlib.contextmanager

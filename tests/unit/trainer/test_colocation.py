@@ -96,6 +96,8 @@ def test_learner_and_engine_are_awake_in_turns_and_learn_as_if_they_were_not(
         setattr(engine, verb, noted)
     run.config = replace(run.config, cluster=replace(run.config.cluster, colocated=True))
     run.shared.colocated = True
+    take, taken = run.shared.take_metrics, []
+    run.shared.take_metrics = lambda: taken.append(take()) or taken[-1]
     engine.sleep()  # as after the start
     try:
         train(run)
@@ -118,5 +120,8 @@ def test_learner_and_engine_are_awake_in_turns_and_learn_as_if_they_were_not(
         assert 0.0 < parts["time/switch/learner_sleep_s"] < row["time/switch_s"] < row["time/step_s"]
         assert all(metric_of(key) is not None for key in ("time/switch_s", *parts))
     assert len(rows) == 3
+    begun, *steps = [metrics["time/switch_s"] for metrics in taken]
+    assert begun > 0.0  # the start's hand-overs are no step's
+    assert [row["time/switch_s"] for row in rows] == steps
     for row in read_jsonl(tmp_path / "plain/metrics.jsonl"):
         assert not any(key.startswith("time/switch") for key in row)
