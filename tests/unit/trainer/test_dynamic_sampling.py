@@ -14,7 +14,7 @@ from gspo_dist.data.renewal import RenewedCursor
 from gspo_dist.rewards.reward import Judged
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.clockwork import Clockwork
-from gspo_dist.trainer.collect import collect, sampling_of
+from gspo_dist.trainer.collect import collect
 from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.refill import NothingToLearn
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
@@ -127,16 +127,6 @@ def test_what_is_drawn_follows_the_rewards_of_the_steps_before():
     # The pass under way ends with 4 and 5; the next one has 0, 3 and what came for them.
     assert step_of(collector, 2) == [(9, 3), (12, 0)]
     assert collector.metrics()["data/retired"] == 4
-
-
-def test_completions_are_as_long_as_the_schedule_says():
-    rollout = RolloutConfig(max_completion_tokens=16, length_schedule=[[1, 4], [3, 9], [5, 16]])
-    assert [rollout.completion_tokens(step) for step in range(1, 7)] == [4, 4, 9, 9, 16, 16]
-    assert RolloutConfig(max_completion_tokens=16).completion_tokens(3) == 16
-    spec, objective = SamplingSpec(n=2, max_tokens=16, seed=7), SimpleNamespace(routing_replay="none")
-    flips = SimpleNamespace(due=lambda step: False)
-    assert [sampling_of(spec, objective, flips, step, rollout).max_tokens for step in (2, 3, 5)] == [4, 9, 16]
-    assert sampling_of(spec, objective, flips, 2).max_tokens == 16
 
 
 @pytest.mark.parametrize(

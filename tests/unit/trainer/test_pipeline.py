@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.trainer import checkpointing, pipeline
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.clockwork import Clockwork
-from gspo_dist.trainer.collect import collect, sampling_of
+from gspo_dist.trainer.collect import collect
 from gspo_dist.trainer.pipeline import Collector, progress_metrics
 from gspo_dist.types import Completion, SamplingSpec
 from tests.unit.trainer.small import rollout
@@ -149,18 +148,6 @@ def test_ids_count_over_the_run_so_that_a_step_repeats_wherever_it_starts():
     assert rollouts[3].reward_parts == {"part": 13.5}
     assert [r.prompt.prompt_id for r in rollouts] == ["p12", "p12", "p13", "p13", "p14", "p14"]
     assert {"time/collect_s", "time/reward_s"} <= set(run.clock.metrics())
-
-
-@pytest.mark.parametrize(
-    ("replay", "measured", "records"),
-    [("none", False, False), ("none", True, True), ("r2", False, False), ("r3", False, True)],
-)
-def test_routes_travel_where_they_are_replayed_or_measured(replay, measured, records):
-    objective = SimpleNamespace(routing_replay=replay)
-    flips = SimpleNamespace(due=lambda step: measured)
-    assert sampling_of(SAMPLING, objective, flips, 1) == replace(SAMPLING, record_routing=records)
-    # An engine that records nothing is not asked to.
-    assert not sampling_of(replace(SAMPLING, record_routing=False), objective, flips, 1).record_routing
 
 
 def test_a_judge_that_loses_a_verdict_is_not_believed():

@@ -8,12 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from gspo_dist.config import CheckpointConfig, RunConfig
-from gspo_dist.failures import CollectiveTimeout, Event, ProcessDied, ProcessTimeout
-from gspo_dist.metrics.jsonl import read_jsonl
-from gspo_dist.metrics.sinks import Sinks
+from gspo_dist.failures import CollectiveTimeout, ProcessDied, ProcessTimeout
 from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.trainer import restarts
-from gspo_dist.trainer.health import Health
 from gspo_dist.trainer.restarts import train_run
 
 
@@ -126,35 +123,3 @@ def test_other_ends_are_ends(monkeypatch, error):
     with pytest.raises(type(error)):
         train_run(config(3))
     assert (len(attempts.configs), attempts.released) == (1, 1)
-
-
-class Told:
-    def __init__(self):
-        self.lines = []
-
-    def event(self, step, text):
-        self.lines.append((step, text))
-
-
-def test_events_are_written_by_name_counted_and_shown_over_interruptions(tmp_path):
-    sink = Told()
-    health = Health(tmp_path, Sinks(sink))
-    assert set(health.metrics().values()) == {0.0}
-    health.note(3, [Event("engine_death", "engine-1", "engine-1 died: killed")])
-    health.note(4, [Event("engine_return", "engine-1", "after: that"), Event("restart", "run", "x")])
-    rows = read_jsonl(tmp_path / "events.jsonl")
-    assert [(row["step"], row["kind"], row["who"]) for row in rows] == [
-        (3, "engine_death", "engine-1"),
-        (4, "engine_return", "engine-1"),
-        (4, "restart", "run"),
-    ]
-    assert rows[0]["what"] == "engine-1 died: killed"
-    assert sink.lines[0] == (3, "engine death: engine-1: engine-1 died: killed")
-    again = Health(tmp_path, Sinks(Told()))
-    again.note(9, [Event("engine_death", "engine-0", "hung")])
-    assert again.metrics() == {
-        "health/engine_deaths": 2.0,
-        "health/engine_returns": 1.0,
-        "health/reward_deaths": 0.0,
-        "health/restarts": 1.0,
-    }
