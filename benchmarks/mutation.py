@@ -64,8 +64,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("trainer", "actors", "weights", "packing", "checkpoint", "rewards")
-CHEAP_TESTS = {"actors": ["tests/unit/actors/test_wires.py"]}
-"""Room -> files that decide most of its changes in a second, where its other tests start processes."""
+CHEAP_TESTS = {
+    "actors": [
+        f"tests/unit/actors/test_{name}.py" for name in ("wires", "waiting", "successors", "ranks", "engines")
+    ]
+}
+"""Room -> files that decide most of its changes in seconds, where its other tests start processes."""
 
 EXTRA_TESTS = {
     "actors/learner_group.py": [

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from gspo_dist.actors.process import ActorProcess, Actors, ProcessDied, ProcessTimeout
+from gspo_dist.actors.process import ASK_S, ActorProcess, Actors, ProcessDied, ProcessTimeout
 from gspo_dist.actors.weight_link import LINK_SHARE, WeightLink
 from gspo_dist.config import LearnerConfig, WeightSyncConfig
 from gspo_dist.failures import CollectiveTimeout, first_line
@@ -383,7 +383,7 @@ class RayLearnerGroup:
 
     def places(self) -> dict[str, Place]:
         """Where each rank runs."""
-        return self.actors.call_all("place", timeout=60.0)
+        return self.actors.call_all("place", timeout=ASK_S)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
         return self.actors.peak_memory()

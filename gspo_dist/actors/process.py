@@ -14,9 +14,12 @@ import ray
 
 from gspo_dist.failures import ProcessDied as ProcessDied
 from gspo_dist.failures import ProcessTimeout as ProcessTimeout
+from gspo_dist.failures import first_line
 from gspo_dist.host import Place
 from gspo_dist.weights.verify import WeightSyncError
 
+ASK_S = 60.0
+"""Longest wait for what an actor says of itself, such as its place. It may be in the middle of a call."""
 TAIL_LINES = 15
 """Lines of an actor's log that an error shows."""
 
@@ -164,8 +167,7 @@ class Actors:
             cause.add_note(f"raised in {name}; its log: {self.log_dir / (name + '.log')}\n{self.tail(name)}")
             raise cause from None
         except ray.exceptions.RayActorError as error:
-            first = str(error).strip().splitlines()[0]
-            raise ProcessDied(f"{name} died: {first}\n{self.tail(name)}") from None
+            raise ProcessDied(f"{name} died: {first_line(error)}\n{self.tail(name)}") from None
 
     def tail(self, name: str) -> str:
         """The last lines of an actor's log, indented, or where the log lies when it is not on this host."""
@@ -177,9 +179,9 @@ class Actors:
         lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join(["  last lines of its log:", *(f"    {line}" for line in lines)])
 
-    def peak_memory(self, timeout: float = 60.0) -> dict[str, dict[str, int]]:
+    def peak_memory(self) -> dict[str, dict[str, int]]:
         """Name -> peak bytes of `host` and, with a GPU, `gpu`."""
-        return self.call_all("peak_memory", timeout=timeout)
+        return self.call_all("peak_memory", timeout=ASK_S)
 
     def ask_to_close(self, timeout: float) -> None:
         """Calls `close` of every actor and waits for those that answer within `timeout` seconds."""

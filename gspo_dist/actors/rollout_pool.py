@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from gspo_dist.actors.process import ActorProcess, Actors
+from gspo_dist.actors.process import ASK_S, ActorProcess, Actors
 from gspo_dist.config import RolloutConfig
 from gspo_dist.host import Place
 from gspo_dist.rollout.engine import EngineInfo, Progress, RolloutEngine, SyncReceipt
@@ -137,7 +137,7 @@ class RayRolloutPool(Fleet):
         self.gpus = dict(zip(names, gpus, strict=False))
         super().__init__(names, config.timeout_s)
         self.config, self.make = config, make
-        self.options = dict(zip(names, options, strict=False))
+        self.options = dict(zip(names, options, strict=True))
         self.actors = Actors({}, log_dir)
         self.starting: dict[str, Any] = {}
         """Engines that are coming up -> the answer that they will give."""
@@ -258,10 +258,10 @@ class RayRolloutPool(Fleet):
 
     def places(self) -> dict[str, Place]:
         """Where each engine runs."""
-        return self.ask("place", timeout=60.0)
+        return self.ask("place", timeout=ASK_S)
 
     def peak_memory(self) -> dict[str, dict[str, int]]:
-        return self.ask("peak_memory", timeout=60.0)
+        return self.ask("peak_memory", timeout=ASK_S)
 
     def close(self) -> None:
         """Asks every engine to close, then kills it. One that is busy or dead is waited for no longer."""

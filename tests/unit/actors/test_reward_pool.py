@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,22 +90,6 @@ def test_the_rollouts_of_a_killed_worker_are_judged_again(pool):
     [event] = [event for event in pool.take_events() if event.who == "reward-1"]
     assert event.kind == "reward_death"
     assert pool.take_events() == []
-
-
-def test_workers_that_die_again_and_again_end_the_call(monkeypatch):
-    """The fifth death is raised. Four were buried before it."""
-    pool = object.__new__(RayRewardPool)
-    pool.config, pool.closed, pool.events = RewardConfig(function="exact_match"), False, []
-    asked = SimpleNamespace(judge=SimpleNamespace(remote=lambda chunk: None))
-    gone = ProcessDied("reward-0 died")
-    pool.actors = SimpleNamespace(
-        handles={"reward-0": asked}, each=lambda refs, longest, deaths_only: ({}, {"reward-0": gone})
-    )
-    buried = []
-    monkeypatch.setattr(pool, "_bury", lambda name, error: buried.append(name))
-    with pytest.raises(ProcessDied, match="reward-0 died"):
-        pool.judge(items_of("1"))
-    assert buried == ["reward-0"] * 4
 
 
 def test_a_failing_reward_names_its_rollout_and_its_line(pool):

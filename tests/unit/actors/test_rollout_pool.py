@@ -7,14 +7,13 @@ import os
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 
 from gspo_dist.actors import rollout_pool
-from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
+from gspo_dist.actors.rollout_pool import RayRolloutPool
 from gspo_dist.config import RolloutConfig
 from gspo_dist.failures import ProcessTimeout
 from gspo_dist.rollout.engine import EngineInfo, Growth, Progress, SyncReceipt
@@ -194,23 +193,6 @@ def test_engines_are_asked_to_close_and_one_that_does_not_is_killed(ray_here, tm
     assert time.monotonic() - start < 40
 
 
-def test_an_engine_process_closes_once() -> None:
-    closed = []
-    process = object.__new__(EngineProcess)
-    process._engine = SimpleNamespace(close=lambda: closed.append(1))
-    process.close()
-    process.close()
-    assert closed == [1]
-
-
-def test_only_who_shares_the_memory_sees_a_file(tmp_path) -> None:
-    process = object.__new__(EngineProcess)
-    (tmp_path / "here").write_text("token")
-    assert process.sees(str(tmp_path / "here"), "token")
-    assert not process.sees(str(tmp_path / "here"), "another run's token")
-    assert not process.sees(str(tmp_path / "there"), "token")
-
-
 @pytest.mark.parametrize("end", ["killed", "hangs", "breaks"])
 def test_the_work_of_an_engine_that_ends_in_the_middle_goes_on_at_the_others(ray_here, tmp_path, end):
     """SIGKILL, a hang past the deadline, an error inside: every completion is whole, none is lost."""
@@ -331,10 +313,3 @@ def test_a_successor_that_hangs_does_not_keep_the_learner_off_its_gpus(ray_here,
             pool.start_weight_update(timeout=60)
     finally:
         pool.close()
-
-
-def test_no_verb_comes_before_start(tmp_path, monkeypatch):
-    process = object.__new__(EngineProcess)
-    process.name, process._engine = "engine-3", None
-    with pytest.raises(RuntimeError, match="engine-3 has no engine yet: call start first"):
-        process.sleep()

@@ -18,6 +18,7 @@ from gspo_dist.actors.session import (
     object_store_bytes,
     prepare_token,
     start_ray,
+    stop_ray,
     token_source,
 )
 from gspo_dist.config import ClusterConfig
@@ -55,8 +56,11 @@ def test_a_ray_of_ones_own_is_quiet_small_not_nice_and_never_another_that_is_the
         monkeypatch.setattr(session.os, "environ", found)
         assert start_ray(ClusterConfig(), 7) is True
         assert found == {"RAY_worker_niceness": niceness, **quiet}
+    start_ray(ClusterConfig())  # of whoever has no rollouts, as the doctor
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    assert inits == [{**options, "address": "local", "object_store_memory": 130}] * 2
+    own = {**options, "address": "local"}
+    assert [init | own for init in inits] == inits
+    assert [init["object_store_memory"] for init in inits] == [130, 130, 123]
 
 
 def test_a_ray_of_ones_own_gets_a_token_that_only_its_user_can_read(home) -> None:
@@ -69,6 +73,63 @@ def test_a_ray_of_ones_own_gets_a_token_that_only_its_user_can_read(home) -> Non
     prepare_token(joins=False)
     assert (stat.S_IMODE(file.stat().st_mode), file.read_text()) == (0o600, first)
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize("there", ["nothing", "the home", "Ray's own folder"])
+def test_a_token_is_made_whatever_of_its_folders_is_there(home, monkeypatch, there) -> None:
+    if there == "nothing":
+        monkeypatch.setattr(session.Path, "home", lambda: home / "of" / "its user")
+    elif there == "Ray's own folder":
+        (home / ".ray").mkdir()
+    prepare_token(joins=False)
+    assert len(bytes.fromhex(session.token_file().read_text())) == 32
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_a_ray_of_ones_own_has_its_token_before_it_starts_and_a_joined_one_gets_none(
+    inits, home, monkeypatch
+) -> None:
+    monkeypatch.setattr(session, "nodes", lambda: [host(1)])
+    token = home / ".ray/auth_token"
+    start_ray(ClusterConfig(address="auto"))
+    assert not token.exists()
+    monkeypatch.setattr(session.ray, "init", lambda **_: inits.append(token.read_text()))
+    start_ray(ClusterConfig())
+    assert len(bytes.fromhex(inits[-1])) == 32
+
+
+@pytest.mark.parametrize(("address", "looks"), [("auto", []), ("10.0.0.1:6379", [False])])
+def test_a_cluster_is_joined_with_the_token_that_is_there_and_without_its_logs(
+    inits, monkeypatch, address, looks
+) -> None:
+    """Ray looks for a token by itself for "auto" only. Where there is none, the head says so if it minds."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    looked = []
+    monkeypatch.setattr(
+        setup,
+        "maybe_enable_token_auth_if_token_available",
+        lambda warn_if_disabled=True: looked.append(warn_if_disabled),
+    )
+    monkeypatch.setattr(session, "nodes", lambda: [host(1)])
+    assert start_ray(ClusterConfig(address=address)) is False
+    assert looked == looks
+    assert inits == [{"address": address, "log_to_driver": False, "logging_level": "error"}]
+
+
+def test_a_ray_that_runs_is_neither_started_nor_joined_again(inits, home, monkeypatch) -> None:
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(session, "nodes", lambda: [host(1)])
+    assert start_ray(ClusterConfig()) is False
+    assert start_ray(ClusterConfig(address="auto")) is False
+    assert (inits, list(home.iterdir())) == ([], [])
+
+
+def test_what_was_started_is_ended(monkeypatch) -> None:
+    ended = []
+    monkeypatch.setattr(session.ray, "shutdown", lambda: ended.append("Ray"))
+    stop_ray()
+    assert ended == ["Ray"]
 
 
 def test_a_token_is_not_made_where_a_cluster_is_joined_or_the_user_has_said_how(home) -> None:
@@ -137,9 +198,21 @@ def test_a_joined_cluster_is_told_when_a_step_does_not_fit_its_store(inits, monk
     ],
 )
 def test_the_object_store_has_room_for_a_step_within_bounds(monkeypatch, total, shm, batch, wanted) -> None:
-    monkeypatch.setattr(session, "usable_memory", lambda: (total, total))
-    monkeypatch.setattr(session, "_shm_bytes", lambda: shm)
+    with_memory(monkeypatch, total, {"/dev/shm": SimpleNamespace(total=shm, used=3, free=shm - 3)})
     assert object_store_bytes(batch) == wanted
+
+
+def with_memory(monkeypatch, total, disks) -> None:
+    """A host whose memory is nearly full now, as while a run starts beside another one's end."""
+    monkeypatch.setattr(session, "usable_memory", lambda: (total, 1))
+    monkeypatch.setattr(session, "shutil", SimpleNamespace(disk_usage=disks.__getitem__))
+    paths = SimpleNamespace(isdir=disks.__contains__)
+    monkeypatch.setattr(session, "os", SimpleNamespace(path=paths))
+
+
+def test_a_host_without_shared_memory_has_a_store_of_the_usual_size(monkeypatch) -> None:
+    with_memory(monkeypatch, 10 * GIB, {})
+    assert object_store_bytes(8 * GIB) == GIB
 
 
 @pytest.fixture
@@ -153,9 +226,8 @@ def growing(monkeypatch):
         present.extend(coming[:1])
         del coming[:1]
 
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(session.time, "sleep", sleep)
-    monkeypatch.setattr(session.time, "monotonic", lambda: clock.now)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(session, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock.now))
     monkeypatch.setattr(session, "nodes", lambda: present)
     return present, coming
 
@@ -198,7 +270,7 @@ def test_hosts_come_in_the_order_of_their_addresses_the_drivers_first(monkeypatc
             "NodeManagerHostname": f"host{i}",
             "NodeManagerAddress": f"10.0.0.{i}",
             "Alive": i != 4,
-            "Resources": {"CPU": 2.0, "object_store_memory": 5.0},
+            "Resources": {} if i == 9 else {"CPU": 2.0, "object_store_memory": 5.0},
         }
         for i in (10, 9, 4, 11)
     ]
@@ -206,7 +278,18 @@ def test_hosts_come_in_the_order_of_their_addresses_the_drivers_first(monkeypatc
     monkeypatch.setattr(session.ray, "get_runtime_context", lambda: here)
     monkeypatch.setattr(session.ray, "nodes", lambda: entries)
     assert [node.name for node in nodes()] == ["host11", "host9", "host10"]
-    assert nodes()[0] == Node("n11", "host11", "10.0.0.11", 2.0, 0.0, 5)
+    assert nodes()[:2] == [
+        Node("n11", "host11", "10.0.0.11", 2.0, 0.0, 5),
+        Node("n9", "host9", "10.0.0.9", 0.0, 0.0, 0),  # it offers nothing
+    ]
+    entries[0]["NodeManagerAddress"] = "head.cluster"  # no number: before all that are
+    assert [node.name for node in nodes()] == ["host11", "host10", "host9"]
+
+
+def test_the_gpus_of_a_cluster_are_all_that_its_hosts_offer(monkeypatch) -> None:
+    for offered, wanted in (({"CPU": 8.0, "GPU": 3.0}, 3.0), ({"CPU": 8.0}, 0.0)):
+        monkeypatch.setattr(session.ray, "cluster_resources", lambda offered=offered: offered)
+        assert cluster_gpus() == wanted
 
 
 @pytest.mark.slow

@@ -19,11 +19,12 @@ from gspo_dist.actors import learner_group, process, weight_link
 from gspo_dist.actors.learner_group import LearnerRank, RayLearnerGroup
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.actors.reward_pool import GRACE_S, RayRewardPool, RewardWorker
-from gspo_dist.actors.rollout_pool import EngineProcess, RayRolloutPool
+from gspo_dist.actors.rollout_pool import RayRolloutPool
 from gspo_dist.config import DeepSpeedConfig, LearnerConfig, RewardConfig, RolloutConfig, WeightSyncConfig
+from gspo_dist.failures import Event
+from gspo_dist.host import Place
 from gspo_dist.learners.collectives import Watch
 from gspo_dist.learners.learner import OptimStep
-from gspo_dist.learners.parking import Parking
 from gspo_dist.objectives.aggregate import Denominators
 from gspo_dist.packing import MiniBatch
 from gspo_dist.rewards.pool import START_TIMEOUT_S
@@ -45,6 +46,7 @@ ANSWERS: dict[str, Callable[[], Any]] = {
     "export": lambda: 2,
     "forward_backward": lambda: {},
     "logprobs": lambda: [],
+    "stop_profile": lambda: ["a trace", "a snapshot"],
     "advance": lambda: Progress(1, 2, {(5, 0): Completion(*[np.zeros(0)] * 4, "stop", "")}, Growth.of({})),
     "judge": lambda: ([], []),
 }
@@ -106,6 +108,7 @@ def test_every_actor_gets_the_options_of_its_own_place(ray_calls, tmp_path) -> N
         assert [handle.made for handle in pool.actors.handles.values()] == [
             (name, str(tmp_path)) for name in pool.actors.handles
         ]
+    assert learners(tmp_path).policy_version == 0
     rewards = RayRewardPool(RewardConfig(workers=2), tmp_path, {"PYTHONPATH": "/mine"})
     options = {"num_cpus": 0, "runtime_env": {"env_vars": {"PYTHONPATH": "/mine"}}}
     assert [handle.options for handle in rewards.actors.handles.values()] == [options] * 2
@@ -116,15 +119,51 @@ def test_learner_verbs_wait_as_long_as_the_learner_may_take(ray_calls, tmp_path)
     group = learners(tmp_path)
     group.logprobs(((), ()))
     group.forward_backward(MiniBatch(((), ()), Denominators(1, 1, 1)), "spec")
-    group.optim_step()
+    assert group.optim_step() == OptimStep(0.0, 0.5, 1)
+    assert group.policy_version == 1
     group.export(tmp_path, tmp_path)
     group.save(tmp_path)
     group.load(tmp_path, 3)
     group.wait_saved()
     group.sleep()
     group.wake_up()
-    assert len(waits) == 9
+    group.start_profile([1])
+    group.stop_profile([1], tmp_path)
+    assert len(waits) == 11
     assert {seconds for _, seconds in waits} == {LEARNER_S}
+
+
+def test_learner_verbs_reach_every_rank_with_their_arguments(ray_calls, tmp_path) -> None:
+    calls, _ = ray_calls
+    group = learners(tmp_path)
+    group.save(tmp_path / "new")
+    group.load(tmp_path / "old", 3)
+    assert group.policy_version == 3
+    group.wait_saved()
+    group.sleep()
+    group.sleep(keep_weights=True)
+    group.wake_up()
+    group.wake_up(weights_only=True)
+    assert group.peak_memory() == {"learner-0": None, "learner-1": None}
+    assert group.places() == {"learner-0": None, "learner-1": None}
+    group.start_profile([1])
+    assert group.stop_profile([1], tmp_path) == [Path("a trace"), Path("a snapshot")]
+    group.forward_backward(MiniBatch((("a",), ("b",)), Denominators(1, 1, 1)), "spec")
+    asked = {name: [(m, args) for who, m, args, _ in calls if who == name] for name in group.actors.handles}
+    both = [
+        ("save", (f"{tmp_path}/new",)),
+        ("load", (f"{tmp_path}/old",)),
+        ("wait_saved", ()),
+        ("sleep", (False,)),
+        ("sleep", (True,)),
+        ("wake_up", (False,)),
+        ("wake_up", (True,)),
+        ("peak_memory", ()),
+        ("place", ()),
+    ]
+    profiled = [("start_profile", ()), ("stop_profile", (str(tmp_path), "rank-1"))]
+    assert asked["learner-0"] == [*both, ("forward_backward", (["a"], "spec"))]
+    assert asked["learner-1"] == [*both, *profiled, ("forward_backward", (["b"], "spec"))]
 
 
 def test_ranks_are_built_within_the_learners_time_at_one_address(ray_calls, tmp_path) -> None:
@@ -208,13 +247,22 @@ def test_rewards_are_given_the_time_of_all_their_rollouts_and_no_routes(ray_call
     assert all(sent == replace(completion, routing=None) for chunk in chunks for _, _, sent in chunk)
 
 
-def test_a_reward_worker_has_one_process(monkeypatch, tmp_path) -> None:
-    made = []
-    monkeypatch.setattr("gspo_dist.actors.reward_pool.LocalRewardPool", made.append)
-    monkeypatch.setattr(ActorProcess, "__init__", lambda self, name, log_dir: None)
+def test_a_reward_worker_has_one_process_and_tells_what_became_of_it(monkeypatch, tmp_path) -> None:
+    made, event = [], Event("restart", "reward process", "ended with 3")
+    below = SimpleNamespace(
+        start=lambda: made.append("started"),
+        judge=lambda items: [f"verdict of {item}" for item in items],
+        take_events=lambda: [event],
+    )
+    monkeypatch.setattr(
+        "gspo_dist.actors.reward_pool.LocalRewardPool", lambda config: made.append(config) or below
+    )
+    monkeypatch.setattr(ActorProcess, "__init__", lambda self, name, log_dir: setattr(self, "name", name))
     config = RewardConfig(workers=4, timeout_s=3.0)
-    RewardWorker("reward-0", str(tmp_path), config)
-    assert made == [replace(config, workers=1)]
+    worker = RewardWorker("reward-0", str(tmp_path), config)
+    worker.start()
+    assert (worker.name, made) == ("reward-0", [replace(config, workers=1), "started"])
+    assert worker.judge(["a", "b"]) == (["verdict of a", "verdict of b"], [event])
 
 
 class Learner:
@@ -276,92 +324,42 @@ def test_the_other_ranks_draw_every_bucket_and_send_none(ray_calls, tmp_path) ->
     assert (learner.asked, learner.drawn, calls) == ([3 << 20], 2, [])
 
 
-def test_stats_leave_a_rank_on_the_host() -> None:
-    stat = SimpleNamespace(cpu=lambda: "on the host")
-    learner = SimpleNamespace(forward_backward=lambda batches, spec: {f"{spec}/{len(batches)}": stat})
-    assert rank_of(learner).forward_backward(["batch"], "spec") == {"spec/1": "on the host"}
-
-
-@pytest.mark.parametrize(
-    ("call", "what"),
-    [
-        (lambda rank: rank.logprobs([], answering=["learner-0"]), "weights"),
-        (lambda rank: rank.logprobs([], answering=["learner-0"], reference=True), "states"),
-        (lambda rank: rank.forward_backward([], None), "states"),
-        (lambda rank: rank.optim_step(), "states"),
-        (lambda rank: rank.send_weights(WeightSyncConfig(), {}, "logs"), "weights"),
-        (lambda rank: rank.export("from", "to"), "weights"),
-        (lambda rank: rank.save("."), "states"),
-        (lambda rank: rank.load("folder"), "states"),
-    ],
-)
-def test_a_rank_that_sleeps_computes_nothing(call, what, monkeypatch) -> None:
-    class Asleep(Exception):
-        """Its memory is asked for first, whatever else would fail."""
-
-    def require(self, *, states=True):
-        raise Asleep("states" if states else "weights")
-
-    monkeypatch.setattr(Parking, "require", require)
-    rank = rank_of(None)
-    rank._parking = Parking(None)
-    with pytest.raises(Asleep, match=what):
-        call(rank)
-
-
-def test_a_gpus_peak_is_counted(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 30)
-    rank = rank_of(None)
-    for gpu in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        assert rank.peak_memory().get("gpu") == (5 << 30 if gpu else None)
-
-
-def test_a_colocated_engine_takes_the_gpus_of_its_ranks_before_it_is_built(monkeypatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    seen = []
-
-    def make(name):
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        return SimpleNamespace(info=lambda: INFO)
-
-    for gpus in ((), ("4", "6")):
-        process = object.__new__(EngineProcess)
-        process.name, process._engine = "engine-1", None
-        process.start(make, gpus)
-    assert seen == ["0", "4,6"]
-
-
-def test_an_engine_process_builds_its_engine_under_its_name() -> None:
-    engine = SimpleNamespace(info=lambda: INFO)
-    engine_process = object.__new__(EngineProcess)
-    engine_process.name, engine_process._engine = "engine-3", None
-    asked = []
-
-    def make(name):
-        asked.append(name)
-        return engine
-
-    assert engine_process.start(make) is INFO
-    assert (asked, engine_process.engine) == (["engine-3"], engine)
-
-
-def test_an_engine_wakes_whole_unless_its_weights_alone_are_asked_for() -> None:
-    woken = []
-    engine_process = object.__new__(EngineProcess)
-    engine_process.name, engine_process._engine = "engine-3", SimpleNamespace(wake_up=woken.append)
-    engine_process.wake_up()
-    engine_process.wake_up(True)
-    assert woken == [False, True]
-
-
 def test_the_log_takes_both_outputs_at_its_end(monkeypatch, tmp_path) -> None:
-    """Errors too: a traceback of C++ or of a child goes to descriptor 2."""
-    moved = []
-    path = tmp_path / "below" / "one.log"
-    with monkeypatch.context() as patch:
-        patch.setattr(process.os, "dup2", lambda log, to: moved.append((process.os.write(log, b"x"), to)))
-        for _ in range(2):
-            ActorProcess("one", str(path.parent))
-    assert moved == [(1, 1), (1, 2)] * 2
+    """Errors too: a traceback of C++ or of a child goes to descriptor 2. What was printed before the log took
+    over goes where it was printed to.
+    """
+    told = []
+    path = tmp_path / "below" / "it" / "one.log"
+    pipes = {name: SimpleNamespace(flush=lambda name=name: told.append(name)) for name in ("out", "err")}
+    monkeypatch.setattr(process, "sys", SimpleNamespace(stdout=pipes["out"], stderr=pipes["err"]))
+    real = {name: getattr(os, name) for name in dir(os)}
+    moved = {"dup2": lambda log, to: told.append((os.write(log, b"x"), to))}
+    monkeypatch.setattr(process, "os", SimpleNamespace(**(real | moved)))
+    for _ in range(2):
+        assert ActorProcess("one", str(path.parent)).name == "one"
+    assert told == ["out", "err", (1, 1), (1, 2)] * 2
     assert path.read_text() == "xxxx"
+    assert path.stat().st_mode & 0o133 == 0  # its owner writes it, and nobody runs it
+    assert str(path) not in [os.readlink(f"/proc/self/fd/{number}") for number in open_descriptors()]
+
+
+def open_descriptors() -> list[str]:
+    return [number for number in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{number}")]
+
+
+def test_a_process_says_where_it_runs_and_what_it_took(monkeypatch) -> None:
+    node = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.9")
+    monkeypatch.setattr(process, "ray", SimpleNamespace(util=node))
+    one = object.__new__(ActorProcess)
+    addresses, ports = zip(*(one.host() for _ in range(3)), strict=True)
+    assert set(addresses) == {"10.0.0.9"}
+    assert min(ports) > 1023  # below are those of the system's services
+    for told, gpus in (("4,6", ("4", "6")), ("", ())):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+        assert one.place() == Place("10.0.0.9", gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert one.place() == Place("10.0.0.9", ())
+    # Bytes of whole pages: a Python process with torch takes more than 50 MiB, and no host of a test a TiB.
+    peak = one.peak_memory()["host"]
+    assert 50 << 20 < peak < 1 << 40
+    assert peak % 4096 == 0
