@@ -11,7 +11,7 @@ import ray
 
 from gspo_dist.actors.process import ActorProcess, Actors
 from gspo_dist.config import RewardConfig
-from gspo_dist.failures import Event
+from gspo_dist.failures import Event, first_line
 from gspo_dist.rewards.pool import DEATHS_IN_A_ROW, START_TIMEOUT_S, LocalRewardPool, bare
 from gspo_dist.rewards.reward import Item, Judged, located
 
@@ -95,7 +95,7 @@ class RayRewardPool:
 
     def _bury(self, name: str, error: Exception) -> None:
         log.warning("%s is dead, another one judges its rollouts again: %s", name, error)
-        self.events.append(Event("reward_death", name, str(error).splitlines()[0]))
+        self.events.append(Event("reward_death", name, first_line(error)))
         ray.kill(self.actors.handles[name])
         self._create(name)
 

@@ -13,6 +13,7 @@ import ray
 
 from gspo_dist.actors.process import Actors, ProcessDied, ProcessTimeout
 from gspo_dist.config import WeightSyncConfig
+from gspo_dist.failures import first_line
 from gspo_dist.weights.group import TransferFailed
 from gspo_dist.weights.send import SentReport, Transport, make_transport, send_weights
 from gspo_dist.weights.shm import FOLDER
@@ -167,5 +168,5 @@ def _worst(failures: Mapping[str, Exception], late: Sequence[str], engines: Acto
         worst = next(iter(failures.values()))
     for name, failure in failures.items():
         if failure is not worst:
-            worst.add_note(f"{name} then said: {str(failure).splitlines()[0]}")
+            worst.add_note(f"{name} then said: {first_line(failure)}")
     return worst
