@@ -105,7 +105,11 @@ def _text(value: Any, field: str = "") -> str:
 
 def _arguments(value: Any) -> str:
     """One JSON argument per line, from that text or from a list of arguments."""
-    return value if isinstance(value, str) else "\n".join(map(json.dumps, value))
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"{RULE}: got the arguments {str(value)[:80]!r} of type {type(value).__name__}")
+    return "\n".join(map(json.dumps, value))
 
 
 def _result(value: Any) -> str:
