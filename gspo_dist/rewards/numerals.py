@@ -100,6 +100,4 @@ def equal_numerals(a: Numeral, b: Numeral) -> bool:
 def _rounds_to(decimal: Numeral, other: Numeral) -> bool:
     if decimal.decimals is None or decimal.significant < ROUNDED_DIGITS:
         return False
-    if other.decimals is not None and other.decimals <= decimal.decimals:
-        return False  # two decimals are what they are, unless the other one has more places
     return abs(decimal.value - other.value) * 2 <= Fraction(10) ** -decimal.decimals
