@@ -35,6 +35,8 @@ _DISPLAY = re.compile(r"(?s)(?:\$\$(.{1,2000}?)\$\$|\\\[(.{1,2000}?)\\\])[\s.]*\
 _FORMULA = re.compile(r"\$([^$\n]{1,500})\$|\\\(([^\n]{1,500}?)\\\)")
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 _NUMBER = re.compile(r"(?<![\w.\\])[-−]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[ ]?\\?%|/\d+)?(?!\w)")
+_SENTENCE = re.compile(r"(?:\\\$|\$(?:[^$\\]|\\.)*\$|[^.。]|\.(?![ \t*_<]|\Z))*")
+"""The first sentence of a line: a full stop inside a formula or a number ends none."""
 _DENIED = re.compile(r"\bnot\s{1,4}\W{0,4}\d")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _TAIL = 20_000
@@ -51,7 +53,7 @@ def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
     boxed = _last_boxes(visible)
     if boxed or boxed_only:
         return boxed
-    visible = _CUT_BOX.split(visible[-_TAIL:], maxsplit=1)[0]
+    visible = _CUT_BOX.split(visible[-_TAIL:])[0]
     return _marked(visible) or _last_line(visible)
 
 
@@ -78,7 +80,8 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
         if match.group(1):
             starts[match.end() - 1] = match.start()
         elif bare := _BARE_BOX.match(text, match.end()):
-            found.append((match.start(), bare.end(), bare.group().rstrip(".,")))
+            content = bare.group().rstrip(".,")
+            found.append((match.start(), match.end() + len(content), content))
     if not starts:
         return found
     for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
@@ -99,10 +102,8 @@ def _last_boxes(text: str) -> str | None:
         return None
     listed = [filled[-1]]
     for box in reversed(filled[:-1]):
-        if box[1] <= listed[0][0] and _BETWEEN_BOXES.fullmatch(text, box[1], listed[0][0]):
+        if _BETWEEN_BOXES.fullmatch(text, box[1], listed[0][0]):
             listed.insert(0, box)
-        elif box[1] <= listed[0][0]:
-            break
     separators = [text[a[1] : b[0]] for a, b in itertools.pairwise(listed)]
     word = " or " if any("or" in between for between in separators) else ", "
     return word.join(content for _, _, content in listed)
@@ -114,8 +115,9 @@ def _marked(text: str) -> str | None:
         rest = text[match.end() :].lstrip(" \t*_:：=")
         if display := re.match(r"(?s)\s{0,20}(?:\$\$(.{1,2000}?)\$\$|\\\[(.{1,2000}?)\\\])", rest):
             return (display.group(1) or display.group(2)).strip() or None
-        line = rest.lstrip().split("\n", 1)[0]
-        if found := _quantity(_sentence(line.strip()), last=False):
+        line = rest.lstrip().partition("\n")[0]
+        sentence = next(_SENTENCE.finditer(line.strip())).group()
+        if found := _quantity(sentence, last=False):
             return found
     return None
 
@@ -127,21 +129,9 @@ def _last_line(text: str) -> str | None:
     return _quantity(lines[-1], last=True) if lines else None
 
 
-def _sentence(line: str) -> str:
-    """The first sentence of a line: a full stop inside a formula or a number ends none."""
-    inside = False
-    for at, sign in enumerate(line):
-        if sign == "$" and (at == 0 or line[at - 1] != "\\"):
-            inside = not inside and "$" in line[at + 1 :]
-        ends = sign == "。" or (sign == "." and (at + 1 == len(line) or line[at + 1] in " \t*_<"))
-        if ends and not inside:
-            return line[:at]
-    return line
-
-
 def _quantity(sentence: str, last: bool) -> str | None:
     """A sentence without its decoration, or the only formula, bold text or number among its words."""
-    plain = sentence.strip(" \t*_`#").rstrip(" \t.。!,;\\") if not sentence.endswith(r"\}") else sentence
+    plain = sentence.strip(" \t*_`#").rstrip(" \t.。!,;\\")
     if not plain:
         return None
     outside = _FORMULA.sub(" ", plain)
