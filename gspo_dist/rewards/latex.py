@@ -70,10 +70,11 @@ _NO_UNIT = {
 _SAME_UNIT = {
     "cm": "cm", "centimeter": "cm", "centimetre": "cm", "m": "m", "meter": "m", "metre": "m",
     "km": "km", "kilometer": "km", "kilometre": "km", "mm": "mm", "millimeter": "mm", "inch": "in",
-    "inche": "in", "foot": "ft", "feet": "ft", "ft": "ft", "yard": "yd", "mile": "mi", "second": "s",
-    "sec": "s", "s": "s", "minute": "min", "min": "min", "hour": "h", "hr": "h", "day": "d",
-    "week": "w", "year": "y", "cent": "ct", "dollar": "$", "gram": "g", "g": "g", "kg": "kg",
-    "kilogram": "kg",
+    "inche": "in", "in": "in", "foot": "ft", "feet": "ft", "ft": "ft", "yard": "yd", "yd": "yd",
+    "mile": "mi", "mi": "mi", "second": "s", "sec": "s", "s": "s", "minute": "min", "min": "min",
+    "ms": "ms", "millisecond": "ms",
+    "hour": "h", "hr": "h", "day": "d", "week": "w", "year": "y", "cent": "ct", "dollar": "$",
+    "gram": "g", "g": "g", "kg": "kg", "kilogram": "kg",
 }  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def _without_dollars(text: str) -> str:
 
 def _end(text: str) -> str:
     """Without the full stop or comma that ends a sentence, and without outer braces."""
-    text = re.sub(r"(?:\\?[.,;:?]|\\\\)+\s*$", "", text) if not text.endswith(r"\}") else text
+    text = re.sub(r"(?:\\?[.,;:?]|\\\\)+\s*$", "", text)
     text = text.strip().strip("*").strip()
     while text.startswith("{") and closing(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
@@ -146,11 +147,10 @@ def _measured(text: str) -> tuple[str, bool, bool, str]:
         if match is not None and match.end() == len(text) and match.start() > 0:
             return text[: match.start()].strip(), at == 1, at == 2, ""
     # Only the last 60 characters: a unit is short, and a search that starts anywhere is quadratic.
-    tail = max(0, len(text) - 60)
-    for match in _UNIT.finditer(text, tail):
+    for match in _UNIT.finditer(text, len(text) - 60):
         words = re.findall(r"[A-Za-z]+", match.group("name").lower())
         if match.end() == len(text) and not _NO_UNIT & set(words):
-            name = words[0].rstrip("s") if len(words[0]) > 1 else words[0]
+            name = words[0].rstrip("s") if len(words[0]) > 2 else words[0]  # ms are no metres
             power = "".join(re.findall(r"\^\s*\{?(-?\d)", match.group()))
             known = _SAME_UNIT.get(name, "") if len(words) == 1 else ""
             return text[: match.start()].strip(), False, False, known and known + power
