@@ -6,7 +6,7 @@ that are never closed.
 The order, first hit wins. What stands in <think>...</think> never counts.
 
 1. the content of the last <answer>...</answer>, read by the rules below
-2. the last box with something in it: \boxed{42}, \fbox{42}, \boxed 42; boxes side by side are a list
+2. the last box with something in it: \boxed{42}, \fbox{42}, \boxed 42 (boxes side by side are a list)
 3. the text after the last marker: "The answer is 42.", "**Answer:** 42", "### Final answer" and the next line
 4. the last formula set off by $$...$$ or \[...\], when the text ends with it
 5. the last line: all of it, or the one number, formula or bold text in its sentence
@@ -46,7 +46,7 @@ _TAIL = 20_000
 def final_answer(text: str, *, boxed_only: bool = False) -> str | None:
     r"""The final answer as the completion writes it. None when there is none.
 
-    Example: r"so \boxed{\frac{1}{2}}." gives r"\frac{1}{2}"; "Answer: 42\n\nI hope it helps!" gives "42".
+    Examples: r"so \boxed{\frac{1}{2}}." gives r"\frac{1}{2}". "Answer: 42\n\nI hope it helps!" gives "42".
     """
     visible = after_thinking(text)
     visible = _tagged(visible)
@@ -72,7 +72,7 @@ def _tagged(text: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of every box that is closed, in the order in which they close; one pass."""
+    """(start, end, content) of every box that is closed, in the order in which they close. One pass."""
     opened: list[tuple[int, int] | None] = []  # for each open brace: the box it opens, if any
     found: list[tuple[int, int, str]] = []
     starts = {}
@@ -116,7 +116,7 @@ def _marked(text: str) -> str | None:
         if display := re.match(r"(?s)\s{0,20}(?:\$\$(.{1,2000}?)\$\$|\\\[(.{1,2000}?)\\\])", rest):
             return (display.group(1) or display.group(2)).strip() or None
         line = rest.lstrip().partition("\n")[0]
-        sentence = next(_SENTENCE.finditer(line.strip())).group()
+        sentence, *_ = _SENTENCE.findall(line.strip())  # there is one always: it may be empty
         if found := _quantity(sentence, last=False):
             return found
     return None

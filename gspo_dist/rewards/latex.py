@@ -85,7 +85,7 @@ class Clean(NamedTuple):
     percent: bool = False
     degrees: bool = False
     unit: str = ""
-    """A common unit under one name; empty without one, and for units that are not in the table."""
+    """A common unit under one name. Empty without one, and for units that are not in the table."""
 
 
 def clean(text: str) -> Clean:
@@ -146,7 +146,8 @@ def _measured(text: str) -> tuple[str, bool, bool, str]:
             pass
         if match is not None and match.end() == len(text) and match.start() > 0:
             return text[: match.start()].strip(), at == 1, at == 2, ""
-    # Only the last 60 characters: a unit is short, and a search that starts anywhere is quadratic.
+    # Only the last 60 characters: a unit is short, and a search that starts anywhere is quadratic. A start
+    # below zero is the beginning.
     for match in _UNIT.finditer(text, len(text) - 60):
         words = re.findall(r"[A-Za-z]+", match.group("name").lower())
         if match.end() == len(text) and not _NO_UNIT & set(words):
@@ -170,7 +171,7 @@ def joined_thousands(text: str) -> str:
 
 
 def closing(text: str, at: int) -> int | None:
-    r"""The place of the bracket that closes the one at `at`; a \{ counts as a bracket of its own."""
+    r"""The place of the bracket that closes the one at `at`. A \{ counts as a bracket of its own."""
     depth = 0
     while at < len(text):
         sign = text[at]

@@ -30,7 +30,7 @@ class Numeral(NamedTuple):
 
     value: Fraction
     decimals: int | None = None
-    """Digits after the point, of a decimal number; None for what is exact as written."""
+    """Digits after the point, of a decimal number. None for what is exact as written."""
     significant: int = 0
     """Significant digits of a decimal number."""
 
@@ -38,7 +38,7 @@ class Numeral(NamedTuple):
 def numeral(text: str) -> Numeral | None:
     r"""The number that cleaned LaTeX is. None when it is something else, or too large to compare.
 
-    Examples: "25.0" is 25; r"2\frac{1}{2}" and "2 1/2" are 5/2, never 2 times 1/2.
+    Examples: "25.0" is 25. r"2\frac{1}{2}" and "2 1/2" are 5/2, never 2 times 1/2.
     """
     if len(text) > MOST_DIGITS:
         return None
@@ -90,7 +90,7 @@ def _decimal(digits: str, exponent: int) -> Numeral | None:
 def equal_numerals(a: Numeral, b: Numeral) -> bool:
     """Equal exactly, or one is a long decimal (6 significant digits or more) that the other rounds to.
 
-    0.0833333 equals 1/12, 0.083 does not; 1e-9 is not 0.
+    0.0833333 equals 1/12, 0.083 does not. 1e-9 is not 0.
     """
     if a.value == b.value:
         return True

@@ -40,6 +40,20 @@ def test_study_options_and_refusals():
             load_study(args, conf_dir(), read_yaml)
 
 
+def test_the_two_staleness_studies_have_the_same_arms():
+    """Each begins so many ticks ahead as its longest completion has tokens, and differs in nothing else."""
+    short, long = (
+        load_study([f"study={name}"], conf_dir(), read_yaml) for name in ("staleness", "staleness_long")
+    )
+    ticks = {
+        name: tuple(override.replace("ticks_per_step=32", "ticks_per_step=320") for override in overrides)
+        for name, overrides in short.arms.items()
+    }
+    assert long.arms == ticks
+    assert (long.seeds, long.reference, len(long.arms)) == (short.seeds, short.reference, 25)
+    assert "rollout.max_completion_tokens=320" in long.base
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
