@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,17 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write_state` saved. Raises ValueError, naming the file, when it is missing or torn."""
+    """What `write_state` saved. Raises ValueError, naming the file, when it is missing or torn, or has
+    more in it than tensors and plain values.
+    """
     return _load(path, map_location=device)
 
 
 def map_state(path: Path, trusted: Sequence[Any] | None = None) -> dict[str, Any]:
     """What `write_state` or a learner's own writer saved, its tensors mapped: a page is read when it is used.
 
-    trusted: classes that may lie in the file beside tensors and plain values. Raises as `read_state` does.
+    trusted: what may lie in the file beside tensors and plain values: classes, or (a function, the full name
+    that it stands for). Raises as `read_state` does.
     """
     with torch.serialization.safe_globals(list(trusted or ())):
         return _load(path, map_location="cpu", mmap=True)
@@ -127,6 +131,14 @@ def _load(path: Path, **how: Any) -> dict[str, Any]:
         # EINVAL is what a zip without its end gives.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
+        # torch (2.13) gives one kind of error to a torn file and to a class that it does not trust.
+        if found := re.search(
+            r"Unsupported global: (?:GLOBAL )?(.+?)(?: was not an allowed|\n|$)", str(error)
+        ):
+            raise ValueError(
+                f"{path} is whole, but holds {found[1]}, which this version does not read: read it with the "
+                "Python and the packages that saved it"
+            ) from error
         raise ValueError(
             f"{path} is torn ({path.stat().st_size:,} bytes): remove this checkpoint to go on from the one "
             "before"

@@ -34,6 +34,13 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     assert torch.equal(state["a"], torch.arange(3))
 
 
+def test_a_whole_file_with_more_in_it_is_not_called_torn(tmp_path: Path) -> None:
+    """Nobody is told to remove a checkpoint that another version can read."""
+    write_state({"a": torch.arange(3), "folder": tmp_path}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt is whole, but holds pathlib\.PosixPath, which"):
+        read_state(tmp_path / "state.pt")
+
+
 @pytest.mark.parametrize("kept", [0, 1, 200, -100])
 def test_a_torn_state_is_named(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "state.pt"

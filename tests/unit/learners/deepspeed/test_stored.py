@@ -106,6 +106,44 @@ def test_a_missing_rank_is_said(saved, tmp_path: Path, gone: str, message: str) 
         list(stored_weights(saved[0], ModelFolder(tmp_path / "source")))
 
 
+class Named:
+    """Pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, kind: object, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self):
+        return getattr, (self.kind, self.name)
+
+
+def with_more(folder: Path, value: object) -> None:
+    """The file of rank 1, with what DeepSpeed writes beside the masters."""
+    path = folder / "deepspeed/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=False)
+    torch.save({"optimizer_state_dict": state["optimizer_state_dict"] | {"zero_stage": value}}, path)
+
+
+def test_a_checkpoint_of_any_python_is_read(saved, tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    make(tmp_path / "source", "qwen3_moe")
+    source = ModelFolder(tmp_path / "source")
+    want = dict(stored_weights(saved[0], source))
+    for value in (ZeroStageEnum.weights, Named(ZeroStageEnum, "weights")):
+        with_more(saved[0], value)
+        got = dict(stored_weights(saved[0], source))
+        assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def test_a_file_may_name_attributes_of_nothing_else(saved, tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    make(tmp_path / "source", "qwen3_moe")
+    with_more(saved[0], Named(LossScaler, "__init__"))
+    with pytest.raises(ValueError, match=r"rank_1.*is whole, but holds getattr\(.*__init__"):
+        list(stored_weights(saved[0], ModelFolder(tmp_path / "source")))
+
+
 def test_a_folder_of_another_backend_is_said(tmp_path: Path) -> None:
     make(tmp_path / "source", "qwen3_moe")
     with pytest.raises(ValueError, match="no DeepSpeed checkpoint in"):
