@@ -13,6 +13,8 @@ Which tests belong to a module
     with neither has every test of `tests/unit/room`. Tests marked slow run too. The first failure ends the
     run. So what starts no process comes first (`CHEAP_TESTS`), then the module's own file. A module whose
     tests fail without any change is an error, because nothing could be said about it.
+    A change that survives these is looked at once more, by every other file of `tests/unit` that imports the
+    module (without its tests marked slow or alone). Where those fail without any change, nobody looks twice.
 
 What is changed, one place at a time
     - A comparison is negated, and moved by its boundary.
@@ -51,6 +53,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -239,6 +242,20 @@ def tests_of(root: Path, module: str) -> list[str]:
     return found
 
 
+def other_tests(root: Path, module: str, tests: Sequence[str]) -> list[str]:
+    """The files below tests/unit that import a module, beside `tests`, its own."""
+    package, _, name = f"gspo_dist/{module.removesuffix('.py')}".replace("/", ".").rpartition(".")
+    dotted = rf"\b{package}\.{name}\b(?!\.)|\bfrom {package} import .*\b{name}\b"
+    own = [root / path for path in tests]
+    files = sorted((root / "tests/unit").rglob("test_*.py"))
+    return [
+        file.relative_to(root).as_posix()
+        for file in files
+        if not any(file == path or path in file.parents for path in own)
+        and re.search(dotted, file.read_text(encoding="utf-8"))
+    ]
+
+
 def modules_of(root: Path, names: Iterable[str]) -> list[str]:
     """Files and rooms as module paths below gspo_dist. Raises ValueError for a name that is neither."""
     package, found = root / "gspo_dist", []
@@ -367,6 +384,27 @@ def run(
     """Judges the mutants of one module, one per copy at a time. Raises what `check_baseline` raises."""
     module = mutants[0].module
     tests = tests_of(root, module)
+    others = other_tests(root, module, tests)
+    again = []
+    for mutant, verdict in _judge(root, mutants, trees, tests, timeout):
+        if verdict == "survived" and others:
+            again.append(mutant)
+        else:
+            yield mutant, verdict
+    if not again:
+        return
+    try:
+        yield from _judge(root, again, trees, ["-m", "not slow and not alone", *others], timeout)
+    except ValueError as error:
+        print(f"{module}: no second look at {len(again)} changes: {error}", file=sys.stderr, flush=True)
+        yield from ((mutant, "survived") for mutant in again)
+
+
+def _judge(
+    root: Path, mutants: Sequence[Mutant], trees: Sequence[Path], tests: Sequence[str], timeout: float | None
+) -> Iterator[tuple[Mutant, str]]:
+    """Mutants of one module, judged by these tests."""
+    module = mutants[0].module
     unchanged_s = check_baseline(root, trees[0], module, tests)
     limit = timeout or max(30.0, 5 * unchanged_s)
     waiting, running = list(reversed(mutants)), {}

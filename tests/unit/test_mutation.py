@@ -74,6 +74,26 @@ def test_it_lists_the_survivors_of_a_weak_test(project):
     assert (project / "gspo_dist/weak.py").read_text() == MODULE
 
 
+@pytest.mark.slow
+def test_a_survivor_is_looked_at_once_more_by_the_other_files_that_import_the_module(project):
+    """One that fails without any change, and one that imports something else, have no say."""
+    (project / "tests/unit/room").mkdir()
+    other = project / "tests/unit/room/test_user.py"
+    lines = "from gspo_dist.weak import half\nfrom gspo_dist import weak_not\n"
+    other.write_text(f"{lines}def test_it():\n    assert half(6) == 3\n")
+    (project / "gspo_dist/weak_not.py").write_text("")
+    stranger = "from gspo_dist import weak_not\ndef test_it():\n    assert False\n"
+    (project / "tests/unit/room/test_stranger.py").write_text(stranger)
+    weak = [
+        "survived weak.py:3 clamp: value < low -> value <= low",
+        "survived weak.py:6 clamp: value > high -> value >= high",
+    ]
+    assert sorted(line for line in tool(project) if line.startswith("survived")) == weak
+    other.write_text(f"{lines}def test_it():\n    assert half(6) == 4\n")
+    printed = [line for line in tool(project) if line.startswith("survived")]
+    assert sorted(printed) == ["survived weak.py:10 half: value / 2 -> value * 2", *weak]
+
+
 def test_a_sample_is_the_same_for_the_same_seed(project):
     whole = tool(project, "--list")
     one, again, other = (tool(project, "--list", "--sample", "4", "--seed", seed) for seed in ("1", "1", "2"))
