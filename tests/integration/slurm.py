@@ -12,6 +12,8 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo")
 CORES = 2
 
 # Tasks are bound to cores, as on a cluster, here of two sockets. Without cgroups: a container may have none.
+# On a host with other work a launch takes longer than the 10 s that Slurm (22.05) allows by default; then the
+# job would be queued again, held, and waited for. So a launch may take longer, and one that fails ends the job.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=host1
@@ -30,6 +32,9 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+MessageTimeout=60
+BatchStartTimeout=60
+JobRequeue=0
 MpiDefault=none
 SchedulerParameters=sched_interval=1
 {nodes}
