@@ -195,10 +195,11 @@ def mutants_of(root: Path, module: str) -> list[Mutant]:
     found = []
     for holder, key, node, function in list(places(tree)):
         for new in variants(node):
+            change = _change(node, new)
+            if isinstance(holder, ast.keyword) and isinstance(getattr(node, "value", None), bool):
+                change = f"{holder.arg}={node.value} -> {holder.arg}={new.value}"
             _put(holder, key, new)
-            found.append(
-                Mutant(module, getattr(node, "lineno", 0), function, _change(node, new), ast.unparse(tree))
-            )
+            found.append(Mutant(module, getattr(node, "lineno", 0), function, change, ast.unparse(tree)))
             _put(holder, key, node)
     return found
 

@@ -102,6 +102,16 @@ def test_a_sample_is_the_same_for_the_same_seed(project):
     assert set(one) | set(other) <= set(whole)
 
 
+def test_a_truth_value_is_shown_with_the_name_that_it_is_given_to(project):
+    """Otherwise an explanation of one explains every other of the same function."""
+    (project / "gspo_dist/weak.py").write_text("def f(a):\n    b = False\n    c = sorted(a, reverse=True)\n")
+    assert tool(project, "--list") == [
+        "weak.py:2 f: False -> True",
+        "weak.py:3 f: sorted(a, reverse=True) -> sorted(a)",
+        "weak.py:3 f: reverse=True -> reverse=False",
+    ]
+
+
 @pytest.mark.parametrize("more", [[], ["--timeout", "60"]], ids=["", "timeout"])
 def test_a_module_whose_tests_fail_unchanged_is_an_error(project, more):
     """Also with a limit of one's own, for which nobody has to know how long they take."""
