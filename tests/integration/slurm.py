@@ -12,8 +12,8 @@ TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo")
 CORES = 2
 
 # Tasks are bound to cores, as on a cluster, here of two sockets. Without cgroups: a container may have none.
-# On a host with other work a launch takes longer than the 10 s that Slurm (22.05) allows by default. Then the job
-# would be queued again, held, and waited for. So a launch may take longer, and one that fails ends the job.
+# On a host with other work a launch takes longer than the 10 s that Slurm (22.05) allows by default. Then the
+# job would be queued again, held, and waited for. So a launch may take longer, and a failed one ends the job.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=host1

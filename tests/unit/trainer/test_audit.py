@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gspo_dist.config.mapping import to_mapping
+from gspo_dist.learners.hf_model import load_policy
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.trainer import audit
 from gspo_dist.types import Completion, Prompt
@@ -102,6 +104,18 @@ def test_a_checkpoint_is_audited_rather_than_the_model_it_came_from(run, compare
 def test_a_run_without_vllm_is_refused(run):
     with pytest.raises(ValueError, match=r"gspo audit compares vLLM with the learner: got .* 'reference'"):
         audit.audit_run(run(), 1)
+
+
+def test_the_learners_log_probs_are_those_of_every_token_but_the_first(model):
+    """Against HF's own forward, of a policy that divides its logits by a temperature."""
+    sequence = np.array([4, 11, 7, 5, 9])
+    policy = load_policy(model, "fp32", temperature=0.5)
+    ours = audit.learner_logprobs(policy, sequence)
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logits = hf(torch.from_numpy(sequence)[None]).logits[0, :-1] / 0.5
+    theirs = logits.log_softmax(-1).gather(1, torch.from_numpy(sequence[1:, None]))[:, 0]
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-6)
 
 
 def test_the_first_sequence_that_differs_is_looked_into(monkeypatch):

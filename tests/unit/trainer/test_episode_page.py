@@ -52,6 +52,8 @@ def test_the_page_is_made_by_the_command(tmp_path, capsys) -> None:
     assert page.count('class="environment" title="token') == 4
     more = "token 1: log-prob -3, version 7, advantage 1.5"
     assert page.count(f'<span class="more" style="{red}" title="{more}">b&gt;</span>') == 2
+    end_of_line = "token 2: log-prob -3, version 7, advantage 2.5"  # seen, and kept
+    assert page.count(f'<span class="more" style="{red}" title="{end_of_line}">\u23ce\n</span>') == 2
     less = "token 4: log-prob -3, version 7, advantage -1"
     assert page.count(f'<span class="less" style="{red}" title="{less}">e</span>') == 2
     assert "2&lt;3?" in page
