@@ -69,7 +69,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("trainer", "actors", "weights", "packing", "checkpoint", "rewards")
 CHEAP_TESTS = {
     "actors": [
-        f"tests/unit/actors/test_{name}.py" for name in ("wires", "waiting", "successors", "ranks", "engines")
+        f"tests/unit/actors/test_{name}.py"
+        for name in ("wires", "waiting", "successors", "ranks", "engines", "grants")
     ]
 }
 """Room -> files that decide most of its changes in seconds, where its other tests start processes."""

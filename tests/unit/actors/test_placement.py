@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import ray
 
 from gspo_dist.actors import placement
-from gspo_dist.actors.placement import Bundle, Layout, Reservation, blocks, granted, lay_out, spread
+from gspo_dist.actors.placement import Bundle, Layout, Reservation, blocks, lay_out, spread
 from gspo_dist.actors.session import Node
 from gspo_dist.cli.compose import run_config
 
@@ -58,6 +57,21 @@ def test_learners_and_engines_together_must_fit_a_host_that_is_alone(reserved) -
     assert reserved == [("PACK", 2), ("PACK", 2)]
 
 
+def test_a_host_is_asked_for_all_its_gpus_and_not_for_one_more(reserved) -> None:
+    three = ("learner.world_size=3", "rollout.engines=1")
+    Reservation(layout(*three, "cluster.colocated=true"), 600.0, local=True)
+    Reservation(layout(*three, "rollout=reference"), 600.0, local=True)  # its engine has no GPU
+    assert reserved == [("PACK", 3), ("PACK", 3), ("PACK", 0)]
+    with pytest.raises(ValueError, match="asks for 4 GPUs and this host has 3"):
+        Reservation(layout("learner.world_size=4", "cluster.colocated=true"), 600.0, local=True)
+    assert len(reserved) == 3
+
+
+def test_what_needs_no_gpu_runs_beside_fewer_of_them(reserved) -> None:
+    Reservation(layout("learner.world_size=4", device="cpu"), 600.0, local=True)
+    assert reserved == [("PACK", 0), ("PACK", 0)]
+
+
 def test_colocated_ranks_are_packed_and_engines_ask_for_nothing_more(reserved) -> None:
     Reservation(layout("cluster.colocated=true"), 600.0, local=True)
     assert reserved == [("PACK", 2)]
@@ -93,22 +107,6 @@ def test_every_actor_is_pinned_to_its_bundle_with_the_gpus_of_its_kind(monkeypat
             "scheduling_strategy": (f"of the {kind}s", bundle),
             "runtime_env": {"env_vars": {"MARK": "7"}},
         }
-
-
-def test_what_was_granted_is_given_back_when_the_rest_is_not(monkeypatch) -> None:
-    """Else a retry in the same cluster would find the learners' GPUs taken by nobody."""
-    granted = iter((True, False))
-    table = {"bundles_to_node_id": {0: "n1", 1: "n1"}}
-    monkeypatch.setattr(placement, "placement_group_table", lambda group: table)
-    monkeypatch.setattr(placement, "nodes", lambda: [host(1)])
-    groups = [SimpleNamespace(size=2, wait=lambda seconds: next(granted)) for _ in range(2)]
-    made, removed = iter(groups), []
-    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: next(made))
-    monkeypatch.setattr(placement, "remove_placement_group", removed.append)
-    monkeypatch.setattr(placement.ray, "available_resources", lambda: {"CPU": 3.0})
-    with pytest.raises(RuntimeError, match="free are CPU 3, GPU 0"):
-        Reservation(layout(), 1.0, local=False)
-    assert removed == groups
 
 
 def test_a_reference_engine_takes_no_gpu() -> None:
@@ -156,35 +154,6 @@ def test_an_actor_without_a_gpu_asks_for_none() -> None:
 def test_a_colocation_that_cannot_be_is_refused(overrides, device, words) -> None:
     with pytest.raises(ValueError, match=words):
         layout("rollout=vllm", "cluster.colocated=true", *overrides, device=device)
-
-
-@pytest.mark.slow
-def test_an_actor_lands_in_its_bundle_with_its_environment(ray_here) -> None:
-    made = layout("rollout=vllm", device="cpu")
-    places = Reservation(made, 60.0, local=True)
-    options = places.options("learner", 1, {"MARK": "7"})
-    assert (options["num_cpus"], options["num_gpus"]) == (0.01, 0.0)
-    strategy = options["scheduling_strategy"]
-    assert (strategy.placement_group, strategy.placement_group_bundle_index) == (places.learners.group, 1)
-    assert places.options("engine", 0, {})["scheduling_strategy"].placement_group == places.engines.group
-
-    @ray.remote
-    def mark():
-        return os.environ["MARK"]
-
-    assert ray.get(mark.options(**options).remote(), timeout=60) == "7"
-    places.release()
-    assert places.groups == []
-    places.release()
-
-
-@pytest.mark.slow
-def test_what_the_cluster_does_not_grant_in_time_is_told_in_numbers(ray_here) -> None:
-    made = Layout((Bundle(10_000, 0),), (), colocated=False)
-    with pytest.raises(
-        RuntimeError, match=r"did not grant \{'CPU': 10000, 'GPU': 0\} within 1 s: free are CPU \d"
-    ):
-        Reservation(made, 1.0, local=True)
 
 
 def test_no_bundles_are_no_group(reserved) -> None:
@@ -236,77 +205,30 @@ def test_blocks_are_the_groups_of_consecutive_ranks(overrides, wanted) -> None:
     assert blocks(run_config(["learner.world_size=16", *overrides]).learner) == wanted
 
 
-def on_hosts(monkeypatch, homes: str, together: dict[str, int], made: Layout | None = None) -> Reservation:
-    """A grant that puts bundle i on host homes[i]; the driver is on host 1."""
-    count = len(homes)
-    group = SimpleNamespace(wait=lambda seconds: True)
-    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: group)
-    table = {"bundles_to_node_id": {i: f"n{home}" for i, home in enumerate(homes)}}
-    monkeypatch.setattr(placement, "placement_group_table", lambda group: table)
-    monkeypatch.setattr(placement, "nodes", lambda: [host(i) for i in range(1, 5)])
-    monkeypatch.setattr(placement, "remove_placement_group", lambda group: None)
-    made = made or Layout((Bundle(1, 1),) * count, (), colocated=False)
-    return Reservation(made, 1.0, local=False, together=together)
+@pytest.mark.slow
+def test_an_actor_lands_in_its_bundle_with_its_environment(ray_here) -> None:
+    made = layout("rollout=vllm", device="cpu")
+    places = Reservation(made, 60.0, local=True)
+    options = places.options("learner", 1, {"MARK": "7"})
+    assert (options["num_cpus"], options["num_gpus"]) == (0.01, 0.0)
+    strategy = options["scheduling_strategy"]
+    assert (strategy.placement_group, strategy.placement_group_bundle_index) == (places.learners.group, 1)
+    assert places.options("engine", 0, {})["scheduling_strategy"].placement_group == places.engines.group
+
+    @ray.remote
+    def mark():
+        return os.environ["MARK"]
+
+    assert ray.get(mark.options(**options).remote(), timeout=60) == "7"
+    places.release()
+    assert places.groups == []
+    places.release()
 
 
-def test_ranks_are_numbered_host_by_host_whatever_the_order_of_the_grant(monkeypatch) -> None:
-    places = on_hosts(monkeypatch, "21212121", {"expert parallel": 4})
-    assert places.homes("learner") == ("host1",) * 4 + ("host2",) * 4
-    assert places.learners.bundles == (1, 3, 5, 7, 0, 2, 4, 6)
-    # the fullest host first, so that whole blocks begin where ranks are counted in blocks
-    assert on_hosts(monkeypatch, "122223", {}).homes("learner") == ("host2",) * 4 + ("host1", "host3")
-
-
-def test_a_block_that_the_grant_tears_is_refused(monkeypatch) -> None:
+@pytest.mark.slow
+def test_what_the_cluster_does_not_grant_in_time_is_told_in_numbers(ray_here) -> None:
+    made = Layout((Bundle(10_000, 0),), (), colocated=False)
     with pytest.raises(
-        RuntimeError, match=r"ranks 4-7 \(expert parallel\) must share a host: .* 6 ranks on host1"
+        RuntimeError, match=r"did not grant \{'CPU': 10000, 'GPU': 0\} within 1 s: free are CPU \d"
     ):
-        on_hosts(monkeypatch, "11111122", {"expert parallel": 4})
-    with pytest.raises(RuntimeError, match=r"ranks 4-5 \(tensor and context parallel\)"):
-        on_hosts(monkeypatch, "11111222", {"tensor and context parallel": 2})
-    assert on_hosts(
-        monkeypatch, "11112222", {"expert parallel": 8}
-    )  # no host has eight: asked for, and planned
-
-
-def test_nodes_that_share_a_name_are_told_apart(monkeypatch) -> None:
-    group = SimpleNamespace()
-    monkeypatch.setattr(
-        placement, "placement_group_table", lambda g: {"bundles_to_node_id": {0: "n1", 1: "n2"}}
-    )
-    monkeypatch.setattr(placement, "nodes", lambda: [host(1, "laptop"), host(2, "laptop")])
-    assert granted(group, 2).homes == ("laptop/n1", "laptop/n2")
-
-
-def colocated_on(monkeypatch, homes: str, engines: int, size: int) -> Reservation:
-    """A grant that puts bundle i of a colocated layout on host homes[i]."""
-    share = Bundle(1, 0.5)
-    made = Layout((share,) * len(homes), (share,) * engines, colocated=True, engine_gpus=size)
-    return on_hosts(monkeypatch, homes, {}, made)
-
-
-def test_a_colocated_engine_is_where_its_first_rank_is_and_hears_from_the_first_rank_of_its_host(
-    monkeypatch,
-) -> None:
-    places = colocated_on(monkeypatch, "21212121", 4, 2)
-    assert places.homes("engine") == ("host1", "host1", "host2", "host2")
-    assert places.learners.bundles == (1, 3, 5, 7, 0, 2, 4, 6)
-    bundles = [
-        places.options("engine", i, {})["scheduling_strategy"].placement_group_bundle_index for i in range(4)
-    ]
-    assert bundles == [1, 5, 0, 4]
-    assert places.exporters() == {"engine-0": 0, "engine-1": 0, "engine-2": 4, "engine-3": 4}
-
-
-def test_one_rank_sends_to_engines_with_gpus_of_their_own(monkeypatch) -> None:
-    places = on_hosts(monkeypatch, "1122", {})
-    assert (places.exporters(), places.shared_gpus(1.0)) == (None, [])
-    assert colocated_on(monkeypatch, "1122", 4, 1).shared_gpus(1.0) == []  # Ray gives half of one GPU
-
-
-def test_a_colocated_engine_that_the_grant_tears_is_refused(monkeypatch) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"ranks 2-3 share their GPUs with engine 1 .* granted host1, host2"
-    ):
-        colocated_on(monkeypatch, "1112", 2, 2)
-    assert colocated_on(monkeypatch, "1112", 1, 2).homes("engine") == ("host1",)
+        Reservation(made, 1.0, local=True)
