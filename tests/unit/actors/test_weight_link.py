@@ -3,8 +3,10 @@ failures the one that explains the others is raised."""
 
 from __future__ import annotations
 
+import io
 import threading
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from gspo_dist.learners.collectives import Watch
 from gspo_dist.weights.collective import CollectiveTransport
 from gspo_dist.weights.group import TransferFailed
 from gspo_dist.weights.verify import WeightSyncError
+from tests.unit.actors.virtual_ray import NEVER, Handle, died, due, raised
 
 SYNC = WeightSyncConfig(transport="gloo", timeout_s=60.0)
 
@@ -90,10 +93,19 @@ def test_where_this_side_failed_first_its_error_is_the_one_raised(monkeypatch) -
         engines.over.set()
 
 
-def test_both_met(monkeypatch) -> None:
-    met: list[int] = []
-    assert connect(monkeypatch, Engines({"engine-0": handle()}), lambda: met.append(1)) == []
-    assert met == [1]
+def test_both_met_and_a_dump_of_the_threads_would_have_said_who_meets(monkeypatch) -> None:
+    met: list[str] = []
+    meet = lambda: met.append(threading.current_thread().name)  # noqa: E731
+    assert connect(monkeypatch, Engines({"engine-0": handle()}), meet) == []
+    assert [name.split("_")[0] for name in met] == ["weight-rendezvous"]
+
+
+def test_the_log_says_at_once_how_weights_travel_and_to_whom(monkeypatch) -> None:
+    """Whoever reads a rank's log while it hangs must find it there: the file is a buffered one."""
+    log = io.BytesIO()
+    with redirect_stdout(io.TextIOWrapper(log)):
+        connect(monkeypatch, Engines({"engine-0": handle(), "engine-2": handle()}), lambda: None)
+        assert log.getvalue() == b"weight sync: gloo to engine-0, engine-2\n"
 
 
 def test_every_worker_of_every_engine_gets_a_rank_of_its_own(monkeypatch) -> None:
@@ -122,6 +134,27 @@ def test_auto_is_shared_memory_where_every_engine_sees_it(monkeypatch, sees, nam
     if name == "gloo":
         with pytest.raises(ValueError, match="engine-1 cannot see its /dev/shm; use auto or gloo"):
             WeightLink(WeightSyncConfig(transport="shm"), engines, "127.0.0.1", soon())
+
+
+def test_nothing_of_the_question_about_memory_stays_there(monkeypatch, tmp_path) -> None:
+    """/dev/shm is memory: a file per publication would fill it."""
+    monkeypatch.setattr(weight_link, "FOLDER", tmp_path)
+    asked: list[list[str]] = []
+
+    def sees(path, token):
+        asked.append([file.name for file in tmp_path.iterdir()])
+        if len(asked) > 1:
+            raise ProcessDied("engine-0 died")
+        return Path(path).read_text() == token
+
+    engine = handle()
+    engine.sees.remote = sees
+    auto = WeightSyncConfig(transport="auto")
+    assert WeightLink(auto, Engines({"engine-0": engine}), "10.0.0.1", soon()).transport.name == "shm"
+    with pytest.raises(ProcessDied):
+        WeightLink(auto, Engines({"engine-0": engine}), "10.0.0.1", soon())
+    assert [len(names) for names in asked] == [1, 1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_reaches_the_very_processes_it_was_made_for(monkeypatch) -> None:
@@ -208,6 +241,52 @@ def test_what_was_missed_waits_for_the_others_and_an_engines_own_fault_only_for_
     with pytest.raises(WeightSyncError):
         answers.hear()
     assert answers.waits == [pytest.approx(100, abs=2), pytest.approx(weight_link.GRACE_S, abs=2)]
+
+
+def hear(world, folder: Path, deadline: float, **answers) -> None:
+    """Hears engines on a virtual clock. Each answer: when it comes, or (when, an error)."""
+    hear_all(Actors(dict.fromkeys(answers), folder), due(**answers), deadline)
+
+
+def test_a_death_is_told_at_once_and_without_one_all_are_heard(world, tmp_path) -> None:
+    hear(world, tmp_path, 10.0, a=1.0, b=3.0)
+    assert world.now == 3.0
+    with pytest.raises(ProcessDied, match="b died"):
+        hear(world, tmp_path, 20.0, a=NEVER, b=(5.0, died()), c=6.0)
+    assert world.now == 5.0
+
+
+def test_an_answer_counts_until_the_deadline_and_no_longer(world, tmp_path) -> None:
+    hear(world, tmp_path, 10.0, a=9.0, b=10.0)
+    with pytest.raises(ProcessTimeout, match=r"^b did not answer"):
+        hear(world, tmp_path, 20.0, a=20.0, b=20.5)
+    assert world.now == 20.0
+
+
+@pytest.mark.parametrize(("seconds", "heard"), [(4.5, "b died"), (5.5, "own")])
+def test_an_engines_own_fault_waits_five_seconds_for_the_death_behind_it(
+    world, tmp_path, seconds, heard
+) -> None:
+    with pytest.raises(Exception, match=heard):
+        hear(
+            world, tmp_path, 60.0, a=(7.0, raised(WeightSyncError("own"))), b=(7.0 + seconds, died()), c=NEVER
+        )
+    assert world.now == 7.0 + min(seconds, 5.0)
+
+
+def test_an_engine_that_is_told_of_a_bucket_when_time_is_up_has_a_moment_for_it(
+    world, tmp_path, monkeypatch
+) -> None:
+    """Not a negative time, which a wait would refuse in words of its own, and not a second more."""
+    link = object.__new__(WeightLink)
+    link.engines = Actors({"a": Handle(world, "a")}, tmp_path)
+    link.transport = None
+    monkeypatch.setattr(weight_link, "send_weights", lambda stream, transport, deliver: deliver({"part": 1}))
+    world.now = 100.0
+    for deadline in (130.0, 99.0):
+        link.send(iter(()), deadline)
+    assert [(call[:2], call[2]["part"]) for call in world.calls] == [(("a", "update_weights"), 1)] * 2
+    assert [call[2]["seconds"] for call in world.calls] == pytest.approx([27.0, 0.009])
 
 
 # --- the rank that holds the link -------------------------------------------------------------------------
