@@ -208,7 +208,7 @@ class RayRolloutPool(Fleet):
             if not done:
                 break
             refs = {names[ref]: self.starting.pop(names[ref]) for ref in done}
-            answers, failures = self.actors.each(refs, 0.0)
+            answers, failures = self.actors.each(refs, self.config.timeout_s)  # they are there already
             if self.shares:  # what a publication needs: the others have woken for it already
                 woken = {name: self.actors.handles[name].wake_up.remote(True) for name in answers}
                 answers, lost = self.actors.each(woken, self.config.timeout_s)

@@ -126,6 +126,16 @@ def test_an_error_may_be_the_first_sign_of_another_ranks_death(world, group) -> 
     assert (error.value, world.now) == (lost, 1.0 + DEATH_S)
 
 
+def test_a_group_that_closes_ends_every_rank_and_asks_none(world, group) -> None:
+    """They may wait in a collective for one that is dead."""
+    group.close()
+    assert world.killed == list(group.actors.handles.values())
+    assert ([handle.name for handle in world.killed], world.calls) == (
+        ["learner-0", "learner-1", "learner-2"],
+        [],
+    )
+
+
 # --- one rank ---------------------------------------------------------------------------------------------
 
 
@@ -186,10 +196,12 @@ def test_a_rank_computes_log_probs_whether_or_not_it_answers(monkeypatch, tmp_pa
 
 
 def test_a_rank_profiles_into_the_folder_and_under_the_name_that_it_is_told(monkeypatch, tmp_path) -> None:
-    rank, told = make_rank(monkeypatch, tmp_path), []
-    rank._profiler = SimpleNamespace(
+    told = []
+    profiler = SimpleNamespace(
         start=lambda: told.append("start"), stop=lambda *where: told.append(where) or [tmp_path / "trace"]
     )
+    monkeypatch.setattr(learner_group, "Profiler", lambda: profiler)
+    rank = make_rank(monkeypatch, tmp_path)
     rank.start_profile()
     assert rank.stop_profile("below", "rank-3") == [str(tmp_path / "trace")]
     assert told == ["start", (Path("below"), "rank-3")]

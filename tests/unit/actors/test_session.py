@@ -251,6 +251,15 @@ def test_hosts_that_are_still_joining_are_waited_for(growing, caplog, hosts, gpu
     assert caplog.text.count("waiting for") == (left < 2)
 
 
+def test_hosts_have_their_time_to_come_counted_from_the_first_look(growing) -> None:
+    """One comes per second, on a clock that has run for long. The fifth is there after four seconds."""
+    present, coming = growing
+    present.append(host(1))
+    coming.extend(host(i) for i in range(2, 7))
+    await_nodes(ClusterConfig(address="auto", nodes=5, placement_timeout_s=5), gpus=False)
+    assert (len(present), len(coming)) == (5, 1)
+
+
 def test_hosts_that_do_not_come_are_named_after_the_timeout(growing) -> None:
     growing[0].append(host(1))
     cluster = ClusterConfig(address="auto", nodes=3, placement_timeout_s=5)

@@ -96,7 +96,8 @@ def test_successors_that_die_in_a_row_are_followed_by_three_at_most(world, pool,
     assert "the successor of engine-1 did not come up: engine-1 died: no memory" in caplog.text
     assert pool.attempts == {"engine-0": 0, "engine-1": 2}
     pool.alive = ["engine-1"]
-    pool.finish_weight_update(3, 60.0)
+    world.answers["finish_weight_update"] = [(1.0, "a receipt")]
+    assert pool.finish_weight_update(3, 60.0) == {"engine-1": "a receipt"}
     assert pool.attempts == {"engine-0": 0, "engine-1": 0}
     world.answers["start"] = [(10.0, died("no memory"))]
     world.calls.clear()

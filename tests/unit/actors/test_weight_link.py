@@ -323,8 +323,9 @@ def rank(monkeypatch):
     rank._watch = Watch("learner-0", Path("logs"), 60.0, 60.0)
     rank.drawn = []
 
-    def weights(bucket_bytes, stacked):
+    def weights(bucket_bytes, stacked, exporters=None):
         assert stacked
+        rank.told = exporters
         for bucket in rank.buckets:
             rank.drawn.append(bucket)
             yield bucket
@@ -355,3 +356,20 @@ def test_after_a_failure_every_bucket_was_drawn_and_the_engines_are_met_anew(ran
     assert rank.drawn == ["bad", "second", "third"]
     assert send(rank, ["good"], {"a": 1}) == "good"
     assert [link.closed for link in Link.made] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "exporters", "engines", "sent"),
+    [
+        (True, None, {"a": 1}, "first"),
+        (False, None, {"a": 1}, None),  # every rank is told of the engines, and the learner's choice sends
+        (False, [0, 4], {"a": 1}, "first"),
+        (True, [0, 4], {}, None),  # all engines of its host have died, say
+    ],
+)
+def test_the_learners_exporter_sends_unless_some_ranks_have_engines_of_their_own(
+    rank, chosen, exporters, engines, sent
+) -> None:
+    rank._learner.is_exporter, rank.buckets = chosen, ["first", "second"]
+    assert rank.send_weights(SYNC, engines, "logs", exporters) == sent
+    assert (rank.told, rank.drawn[-1], len(Link.made)) == (exporters, "second", sent is not None)
