@@ -20,6 +20,7 @@ from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.rollout.turns import Bridge
 from gspo_dist.trainer import clockwork
 from gspo_dist.trainer.credit import turn_rewards
+from gspo_dist.trainer.episode_page import EPISODES
 from gspo_dist.trainer.episodes import Episodes, play
 from gspo_dist.trainer.evaluate import evaluate_model
 from gspo_dist.trainer.loop import run_step, start, train
@@ -182,6 +183,9 @@ def test_a_run_of_episodes_is_trained_on_what_was_sampled(plain_run) -> None:
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])
     assert sample["turns"][0]["answer"] == rollouts[-1].completion.turns[0].observation
     assert [t["said"] for t in sample["turns"]] == [t.said for t in rollouts[-1].completion.turns]
+    pages = read_jsonl(folder / EPISODES)
+    assert [row["step"] for row in pages] == [1] * (len(pages) // 2) + [2] * (len(pages) // 2)
+    assert len(pages[-1]["tokens"]) == len(rollouts[-1].completion)
     assert rows[0]["eval/heldout/reward_mean"] >= 0
     assert rows[0]["eval/heldout/completion_length_mean_tokens"] > 2
 

@@ -89,6 +89,11 @@ def test_why_log_probs_were_not_compared_is_told(run_dir, tmp_path, monkeypatch)
     assert export.export_run(folder, tmp_path / "d")["not_compared"] == "the checkpoint has none"
 
 
+def test_a_folder_of_something_else_is_told(tmp_path) -> None:
+    with pytest.raises(ValueError, match=rf"not a run folder: {tmp_path} has no config\.json"):
+        export.export_run(tmp_path, tmp_path / "out")
+
+
 def test_a_run_without_a_checkpoint_says_so(run_dir, tmp_path) -> None:
     shutil.rmtree(run_dir[0] / "checkpoints")
     with pytest.raises(ValueError, match=r"has no checkpoint: set checkpoint\.every"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from gspo_dist.trainer import checkpointing, pipeline
 from gspo_dist.trainer.clock import StepClock
 from gspo_dist.trainer.clockwork import Clockwork
 from gspo_dist.trainer.collect import collect
+from gspo_dist.trainer.episodes import Moved
 from gspo_dist.trainer.pipeline import Collector, progress_metrics
 from gspo_dist.types import Completion, SamplingSpec
 from tests.unit.trainer.small import rollout
@@ -342,6 +345,49 @@ def test_engines_without_work_are_asked_once_beside_the_learner():
     collector = collector_of(pool, steps=1, steps_ahead=1)
     trained(collector, [1], learner=lambda step: time.sleep(0.1))
     assert len(pool.asked) == 2
+
+
+class Tool:
+    """An environment of two turns a completion, one token each. It answers when somebody waits for it, and
+    groups from the third on only when it is `open`.
+    """
+
+    def __init__(self) -> None:
+        self.live, self.acting, self.turns, self.open = {}, {}, Counter(), False
+
+    def take(self, work):
+        self.live |= {item.key: item for item in work}
+        return work
+
+    def turned(self, finished):
+        self.turns.update(finished.keys())
+        over = {key: c for key, c in finished.items() if self.turns[key] == 2}
+        self.acting |= {key: c for key, c in finished.items() if key not in over}
+        return over
+
+    def poll(self, seconds):
+        answered = [key for key in self.acting if seconds and (self.open or key[0] < 3)]
+        return Moved([replace(self.live[key], so_far=self.acting.pop(key)) for key in answered])
+
+    def judge(self, items, rewards):
+        return rewards.judge(items)
+
+
+def test_engines_that_had_nothing_to_do_go_on_beside_the_learner_once_tools_have_answered():
+    """The slice in which the answers come has no token, and still it is not the last one."""
+    tool = Tool()
+    pool = SlowPool(lambda g, i: 1 + tool.turns[g, i])
+    collector = collector_of(pool, steps=2, steps_ahead=1)
+    collector.episodes = tool
+    collector.sample(1)
+    collector.judged(1)
+    assert not collector.buffer.steps[2].finished
+    with collector.beside_learner():
+        tool.open = True
+        time.sleep(0.5)
+    assert {k: len(c) for k, c in collector.buffer.steps[2].finished.items()} == {
+        (g, i): 2 for g in (3, 4, 5) for i in (0, 1)
+    }
 
 
 def test_what_goes_wrong_beside_the_learner_is_raised_after_it():

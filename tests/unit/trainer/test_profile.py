@@ -62,7 +62,7 @@ class Group:
 
     def stop_profile(self, ranks, folder):
         self._ask("stop", ranks, folder.name)
-        return []
+        return [] if ranks == (0,) else [folder / f"rank-{rank}" for rank in ranks]
 
     def _ask(self, verb, *what):
         self.asked.append((verb, *what))
@@ -71,6 +71,7 @@ class Group:
 
 
 def test_ranks_are_asked_in_the_steps_of_the_window_alone(tmp_path, caplog):
+    caplog.set_level("INFO", "gspo_dist.trainer.profile")
     group = Group()
     window = ProfileWindow(ProfileConfig(steps=[4, 2], ranks=[3, 0, 3]), group, tmp_path)
     for step in (1, 2, 3, 4):
@@ -86,6 +87,12 @@ def test_ranks_are_asked_in_the_steps_of_the_window_alone(tmp_path, caplog):
         4,
         ("stop", (0, 3), "step-000004"),
     ]
+    folder = tmp_path / "profile"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"profile of step {step}: {folder}/step-00000{step}/rank-0, {folder}/step-00000{step}/rank-3"
+        for step in (2, 4)
+    ]
+    caplog.clear()
     broken = Group(broken=("start", "stop"))
     window = ProfileWindow(ProfileConfig(steps=[1, 2]), broken, tmp_path)
     for step in (1, 2):

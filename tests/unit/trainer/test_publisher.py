@@ -402,3 +402,4 @@ def test_a_probe_of_an_episode_is_of_what_the_policy_said_first():
     assert probe(0, 0, 1, 1, 0, 1) == ([1, 2, 10, 11, 12, 13], 4)
     assert probe(1, 1, 0) == ([1, 2, 10, 11], 2)
     assert probe(1, 1, 1) == ([1, 2, 10, 11, 12], 2)
+    assert probe(0, 0) == ([1, 2], 2)  # of one that never spoke nothing is compared
