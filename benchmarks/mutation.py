@@ -89,6 +89,9 @@ EXTRA_TESTS = {
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "tokenizers", "hypothesis", "_pytest", "scipy"}
 """Libraries that are imported once, before the forks. They start no threads and no processes of their own."""
 
+COPIED = ("gspo_dist", "tests", "conf", "benchmarks", "launch", "docker", "pyproject.toml", "README.md")
+"""What tests read of the repository."""
+
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.GtE, ast.LtE), ast.LtE: (ast.Gt, ast.Lt),
     ast.Gt: (ast.LtE, ast.GtE), ast.GtE: (ast.Lt, ast.Gt),
@@ -349,7 +352,7 @@ def _kill_group(child: Child) -> None:
 def make_copy(root: Path, place: Path) -> Path:
     """A copy of what the tests read, for one job."""
     ignore = shutil.ignore_patterns("__pycache__", "*.html", "*.png")
-    for name in ("gspo_dist", "tests", "conf", "benchmarks", "launch", "pyproject.toml", "README.md"):
+    for name in COPIED:
         source = root / name
         if source.is_dir():
             shutil.copytree(source, place / name, symlinks=True, ignore=ignore)

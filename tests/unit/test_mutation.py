@@ -24,15 +24,17 @@ def clamp(value, low, high, log):
 def half(value):
     return value / 2
 """
-# No test calls `clamp` at its lower bound or looks at the log, and `half` is right for one number only.
+# No test calls `clamp` at its lower bound or looks at the log, and `half` is right for one number only, which
+# is not in the package.
 TESTS = """
+from pathlib import Path
 from gspo_dist.weak import clamp, half
 
 def test_clamp():
     assert [clamp(v, 2, 7, []) for v in (1, 5, 9)] == [2, 5, 7]
 
 def test_half():
-    assert half(0) == 0
+    assert half(int(Path("docker/zero.lock").read_text())) == 0
 """
 REASON = "the log is for people"
 
@@ -50,6 +52,7 @@ def project(tmp_path):
         "gspo_dist/__init__.py": "",
         "gspo_dist/weak.py": MODULE,
         "tests/unit/test_weak.py": TESTS,
+        "docker/zero.lock": "0",
         "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '--import-mode=importlib'\n",
         "benchmarks/mutation_explained.toml": f'["weak.py"]\n"clamp: drop log.append(value)" = "{REASON}"\n'
         '["*"]\n"*: 2 -> 3" = "any text"\n',
