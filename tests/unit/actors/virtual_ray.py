@@ -15,6 +15,8 @@ import pytest
 import ray
 
 NEVER = math.inf
+MOST_WAITS = 1000
+"""A test that waits more often is in a loop without an end. It fails then, and does not hang."""
 
 
 class Ref:
@@ -60,6 +62,7 @@ class VirtualRay:
         if not 0 < num_returns <= len(set(refs)) == len(refs):
             raise ValueError(f"ray.wait takes different references, and some of them: got {refs}")
         self.waits.append(timeout)
+        assert len(self.waits) < MOST_WAITS, "this would wait again and again"
         last = sorted(ref.at for ref in refs)[num_returns - 1]
         until = last if timeout is None else min(last, self.now + timeout)
         assert until < NEVER, "this would wait for ever"
