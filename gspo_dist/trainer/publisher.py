@@ -134,14 +134,14 @@ class WeightPublisher:
         """Streams the weights and verifies every engine's receipt."""
         timeout, version = self.config.timeout_s, self.learner.policy_version
         start = time.perf_counter()
-        for attempt in range(1, ATTEMPTS + 1):
+        for left in reversed(range(ATTEMPTS)):
             self.pool.start_weight_update(timeout)
             started = time.perf_counter()
             try:
                 sent = self.learner.send_weights(self.config, self.pool.engines)
                 break
             except Exception as error:
-                if attempt == ATTEMPTS or not self.pool.abandon_update():
+                if not left or not self.pool.abandon_update():
                     raise
                 log.warning("publication of version %d begins again, an engine died: %s", version, error)
         delivered = time.perf_counter()

@@ -36,15 +36,19 @@ class Engines:
         self.logprob = {"engine-0": -1.0, "engine-1": -1.0}
         self.asked: list[list[np.ndarray]] = []
         self.verbs: list[str] = []
+        self.limits: list[tuple[float, ...]] = []
 
     def start_weight_update(self, timeout: float) -> None:
+        self.limits.append((timeout,))
         self.verbs.append("start")
 
     def finish_weight_update(self, policy_version: int, timeout: float) -> dict[str, SyncReceipt]:
+        self.limits.append((policy_version, timeout))
         self.verbs.append("finish")
         return self.receipts
 
     def logprobs_of(self, sequences, timeout: float) -> dict[str, list[np.ndarray]]:
+        self.limits.append((timeout,))
         self.verbs.append("logprobs_of")
         self.asked.append(list(sequences))
         return {
@@ -107,9 +111,10 @@ def probe(count: int = 4, tokens: int = 3):
 
 def test_a_good_publication_in_order():
     pool = Engines()
-    publisher = make(pool)
+    publisher = make(pool, timeout_s=77.0)
     out = publisher.publish(probe())
     assert pool.verbs == ["start", "send", "finish", "logprobs_of"]
+    assert pool.limits == [(77.0,), (3, 77.0), (77.0,)]  # each of them, and the version that was sent
     assert out["sync/bytes"] == 2.0 * 2**30
     assert out["sync/probe_mean_abs"] == out["sync/probe_max_abs"] == 0.0
     parts = out["time/sync/start_s"] + out["time/sync/send_s"] + out["time/sync/finish_s"]
@@ -117,7 +122,7 @@ def test_a_good_publication_in_order():
     assert publisher.published == 1
 
 
-def test_a_publication_begins_again_where_an_engine_died_in_it_and_nowhere_else():
+def test_a_publication_begins_again_where_an_engine_died_in_it_and_nowhere_else(caplog):
     """Twice; a third death, or a failure without a death, is the run's end."""
     pool = Engines()
     publisher = make(pool)
@@ -137,6 +142,8 @@ def test_a_publication_begins_again_where_an_engine_died_in_it_and_nowhere_else(
     publisher.publish(probe())
     again = ["start", "send", "abandon"]
     assert pool.verbs == [*again, *again, "start", "send", "finish", "logprobs_of"]
+    said = "publication of version 3 begins again, an engine died: engine-1 died: in a bucket"
+    assert [r.getMessage() for r in caplog.records] == [said] * 2
     for left, verbs in ([True] * 3, [*again, *again, "start", "send"]), ([False], again):
         deaths[:] = left
         pool.verbs.clear()
@@ -204,6 +211,17 @@ def test_the_probe_catches_an_engine_that_computes_another_policy_than_it_receiv
     pool.logprob["engine-1"] = -1.5
     with pytest.raises(WeightSyncError, match=r"engine-1 and learner disagree .* 0\.5 nats"):
         make(pool).publish(probe())
+
+
+def test_a_disagreement_is_told_by_its_mean_and_its_largest():
+    """Engine and learner differ by 0, 0.5 and 1 nats on the three tokens of each completion."""
+    pool = Engines()
+
+    def learner(batch):
+        return -1.0 - batch.position_ids.double().sub(2).clamp(min=0) / 2
+
+    with pytest.raises(WeightSyncError, match=r"log-probs 0\.5 nats \(max 1\), and at most 0\.01"):
+        make(pool, logprob=learner).publish(probe(tokens=3))
 
 
 def test_the_worst_engine_is_reported():
@@ -311,10 +329,10 @@ def test_a_completion_without_a_prompt_is_compared_from_its_second_token():
 
 
 def test_engines_with_gpus_of_their_own_are_not_woken():
-    """As they are, unless a run says that they are colocated."""
+    """As they are, unless a run says that they are colocated. Nor is version 0 taken for what they loaded."""
     pool = Engines()
     sync = WeightSyncConfig(transport="shm", probe_tolerance=0.01)
-    WeightPublisher(
+    publisher = WeightPublisher(
         sync,
         Sender(pool),
         pool,
@@ -322,7 +340,10 @@ def test_engines_with_gpus_of_their_own_are_not_woken():
         token_budget=4096,
         max_model_len=4096,
         tolerance=ProbeTolerance("fp32", 0.01),
-    ).publish(probe())
+    )
+    publisher.learner.policy_version = 0
+    pool.receipts = {n: replace(r, policy_version=0) for n, r in pool.receipts.items()}
+    publisher.publish(probe())
     assert pool.verbs == ["start", "send", "finish", "logprobs_of"]
 
 
@@ -369,6 +390,27 @@ def test_what_the_engines_said_before_any_sync_is_the_runs_own_mismatch():
         WeightSyncError, match=r"engine-0 .* 1\.25 nats .* at most 1 can be mismatch, which was 0\.1"
     ):
         publisher.publish(probe())
+
+
+@pytest.mark.parametrize(("after", "changes"), [(-1.004, False), (-0.9872, True)])
+def test_an_engine_that_does_not_repeat_itself_is_measured_from_its_first_answer(after, changes):
+    """It says -1 and then -1.004. So the identity may be off by 1e-4 + 3 * 0.004 from -1, not from -1.004."""
+    pool = Engines()
+    said = iter([-1.0, -1.004, after])
+    ask = pool.logprobs_of
+
+    def logprobs_of(sequences, timeout):
+        pool.logprob = dict.fromkeys(pool.logprob, next(said))
+        return ask(sequences, timeout)
+
+    pool.logprobs_of = logprobs_of
+    publisher = first(pool, logprob=-1.01)
+    if changes:
+        with pytest.raises(WeightSyncError, match=r"0\.0128 nats .* repeats itself to 0\.004"):
+            publisher.publish(probe())
+    else:
+        publisher.publish(probe())
+        assert publisher.tolerance.means == pytest.approx([0.01, 0.006], rel=1e-4)
 
 
 @pytest.mark.parametrize(("begins_equal", "version"), [(False, 0), (True, 4)])
