@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gspo_dist.config.mapping import to_mapping
+from gspo_dist.learners.exact.audit import Difference
 from gspo_dist.learners.hf_model import load_policy
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.trainer import audit
+from gspo_dist.trainer.audit import Audit
 from gspo_dist.types import Completion, Prompt
 from tests.unit.trainer.setup.test_factories import info
 from tests.unit.trainer.small import config
@@ -26,8 +28,8 @@ from tests.unit.trainer.small import config
 def run(model, reward_file, tmp_path):
     """Writes a run's folder for a configuration with these parts changed."""
 
-    def write(**parts):
-        c = config(model, reward_file, tmp_path / "run", "rollout.temperature=0.7", "seed=9")
+    def write(*overrides, **parts):
+        c = config(model, reward_file, tmp_path / "run", "rollout.temperature=0.7", "seed=9", *overrides)
         c = replace(c, **{name: replace(getattr(c, name), **told) for name, told in parts.items()})
         (tmp_path / "run").mkdir()
         (tmp_path / "run/config.json").write_text(json.dumps(to_mapping(c)))
@@ -62,7 +64,12 @@ def compared(monkeypatch):
     seen: list = []
     monkeypatch.setattr("gspo_dist.rollout.vllm.engine.VllmEngine", Engine)
     monkeypatch.setattr(audit, "load_policy", lambda folder, *args, **told: seen.append((folder, args, told)))
-    monkeypatch.setattr(audit, "compare", lambda engine, policy, prompts, completions: completions)
+
+    def compare(engine, policy, prompts, completions):
+        assert (type(engine), policy) == (Engine, None)  # the double gives no policy
+        return completions
+
+    monkeypatch.setattr(audit, "compare", compare)
     monkeypatch.setattr(Engine, "closed", 0)
     return seen
 
@@ -87,16 +94,25 @@ def test_engine_and_learner_are_those_of_the_run(run, compared, model, consisten
     assert Engine.closed == 1
 
 
+def test_the_engine_of_an_audit_gives_log_probs_and_nothing_else(run, compared):
+    """Not the routes and candidates that the run asks for. Alone on its device, it never has to sleep."""
+    folder = run("objective=score_centering", "flips.every=1", rollout=VLLM, cluster={"colocated": True})
+    audit.audit_run(folder, 1)
+    assert [Engine.made[1][name] for name in ("sleep_mode", "record_routing")] == [False, False]
+    _, spec, _ = Engine.asked
+    assert (spec.record_routing, spec.candidates) == (False, 0)
+
+
 def test_a_checkpoint_is_audited_rather_than_the_model_it_came_from(run, compared, monkeypatch):
     folder = run(rollout=VLLM)
     monkeypatch.setattr(audit.CheckpointStore, "newest", lambda store: SimpleNamespace(step=4))
     written = []
-    monkeypatch.setattr(audit, "export_run", lambda run, to, probe: written.append((run, to)))
+    monkeypatch.setattr(audit, "export_run", lambda run, to, probe: written.append((run, to, probe)))
     monkeypatch.setattr(audit, "load_tokenizer", lambda folder: SimpleNamespace(eos_token_id=1))
     monkeypatch.setattr(audit, "load_prompts", lambda *args, **told: [Prompt("a", (3, 4), "")])
     audit.audit_run(folder, 2)
-    ((source, target),) = written
-    assert source == folder
+    ((source, target, probe),) = written
+    assert (source, probe) == (folder, False)  # the audit compares more than a probe does
     assert str(compared[0][0]) == Engine.made[0][1] == str(target)
     assert not target.exists()  # a copy of its own, gone with the audit
 
@@ -126,21 +142,26 @@ def test_the_first_sequence_that_differs_is_looked_into(monkeypatch):
         Completion(np.array([7, 8]), *columns, "stop", ""),
     ]
     ours = {5: [-1.0, -2.0], 7: [-1.0, -2.5]}
-    monkeypatch.setattr(
-        audit,
-        "learner_logprobs",
-        lambda policy, sequence: np.array([0.0, *ours[int(sequence[2])]], np.float32),
-    )
-    read = []
+    read, caught, other = [], {}, {}
+
+    def learner_logprobs(policy, sequence):
+        other["layer 0 attention"] = torch.tensor([[0.0, 0.0]] * 3 + [[0.0, 0.5]])
+        return np.array([0.0, *ours[int(sequence[2])]], np.float32)
+
+    monkeypatch.setattr(audit, "learner_logprobs", learner_logprobs)
 
     def logprobs_of(sequences):
         read.extend(s.tolist() for s in sequences)
+        caught["layer 0 attention"] = torch.zeros(6, 2)  # it runs what fills its last block too
         return [np.array([0.0, -1.0, -2.0], np.float32)]
 
-    caught = {"layer 0 attention": torch.zeros(4, 2)}
-    other = {"layer 0 attention": torch.tensor([[0.0, 0.0]] * 3 + [[0.0, 0.5]])}
-    monkeypatch.setattr(audit, "catching_engine", lambda model: nullcontext(caught))
-    monkeypatch.setattr(audit, "catching_learner", lambda hf: nullcontext(other))
+    def catching(found):
+        """What ran before the block is not in it."""
+        found.clear()
+        return nullcontext(found)
+
+    monkeypatch.setattr(audit, "catching_engine", lambda model: catching(caught))
+    monkeypatch.setattr(audit, "catching_learner", lambda hf: catching(other))
     found = audit.compare(
         SimpleNamespace(model=None, logprobs_of=logprobs_of),
         SimpleNamespace(hf=None),
@@ -150,3 +171,36 @@ def test_the_first_sequence_that_differs_is_looked_into(monkeypatch):
     assert (found.tokens, found.equal, found.largest, found.prefilled) == (4, 3, 0.5, True)
     assert str(found.difference) == "layer 0 attention: 1 outputs differ, first of token 3, by up to 0.5"
     assert read == [[3, 4, 7, 8]]
+
+
+def test_where_every_bit_agrees_nothing_is_looked_into(monkeypatch):
+    same = np.array([-1.0, -2.0], np.float32)
+    sampled = Completion(np.array([5, 6]), np.ones(2, bool), same, np.zeros(2, np.int32), "stop", "")
+    monkeypatch.setattr(audit, "learner_logprobs", lambda policy, sequence: np.array([0.0, *same]))
+    assert audit.compare(None, None, [Prompt("a", (3, 4), "")], [sampled]) == Audit(2, 2, 0.0, True, None)
+
+
+WHERE = Difference("layer 2 attention", 3, 5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Audit(9, 9, 0.0, True, None), "9 of 9 tokens have the same log-prob on both sides"),
+        (
+            Audit(9, 7, 0.0321, True, WHERE),
+            "7 of 9 tokens have the same log-prob on both sides, the others differ by up to 0.0321 nats\n"
+            "the first operator that differs: layer 2 attention: 5 outputs differ, first of token 3, by up "
+            "to 0.25",
+        ),
+        (
+            Audit(9, 7, 0.5, False, None),
+            "7 of 9 tokens have the same log-prob on both sides, the others differ by up to 0.5 nats; the "
+            "engine itself gives other log-probs when it reads the sequence at once, so that its kernels "
+            "depend on how many tokens run\nthe first operator that differs: no operator differs before the "
+            "head: it is the head or the sampler",
+        ),
+    ],
+)
+def test_what_an_audit_says(found, said):
+    assert str(found) == said

@@ -94,6 +94,13 @@ def test_a_folder_of_something_else_is_told(tmp_path) -> None:
         export.export_run(tmp_path, tmp_path / "out")
 
 
+def test_a_configuration_that_cannot_be_read_is_told_with_its_file(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"steps": "many"}')
+    with pytest.raises(ValueError, match="steps") as error:
+        export.export_run(tmp_path, tmp_path / "out")
+    assert error.value.__notes__ == [f"read from {tmp_path}/config.json, which the run wrote when it started"]
+
+
 def test_a_run_without_a_checkpoint_says_so(run_dir, tmp_path) -> None:
     shutil.rmtree(run_dir[0] / "checkpoints")
     with pytest.raises(ValueError, match=r"has no checkpoint: set checkpoint\.every"):
