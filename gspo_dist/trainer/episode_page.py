@@ -39,7 +39,7 @@ LEGEND = (
     '<p class="tokens"><span class="prompt">the prompt</span> <span class="environment">the environment\'s, '
     "not trained on</span> the policy's: redder is less likely, "
     + "".join(
-        f'<span style="background: rgba(220, 60, 40, {x / WORST:.2f})">{x:g}</span> '
+        f'<span style="background: rgba(220, 60, 40, {abs(x / WORST):.2f})">{x:g}</span> '
         for x in (0.0, -3.0, WORST)
     )
     + 'nats <span class="more">advantage above 0</span> <span class="less">below 0</span></p>'
@@ -68,8 +68,6 @@ def episode_rows(
     given: what was packed as the advantages of each. pieces: token ids -> their texts.
     """
     chosen = [i for i, rollout in enumerate(rollouts) if rollout.completion.turns]
-    if not chosen or not count:
-        return []
     places = np.unique(np.linspace(0, len(chosen) - 1, num=min(count, len(chosen)), dtype=int))
     rows = []
     for i in (chosen[place] for place in places.tolist()):
@@ -106,7 +104,7 @@ def episode_rows(
     return rows
 
 
-def page_of(run_dir: Path, last: int = 5) -> str:
+def page_of(run_dir: Path, last: int) -> str:
     """The page of the newest `last` steps. ValueError: the run has no episodes."""
     rows = read_jsonl(run_dir / EPISODES)
     if not rows:
@@ -153,7 +151,7 @@ def _tokens(row: Mapping[str, Any]) -> Iterable[str]:
         if not mask:
             yield f'<span class="environment" title="token {place}: the environment&#39;s">{shown}</span>'
             continue
-        strength = min(1.0, logprob / WORST)
+        strength = min(1.0, abs(logprob / WORST))
         sign = _classed("more" if advantage > 0 else "less" if advantage < 0 else "")
         about = f"token {place}: log-prob {logprob:g}, version {version}, advantage {advantage:g}"
         style = f"background: rgba(220, 60, 40, {strength:.2f})"

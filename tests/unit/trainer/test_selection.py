@@ -244,6 +244,8 @@ def test_the_overlong_penalty_is_taken_whatever_the_credit(credit, expected):
 def test_the_overlong_penalty_is_paid_at_the_last_token():
     assert payments(batch([2.0])[0], -0.5) == [(2, 2.0), (2, -0.5)]
     assert payments(batch([2.0], parts=[{"a@1": 1.0}])[0]) == [(1, 1.0)]
+    named = {"mail@home": 1.0, "1": 1.0}  # parts that only look like it
+    assert payments(batch([2.0], parts=[named])[0]) == [(2, 2.0)]
 
 
 @pytest.mark.parametrize(
