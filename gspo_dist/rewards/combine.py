@@ -7,8 +7,6 @@ options: {terms: {right: {function: math}, shape: {function: format, weight: 0.1
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,16 +27,16 @@ def weighted_sum(prompt: Prompt, completion: Completion, *, terms: Terms) -> tup
     are not computed, and have no parts.
     """
     total, factor, parts = 0.0, 1.0, {}
-    for name, term in sorted(terms.items(), key=lambda one: not one[1].get("gate", False)):
+    for name, term in sorted(terms.items(), key=lambda one: not _is_gate(one[1])):
         if factor == 0.0:
             break
         reward, inner = part_of(_function(term), prompt, completion)
         parts[name] = reward
         parts.update({f"{name}/{key}": value for key, value in inner.items()})
-        if term.get("gate", False):
+        if _is_gate(term):
             factor *= reward
         else:
-            total += float(term.get("weight", 1.0)) * reward
+            total += _weight(term) * reward
     return total * factor, parts
 
 
@@ -78,16 +76,26 @@ def config_of(term: Mapping[str, Any]) -> RewardConfig:
     return RewardConfig(function=term["function"], options=dict(term.get("options") or {}))
 
 
+def _is_gate(term: Mapping[str, Any]) -> Any:
+    return term.get("gate", False)
+
+
+def _weight(term: Mapping[str, Any]) -> Any:
+    return term.get("weight", 1.0)
+
+
+_RESOLVED: dict[str, Reward] = {}
+"""The rewards of terms, by what the terms say: they are looked up for every completion."""
+
+
 def _function(term: Mapping[str, Any]) -> Reward:
-    return _resolved(json.dumps([term["function"], term.get("options") or {}], sort_keys=True, default=str))
-
-
-@functools.cache
-def _resolved(key: str) -> Reward:
     from gspo_dist.rewards.reward import resolve_reward
 
-    function, options = json.loads(key)
-    return as_one(resolve_reward(RewardConfig(function=function, options=options)))
+    config = config_of(term)
+    key = repr(config)
+    if key not in _RESOLVED:
+        _RESOLVED[key] = as_one(resolve_reward(config))
+    return _RESOLVED[key]
 
 
 def check_terms(terms: Any, known: tuple[str, ...], name: str) -> None:
@@ -112,11 +120,11 @@ def check_terms(terms: Any, known: tuple[str, ...], name: str) -> None:
 def check_weighted_sum(*, terms: Any) -> None:
     check_terms(terms, ("function", "options", "weight", "gate"), "terms")
     for key, term in terms.items():
-        weight, gate = term.get("weight", 1.0), term.get("gate", False)
+        weight = _weight(term)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ValueError(f"reward.options.terms.{key}.weight must be a number: got {weight!r}")
-        true_or_false(f"reward.options.terms.{key}.gate", gate)
-    if all(term.get("gate", False) for term in terms.values()):
+        true_or_false(f"reward.options.terms.{key}.gate", _is_gate(term))
+    if all(_is_gate(term) for term in terms.values()):
         raise ValueError("reward.options.terms must have a term that is no gate")
 
 
