@@ -60,7 +60,8 @@ _BRACKETED_MATRIX = re.compile(
 _PERCENT = re.compile(r"(?:\\?%|\s+(?:per\s?cent|percent))\s*")
 _DEGREES = re.compile(r"\s*(?:\^\\circ(?:\s*C)?|\s(?:degrees?|deg))\s*")
 _UNIT = re.compile(
-    r"(?<=[\d})!iπ])\s*(?P<name>[A-Za-zμ]{2,24}(?:[ ./][A-Za-z]{1,24}){0,4}|(?<=\s)[mgslL])\.?"
+    r"(?:(?<=[\d})!])|(?:(?<=\\pi)|(?<=(?<![A-Za-z\\])i))(?![A-Za-z]))"
+    r"\s*(?P<name>[A-Za-zμ]{2,24}(?:[ ./][A-Za-z]{1,24}){0,4}|(?<=\s)[mgslL])\.?"
     r"\s{0,3}(?:\^\s{0,2}\{?-?\d\}?)?(?:\s?/\s?[A-Za-z]{1,12}(?:\s?\^\s?\{?\d\}?)?)?\s*"
 )
 _NO_UNIT = {

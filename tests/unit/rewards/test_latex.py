@@ -92,6 +92,8 @@ def test_what_looks_different_becomes_the_same(text, plain):
         ("12 in^{2}", "12", False, False, "in2"),
         ("3 kg^{-1}", "3", False, False, "kg-1"),
         (r"2\pi cm", r"2\pi", False, False, "cm"),
+        (r"\frac{1}{2}\pi cm", r"\frac{1}{2}\pi", False, False, "cm"),
+        ("2i cm", "2i", False, False, "cm"),
         # units that are not in the table
         ("5 apples", "5", False, False, ""),
         ("5 apples^2", "5", False, False, ""),
@@ -105,8 +107,11 @@ def test_what_stands_around_a_number_is_taken_off_and_told(text, number, percent
 
 @pytest.mark.parametrize(
     "text",
-    ["%", "50% of x", "7 mod", "7 mod p", "x is even", "3 apples + 2", "3 apples, 2", "xcm"],
-)
+    [
+        "%", "50% of x", "7 mod", "7 mod p", "x is even", "3 apples + 2", "3 apples, 2", "xcm",
+        "Lisa", "Michigan", "ice", r"\infty", r"-\infty", r"\pitchfork", r"x\in Fish",
+    ],
+)  # fmt: skip
 def test_what_is_no_unit_stays(text):
     assert clean(text) == (text, False, False, "")
 
