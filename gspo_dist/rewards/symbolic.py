@@ -102,23 +102,29 @@ def _close(a: Any, b: Any, up_to_factor: bool = False) -> bool:
         return not up_to_factor
     if not up_to_factor:
         return all(_near(*point) for point in points)
+    if not all(f and g for f, g in points):  # 1 = 1 is no equation times a constant
+        return False
     (f, g), *others = points
     return all(_near(f * other_g, g * other_f) for other_f, other_g in others)
 
 
 def _value(expression: Any, names: list[str], shift: float) -> complex:
-    """The expression where the unknowns of these names are 0.7, 1.2, 1.7, ..., shifted."""
+    """The expression where the unknowns of these names are 0.7, 1.2, 1.7, ..., to the power 1 + shift.
+
+    Powers, because points on a line would not tell y = 2x + 1 from y = 2x + 2 where the line has slope 2.
+    """
     import sympy
 
     places = {
-        unknown: 0.7 + (0.5 + shift) * names.index(unknown.name) + shift
-        for unknown in expression.free_symbols
+        unknown: (0.7 + 0.5 * names.index(unknown.name)) ** (1 + shift) for unknown in expression.free_symbols
     }
     return complex(sympy.N(expression.subs(places), 30))
 
 
 def _near(left: complex, right: complex) -> bool:
-    return abs(left - right) <= 1e-6 * max(abs(left), abs(right))
+    return left == right or abs(left - right) < 1e-6 * max(
+        abs(left), abs(right)
+    )  # infinity is near itself only
 
 
 @_false_when_it_raises
@@ -134,7 +140,7 @@ def same_equation(gold: tuple[str, str], found: tuple[str, str]) -> bool:
     a, b, c, d = (side[0] for side in sides)
     if not all(isinstance(one, sympy.Expr) for one in (a, b, c, d)):
         return False
-    return _subscripts("".join(gold)) == _subscripts("".join(found)) and _close(
+    return _subscripts(" ".join(gold)) == _subscripts(" ".join(found)) and _close(
         a - b, c - d, up_to_factor=True
     )
 

@@ -47,6 +47,12 @@ def judge(text: str, answer: object, **options) -> tuple[float, dict[str, float]
         (["1/3", "x"], r"\boxed{y}", 0.0),
         (r"\(\frac{1}{2}\)", r"\boxed{0.5}", 1.0),
         (r"\[3\]", r"\boxed{3}", 1.0),
+        (r"\infty", r"\boxed{+\infty}", 1.0),
+        (r"\infty", r"\boxed{-\infty}", 0.0),
+        ("Lisa", r"\boxed{Linda}", 0.0),
+        ("2x-y=1", r"\boxed{y=2x-1}", 1.0),
+        ("2x-y=1", r"\boxed{2x-y=5}", 0.0),
+        ("2x-y=1", r"\boxed{1=1}", 0.0),
     ],
 )
 def test_verdicts(answer, text, reward):
