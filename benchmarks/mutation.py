@@ -86,7 +86,10 @@ EXTRA_TESTS = {
 }
 """Module or room -> files or folders of tests that hold it beside its own file."""
 
-HEAVY = {"torch", "numpy", "transformers", "safetensors", "tokenizers", "hypothesis", "_pytest", "scipy"}
+HEAVY = {
+    "torch", "numpy", "transformers", "safetensors", "tokenizers", "hypothesis", "_pytest", "scipy",
+    "sympy", "mpmath", "math_verify", "antlr4", "latex2sympy2_extended",
+}  # fmt: skip
 """Libraries that are imported once, before the forks. They start no threads and no processes of their own."""
 
 COPIED = ("gspo_dist", "tests", "conf", "benchmarks", "launch", "docker", "pyproject.toml", "README.md")
