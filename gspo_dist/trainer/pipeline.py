@@ -45,7 +45,7 @@ from gspo_dist.trainer.alongside import IsOver, alongside
 from gspo_dist.trainer.buffer import BegunStep, Buffer
 from gspo_dist.trainer.clockwork import Clockwork, Slice
 from gspo_dist.trainer.episode_page import episode_rows
-from gspo_dist.trainer.episodes import WAIT_S, Episodes
+from gspo_dist.trainer.episodes import WAIT_S, Episodes, Moved
 from gspo_dist.trainer.judging import Judging
 from gspo_dist.trainer.refill import Refill
 from gspo_dist.types import Prompt, Rollout, SamplingSpec, Work
@@ -153,7 +153,7 @@ class Collector:
             waiting = self.episodes.take(waiting)
         self._give(waiting)
         if self.episodes is not None and not self.clockwork.is_by_the_clock:
-            self._hear(self.episodes, is_idle=False)  # a slice without work would still count its ticks
+            self._hear(self.episodes.settle())  # a slice without work would still count its ticks
 
     def _give(self, work: Sequence[Work]) -> None:
         try:
@@ -314,17 +314,17 @@ class Collector:
             self.sampled_tokens += progress.tokens
             self.clockwork.note(name, progress.ticks)
         if self.episodes is not None:
-            self._hear(self.episodes, is_idle=not any(progress.ticks for progress in told.values()))
+            # By the clock it waits only where no engine has work. By ticks it waits for every answer, so that
+            # a turn that ended in one slice goes on in the next one however long its environment took.
+            if self.clockwork.is_by_the_clock:
+                is_idle = not any(progress.ticks for progress in told.values())
+                self._hear(self.episodes.poll(WAIT_S if is_idle else 0.0))
+            else:
+                self._hear(self.episodes.settle())
         return told
 
-    def _hear(self, episodes: Episodes, *, is_idle: bool) -> None:
-        """Takes what environments have answered; the next turns go to the engines.
-
-        By the clock it waits only where no engine has work. By ticks it waits for every answer, so that a
-        turn that ended in one slice goes on in the next one however long its environment took.
-        """
-        wait_s = WAIT_S if is_idle else 0.0
-        moved = episodes.poll(wait_s) if self.clockwork.is_by_the_clock else episodes.settle()
+    def _hear(self, moved: Moved) -> None:
+        """Takes what environments have answered; the next turns go to the engines."""
         self.buffer.finish(moved.finished)
         self.was_fed = bool(moved.ready)
         self._give(moved.ready)

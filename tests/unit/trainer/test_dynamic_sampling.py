@@ -19,16 +19,7 @@ from gspo_dist.trainer.pipeline import Collector
 from gspo_dist.trainer.refill import NothingToLearn
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
 from gspo_dist.types import Prompt, SamplingSpec
-from tests.unit.trainer.test_pipeline import Pool
-
-
-class Adding(Pool):
-    """Engines that take more work while they have some."""
-
-    def submit(self, work):
-        before, self.work = self.work, []
-        super().submit(work)
-        self.work = [*before, *self.work]
+from tests.unit.trainer.test_pipeline import Adding
 
 
 class JudgeByPrompt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +20,11 @@ from gspo_dist.rollout.engine import Growth, Progress
 from gspo_dist.rollout.pool import NoEngineLeft
 from gspo_dist.trainer import checkpointing, pipeline
 from gspo_dist.trainer.clock import StepClock
-from gspo_dist.trainer.clockwork import Clockwork
+from gspo_dist.trainer.clockwork import SLICE_TICKS, Clockwork
 from gspo_dist.trainer.collect import collect
-from gspo_dist.trainer.episodes import Moved
+from gspo_dist.trainer.episodes import WAIT_S, Moved
 from gspo_dist.trainer.pipeline import Collector, progress_metrics
-from gspo_dist.types import Completion, SamplingSpec
+from gspo_dist.types import Completion, SamplingSpec, Turn
 from tests.unit.trainer.small import rollout
 
 SAMPLING = SamplingSpec(n=2, max_tokens=8, seed=7, record_routing=True)
@@ -77,6 +77,15 @@ class Pool:
     def withdraw(self):
         left, self.work = self.work, []
         return left
+
+
+class Adding(Pool):
+    """Engines that take more work while they have some."""
+
+    def submit(self, work):
+        before, self.work = self.work, []
+        super().submit(work)
+        self.work = [*before, *self.work]
 
 
 class Judge:
@@ -138,6 +147,13 @@ def trained(collector, steps, *, learner=lambda step: None):
         collector.pause()
         collector.pool.version += 1
     return out
+
+
+def clock_of(monkeypatch, step_s):
+    """The module's clock stands still, but for a move of `step_s` at every look."""
+    looks = count(100.0, step_s)
+    clock = SimpleNamespace(monotonic=lambda: next(looks), perf_counter=lambda: next(looks))
+    monkeypatch.setattr(pipeline, "time", clock)
 
 
 def test_ids_count_over_the_run_so_that_a_step_repeats_wherever_it_starts():
@@ -340,6 +356,53 @@ def test_the_learner_goes_on_where_all_engines_die_beside_it(beside):
     assert {len(item.so_far) for item in collector.buffer.waiting} == {1}
 
 
+def test_what_is_taken_out_of_the_engines_waits_in_the_order_of_its_keys():
+    pool = Pool(lambda g, i: 9)
+    withdraw = pool.withdraw
+    pool.withdraw = lambda: withdraw()[::-1]
+    collector = collector_of(pool, steps_ahead=1)
+    collector.resume(1)
+    collector.pause()
+    assert [item.key for item in collector.buffer.waiting] == [(g, i) for g in range(6) for i in (0, 1)]
+
+
+def test_beside_the_learner_engines_do_not_wait_for_verdicts_and_the_learner_does():
+    """Groups 3 to 5 are of the next step. Who comes after the block finds nothing that is being judged."""
+    pool = SlowPool(lambda g, i: {3: 3, 4: 30}.get(g, 1))
+    collector = collector_of(pool, steps=2, steps_ahead=1)
+    collector.sample(1)
+    collector.judged(1)
+    collector.rewards = Waiting(pool, wanted=3)
+    with collector.beside_learner():
+        time.sleep(0.6)
+    assert collector.rewards.sampled[0] >= 3
+    step = collector.buffer.steps[2]
+    assert step.verdicts.keys() == step.finished.keys() == {(g, i) for g in (3, 4, 5) for i in (0, 1)}
+
+
+def test_the_speed_of_engines_is_told_once(monkeypatch):
+    """Six completions of 4 tokens take two slices, and a slice two looks at a clock that moves 2 s a look."""
+    collector = collector_of(Pool(lambda g, i: 4))
+    assert collector.take_speed() == (0, 0.0)
+    clock_of(monkeypatch, 2.0)
+    collector.sample(1)
+    assert collector.take_speed() == (24, 4.0)
+    assert collector.take_speed() == (0, 0.0)
+
+
+def test_what_is_begun_of_later_steps_is_told():
+    assert collector_of().metrics() == {}
+    collector = collector_of(Pool(lambda g, i: 4), steps_ahead=1)
+    none = {"finished_ahead": 0.0, "unfinished": 0.0, "carried_tokens": 0.0, "ticks": 0.0}
+    assert collector.metrics() == {f"pipeline/{name}": value for name, value in none.items()}
+    collector.pool.lengths = lambda g, i: 1 if g < 3 else 4 + i
+    collector.sample(1)
+    collector.judged(1)
+    collector.pause()
+    some = {"finished_ahead": 0.0, "unfinished": 6.0, "carried_tokens": 18.0, "ticks": 3.0}
+    assert collector.metrics() == {f"pipeline/{name}": value for name, value in some.items()}
+
+
 def test_engines_without_work_are_asked_once_beside_the_learner():
     pool = SlowPool()
     collector = collector_of(pool, steps=1, steps_ahead=1)
@@ -354,10 +417,17 @@ class Tool:
 
     def __init__(self) -> None:
         self.live, self.acting, self.turns, self.open = {}, {}, Counter(), False
+        self.waited = []
+        self.counts = {"begun_again": 2, "played_again": 3}
+        self.pool = SimpleNamespace(take_events=lambda: ["a death"])
+        self.bridge = SimpleNamespace(pieces=lambda ids: [f"t{i}" for i in ids])
 
     def take(self, work):
         self.live |= {item.key: item for item in work}
         return work
+
+    def settle(self):
+        return self.poll(1.0)
 
     def turned(self, finished):
         self.turns.update(finished.keys())
@@ -366,6 +436,7 @@ class Tool:
         return over
 
     def poll(self, seconds):
+        self.waited.append(seconds)
         answered = [key for key in self.acting if seconds and (self.open or key[0] < 3)]
         return Moved([replace(self.live[key], so_far=self.acting.pop(key)) for key in answered])
 
@@ -373,12 +444,54 @@ class Tool:
         return rewards.judge(items)
 
 
+def with_tool(pool, **knobs):
+    """A collector whose environment is a `Tool`."""
+    tool = Tool()
+    pool.lengths = lambda g, i: 1 + tool.turns[g, i]
+    collector = collector_of(pool, **knobs)
+    collector.episodes = tool
+    return collector, tool
+
+
+def test_environments_are_waited_for_only_where_no_engine_has_work():
+    """The slice after the first turn has no work. Slices are short: a turn waits for the end of its slice."""
+    collector, tool = with_tool(Pool())
+    collector.sample(1)
+    assert tool.waited == [0.0, WAIT_S, 0.0]
+    assert collector.pool.asked == [(None, 0.05)] * 3
+    assert {len(c) for c in collector.buffer.steps[1].finished.values()} == {2}
+
+
+def test_by_ticks_no_slice_is_spent_on_waiting():
+    collector, tool = with_tool(Adding(), steps_ahead=1, ticks_per_step=4)
+    collector.sample(1)
+    assert tool.waited == [1.0] * 3  # before the first slice too: what resets say is in then
+    assert collector.pool.asked == [(SLICE_TICKS, None)] * 2
+
+
+def test_an_episode_that_its_environment_ends_is_finished():
+    collector, tool = with_tool(Pool())
+    tool.poll = lambda seconds: Moved([], {key: tool.acting.pop(key) for key in list(tool.acting)})
+    collector.sample(1)
+    assert {len(c) for c in collector.buffer.steps[1].finished.values()} == {1}
+
+
+def test_what_environments_did_is_told():
+    collector, _ = with_tool(Pool())
+    assert collector.metrics() == {"environment/begun_again": 2.0, "environment/played_again": 3.0}
+    assert collector.take_events() == ["a death"]
+    turns = (Turn(0, 0, 0, "", "go"), Turn(0, 2, 2, "ab"))
+    played = rollout(0, tokens=[5, 6])
+    played = replace(played, completion=replace(played.completion, turns=turns))
+    (row,) = collector.episode_rows([played], [0.5], 3)
+    assert (row["tokens"], row["advantages"]) == (["t5", "t6"], [0.5, 0.5])
+    plain = collector_of()
+    assert (plain.take_events(), plain.episode_rows([played], [0.5], 3)) == ([], [])
+
+
 def test_engines_that_had_nothing_to_do_go_on_beside_the_learner_once_tools_have_answered():
     """The slice in which the answers come has no token, and still it is not the last one."""
-    tool = Tool()
-    pool = SlowPool(lambda g, i: 1 + tool.turns[g, i])
-    collector = collector_of(pool, steps=2, steps_ahead=1)
-    collector.episodes = tool
+    collector, tool = with_tool(SlowPool(), steps=2, steps_ahead=1)
     collector.sample(1)
     collector.judged(1)
     assert not collector.buffer.steps[2].finished
@@ -476,11 +589,45 @@ def test_what_a_long_collect_tells_has_its_entries():
     assert all(metric_of(key) for key in row)
 
 
-def test_a_collect_without_a_token_ends_at_its_deadline():
+def test_it_says_so_again_after_half_a_minute_and_not_before(monkeypatch):
+    """The clock moves 5 s per look, and three looks per slice: after 15 and 30 s it says nothing, after 45 s
+    it does.
+    """
+    clock_of(monkeypatch, 5.0)
+    told = []
+    collector = collector_of(
+        Pool(lambda g, i: 3 * 7), tell=lambda step, row: told.append(row["engine-0"]["tokens"] // 18)
+    )
+    collector.sample(1)
+    assert told == [3, 6]  # slices
+
+
+def test_a_collect_without_a_token_ends_after_its_deadline(monkeypatch):
+    """The clock moves 5 s per look, and three looks per slice."""
+    clock_of(monkeypatch, 5.0)
+    asked = []
     pool = Pool()
-    pool.advance = lambda ticks, seconds: {"engine-0": Progress(1, 0, {}, Growth.of({}))}
-    with pytest.raises(TimeoutError, match=r"step 1 got no token within rollout\.timeout_s = 0 s from en"):
-        collector_of(pool, timeout_s=0.05).sample(1)
+
+    def advance(ticks, seconds):
+        asked.append(ticks)
+        return {"engine-0": Progress(1, int(len(asked) < 3), {}, Growth.of({}))}
+
+    pool.advance = advance
+    with pytest.raises(TimeoutError, match=r"step 1 got no token within rollout\.timeout_s = 30 s from en"):
+        collector_of(pool, timeout_s=30.0).sample(1)
+    assert len(asked) == 2 + 3  # after 30 s it is not late yet
+    pool = Pool()
+    pool.advance = lambda ticks, seconds: {}
+    with pytest.raises(TimeoutError, match=r"= 30 s from any engine"):
+        collector_of(pool, timeout_s=30.0).sample(1)
+
+
+def test_a_record_of_engines_that_give_no_token_is_not_waited_for():
+    config = RolloutConfig(prompts_per_step=3, group_size=2)
+    collector = collector_of(clockwork=Clockwork(config, {1: {"engine-9": 9}}))
+    collector.pool.advance = lambda ticks, seconds: {}
+    with pytest.raises(ValueError, match=r"step 1 is not sampled after its recorded ticks"):
+        collector.sample(1)
 
 
 @pytest.mark.parametrize("verb", ["submit", "advance"])
