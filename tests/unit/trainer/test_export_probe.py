@@ -73,6 +73,23 @@ def test_an_exports_tolerance_is_the_users_number_or_follows_the_precision(tmp_p
         check_export(group, strict, folder)
 
 
+def test_a_folder_is_computed_in_the_learners_own_precision(tmp_path, monkeypatch) -> None:
+    """In fp32 a bf16 policy gives other log-probs, and a wrong folder could hide in the difference."""
+    asked = []
+
+    def probe_folder(folder, sequences, taken, tolerance, *, temperature, dtype):
+        asked.append((temperature, dtype))
+        return 0.0, 0.0
+
+    monkeypatch.setattr(export_probe, "probe_folder", probe_folder)
+    make(tmp_path / "out", "qwen3_moe")
+    config = config_of()
+    for precision in ("bf16", "fp32"):
+        own = replace(config, learner=replace(config.learner, precision=precision))
+        export_probe.compare([[0.0]], own, tmp_path / "out")
+    assert asked == [(0.7, torch.bfloat16), (0.7, torch.float32)]
+
+
 def test_the_tokens_of_a_probe_are_the_same_ones_for_the_same_vocabulary():
     rows = export_probe.sequences(config_of(), 50)
     assert [(len(row), prompt) for row, prompt in rows] == [(48, 0), (48, 0)]
