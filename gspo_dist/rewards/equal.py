@@ -62,7 +62,7 @@ def readable(gold: str) -> bool:
 
 
 def _equal_clean(gold: Clean, found: Clean, depth: int = 0) -> bool:
-    if not found.text or not gold.text:
+    if not found.text:
         return False
     if gold.unit and found.unit and gold.unit != found.unit:
         return False
