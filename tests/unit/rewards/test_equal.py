@@ -225,6 +225,8 @@ def test_equations(a, b, same):
         ("(1,2,3)", r"\{1,2,3\}", NEITHER),
         ("(1,2,3)", "1,2,3.0", BOTH),
         ("(1,2,3)", "1,3,2", NEITHER),
+        ("(1,2)", "1,2.0", BOTH),
+        ("(1,2)", "2,1", NEITHER),
         (r"\langle 1,2,3\rangle", r"\langle 1,2,3.0\rangle", BOTH),
         (r"\langle 1,2,3\rangle", r"\langle 1,3,2\rangle", NEITHER),
         (r"\langle 1,2,3\rangle", "(1,2,3)", NEITHER),
@@ -333,4 +335,5 @@ def test_what_is_left_is_asked_as_one_expression(monkeypatch):
     assert len(asked) == 1
     assert equal("(1,2)+(3,4)", "(2,2)+(3,4)") is True  # no interval, whatever its ends are
     assert equal("(1,2,3)", "y") is True  # y may be the name of a vector
-    assert len(asked) == 3
+    assert equal("y", "(1,2,3)") is True
+    assert len(asked) == 4
