@@ -294,10 +294,9 @@ def _thousands_or_list(gold: str, found: str, depth: int) -> bool | None:
     a, b = joined_thousands(gold), joined_thousands(found)
     if (a, b) == (gold, found):
         return None
-    numbers = [numeral(text) is not None for text in (a, b)]
-    if all(numbers):
-        return _list(gold, found, depth) or False
-    return None if any(numbers) else _parts_equal(a, b, depth)
+    if any(numeral(text) is not None for text in (a, b)):
+        return None
+    return _parts_equal(a, b, depth)
 
 
 def _prose(text: str) -> bool:

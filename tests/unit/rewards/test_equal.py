@@ -229,6 +229,7 @@ def test_equations(a, b, same):
         ("(1,2)", "2,1", NEITHER),
         (r"\langle 1,2,3\rangle", r"\langle 1,2,3.0\rangle", BOTH),
         (r"\langle 1,2,3\rangle", r"\langle 1,3,2\rangle", NEITHER),
+        (r"\langle1,2,3\rangle", r"\langle 1,2,3.0\rangle", BOTH),
         (r"\langle 1,2,3\rangle", "(1,2,3)", NEITHER),
         ("(1,2),(3,4)", "(3,4),(1,2.0)", BOTH),
         ("(1,2),(3,4)", "(2,1),(3,4)", NEITHER),
@@ -249,6 +250,8 @@ def test_equations(a, b, same):
         ("1,234", "234, 1", BOTH),
         ("1,234", "1, 235", NEITHER),
         ("1,234+x", "x+1234", BOTH),
+        ("123,456", "456,123", BOTH),
+        ("1,000; 5_7", "1000; 5", ONE_WAY),
     ],
 )
 def test_lists_sets_and_tuples(a, b, same):
