@@ -280,6 +280,10 @@ def test_lists_sets_and_tuples(a, b, same):
         ("B", "C) 42", NEITHER),
         ("B", "B 42", NEITHER),
         ("B", "A+1", NEITHER),
+        ("(b)", "B) 42", ONE_WAY),
+        ("b", "b) 42", NEITHER),
+        ("x", "x!", NEITHER),
+        ("3", "area = 3", ONE_WAY),  # one word is a name
     ],
 )
 def test_words_and_choices(a, b, same):
