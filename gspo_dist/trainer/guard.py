@@ -144,14 +144,14 @@ class OffsetGuard:
         """
         if index != 0:
             return
-        mean = stats.get("mismatch/log_ratio_mean")
+        mean, fresh = stats.get("mismatch/log_ratio_mean"), None
         if mean is not None:
             square, sequences = stats["mismatch/log_ratio_square"], round(float(mean.weight))
             self.measured = offset_from_moments(mean.result(), square.result(), sequences)
+            fresh = self.measured.offset
         elif probe is not None:
             self.measured, self.from_probe = probe, True
         if not self.recomputed:
-            fresh = self.measured.offset if mean is not None and self.measured is not None else None
             self.remedies.observe(stats, fresh)
         if self.measured is not None and not (self._measures_subset() and self.decided):
             self._decide(self.measured)

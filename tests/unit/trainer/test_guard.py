@@ -260,9 +260,46 @@ def test_a_batch_without_a_fresh_token_is_judged_by_the_probe():
 
 def test_fresh_tokens_come_before_the_probe():
     g = guard(action="warn")
+    g.observe({}, 0, batch_offset([0.1, 0.1]))
+    assert g.metrics()["guard/from_probe"] == 1.0
+    g.begin_step([], [], 2)
     g.observe(measured(-1.5e-3), 0, batch_offset([0.1, 0.1]))
     assert g.metrics()["guard/offset"] == pytest.approx(-1.5e-3, rel=1e-12)
     assert g.metrics()["guard/from_probe"] == 0.0
+
+
+def test_remedies_for_older_tokens_get_the_offset_of_fresh_ones_and_no_probes(monkeypatch):
+    """A probe's sequences are older than the weights, so what they say is no offset of fresh tokens."""
+    g = guard(action="warn")
+    got = []
+    monkeypatch.setattr(g.remedies, "observe", lambda stats, fresh: got.append(fresh))
+    g.observe(measured(-1.5e-3), 0)
+    g.observe({}, 0, batch_offset([0.1, 0.1]))
+    spec_of(g, 0, recomputed=True)
+    g.observe(measured(-1.5e-3), 0)
+    assert got == [pytest.approx(-1.5e-3, rel=1e-12), None]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_contract_of_equality_is_passed_on_to_every_loss(exact):
+    objective = get_objective("gspo")
+    g = OffsetGuard(ObjectiveConfig(), objective, BookLearner(), seed=5, token_budget=64, exact=exact)
+    assert [spec_of(g, i).exact for i in (0, 1)] == [exact, exact]
+    assert not spec_of(guard(), 0).exact
+
+
+def test_a_state_is_taken_up_by_an_objective_that_decides_otherwise():
+    """With a clip there is an estimate to keep, without one there is none."""
+    clipped, plain = guard(action="warn"), guard(objective="reinforce", action="warn")
+    clipped.observe(measured(-1.5e-3), 0)
+    one, other = clipped.state_dict(), plain.state_dict()
+    plain.load_state_dict(one)
+    clipped.load_state_dict(other)
+    assert (plain.decision.reason, clipped.decision.reason) == (
+        one["decision"]["reason"],
+        "no measurement yet",
+    )
+    assert clipped.state_dict()["guard"] == one["guard"]
 
 
 def test_with_neither_the_guard_keeps_its_decision_and_reports_nothing():

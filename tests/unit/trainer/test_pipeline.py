@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -380,6 +381,22 @@ def test_beside_the_learner_engines_do_not_wait_for_verdicts_and_the_learner_doe
     assert step.verdicts.keys() == step.finished.keys() == {(g, i) for g in (3, 4, 5) for i in (0, 1)}
 
 
+def test_completions_of_engines_in_this_process_are_judged_by_whoever_samples():
+    collector = collector_of(steps=2, steps_ahead=1, ticks_per_step=4)
+    collector.sample(1)
+    threads = set()
+    judge = collector.rewards.judge
+
+    def noting(items):
+        threads.add(threading.current_thread())
+        return judge(items)
+
+    collector.rewards.judge = noting
+    with collector.beside_learner():
+        assert threads == {threading.current_thread()}
+        assert len(collector.buffer.steps[2].verdicts) == 6
+
+
 def test_the_speed_of_engines_is_told_once(monkeypatch):
     """Six completions of 4 tokens take two slices, and a slice two looks at a clock that moves 2 s a look."""
     collector = collector_of(Pool(lambda g, i: 4))
@@ -496,6 +513,7 @@ def test_engines_that_had_nothing_to_do_go_on_beside_the_learner_once_tools_have
     collector.judged(1)
     assert not collector.buffer.steps[2].finished
     with collector.beside_learner():
+        time.sleep(0.2)  # no engine has work, and tools have not answered
         tool.open = True
         time.sleep(0.5)
     assert {k: len(c) for k, c in collector.buffer.steps[2].finished.items()} == {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ import pytest
 from gspo_dist.candidates import Candidates
 from gspo_dist.trainer.buffer import Buffer
 from gspo_dist.trainer.rollout_files import load_rollouts, save_rollouts
-from gspo_dist.types import COLUMNS
-from tests.unit.trainer.small import trace
+from gspo_dist.types import COLUMNS, Turn
+from tests.unit.trainer.small import rollout, trace
 from tests.unit.trainer.test_pipeline import SAMPLING, Pool, begun_at, collector_of, trained
 
 DONE, LATE, OPEN = (3, 0), (4, 0), (5, 1)
@@ -57,6 +59,43 @@ def facts(completion):
 
 def resumed():
     return begun_at(collector_of(steps_ahead=1), 2)
+
+
+def test_episodes_come_back_with_their_turns_and_their_environments_states(saved, tmp_path):
+    """OPEN has ended a turn, so its reason to end is that turn's, and it waits for its environment."""
+    collector, _ = saved
+    waiting = collector.buffer.waiting
+    at = [item.key for item in waiting].index(OPEN)
+    turns = (Turn(0, 0, 0, "", "go"), Turn(0, 10, 10, "said", "", 0.5))
+    so_far = replace(waiting[at].so_far, turns=turns, finish_reason="stop")
+    waiting[at] = replace(waiting[at], so_far=so_far)
+    collector.buffer.waiting = [item for item in waiting if item.key != OPEN]
+    episodes = SimpleNamespace(acting={OPEN}, live={OPEN: waiting[at]}, states={OPEN: (1, '{"n": 2}')})
+    shutil.rmtree(tmp_path / "rollouts")
+    entry = save_rollouts(collector.buffer, tmp_path, episodes)
+    for episodes in (SimpleNamespace(states={}), None):
+        again = resumed()
+        again.episodes = episodes
+        load_rollouts(again, tmp_path, entry)
+        assert [item.key for item in again.buffer.waiting] == [(3, 1), (4, 1), (5, 1)]
+        assert [item.so_far.turns for item in again.buffer.waiting] == [(), (), turns]
+        assert all(c.turns == () for c in again.buffer.steps[2].finished.values())
+        assert episodes is None or episodes.states == {OPEN: (1, '{"n": 2}')}
+
+
+@pytest.mark.parametrize(
+    ("size", "prompts", "tries"), [(10, ["p7", "p2", "p9"], 4), (9, ["p3", "p4", "p5"], 1)]
+)
+def test_drawn_prompts_are_drawn_again_by_their_places_while_the_source_has_them(
+    saved, tmp_path, size, prompts, tries
+):
+    """A source that was cut short since hands out what its cursor has next. Those groups begin anew."""
+    again = resumed()
+    again.cursor.size = size
+    again.cursor.prompts = lambda places: [rollout(i).prompt for i in places]
+    load_rollouts(again, tmp_path, saved[1] | {"drawn": {"2": [7, 2, 9]}, "tries": {"2": 4}})
+    step = again.buffer.steps[2]
+    assert ([prompt.prompt_id for prompt in step.prompts], step.tries) == (prompts, tries)
 
 
 def test_all_comes_back_as_it_was(saved, tmp_path):
