@@ -9,21 +9,28 @@ import numpy as np
 import pytest
 import torch
 
+from gspo_dist.config import RolloutConfig
 from gspo_dist.learners.learner import OptimStep
 from gspo_dist.metrics.stat import Stat
+from gspo_dist.objectives.aggregate import Segments
+from gspo_dist.objectives.mismatch import mismatch_stats
 from gspo_dist.trainer.step_metrics import (
     StepMetrics,
+    length_metrics,
     packing_metrics,
     replay_metrics,
     rollout_metrics,
     sample_rows,
     speed_metrics,
+    turn_metrics,
+    turn_rows,
     update_metrics,
 )
+from gspo_dist.types import Turn
 from tests.unit.trainer.small import packed, rollout, trace
 
 
-def f64(value: float) -> torch.Tensor:
+def f64(value: float | list[float]) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
@@ -50,9 +57,79 @@ def test_a_batch_described_by_hand():
     assert out["rollout/truncated_fraction"] == 0.25
     assert out["rollout/degenerate_group_fraction"] == 0.5
     assert out["rollout/staleness"] == 2.0  # version 5 learns from a token of version 3
+    assert out["rollout/staleness_publications"] == 2.0  # one mini-batch, where nothing else is said
+    assert (out["advantage/mean"], out["advantage/zero_fraction"]) == (0.0, 0.5)
     assert out["reward/format"] == pytest.approx(1.5 / 4)
     assert out["reward/timeout_fraction"] == 0.25
     assert "reward/timeout" not in out
+
+
+def test_rewards_that_differ_make_a_group_that_teaches():
+    """Group 0 has rewards 0 and 1, group 1 twice 1, group 2 twice 0: two of three teach nothing."""
+    rewards = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    rollouts = [rollout(i, group=i // 2, reward=reward) for i, reward in enumerate(rewards)]
+    out = rollout_metrics(rollouts, np.zeros(6), 3)
+    assert out["rollout/degenerate_group_fraction"] == pytest.approx(2 / 3, rel=1e-12)
+
+
+def test_the_limit_of_completions_is_reported_where_it_changes():
+    assert length_metrics(RolloutConfig(max_completion_tokens=16), 3) == {}
+    growing = RolloutConfig(max_completion_tokens=16, length_schedule=[[1, 8], [3, 16]])
+    limits = [length_metrics(growing, step) for step in (1, 2, 3)]
+    assert limits == [{"rollout/max_completion_tokens": limit} for limit in (8.0, 8.0, 16.0)]
+
+
+def episode(index, turns, mask, finish="stop"):
+    r = dated(index, [3] * len(mask), mask)
+    return replace(r, completion=replace(r.completion, turns=tuple(turns), finish_reason=finish))
+
+
+RESET, SAID = Turn(0, 0, 1), Turn(1, 3, 4, "go", "gone", 0.5)
+
+
+def test_episodes_are_described_by_their_turns_and_what_failed():
+    """Ten tokens, of which three are the environment's. A rollout without turns counts nowhere."""
+    batch = [
+        episode(0, [RESET, SAID, Turn(4, 6, 6)], [False, True, True, False, True, True], "turns"),
+        episode(1, [RESET, Turn(1, 4, 4, failed="crash")], [False, True, True, True]),
+        rollout(2, tokens=[5] * 90),
+    ]
+    expected = {
+        "environment/turns_mean": 1.5,
+        "environment/turns_max": 2.0,
+        "environment/token_fraction": 1.0 - 7 / 10,
+        "environment/out_of_turns_fraction": 0.5,
+        "environment/failed_fraction": 0.5,
+        "environment/timeout_fraction": 0.0,
+        "environment/crash_fraction": 0.5,
+        "environment/error_fraction": 0.0,
+    }
+    assert turn_metrics(batch) == pytest.approx(expected, rel=1e-12)
+    whole = rollout_metrics(batch, np.zeros(3), 3)
+    assert {key: whole[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+    assert turn_metrics(batch[2:]) == {}
+    # The first turn that failed names the episode.
+    twice = episode(0, [RESET, replace(SAID, failed="timeout"), replace(SAID, failed="error")], [True] * 4)
+    out = turn_metrics([twice])
+    assert (out["environment/timeout_fraction"], out["environment/error_fraction"]) == (1.0, 0.0)
+    assert out["environment/out_of_turns_fraction"] == 0.0
+
+
+def test_the_turns_of_an_episode_are_rows_for_a_reader():
+    late = Turn(4, 7, 7, "more", failed="error")
+    r = episode(0, [RESET, SAID, late], [False, True, True, False, True, True, True])
+    versions = np.array([0, 4, 3, 0, 4, 4, 6], np.int32)
+    completion = replace(r.completion, policy_versions=versions)
+    assert turn_rows(completion) == {
+        "turns": [
+            {"said": "", "answer": "", "reward": 0.0, "tokens": 0, "versions": []},
+            {"said": "go", "answer": "gone", "reward": 0.5, "tokens": 2, "versions": [3, 4]},
+            {"said": "more", "answer": "", "reward": 0.0, "tokens": 3, "versions": [4, 6], "failed": "error"},
+        ]
+    }
+    assert turn_rows(rollout(0).completion) == {}
+    (row,) = sample_rows([replace(r, completion=completion)], np.zeros(1), 1)
+    assert [turn["tokens"] for turn in row["turns"]] == [0, 2, 3]
 
 
 def dated(index, versions, mask=None):
@@ -128,6 +205,8 @@ def test_sums_of_a_mini_batch_are_averaged_over_them_and_counts_are_added():
     scaled = [OptimStep(1.0, 0.1, 4, loss_scale=8.0), OptimStep(1.0, 0.1, 5, loss_scale=4.0)]
     assert update_metrics(first_and_second(), scaled)["learner/loss_scale"] == 4.0
     assert out["learner/policy_version"] == 5.0
+    alone = update_metrics(first_and_second()[:1], [OptimStep(1.0, 0.1, 4, loss_scale=2.0)])
+    assert (alone["objective/loss"], alone["learner/loss_scale"]) == (2.0, 2.0)
 
 
 def test_a_skipped_step_is_counted_and_its_norm_left_out():
@@ -162,6 +241,35 @@ def test_clip_fractions_are_reported_by_mini_batch():
     assert "objective/mini_batch_2/clip_fraction" not in out
 
 
+def test_clip_fractions_of_a_mini_batch_are_its_means():
+    """Twice the same mini-batch: the mean of its statistic, never its sum or its weight."""
+    first, second = first_and_second()
+    second["objective/clip_fraction_positive"] = mean(0.25, 8.0)
+    second["objective/clip_fraction_negative"] = mean(0.75, 8.0)
+    out = update_metrics([first, second], [OptimStep(1.0, 0.1, 4)] * 2)
+    assert out["objective/mini_batch_1/clip_fraction_positive"] == 0.25
+    assert out["objective/mini_batch_1/clip_fraction_negative"] == 0.75
+    assert "objective/mini_batch_0/clip_fraction_positive" not in out
+
+
+def test_the_mismatch_is_reported_of_the_moments_of_all_mini_batches():
+    """Two tokens of one sequence in each: the learner says -1, -2 and -3, -2; the engine -1 everywhere."""
+    minis = first_and_second()
+    old = [f64([-1.0, -2.0]), f64([-3.0, -2.0])]
+    for stats, values in zip(minis, old, strict=True):
+        stats |= mismatch_stats(values, f64([-1.0, -1.0]), Segments(torch.zeros(2, dtype=torch.long), 1))
+    out = update_metrics(minis, [OptimStep(1.0, 0.1, 4)] * 2)
+    assert out["mismatch/kl"] == pytest.approx((0 + 1 + 2 + 1) / 4, rel=1e-12)
+    assert out["mismatch/log_ratio_mean"] == pytest.approx((-0.5 - 1.5) / 2, rel=1e-12)
+    assert out["mismatch/log_ratio_std"] == pytest.approx(0.5, rel=1e-12)
+    assert "mismatch/log_ratio_square" not in out
+    assert not any(name.startswith("moment/") for name in out)
+    assert not any(
+        name.startswith("mismatch/")
+        for name in update_metrics(first_and_second(), [OptimStep(1.0, 0.1, 4)] * 2)
+    )
+
+
 def test_replay_costs_what_its_traces_weigh():
     """Two layers, top-2 of 8 experts: 4 bytes per token, and one that marks known rows."""
     rollouts = [rollout(i, routing=trace(5, 1)) for i in range(2)]
@@ -175,9 +283,22 @@ def test_replay_costs_what_its_traces_weigh():
     last = [rollout(i, routing=replace(trace(5, 1), known=known)) for i in range(2)]
     assert replay_metrics("r3", [mini], last, recomputed=True)["routing/native_row_fraction"] == 2 / 10
     routed = mini.with_traces(rollouts)
-    assert replay_metrics("r2", [routed], [rollout(0)], recomputed=True)["routing/replay_bytes"] == 50.0
+    own = replay_metrics("r2", [routed], [rollout(0)], recomputed=True)
+    assert own["routing/replay_bytes"] == 50.0
+    assert "routing/replay_mixed_fraction" not in own  # R2's traces are of one policy
     device = "routing/replay_device_copies_bytes"
     assert replay_metrics("r3", [mini], rollouts, recomputed=False)[device] < out[device]
+
+
+def test_completions_of_more_than_one_policy_have_mixed_traces():
+    """Two policies, three of them, and two of which one has no trained token: 2 of 3 are mixed."""
+    versions = [([4, 8], None), ([4, 8, 12], None), ([4, 0], [True, False])]
+    rollouts = [
+        replace(r, completion=replace(r.completion, routing=trace(2 + len(r.completion), 1)))
+        for r in (dated(i, ages, mask) for i, (ages, mask) in enumerate(versions))
+    ]
+    out = replay_metrics("r3", packed(rollouts), rollouts, recomputed=True)
+    assert out["routing/replay_mixed_fraction"] == pytest.approx(2 / 3, rel=1e-12)
 
 
 def test_speeds_are_tokens_over_the_seconds_of_their_part():
@@ -225,6 +346,9 @@ def test_a_row_joins_all_parts_and_refuses_a_name_that_two_report():
         samples=[{"not": "a number"}],
     )
     assert whole.row() == dict(zip("abcdefgh", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], strict=True))
+    # What ends a step is filled in later.
+    begun = StepMetrics(rollouts={"a": 1.0}, packing={}, update={}, old_logprobs={}, routing={})
+    assert (begun.row(), begun.samples, begun.episodes) == ({"a": 1.0}, [], [])
     whole.evaluation = {"c": 9.0}
     with pytest.raises(ValueError, match="every metric once: got c from two parts"):
         whole.row()
