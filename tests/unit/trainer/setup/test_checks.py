@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from gspo_dist.config import ClusterConfig, RunConfig
+from gspo_dist.config import (
+    ClusterConfig,
+    CorrectionConfig,
+    GuardConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    RunConfig,
+    SelectionConfig,
+)
 from gspo_dist.learners import determinism
 from gspo_dist.trainer.setup.build import check_run
 from gspo_dist.trainer.setup.checks import (
@@ -15,7 +25,10 @@ from gspo_dist.trainer.setup.checks import (
     check_model,
     check_passed_on,
     check_vocabulary,
+    installed,
     load_tokenizer,
+    name_age,
+    name_selection,
     resolve_device,
     resolve_transport,
 )
@@ -79,6 +92,25 @@ def test_the_models_context_holds_prompt_and_completion(model, reward_file, tmp_
         check_model(longer, str(model))
 
 
+@pytest.mark.parametrize(("device", "cluster"), [("cuda", {"colocated": True}), ("cpu", {})])
+def test_nccl_needs_gpus_and_sides_that_share_none(model, reward_file, tmp_path, device, cluster):
+    """Either alone is enough to refuse it: GPUs that are shared, and processes without GPUs."""
+    c = config(model, reward_file, tmp_path, "rollout.weight_sync.transport=nccl")
+    c = changed(c, rollout={"engine": "vllm"})
+    object.__setattr__(c, "cluster", replace(c.cluster, in_process=False, **cluster))
+    with pytest.raises(ValueError, match=f"needs learner and engines on different GPUs: got device {device}"):
+        resolve_transport(c, device)
+
+
+def test_an_exact_run_is_refused_on_gpus_unless_it_asks_for_them(model, reward_file, tmp_path):
+    c = config(model, reward_file, tmp_path)
+    exact = replace(c.learner, consistency="exact")
+    object.__setattr__(c, "learner", exact)
+    check_backend(c, "cpu", str(model))
+    with pytest.raises(ValueError, match=r"consistency=exact is refused with .* got device cuda"):
+        check_backend(c, "cuda", str(model))
+
+
 def test_experts_must_divide_over_the_ranks(model, reward_file, tmp_path):
     c = config(model, reward_file, tmp_path)
     c = changed(c, cluster={"in_process": False})
@@ -110,7 +142,9 @@ def test_a_deterministic_run_is_refused_what_cannot_be_repeated(model, reward_fi
     assert asked == [(2, "cuda")]
 
 
-def test_replay_needs_experts(model, reward_file, tmp_path):
+@pytest.fixture
+def dense(model, tmp_path):
+    """The model's folder, said to have no experts."""
     dense = tmp_path / "dense"
     dense.mkdir()
     hf = json.loads((model / "config.json").read_text())
@@ -121,6 +155,10 @@ def test_replay_needs_experts(model, reward_file, tmp_path):
     for path in model.iterdir():
         if path.name != "config.json":
             (dense / path.name).symlink_to(path)
+    return dense
+
+
+def test_replay_needs_experts(model, dense, reward_file, tmp_path):
     c = config(model, reward_file, tmp_path / "run", "objective=grpo_r3")
     with pytest.raises(
         ValueError, match=r"routing_replay=r3 needs a mixture-of-experts model: Qwen3ForCausalLM"
@@ -134,7 +172,21 @@ def test_a_gpu_that_is_not_there_is_refused():
         resolve_device(ClusterConfig(in_process=True, device="cuda"))
 
 
-@pytest.mark.parametrize(("gpus", "auto"), [(0, "cpu"), (8, "cuda")])
+def test_a_cluster_is_asked_where_one_is_joined_and_else_this_host(monkeypatch):
+    def start(cluster):
+        raise AssertionError("a run of its own starts Ray later")
+
+    monkeypatch.setattr("gspo_dist.actors.session.start_ray", start)
+    assert resolve_device(ClusterConfig()) == "cpu"
+    assert resolve_device(ClusterConfig(address="auto", in_process=True)) == "cpu"
+
+
+def test_a_distribution_is_installed_by_its_name():
+    assert installed("torch") is True
+    assert installed("gspo-dist-has-no-such-part") is False
+
+
+@pytest.mark.parametrize(("gpus", "auto"), [(0, "cpu"), (1, "cuda"), (8, "cuda")])
 def test_the_device_of_a_joined_cluster_is_what_ray_reports(monkeypatch, gpus, auto):
     """Its head, where the command runs, may have no GPU."""
     joined = []
@@ -210,19 +262,27 @@ def test_layers_that_packing_would_mix_are_refused_before_anything_starts(
         check_backend(c, "cpu", str(windowed))
 
 
-def test_a_dense_model_without_replay_passes_and_has_no_moe_layers(model, reward_file, tmp_path):
-    dense = tmp_path / "dense"
-    dense.mkdir()
-    hf = json.loads((model / "config.json").read_text())
-    hf |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 16}
-    for key in [k for k in hf if "expert" in k or k.startswith(("moe", "router"))]:
-        del hf[key]
-    (dense / "config.json").write_text(json.dumps(hf))
-    for path in model.iterdir():
-        if path.name != "config.json":
-            (dense / path.name).symlink_to(path)
+def test_a_dense_model_without_replay_passes_and_has_no_moe_layers(model, dense, reward_file, tmp_path):
     c = config(model, reward_file, tmp_path / "run", "model.self_check=false")
     assert check_model(c, str(dense)) == 0
+
+
+def test_an_objective_on_what_routers_do_needs_routers(model, dense, reward_file, tmp_path):
+    chosen = ("objective=rspo", "objective.old_logprobs=recompute", "model.self_check=false")
+    c = config(model, reward_file, tmp_path / "run", *chosen)
+    object.__setattr__(c, "objective", replace(c.objective, routing_replay="none"))
+    with pytest.raises(ValueError, match=r"^objective rspo needs .*: Qwen3ForCausalLM has no experts; use"):
+        check_model(c, str(dense))
+    assert check_model(c, str(model)) == 2
+
+
+def test_a_torn_folder_is_told_before_anything_is_read_of_the_model(model, reward_file, tmp_path):
+    c = config(model, reward_file, tmp_path / "run", "model.self_check=false")
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    for path in model.glob("*.safetensors*"):
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match=rf"must hold a tokenizer \(tokenizer\.json\): none in {tmp_path}"):
+        check_model(c, str(tmp_path))
 
 
 def test_a_token_that_the_model_has_no_embedding_for_is_refused_with_its_record():
@@ -242,6 +302,20 @@ def test_a_torn_tokenizer_is_told_with_its_folder(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(ValueError, match=rf"^model\.path {tmp_path} must hold a tokenizer.*copy tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"), [("torn\nhere", "torn"), ("", ""), ("x" * 300, "x" * 300), ("x" * 301, "x" * 300)]
+)
+def test_the_cause_is_the_first_line_and_no_longer_than_a_screen(monkeypatch, said, cause):
+    from transformers import AutoTokenizer
+
+    def breaks(folder):
+        raise OSError(said)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", breaks)
+    with pytest.raises(ValueError, match=f": OSError: {cause}; copy tokenizer.json"):
+        load_tokenizer("folder")
 
 
 @pytest.mark.parametrize(
@@ -286,3 +360,42 @@ def test_a_misspelt_key_of_a_backend_is_told_before_a_model_is_looked_for(
     object.__setattr__(c, "model", replace(c.model, path=str(tmp_path / "absent")))
     with pytest.raises(ValueError, match=message):
         check_run(c)
+
+
+def test_a_run_ahead_says_what_its_settings_mean_on_older_tokens(caplog):
+    """Each of five settings has a note of its own, and a step that begins nothing ahead says nothing."""
+    c = RunConfig(objective=ObjectiveConfig(name="grpo"))
+    recomputed = {"old_logprobs": "recompute", "routing_replay": "r3", "guard": GuardConfig(action="off")}
+    decoupled = recomputed | {"correction": CorrectionConfig(name="geometric_truncate")}
+    of_engines = {"old_logprobs": "rollout", "routing_replay": "none", "guard": GuardConfig(action="warn")}
+    for objective, notes in (
+        (recomputed, ["the ratio ignores the age", "routes of their own moment"]),
+        (decoupled, ["the decoupled objective", "routes of their own moment"]),
+        (of_engines, ["the clip sees the age", "the guard rests on fresh tokens"]),
+        (of_engines | {"name": "reinforce", "guard": GuardConfig(action="off")}, []),
+    ):
+        chosen = SimpleNamespace(
+            rollout=replace(c.rollout, steps_ahead=2), objective=replace(c.objective, **objective)
+        )
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            name_age(chosen)
+        said = [message.split(": ")[:2] for message in caplog.messages]
+        assert said == [["rollout.steps_ahead=2", note] for note in notes]
+        chosen.rollout = c.rollout
+        name_age(chosen)
+        assert len(caplog.messages) == len(notes)
+
+
+def test_a_run_says_which_rollouts_train(caplog):
+    c = RunConfig(rollout=RolloutConfig(prompts_per_step=4))
+    selection = SelectionConfig(degenerate="refill", mask_truncated=True)
+    with caplog.at_level(logging.WARNING):
+        name_selection(c)
+        assert caplog.messages == []
+        name_selection(replace(c, objective=replace(c.objective, selection=selection)))
+    first, second = caplog.messages
+    assert first.startswith(
+        "objective.selection (gspo): dynamic sampling: 8 groups are asked for, the first 4"
+    )
+    assert second == "objective.selection (gspo): completions cut off at the token limit are not trained on"
