@@ -37,7 +37,7 @@ def with_second_moment_cut(
         return spec
     if unmoved:
         return replace(spec, second_moment_cut=math.inf)
-    values = [torch.zeros(0, dtype=torch.float64)]
+    values: list[torch.Tensor] = []
     found, _ = logprobs_within(learner, mini.micro_batches, forward_token_budget)
     for batches, outputs in zip(mini.micro_batches, found, strict=True):
         for batch, output in zip(batches, outputs, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -27,7 +28,9 @@ def of(folder, sampler=None, *, beside=False, every=2, steps=5, suites=None):
 @pytest.mark.parametrize(("every", "due"), [(2, [0, 2, 4, 5]), (0, [0, 5]), (5, [0, 5])])
 def test_suites_are_due_at_the_start_on_the_schedule_and_at_the_end(tmp_path, every, due):
     assert [step for step in range(6) if of(tmp_path, every=every).due(step)] == due
-    assert not of(tmp_path, suites=[]).due(0)
+    without = of(tmp_path, suites=[])
+    assert without.due(0) is False
+    assert (without.after_step(0), without.finish(), without.seconds) == ({}, {}, 0.0)
 
 
 def test_where_engines_are_not_free_the_run_waits_and_the_row_is_the_steps_own(tmp_path):
@@ -133,6 +136,44 @@ def test_a_run_that_begins_forgets_an_earlier_one(tmp_path):
     assert len(fresh.sampler.asked) == 6
 
 
+def test_a_run_that_is_done_has_told_the_figures_of_its_last_step(tmp_path):
+    """The last step is waited for, so its figures stand in its own row also where engines are free."""
+    of(tmp_path, beside=True).after_step(5)
+    again = of(tmp_path, beside=True)
+    assert again.start(5) == {}
+    assert (again.step, again.sampler.asked) == (None, [])
+
+
+def test_what_cannot_be_forgotten_stops_nothing(tmp_path):
+    """A later step's name that is a file: no folder, so nothing to take away."""
+    (tmp_path / "step_000004").write_text("")
+    assert of(tmp_path).start(2)["eval/at_step"] == 2.0
+    assert (tmp_path / "step_000004").is_file()
+
+
+@pytest.mark.parametrize(
+    ("beside", "begun", "threads"), [(True, True, 1), (True, False, 0), (False, True, 0)]
+)
+def test_engines_answer_beside_the_learner_where_they_are_free_and_something_is_asked(
+    tmp_path, monkeypatch, beside, begun, threads
+):
+    names = []
+
+    @contextmanager
+    def alongside(name, work):
+        names.append(name)
+        work(lambda: False)
+        yield
+
+    monkeypatch.setattr("gspo_dist.trainer.suites.alongside", alongside)
+    run = of(tmp_path, beside=beside)
+    if begun:
+        run.begin(2)
+    with run.beside_learner():
+        assert names == ["suites-beside-the-learner"] * threads
+        assert len(run.sampler.asked) == 6 * threads
+
+
 def test_graders_are_closed_with_the_run(tmp_path):
     run = of(tmp_path)
     run.close()
@@ -166,7 +207,6 @@ def test_a_whole_run_evaluates_its_suites(model, reward_file, tmp_path):
 
 def test_a_step_finishes_the_suites_of_the_policy_before_it_publishes(monkeypatch):
     """Every answer is of one policy: what is left is sampled after learning and before the publication."""
-    from contextlib import contextmanager
     from types import SimpleNamespace
 
     from gspo_dist.trainer import loop
