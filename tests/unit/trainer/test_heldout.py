@@ -31,7 +31,7 @@ def run_of(*, steps: int = 10, every: int = 4, heldout: int = 3, reward=lambda p
         collector=SimpleNamespace(
             episodes=None, judge=lambda items: [Judged(reward(p), {}) for _, p, _ in items]
         ),
-        sampling=SamplingSpec(n=8, max_tokens=16, temperature=1.0, seed=5, record_routing=True),
+        sampling=SamplingSpec(n=8, max_tokens=16, temperature=1.0, seed=5, record_routing=True, candidates=8),
         first_evaluation={},
         last_evaluation={},
         asked=asked,
@@ -50,9 +50,26 @@ def test_it_samples_by_its_own_settings_and_draws_that_training_never_makes():
     ((spec, ids),) = run.asked
     assert (spec.n, spec.temperature, spec.top_p, spec.seed) == (2, 0.5, 0.9, 6)
     assert spec.max_tokens == 16
-    assert not spec.record_routing
+    assert (spec.record_routing, spec.candidates) == (False, 0)
     assert ids == [EVALUATION_IDS, EVALUATION_IDS + 1, EVALUATION_IDS + 2]
     assert EVALUATION_IDS > 10**12  # groups of a run
+
+
+def test_prompts_of_an_environment_are_played_beside_the_episodes_of_training(monkeypatch):
+    """The engines play them with the tools of the run, and no answer is sampled without its turns."""
+    played = []
+
+    def play(pool, episodes, prompts, spec, ids):
+        played.append((pool, episodes, prompts, spec.n, list(ids)))
+        return [[rollout(0).completion for _ in range(spec.n)] for _ in prompts]
+
+    monkeypatch.setattr("gspo_dist.trainer.heldout.play", play)
+    run = run_of(heldout=2)
+    run.collector.episodes = SimpleNamespace(beside=lambda: "episodes beside training")
+    assert evaluate(run)["eval/heldout/accuracy"] == 1.0
+    ids = [EVALUATION_IDS, EVALUATION_IDS + 1]
+    assert played == [(run.pool, "episodes beside training", run.heldout, 2, ids)]
+    assert run.asked == []
 
 
 def test_accuracy_by_hand_and_the_first_and_newest_are_remembered():
