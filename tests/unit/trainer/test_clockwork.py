@@ -164,8 +164,8 @@ def test_more_steps_than_there_are_ticks_are_refused_and_fewer_are_not(tmp_path)
     with pytest.raises(ValueError, match=r"has ticks of 2 steps: got steps = 3; set steps to what"):
         read_record(path, replace(RUN, steps=3))
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match="has ticks of 0 steps"):
-        read_record(path, RUN)
+    with pytest.raises(ValueError, match="has ticks of 0 steps: got steps = 1"):
+        read_record(path, replace(RUN, steps=1))
 
 
 def test_a_file_that_is_no_record_is_told_from_one_that_is_not_there(tmp_path):
@@ -176,7 +176,8 @@ def test_a_file_that_is_no_record_is_told_from_one_that_is_not_there(tmp_path):
         read_record(tmp_path / "none.jsonl", RUN)
 
 
-def test_how_far_a_record_with_a_death_repeats_is_said(tmp_path, caplog):
-    dead = {"step": 2, "ticks": {"engine-0": 6}, "deaths": ["engine-1"]}
-    read_record(written(tmp_path, TWO_STEPS[0], dead), RUN)
-    assert "an engine died in step 2; the run repeats itself up to there" in caplog.text
+@pytest.mark.parametrize("deaths", [[1], [2], [1, 2]])
+def test_how_far_a_record_with_a_death_repeats_is_said(tmp_path, caplog, deaths):
+    rows = [row | ({"deaths": ["engine-1"]} if row["step"] in deaths else {}) for row in TWO_STEPS]
+    read_record(written(tmp_path, *rows), RUN)
+    assert f"an engine died in step {deaths[0]}; the run repeats itself up to there" in caplog.text

@@ -286,6 +286,7 @@ def test_a_contract_of_equality_is_passed_on_to_every_loss(exact):
     g = OffsetGuard(ObjectiveConfig(), objective, BookLearner(), seed=5, token_budget=64, exact=exact)
     assert [spec_of(g, i).exact for i in (0, 1)] == [exact, exact]
     assert not spec_of(guard(), 0).exact
+    assert g.objective is objective  # by which old log-probs are asked for what it reads
 
 
 def test_a_state_is_taken_up_by_an_objective_that_decides_otherwise():

@@ -381,6 +381,27 @@ def test_beside_the_learner_engines_do_not_wait_for_verdicts_and_the_learner_doe
     assert step.verdicts.keys() == step.finished.keys() == {(g, i) for g in (3, 4, 5) for i in (0, 1)}
 
 
+def test_the_learner_waits_for_the_verdict_that_is_under_way():
+    """An evaluation or a save that comes next may ask the rewards, who judge for one at a time."""
+    pool = SlowPool(lambda g, i: 1 if g < 4 else 10_000)
+    collector = collector_of(pool, steps=2, steps_ahead=1)
+    collector.sample(1)
+    collector.judged(1)
+    judge, begun = collector.rewards.judge, threading.Event()
+
+    def slowly(items):
+        begun.set()
+        time.sleep(0.3)
+        return judge(items)
+
+    collector.rewards.judge = slowly
+    step = collector.buffer.steps[2]
+    step.verdicts.clear()
+    with collector.beside_learner():
+        assert begun.wait(10)
+    assert step.verdicts.keys() == step.finished.keys() == {(3, 0), (3, 1)}
+
+
 def test_completions_of_engines_in_this_process_are_judged_by_whoever_samples():
     collector = collector_of(steps=2, steps_ahead=1, ticks_per_step=4)
     collector.sample(1)

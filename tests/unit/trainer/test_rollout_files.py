@@ -90,10 +90,15 @@ def test_drawn_prompts_are_drawn_again_by_their_places_while_the_source_has_them
     saved, tmp_path, size, prompts, tries
 ):
     """A source that was cut short since hands out what its cursor has next. Those groups begin anew."""
+    collector, entry = saved
+    assert not entry.keys() & {"drawn", "tries"}
+    collector.buffer.steps[2].drawn, collector.buffer.steps[2].tries = [7, 2, 9], 4
+    shutil.rmtree(tmp_path / "rollouts")
+    entry = json.loads(json.dumps(save_rollouts(collector.buffer, tmp_path)))
     again = resumed()
     again.cursor.size = size
     again.cursor.prompts = lambda places: [rollout(i).prompt for i in places]
-    load_rollouts(again, tmp_path, saved[1] | {"drawn": {"2": [7, 2, 9]}, "tries": {"2": 4}})
+    load_rollouts(again, tmp_path, entry)
     step = again.buffer.steps[2]
     assert ([prompt.prompt_id for prompt in step.prompts], step.tries) == (prompts, tries)
 
@@ -111,6 +116,18 @@ def test_all_comes_back_as_it_was(saved, tmp_path):
     assert set(now.steps[2].verdicts) == {DONE, (5, 0)}
     assert [item.key for item in now.waiting] == [(3, 1), (4, 1), (5, 1)]
     assert [facts(item.so_far) for item in now.waiting] == [facts(item.so_far) for item in was.waiting]
+
+
+def test_rollouts_without_routes_come_back_without(tmp_path):
+    collector = collector_of(Pool(lambda group, sample: 1 if group < 3 else 9), steps_ahead=1)
+    collector.sample(1)
+    collector.judged(1)
+    collector.pause()
+    again = resumed()
+    load_rollouts(again, tmp_path, save_rollouts(collector.buffer, tmp_path))
+    was, now = ([facts(item.so_far) for item in c.buffer.waiting] for c in (collector, again))
+    assert now == was
+    assert {(len(item.so_far), item.so_far.routing) for item in again.buffer.waiting} == {(3, None)}
 
 
 def test_a_group_whose_prompt_was_edited_begins_anew(saved, tmp_path, caplog):
