@@ -18,6 +18,7 @@ from gspo_dist.trainer.checkpointing import (
     count_skips,
     restore,
     save,
+    save_again,
     save_hf,
     what_is_saved,
 )
@@ -212,6 +213,41 @@ def test_weights_alone_are_written_on_their_schedule_and_the_newest_kept(
     )
 
 
+def test_the_newest_folders_are_those_of_the_highest_steps(tmp_path, monkeypatch):
+    """Also beyond six digits. What is no folder of a step stays, and one that cannot go stops nothing."""
+    monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
+    monkeypatch.setattr(export_probe, "has_room", lambda target: False)
+    run = run_of(tmp_path, steps=1_000_000, hf_every=1, keep_hf=1)
+    run.config.model = None
+    run.learner.export = lambda source, target: target.mkdir()
+    for name in ("step-000002", "step-x1", "step-999999"):
+        (tmp_path / "hf" / name).mkdir(parents=True)
+    (tmp_path / "hf" / "step-000003").symlink_to(tmp_path / "hf" / "step-000002")
+    save_hf(run, 1_000_000)
+    left = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert left == {"step-000003", "step-1000000", "step-x1"}
+
+
+def test_a_state_off_the_schedule_is_real_at_once(tmp_path):
+    run = run_of(tmp_path, asynchronous=True)
+    save_again(run, 0)  # a new start has it too
+    assert run.unfinished_save is None
+    save_again(run, 3)
+    assert run.store.newest().step == 3
+    assert run.learner.calls[-1] == ("wait_saved", {})
+
+
+def test_a_restored_run_takes_up_the_rollouts_of_its_checkpoint(tmp_path, monkeypatch):
+    run = run_of(tmp_path)
+    monkeypatch.setattr(checkpointing, "save_rollouts", lambda buffer, folder, episodes: {"begun": 4})
+    save(run, 3)
+    taken = []
+    monkeypatch.setattr(checkpointing, "load_rollouts", lambda *given: taken.append(given))
+    again = run_of(tmp_path)
+    restore(again, again.store.newest())
+    assert taken == [(again.collector, tmp_path / "checkpoints" / "step-000003", {"begun": 4})]
+
+
 def test_a_checkpoint_is_written_in_the_learners_turn_and_an_hf_folder_in_a_publications(
     tmp_path, monkeypatch
 ):
@@ -236,8 +272,10 @@ def test_a_checkpoint_keeps_log_probs_for_an_export_where_it_can(tmp_path, monke
     run = run_of(tmp_path, keep=5)
     monkeypatch.setattr(checkpointing, "ensure_model", lambda model: tmp_path / "source")
     run.config.model = None
-    monkeypatch.setattr(export_probe, "take", lambda learner, config, model: [[-1.5], [-2.25]])
+    asked = []
+    monkeypatch.setattr(export_probe, "take", lambda *given: asked.append(given) or [[-1.5], [-2.25]])
     save(run, 1)
+    assert asked == [(run.learner, run.config, tmp_path / "source")]
     assert run.store.newest().state["export_probe"] == [[-1.5], [-2.25]]
 
     def fails(*given):
