@@ -15,8 +15,11 @@ from gspo_dist.models.shape import read_shape
 from gspo_dist.rollout.engine import EngineInfo
 from gspo_dist.trainer.setup.factories import (
     begins_equal,
+    cap_threads,
     engine_factory,
+    engine_precision,
     learner_factory,
+    make_learner,
     make_objective,
     make_sinks,
     probe_tolerance,
@@ -55,6 +58,54 @@ def test_the_schedule_spans_all_optimiser_steps(model, reward_file, tmp_path):
     assert (
         learner_factory(config(model, reward_file, tmp_path), "m", "cpu").keywords["keep_reference"] is False
     )
+
+
+def test_a_rank_is_told_what_the_run_says(model, reward_file, tmp_path):
+    knobs = ("steps=5", "mini_batches=4", "rollout.temperature=0.7", "objective.kl_coef=0.1")
+    c = config(model, reward_file, tmp_path, *knobs)
+    made = learner_factory(c, "folder", "cuda")
+    assert (made.func, made.args) == (make_learner, (c.learner, "folder"))
+    assert made.keywords == {
+        "total_steps": 20,
+        "temperature": 0.7,
+        "keep_reference": True,
+        "device": "cuda",
+    }
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 3), ("cuda", 2)])
+def test_threads_are_capped_where_several_processes_share_the_cores(device, expected):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        cap_threads(3, device)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_group_of_one_needs_an_objective_without_a_baseline(model, reward_file, tmp_path):
+    """A user's own objective brings its estimator, so the configuration cannot see this."""
+    c = config(model, reward_file, tmp_path, "objective=grpo")
+    two = replace(c.rollout, group_size=2)
+    one = replace(two)
+    object.__setattr__(one, "group_size", 1)
+    assert make_objective(replace(c, rollout=two)).spec.advantage == "group_std"
+    alone = SimpleNamespace(objective=c.objective, rollout=one)
+    with pytest.raises(ValueError, match=r"at least 2 for group_std advantages .*: got 1; raise it"):
+        make_objective(alone)
+    alone.objective = replace(c.objective, advantage="none")
+    assert make_objective(alone).spec.advantage == "none"
+
+
+def test_a_clip_that_never_binds_is_made_where_it_is_insisted_on(model, reward_file, tmp_path):
+    wide = ["objective=gspo", "objective.params.clip_high=0.2"]
+    insisted = config(model, reward_file, tmp_path, *wide, "objective.allow_wide_clip=true")
+    assert make_objective(insisted).resolved["clip_high"] == 0.2
+    object.__setattr__(insisted, "objective", replace(insisted.objective))
+    object.__setattr__(insisted.objective, "allow_wide_clip", False)
+    with pytest.raises(ValueError, match="allow_wide_clip=true to insist"):
+        make_objective(insisted)
 
 
 def test_the_eager_learner_is_built_with_its_share_of_threads(model, reward_file, tmp_path, monkeypatch):
@@ -138,6 +189,7 @@ def test_the_probe_follows_the_coarser_precision(
     assert probe_tolerance(c).levels == LEVELS[levels]
     assert probe_tolerance(c).fixed is None
     assert begins_equal(c) is equal
+    assert engine_precision(c) == ("fp32" if engine == "reference" else rollout)
     plain = config(model, reward_file, tmp_path)
     assert probe_tolerance(plain).fixed == 1e-4
     object.__setattr__(plain, "learner", replace(plain.learner, consistency="exact"))
@@ -152,6 +204,27 @@ def test_how_a_run_samples(model, reward_file, tmp_path):
     assert spec.record_routing
     assert not sampling_spec(c, TOKENIZER, info(can_record_routing=False)).record_routing
     assert sampling_spec(c, SimpleNamespace(eos_token_id=None), info()).stop_token_ids == ()
+    assert not sampling_spec(
+        config(model, reward_file, tmp_path, "flips.every=0"), TOKENIZER, info()
+    ).record_routing
+    dense = info(moe_layers=0, num_experts=0, top_k=0)
+    assert not sampling_spec(c, TOKENIZER, dense).record_routing
+
+
+def test_completions_end_with_the_texts_of_the_environment_too(model, reward_file, tmp_path):
+    """The configuration refuses a nucleus for training; whoever allows it finds it in what is sampled."""
+
+    class Words:
+        eos_token_id = 7
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [len(text)]}
+
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "environment", replace(c.environment, stop=("ab", "abc")))
+    object.__setattr__(c.rollout, "top_p", 0.9)
+    spec = sampling_spec(c, Words(), info())
+    assert (spec.stop_token_ids, spec.top_p) == ((7, 2, 3), 0.9)
 
 
 def test_r3_is_refused_on_an_engine_that_cannot_record(model, reward_file, tmp_path):
@@ -190,6 +263,9 @@ def test_sinks_follow_the_logger(model, reward_file, tmp_path, capsys):
     capsys.readouterr()
     others = make_sinks(c, tmp_path, 0, None, ["learner-0 node1 gpu=3"]).others
     assert [type(s).__name__ for s in others] == ["SamplesFile", "ConsoleSink"]
+    assert others[1].total == 3
+    (task,) = make_sinks(c, tmp_path, 2, None).others[1].progress.tasks
+    assert (task.completed, task.total) == (2, 3)
     assert capsys.readouterr().out == "learner-0 node1 gpu=3\n"
 
 

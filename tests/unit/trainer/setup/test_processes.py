@@ -83,6 +83,48 @@ def test_rewards_of_a_run_in_one_process_find_its_variables(model, reward_file, 
     assert made == [(c.reward, {"GSPO_MARK": "mine"})]
 
 
+@pytest.mark.parametrize(("device", "colocated", "card"), [("cpu", False, ""), ("cuda", True, " gpu=0")])
+def test_in_one_process_rewards_come_first_and_a_shared_engine_sleeps(
+    model, reward_file, tmp_path, monkeypatch, device, colocated, card
+):
+    """A reward that cannot be imported is told before a model is read; the learner has the first turn."""
+    said = []
+
+    class Part:
+        def __init__(self, name, *made_of) -> None:
+            self.name, self.made_of = name, made_of
+            said.append(f"{name} made")
+
+        def start(self):
+            said.append(f"{self.name} started")
+            return "info"
+
+        def sleep(self) -> None:
+            said.append(f"{self.name} sleeps")
+
+        def close(self) -> None:
+            said.append(f"{self.name} closed")
+
+    for kind, name in (("Reward", "rewards"), ("Rollout", "pool")):
+        monkeypatch.setattr(module, f"Local{kind}Pool", lambda *made_of, _name=name: Part(_name, *made_of))
+    monkeypatch.setattr(module, "LocalLearnerGroup", lambda *made_of: Part("learner", *made_of))
+    monkeypatch.setattr(module, "learner_factory", lambda *told: lambda: ("a learner", *told))
+    monkeypatch.setattr(module, "engine_factory", lambda *told: lambda name: (name, *told))
+    c = config(model, reward_file, tmp_path)
+    object.__setattr__(c, "cluster", replace(c.cluster, colocated=colocated))
+    parts = start_parts(c, "folder", device, tmp_path, 2)
+    sleeps = ["pool sleeps"] * colocated
+    assert said == ["rewards made", "rewards started", "learner made", "pool made", "pool started", *sleeps]
+    assert parts.learner.made_of == (("a learner", c, "folder", device),)
+    assert parts.pool.made_of == (("engine-0", c, "folder", device, 2),)
+    assert (parts.rewards.name, parts.info) == ("rewards", "info")
+    host = socket.gethostname()
+    assert parts.places == [f"learner-0 {host}{card}", f"engine-0 {host}{card}"]
+    del said[:]
+    parts.release()
+    assert said == ["pool closed", "learner closed", "rewards closed"]
+
+
 HOSTS = [Node(f"n{i}", f"host{i}", f"10.0.0.{i}", 2, 0, 1 << 30) for i in (1, 2, 3)]
 ROLLOUTS = 4 * 4 * (16 + 8) * (2 * 2 + 1 + 54)
 
@@ -307,6 +349,7 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
 
     class Part:
         def __init__(self, name: str, *verbs: str) -> None:
+            self.name = name
             for verb in verbs:
                 setattr(self, verb, lambda _said=f"{name}.{verb}": said.append(_said) or "info")
 
@@ -328,7 +371,7 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
             return Part("rewards", "start")
 
         def found(self, learner, pool):
-            said.append("places")
+            said.append(f"places of {learner.name} and {pool.name}")
             return ["learner-0 here"]
 
         def keep(self):
@@ -341,9 +384,19 @@ def test_colocated_parts_start_one_after_the_other_and_others_side_by_side(
     parts = module.start_on_ray(c, "folder", "cpu", tmp_path, 2)
     assert threads == [(1, "cpu")]
     assert (parts.info, parts.release, parts.places) == ("info", "end", ["learner-0 here"])
+    assert [part.name for part in (parts.learner, parts.pool, parts.rewards)] == [
+        "learner",
+        "engine",
+        "rewards",
+    ]
     together = ["learner.start", "engine.start"]
     one_by_one = ["engine.start", "engine.sleep", "learner.start"]
-    assert said == ["made", "rewards.start", *(one_by_one if colocated else together), "places"]
+    assert said == [
+        "made",
+        "rewards.start",
+        *(one_by_one if colocated else together),
+        "places of learner and engine",
+    ]
 
 
 def test_a_deterministic_learner_has_its_variables_from_the_start_of_its_process(
