@@ -363,6 +363,71 @@ def test_held_out_prompts_are_sampled_as_the_evaluation_says(tmp_path, seen, mon
     assert "rewards.start" in seen["order"]
 
 
+def test_held_out_prompts_of_an_environment_are_played_and_judged_by_episode(tmp_path, seen, monkeypatch):
+    chosen = config(tmp_path)
+    chosen = replace(chosen, seed=5, data=replace(chosen.data, heldout="arithmetic"))
+    closed = []
+    environment = SimpleNamespace(rendering={"cue": False})
+    episodes = SimpleNamespace(pool=SimpleNamespace(close=lambda: closed.append("pool")))
+
+    def noted(name, answer):
+        def call(*arguments, **options):
+            seen[name] = (arguments, options)
+            return answer
+
+        monkeypatch.setattr(evaluate, name, call)
+
+    noted("check_environment", environment)
+    noted("load_prompts", ["p0", "p1"])
+    noted("judged_heldout", ["p1"])
+    noted("start_episodes", episodes)
+    noted("play", [["played"]])
+    noted("EpisodeJudge", "judge of episodes")
+
+    def evaluate_heldout(generate, judges, prompts, spec):
+        assert (judges, prompts, closed) == ("judge of episodes", ["p1"], [])
+        assert generate(prompts, spec) == [["played"]]
+        return {"eval/heldout/accuracy": 0.25}
+
+    monkeypatch.setattr(evaluate, "evaluate_heldout", evaluate_heldout)
+    assert evaluate.evaluate_model(chosen) == {"eval/heldout/accuracy": 0.25}
+    alone = seen["engines"][0]
+    assert seen["check_model"] == ((alone, "M"), {})
+    assert seen["engines"][1:] == ("M", 3)
+    assert seen["sampling_spec"] == ((alone, "T", "limits"), {})
+    assert seen["check_environment"] == ((alone, "T"), {})
+    assert seen["load_prompts"][1] == {"max_prompt_tokens": 1024, "seed": 5, "cue": False}
+    assert seen["judged_heldout"] == ((alone, ["p0", "p1"]), {})
+    assert seen["start_episodes"] == ((alone, environment), {})
+    (pool, played, prompts, spec, ids), _ = seen["play"]
+    assert (pool.start(), played, prompts, spec.n, ids) == ("limits", episodes, ["p1"], 1, range(1))
+    (of, rewards), _ = seen["EpisodeJudge"]
+    assert of is episodes
+    assert callable(rewards.start)
+    assert "generate" not in seen
+    assert closed == ["pool"]
+
+
+def test_wandb_gets_as_many_failures_as_a_table_can_show(tmp_path, monkeypatch):
+    class Sink:
+        def samples(self, step, rows):
+            sent.append((step, len(rows), rows[-1]["sample"]))
+
+        def log(self, step, row): ...
+        def close(self, summary): ...
+
+    sent = []
+    monkeypatch.setattr(evaluate, "open_wandb", lambda *given: Sink())
+    wrong = {"problem": "p", "why": "wrong", "answer": "1", "completion": "2", "tokens": 1, "correct": False}
+    result = SimpleNamespace(
+        suite="own",
+        samples=[wrong | {"sample": i} for i in range(501)],
+        logged=lambda: {"eval/own/avg@2": 0.0},
+    )
+    evaluate._to_wandb(config(tmp_path), tmp_path, "offline", [result])
+    assert sent == [(0, 500, 499)]
+
+
 def test_without_held_out_prompts_there_is_nothing_to_measure(tmp_path):
     with pytest.raises(ValueError, match=r"needs held-out prompts: set data\.heldout"):
         evaluate.evaluate_model(

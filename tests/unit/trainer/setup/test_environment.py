@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from gspo_dist.data.prompts import PromptSource, load_prompts
 from gspo_dist.data.training import TrainingPrompts
 from gspo_dist.rollout.turns import ChatBridge
 from gspo_dist.trainer.setup.environment import (
+    CheckedEnvironment,
     check_environment,
     judged_heldout,
     judged_train,
@@ -21,6 +23,7 @@ from gspo_dist.types import Prompt
 from tests.unit.data.test_chat import tokenizer
 from tests.unit.rollout.test_turns import CHATML, SPECIAL, STRIPS
 
+MODULE = "gspo_dist.trainer.setup.environment"
 CHAT = ("data.chat_template=true", "data.prompt_key=prompt")
 
 
@@ -52,6 +55,75 @@ def test_the_bridge_renders_with_the_runs_own_arguments_and_tools() -> None:
     bridge = check_environment(run_config(knobs), chat_tokenizer(template)).bridge
     assert bridge.tokenizer.decode(bridge.opening(None)).endswith("<|im_start|>assistant\n<think>\n")
     assert [tool["function"]["name"] for tool in bridge.tools] == ["calculate"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "template", "chat"),
+    [("true", CHATML, True), ("false", CHATML, False), ("true", None, False)],
+    ids=["chat", "declined", "without a template"],
+)
+def test_a_bridge_is_made_of_what_the_environment_and_the_template_say(
+    monkeypatch, asked, template, chat
+) -> None:
+    """No process is started: what the environment would describe is given."""
+    given = {}
+
+    def noted(name, answer):
+        def call(*arguments, **options):
+            given[name] = (arguments, options)
+            return answer
+
+        monkeypatch.setattr(f"{MODULE}.{name}", call)
+
+    noted("describe", {"tools": ["calculate"]})
+    noted("make_bridge", "bridge")
+    noted("stop_ids", (5,))
+    noted("format_of", "form")
+    c = run_config(
+        [
+            *("environment.factory=guess", "environment.tokens_per_answer=77", "environment.stop=[x]"),
+            *("environment.role=user", "environment.keep_history=true"),
+            *(f"data.chat_template={asked}", "data.prompt_key=prompt", "+data.template_args.think=true"),
+            "+cluster.env.OF_THE_RUN=word",
+        ]
+    )
+    words = SimpleNamespace(chat_template=template)
+    checked = check_environment(c, words)
+    assert given["stop_ids"] == ((words, c.environment.stop), {})
+    assert given["format_of"] == ((template,), {})
+    assert given["describe"] == ((c.environment, "form", {"OF_THE_RUN": "word"}), {})
+    assert given["make_bridge"] == (
+        (words,),
+        {
+            "chat": chat,
+            "limit": 77,
+            "role": "user",
+            "keep_history": True,
+            "template_args": {"think": True},
+            "tools": ["calculate"],
+        },
+    )
+    assert (checked.bridge, checked.form) == ("bridge", "form")
+    assert checked.rendering == ({"tools": ["calculate"], "cue": False} if chat else {})
+    del given["describe"]
+    assert check_environment(run_config([]), words) is None
+    assert "describe" not in given
+
+
+def test_an_environments_processes_are_started_with_the_runs_variables(monkeypatch) -> None:
+    class Pool:
+        def __init__(self, *made_of) -> None:
+            self.made_of, self.started = made_of, 0
+
+        def start(self) -> None:
+            self.started += 1
+
+    monkeypatch.setattr(f"{MODULE}.LocalEnvironmentPool", Pool)
+    c = run_config(["experiment=guess", "+cluster.env.OF_THE_RUN=word"])
+    episodes = start_episodes(c, CheckedEnvironment("bridge", "hermes", {}))
+    assert episodes.pool.made_of == (c.environment, "hermes", {"OF_THE_RUN": "word"})
+    assert (episodes.pool.started, episodes.config, episodes.bridge) == (1, c.environment, "bridge")
+    assert start_episodes(c, None) is None
 
 
 @pytest.mark.slow
