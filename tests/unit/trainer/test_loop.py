@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from dataclasses import replace
@@ -12,11 +13,15 @@ import pytest
 
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.routing.trace import RoutingTrace
+from gspo_dist.trainer import loop
 from gspo_dist.trainer.clock import StepClock
+from gspo_dist.trainer.episode_page import EPISODES
 from gspo_dist.trainer.heldout import EVALUATION_IDS
 from gspo_dist.trainer.loop import run_step, start, train
+from gspo_dist.trainer.publisher import PROBE_SEQUENCES
 from gspo_dist.trainer.setup.build import build
 from gspo_dist.trainer.sharing import SharedGpus
+from gspo_dist.trainer.step_metrics import StepMetrics
 from gspo_dist.types import SamplingSpec
 from gspo_dist.weights.verify import WeightSyncError
 from tests.unit.trainer.small import config, go, rollout, values
@@ -48,6 +53,190 @@ def test_a_start_samples_one_completion_per_probe_prompt_without_routes_and_publ
     assert asked == [([first.prompt, second.prompt], SamplingSpec(n=1, max_tokens=8, seed=7), [0, 1])]
     ((one, two),) = published
     assert [tokens.tolist() for tokens, _ in (one, two)] == [[1, 2, 5, 6, 7]] * 2
+
+
+class Parts:
+    """A run whose parts write down what they are asked, in order."""
+
+    def __init__(self, monkeypatch, tmp_path, *, due=True, colocated=False, **told) -> None:
+        self.said = said = []
+
+        def note(name, answer=None):
+            def ask(*given):
+                said.append((name, *given))
+                return dict(answer) if isinstance(answer, dict) else answer
+
+            return ask
+
+        @contextlib.contextmanager
+        def block(name, *given):
+            said.append((f"{name} begins", *given))
+            yield
+            said.append((f"{name} ends",))
+
+        self.run = SimpleNamespace(
+            config=SimpleNamespace(steps=9, cluster=SimpleNamespace(colocated=colocated)),
+            clock=SimpleNamespace(restart=note("restart"), metrics=lambda: {"time/step_s": 2.0}),
+            shared=SimpleNamespace(
+                to_engines=note("to engines"),
+                to_learner=note("to learner"),
+                to_publication=note("to publication"),
+                take_metrics=note("take hand-overs", {"time/switch_s": 0.5}),
+            ),
+            profile=lambda step: block("profile", step),
+            suites=SimpleNamespace(
+                finish=note("finish suites", {"eval/late/accuracy": 0.25}),
+                after_step=note("begin suites", {"eval/suites_begun": 1.0}),
+                beside_learner=lambda: block("suites"),
+            ),
+            collector=SimpleNamespace(
+                pause=note("pause"),
+                take_speed=lambda: (40, 0.5),
+                metrics=lambda: {"pipeline/ticks": 3.0},
+                take_events=lambda: ["c"],
+                beside_learner=lambda: block("engines"),
+            ),
+            pool=SimpleNamespace(take_events=lambda: ["a"]),
+            rewards=SimpleNamespace(take_events=lambda: ["b"]),
+            health=SimpleNamespace(note=note("health"), metrics=lambda: {"health/deaths": 3.0}),
+            sinks=SimpleNamespace(samples=note("samples"), log=note("log")),
+            run_dir=tmp_path,
+            tokens_seen=100,
+            completed_steps=3,
+            started=100.0,
+            learner=SimpleNamespace(policy_version=7),
+            last_checkpoint=None,
+            unfinished_save=None,
+        )
+        self.rollouts = [rollout(i, tokens=range(3 + i)) for i in range(PROBE_SEQUENCES + 2)]
+        self.metrics = StepMetrics(
+            {"reward/mean": 0.5}, {}, {}, {}, {}, samples=[{"text": "x"}], episodes=[{"tokens": ["y"]}]
+        )
+        for name, answer in {
+            "collect": self.rollouts,
+            "learn": self.metrics,
+            "publish": {"sync/bytes": 8.0},
+            "evaluation_due": due,
+            "evaluate": {"eval/heldout/accuracy": 0.75},
+            "commit": None,
+            "checkpoint_due": due,
+            "save": None,
+            "save_hf": None,
+        }.items():
+            if name not in told:
+                monkeypatch.setattr(loop, name, note(name, answer))
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_a_step_in_its_order(monkeypatch, tmp_path, due):
+    """Six rollouts of 3 to 8 tokens, 33 in all. Three steps were done before; 30 s for two are 15 each."""
+    parts = Parts(monkeypatch, tmp_path, due=due)
+    run, rollouts = parts.run, parts.rollouts
+    speeds = []
+
+    def speed_metrics(*given):
+        speeds.append(given)
+        return {"perf/tokens": 1.0}
+
+    monkeypatch.setattr(loop.step_metrics, "speed_metrics", speed_metrics)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 130.0))
+    run_step(run, 5)
+    tokens = sum(len(r.completion) for r in rollouts)
+    assert speeds == [({"time/step_s": 2.0}, rollouts, 100 + tokens, (40, 0.5))]
+    row = {
+        "reward/mean": 0.5,
+        "sync/bytes": 8.0,
+        "pipeline/ticks": 3.0,
+        "perf/tokens": 1.0,
+        "time/switch_s": 0.5,
+        "eval/late/accuracy": 0.25,
+        "eval/suites_begun": 1.0,
+        "health/deaths": 3.0,
+        "time/left_s": 15.0 * 4,
+    }
+    assert parts.said == [
+        ("restart",),
+        ("to engines",),
+        ("collect", run, 5),
+        ("profile begins", 5),
+        ("learn", run, rollouts, 5),
+        ("finish suites",),
+        ("publish", run, [(r.prompt, r.completion) for r in rollouts[:PROBE_SEQUENCES]]),
+        ("profile ends",),
+        ("take hand-overs",),
+        ("evaluation_due", run, 5),
+        *([("evaluate", run)] if due else []),
+        ("begin suites", 5),
+        ("health", 5, ["a", "b", "c"]),
+        ("samples", 5, [{"text": "x"}]),
+        ("log", 5, row | ({"eval/heldout/accuracy": 0.75} if due else {})),
+        ("commit", run),
+        ("checkpoint_due", run, 5),
+        *([("save", run, 5)] if due else []),
+        ("save_hf", run, 5),
+    ]
+    assert run.tokens_seen == 100 + tokens
+    assert read_jsonl(tmp_path / EPISODES) == [{"step": 5, "tokens": ["y"]}]
+
+
+def test_while_the_learner_works_engines_sample_on_or_lend_it_their_gpus(monkeypatch, tmp_path):
+    own, shared = Parts(monkeypatch, tmp_path), Parts(monkeypatch, tmp_path, colocated=True)
+    for parts in (own, shared):
+        with loop.learning(parts.run):
+            parts.said.append(("learns",))
+    beside = ["engines begins", "suites begins", "learns", "suites ends", "engines ends"]
+    assert [name for (name,) in own.said] == beside
+    assert [name for (name,) in shared.said] == ["pause", "to learner", "learns", "to publication"]
+
+
+def test_a_publication_finds_the_engines_empty(monkeypatch, tmp_path):
+    parts = Parts(monkeypatch, tmp_path, publish="as it is")
+    run = parts.run
+    run.clock = StepClock()
+    run.publisher = SimpleNamespace(
+        publish=lambda probe: parts.said.append(("publish", len(probe))) or {"sync/bytes": 8.0}
+    )
+    assert loop.publish(run, [(r.prompt, r.completion) for r in parts.rollouts[:2]]) == {"sync/bytes": 8.0}
+    assert parts.said == [("pause",), ("publish", 2)]
+    assert set(run.clock.spans) == {"sync"}
+
+
+@pytest.mark.parametrize(("done", "row"), [(0, {"eval/heldout/accuracy": 0.75}), (3, {})])
+def test_what_a_start_measures_is_logged_under_step_0(monkeypatch, tmp_path, done, row):
+    """A run that begins is evaluated. One that goes on was, and its suites log nothing of their own there."""
+    parts = Parts(monkeypatch, tmp_path)
+    run = parts.run
+    run.completed_steps, run.heldout, run.probe_prompts = done, [parts.rollouts[0].prompt], []
+    run.sampling = SamplingSpec(n=4, max_tokens=8, seed=7, record_routing=True, candidates=2)
+    run.pool.generate = lambda prompts, spec, ids: parts.said.append(("generate", spec, list(ids))) or []
+    run.suites.start = lambda completed: parts.said.append(("suites", completed)) or {"eval/a": 0.5}
+    start(run)
+    assert parts.said == [
+        ("to engines",),
+        ("generate", SamplingSpec(n=1, max_tokens=8, seed=7), []),
+        ("publish", run, []),
+        ("take hand-overs",),  # the start's, which are no step's
+        ("suites", done),
+        *([("evaluate", run), ("log", 0, {"eval/a": 0.5} | row)] if not done else []),
+    ]
+
+
+def test_a_failure_says_where_the_run_was_and_what_is_safe(monkeypatch, tmp_path):
+    parts = Parts(monkeypatch, tmp_path)
+    monkeypatch.setattr(loop, "what_is_saved", lambda run: "nothing is saved")
+    monkeypatch.setattr(loop, "collect", lambda run, step: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        run_step(parts.run, 5)
+    assert error.value.__notes__ == ["at step 5, policy version 7; nothing is saved"]
+
+
+def test_a_run_goes_from_the_step_after_the_last_one_to_its_last(monkeypatch, tmp_path):
+    parts = Parts(monkeypatch, tmp_path)
+    for name, answer in {"start": None, "run_step": None, "finish": {"steps": 9}}.items():
+        monkeypatch.setattr(loop, name, lambda *given, n=name, a=answer: parts.said.append((n, *given)) or a)
+    assert train(parts.run) == {"steps": 9}
+    steps = [("run_step", parts.run, step) for step in range(4, 10)]
+    assert parts.said == [("start", parts.run), *steps, ("finish", parts.run)]
 
 
 @pytest.mark.slow
