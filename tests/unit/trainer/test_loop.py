@@ -239,6 +239,147 @@ def test_a_run_goes_from_the_step_after_the_last_one_to_its_last(monkeypatch, tm
     assert parts.said == [("start", parts.run), *steps, ("finish", parts.run)]
 
 
+class Told(dict):
+    """Metrics that name who gave them, and of what."""
+
+    def __or__(self, other):
+        return Told({**self, **other})
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_learning_in_its_order(monkeypatch, recomputed):
+    """Two mini-batches. Only the first one's policy is the one that old log-probs were recomputed with."""
+    said = []
+
+    def note(name, answer=None):
+        def ask(*given, **named):
+            said.append((name, *given, *named.items()))
+            return answer(*given) if callable(answer) else answer
+
+        return ask
+
+    def metrics(name):
+        return lambda *given, **named: Told({name: (*given, *named.items())})
+
+    run = SimpleNamespace(
+        config=SimpleNamespace(
+            mini_batches=2,
+            objective=SimpleNamespace(routing_replay="r2"),
+            rollout="rollout",
+            learner=SimpleNamespace(forward_token_budget=64, token_budget=128),
+            logger=SimpleNamespace(samples_per_step=3),
+        ),
+        clock=StepClock(),
+        learner=SimpleNamespace(
+            policy_version=7,
+            forward_backward=note("forward_backward", lambda batch, spec: f"stats of {batch}"),
+            optim_step=note("optim_step", lambda: f"update {len(said)}"),
+        ),
+        old_logprobs=SimpleNamespace(
+            recomputed=recomputed,
+            prepare=note("old log-probs", ["m0+", "m1+"]),
+            with_routes=note("routes", lambda mini, trained: f"{mini} routed"),
+            metrics=metrics("old_logprobs"),
+        ),
+        guard=SimpleNamespace(
+            loss_spec=note("loss", lambda mini, index: f"loss {index}"),
+            observe=note("observe"),
+            metrics=metrics("guard"),
+        ),
+        flips=SimpleNamespace(
+            begin=note("flips begin"),
+            after_mini_batch=note("flips"),
+            finish_step=note("flips end"),
+            metrics=metrics("flips"),
+        ),
+        publisher=SimpleNamespace(probed_offset="probe"),
+        collector=SimpleNamespace(episode_rows=lambda *given: ["episodes", *given]),
+    )
+    selected = SimpleNamespace(trained="trained", advantages="A", given="given", metrics={"selection": 1})
+    monkeypatch.setattr(loop, "prepare", note("prepare", (selected, ["m0", "m1"])))
+    monkeypatch.setattr(loop, "learning", lambda run: contextlib.nullcontext())
+    monkeypatch.setattr(loop, "with_second_moment_cut", note("cut", lambda spec, *rest: f"{spec} cut"))
+    monkeypatch.setattr(loop, "count_skips", note("skips"))
+    for name in ("rollout", "length", "packing", "update", "replay"):
+        monkeypatch.setattr(loop.step_metrics, f"{name}_metrics", metrics(name))
+    monkeypatch.setattr(loop.step_metrics, "sample_rows", lambda *given: ["samples", *given])
+
+    found = loop.learn(run, "rollouts", 5)
+    updates = [f"update {n}" for n, (name, *_) in enumerate(said, start=1) if name == "optim_step"]
+    each = [
+        [
+            ("loss", f"m{i}+", i, ("recomputed", recomputed)),
+            ("routes", f"m{i}+", "trained"),
+            ("cut", f"loss {i}", f"m{i}+ routed", run.learner, 64, ("unmoved", recomputed and i == 0)),
+            ("forward_backward", f"m{i}+ routed", f"loss {i} cut"),
+            ("optim_step",),
+            ("skips", run, updates[i]),
+            ("observe", f"stats of m{i}+ routed", i, "probe"),
+            ("flips", i),
+        ]
+        for i in (0, 1)
+    ]
+    assert said == [
+        ("prepare", run, "rollouts", 5),
+        ("old log-probs", ["m0", "m1"], "trained", 5),
+        ("flips begin", 5, ["m0+", "m1+"], "trained"),
+        *each[0],
+        *each[1],
+        ("flips end",),
+    ]
+    assert set(run.clock.spans) == {"pack", "old_logprobs", "flips", "attach_routes", "update"}
+    stats = ["stats of m0+ routed", "stats of m1+ routed"]
+    assert found == StepMetrics(
+        rollouts={
+            "rollout": ("rollouts", "A", 7, 2),
+            "selection": 1,
+            "length": ("rollout", 5),
+        },
+        packing={"packing": (["m0+", "m1+"], 128)},
+        update={"update": (stats, updates)},
+        old_logprobs={"old_logprobs": (), "guard": ()},
+        routing={"flips": (), "replay": ("r2", ["m0+", "m1+"], "trained", ("recomputed", recomputed))},
+        samples=["samples", "rollouts", "A", 3],
+        episodes=["episodes", "trained", "given", 3],
+    )
+
+
+def test_what_trains_is_chosen_and_packed_as_the_run_says(monkeypatch, tmp_path):
+    """The draws of a step take its index: step 5 of seed 11 shuffles by (11, 4)."""
+    said = []
+    selected = SimpleNamespace(trained="trained", given="given")
+    monkeypatch.setattr(loop, "select", lambda *given, **named: said.append((given, named)) or selected)
+    monkeypatch.setattr(loop, "pack", lambda *given, **named: said.append((given, named)) or ["m0"])
+    rollout_config = SimpleNamespace(completion_tokens=lambda step: 10 * step, max_completion_tokens=99)
+    run = SimpleNamespace(
+        config=SimpleNamespace(
+            objective="objective",
+            rollout=rollout_config,
+            mini_batches=2,
+            learner=SimpleNamespace(data_parallel=3, token_budget=128),
+            seed=11,
+        ),
+        objective=SimpleNamespace(spec=SimpleNamespace(advantage="group_std")),
+    )
+    assert loop.prepare(run, ["r0"], 5) == (selected, ["m0"])
+    assert said == [
+        (
+            (["r0"], "objective", "group_std"),
+            {"max_tokens": 50, "mini_batches": 2, "replicas": 3},
+        ),
+        (
+            ("trained", "given"),
+            {
+                "replicas": 3,
+                "token_budget": 128,
+                "mini_batches": 2,
+                "max_completion_length": 99,
+                "seed": (11, 4),
+            },
+        ),
+    ]
+
+
 @pytest.mark.slow
 def test_reward_rises_and_the_run_folder_is_whole(model, reward_file, tmp_path):
     summary, rows = go(config(model, reward_file, tmp_path / "run", "steps=12"), pictures=True)
