@@ -333,9 +333,11 @@ def test_variables_of_libraries_travel_to_every_actor_and_secrets_do_not(
 def test_on_a_gpu_threads_are_shared_by_gpu_unless_asked_for(
     model, reward_file, tmp_path, monkeypatch, four_cores
 ):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    env = process_env(config(model, reward_file, tmp_path), "cuda")
-    assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == ("2", "2")
+    # A head without GPUs has its cores for one.
+    for gpus, threads in ((2, "2"), (1, "4"), (0, "4")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        env = process_env(config(model, reward_file, tmp_path), "cuda")
+        assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == (threads, threads)
     env = process_env(config(model, reward_file, tmp_path, "learner.threads=1", "rollout.threads=3"), "cuda")
     assert (env["learner"]["OMP_NUM_THREADS"], env["engine"]["OMP_NUM_THREADS"]) == ("1", "3")
 
