@@ -106,7 +106,7 @@ class Episodes:
             if reply.is_diverged:
                 self.counts["begun_again"] += 1
                 self.states.pop(reply.key, None)
-                moved.ready += self.take([replace(item, so_far=UNBEGUN, until=None)])
+                moved.ready += self.take([replace(item, so_far=UNBEGUN)])
             elif not item.so_far.turns:
                 self._opened(item, reply, moved)
             else:

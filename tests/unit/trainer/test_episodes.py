@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,7 @@ from gspo_dist.rollout.turns import Bridge
 from gspo_dist.trainer import clockwork
 from gspo_dist.trainer.credit import turn_rewards
 from gspo_dist.trainer.episode_page import EPISODES
-from gspo_dist.trainer.episodes import Episodes, play
+from gspo_dist.trainer.episodes import EpisodeJudge, Episodes, play
 from gspo_dist.trainer.evaluate import evaluate_model
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.selection import select
@@ -333,6 +334,7 @@ class Scripted:
         self.waiting += calls
 
     def poll(self, seconds, mine=lambda key: True):
+        assert seconds >= 0
         told, self.waiting = self.waiting, []
         replies = [self.answer(call) for call in told]
         return replies[::-1] if self.reverse else replies
@@ -373,6 +375,7 @@ def played(answer, *, reverse=False, limit=100, spec=SPEC, **knobs):
     )
     settings = EnvironmentConfig(factory="guess", **knobs)
     episodes = Episodes(settings, pool, Bridge(build_tokenizer(), limit=limit))
+    pool.episodes = episodes
     groups = play(LocalRolloutPool(engine), episodes, PROMPTS, spec, [10, 11], slice_s=0.001)
     assert episodes.live == {}
     assert episodes.states == {}
@@ -526,6 +529,119 @@ def test_what_diverges_begins_again_with_the_same_tokens() -> None:
     assert [c.token_ids.tolist() for c in found] == [c.token_ids.tolist() for c in plain]
     resets = [call for call in pool.calls if call.key == (11, 0) and call.turn is None]
     assert len(resets) == 2
+    assert pool.episodes.counts["begun_again"] == 1
+
+
+def test_a_state_is_passed_on_to_the_turn_after_it_and_to_no_other() -> None:
+    """What is begun again has the states of its new life alone, and here those have none."""
+    begun = []
+
+    def answer(call):
+        if call.key == (11, 0) and len(call.history) == 2 and not begun:
+            begun.append(call)
+            return Reply(call.key, is_diverged=True)
+        state = None if call.key == (11, 0) and begun else f"after {len(call.history)}"
+        return replace(answers()(call), state=state)
+
+    pool, _ = played(answer, max_turns=3)
+    assert begun
+    states = [(call.key, len(call.history), call.state) for call in pool.calls if call.turn is not None]
+    assert {(n, state) for key, n, state in states if key != (11, 0)} >= {(1, "after 0"), (2, "after 1")}
+    assert all(state == f"after {n - 1}" for key, n, state in states if key != (11, 0))
+    diverged = [(n, state) for key, n, state in states if key == (11, 0)]
+    assert diverged[:2] == [(1, "after 0"), (2, "after 1")]
+    assert len(diverged) > 3
+    assert {state for _, state in diverged[2:]} == {None}
+
+
+def test_episodes_that_were_made_again_by_their_turns_are_counted() -> None:
+    def answer(call):
+        replayed = call.key in ((10, 0), (11, 2)) and len(call.history) == 1
+        return replace(answers()(call), is_replayed=replayed)
+
+    pool, _ = played(answer, max_turns=2)
+    assert pool.episodes.counts["played_again"] == 2
+
+
+def episodes_alone(answer, **knobs):
+    pool = Scripted(answer)
+    settings = EnvironmentConfig(factory="guess", **knobs)
+    return Episodes(settings, pool, Bridge(build_tokenizer(), limit=9)), pool
+
+
+def one_turn(item, ids=(5, 6)):
+    """The completion after an engine's turn of these tokens."""
+    n = len(ids)
+    more = Completion(np.array(ids), np.ones(n, bool), np.full(n, -1.0), np.full(n, 3), "stop", "ab")
+    return item.so_far.extend(more)
+
+
+def test_an_engine_goes_on_with_what_the_environment_said_after_its_own_tokens() -> None:
+    """It gets that without an end and a text, and with a limit for its turn. So it does from a resumed run."""
+    episodes, _ = episodes_alone(answers(parts={"n": 1.5}), tokens_per_turn=4)
+    assert episodes.take([Work(10, 0, PROMPTS[0], SPEC)]) == []
+    (opened,) = episodes.settle().ready
+    assert episodes.turned({opened.key: one_turn(opened)}) == {}
+    (item,) = episodes.settle().ready
+    assert (item.so_far.finish_reason, item.so_far.text) == ("", "")
+    assert episodes.live == {item.key: item}
+    assert item.so_far.turns[1].parts == {"n": 1.5}
+    assert item.until == item.so_far.turns[-1].stop + 4
+    later, _ = episodes_alone(answers(), tokens_per_turn=4)
+    assert later.take([replace(item, until=None)]) == [item]
+
+
+def test_episodes_that_end_while_all_are_waited_for_are_told() -> None:
+    episodes, _ = episodes_alone(answers(done=True, reward=1.0))
+    episodes.take([Work(10, sample, PROMPTS[0], SPEC) for sample in range(2)])
+    episodes.turned({item.key: one_turn(item) for item in episodes.settle().ready})
+    over = episodes.settle()
+    assert (over.ready, sorted(over.finished)) == ([], [(10, 0), (10, 1)])
+
+
+def test_what_is_under_way_is_forgotten_and_an_evaluation_has_episodes_of_its_own() -> None:
+    episodes, pool = episodes_alone(answers())
+    episodes.take([Work(10, sample, PROMPTS[0], SPEC) for sample in range(2)])
+    beside = episodes.beside()
+    assert (beside.config, beside.pool, beside.bridge) == (episodes.config, pool, episodes.bridge)
+    assert beside.live == {}
+    episodes.forget()
+    assert (episodes.live, episodes.acting, episodes.states) == ({}, set(), {})
+    assert pool.ended == [(10, 0), (10, 1)]
+
+
+def test_as_many_resets_in_a_row_without_room_are_the_environments_fault(monkeypatch, caplog) -> None:
+    """Three are here, of six episodes; two and two with one between them are not."""
+    monkeypatch.setattr("gspo_dist.trainer.episodes.FAILURES_IN_A_ROW", 3)
+
+    def long_at(*places):
+        keys = [(g, i) for g in (10, 11) for i in range(3)]
+        too_long = [keys[place] for place in places]
+
+        def answer(call):
+            is_long = call.turn is None and call.key in too_long
+            return Reply(call.key, Observation("1" * 60)) if is_long else answers(done=True)(call)
+
+        return answer
+
+    _, found = played(long_at(0, 1, 3, 4), limit=40, failure_reward=-0.5)
+    assert [c.finish_reason == "failed" for c in found] == [True, True, False, True, True, False]
+    assert sum("the episode counts as -0.5" in r.getMessage() for r in caplog.records) == 4
+    with pytest.raises(ValueError, match="what the environment's reset says takes 40 tokens"):
+        played(long_at(1, 2, 3), limit=40, failure_reward=-0.5)
+
+
+def test_an_opening_that_fills_the_limit_without_a_word_is_everybodys() -> None:
+    """A chat template's own tokens, say. No reset could leave room then."""
+    episodes, _ = episodes_alone(answers(), failure_reward=0.0)
+    episodes.bridge = SimpleNamespace(cut=lambda text: text, opening=lambda text: [1] * 4)
+    for limit, is_refused in ((5, False), (4, True)):
+        episodes.take([Work(limit, 0, PROMPTS[0], replace(SPEC, max_tokens=limit))])
+        if is_refused:
+            with pytest.raises(ValueError, match="takes 4 tokens"):
+                episodes.settle()
+        else:
+            assert len(episodes.settle().ready) == 1
 
 
 def test_what_a_reset_says_must_leave_room(monkeypatch) -> None:
@@ -585,6 +701,10 @@ def test_the_reward_is_by_one_rule(pays, reward, parts) -> None:
     verdicts = episodes.judge([(7, PROMPTS[0], completion(TWO)), (8, PROMPTS[0], failed)], rewards)
     assert verdicts == [Judged(reward, parts), Judged(0.0, {})]
     assert rewards.asked == ([] if pays == "environment" else [7])
+    items = [(7, PROMPTS[0], completion(TWO))]
+    assert EpisodeJudge(episodes, rewards).judge(items) == [
+        Judged(reward, parts)
+    ]  # as a pool of rewards does
 
 
 def test_without_a_rule_a_factory_pays_and_tools_do_not() -> None:
