@@ -184,7 +184,7 @@ class Episodes:
 
     def _goes_on(self, item: Work, ids: Sequence[int], turn: Turn, reply: Reply) -> Work:
         """The episode with the environment's tokens after its own, for the next turn."""
-        so_far = replace(item.so_far, finish_reason="", text="").extend(environment_tokens(ids))
+        so_far = item.so_far.extend(environment_tokens(ids))
         item = self._until(replace(item, so_far=replace(so_far, turns=(*so_far.turns, turn))))
         self.live[item.key] = item
         if reply.state is not None:

@@ -16,13 +16,14 @@ from gspo_dist.environments.pool import Reply
 from gspo_dist.environments.protocol import Observation
 from gspo_dist.metrics.jsonl import read_jsonl
 from gspo_dist.rewards.reward import Judged
+from gspo_dist.rollout.engine import Growth, Progress
 from gspo_dist.rollout.pool import LocalRolloutPool
 from gspo_dist.rollout.reference import ReferenceEngine
 from gspo_dist.rollout.turns import Bridge
 from gspo_dist.trainer import clockwork
 from gspo_dist.trainer.credit import turn_rewards
 from gspo_dist.trainer.episode_page import EPISODES
-from gspo_dist.trainer.episodes import EpisodeJudge, Episodes, play
+from gspo_dist.trainer.episodes import WAIT_S, EpisodeJudge, Episodes, play
 from gspo_dist.trainer.evaluate import evaluate_model
 from gspo_dist.trainer.loop import run_step, start, train
 from gspo_dist.trainer.selection import select
@@ -577,7 +578,7 @@ def one_turn(item, ids=(5, 6)):
 
 
 def test_an_engine_goes_on_with_what_the_environment_said_after_its_own_tokens() -> None:
-    """It gets that without an end and a text, and with a limit for its turn. So it does from a resumed run."""
+    """It gets that without an end and a text, and with a limit for its turn, from a resumed run too."""
     episodes, _ = episodes_alone(answers(parts={"n": 1.5}), tokens_per_turn=4)
     assert episodes.take([Work(10, 0, PROMPTS[0], SPEC)]) == []
     (opened,) = episodes.settle().ready
@@ -597,6 +598,26 @@ def test_episodes_that_end_while_all_are_waited_for_are_told() -> None:
     episodes.turned({item.key: one_turn(item) for item in episodes.settle().ready})
     over = episodes.settle()
     assert (over.ready, sorted(over.finished)) == ([], [(10, 0), (10, 1)])
+
+
+def test_episodes_alone_wait_for_their_environments_where_no_engine_has_work() -> None:
+    """The environment ends each after its first turn. Slices last as long as the caller says."""
+    waited, asked, given = [], [], []
+    episodes, pool = episodes_alone(answers(done=True))
+    poll = pool.poll
+    pool.poll = lambda seconds, mine: waited.append(seconds) or poll(seconds, mine)
+
+    def advance(ticks=None, seconds=None):
+        asked.append((ticks, seconds))
+        turns = {item.key: one_turn(item) for item in given}
+        given.clear()
+        return {"engine-0": Progress(3 * len(turns), 2, turns, Growth.of({}))}
+
+    engines = SimpleNamespace(submit=given.extend, advance=advance)
+    ((one, two),) = play(engines, episodes, PROMPTS[:1], replace(SPEC, n=2), [10], slice_s=0.5)
+    assert (one.text, two.finish_reason) == ("ab", "stop")
+    assert waited == [WAIT_S, 0.0]  # for resets, and once engines have ended the turns
+    assert asked == [(None, 0.5)] * 2
 
 
 def test_what_is_under_way_is_forgotten_and_an_evaluation_has_episodes_of_its_own() -> None:
