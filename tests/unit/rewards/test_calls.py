@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
+from gspo_dist.rewards.calls import as_one
 from gspo_dist.rewards.pool import CHUNK, ERRORS_IN_A_ROW, LocalRewardPool
 from gspo_dist.rewards.reward import RewardError
 from gspo_dist.types import Completion, Prompt
@@ -117,3 +118,28 @@ def test_a_reward_that_always_raises_stops_all_the_same(pool_of):
     pool.judge(items(*["raise"] * (ERRORS_IN_A_ROW - 1), "1"))
     with pytest.raises(RewardError, match="gold"):
         pool.judge(items(*["raise"] * ERRORS_IN_A_ROW))
+
+
+def test_every_kind_is_called_for_one_completion_as_a_plain_function():
+    """By `as_one`, where somebody has one completion and no reward process."""
+    ((_, prompt, completion),) = items("4")
+
+    def plain(prompt, completion):
+        return 1.0
+
+    async def later(prompt, completion):
+        if completion.text != "4":
+            raise KeyError(completion.text)
+        return 2.0, {"seen": prompt.prompt_id}
+
+    def many(prompts, completions):
+        return [(3.0, {"seen": [p.prompt_id for p in prompts]})]
+
+    async def many_later(prompts, completions):
+        return [float(c.text) for c in completions]
+
+    assert as_one(plain) is plain
+    found = [as_one(function)(prompt, completion) for function in (later, many, many_later)]
+    assert found == [(2.0, {"seen": "p"}), (3.0, {"seen": ["p"]}), 4.0]
+    with pytest.raises(KeyError, match="5"):
+        as_one(later)(prompt, items("5")[0][2])

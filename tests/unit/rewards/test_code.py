@@ -9,7 +9,7 @@ import pytest
 
 from gspo_dist.config import RewardConfig
 from gspo_dist.rewards import code as module
-from gspo_dist.rewards.code import check_answer, check_prompt, code, judge_code
+from gspo_dist.rewards.code import CodeVerdict, check_answer, check_prompt, code, judge_code
 from gspo_dist.rewards.code_tests import read_tests
 from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.sandbox.choose import STRONG, sandbox_named
@@ -46,6 +46,27 @@ def test_records_without_tests_are_refused_at_load(answer, words):
 def test_the_name_of_a_function_may_stand_beside_the_tests():
     tests = [{"input": "1", "output": "1", "testtype": "functional"}]
     check_prompt(Prompt("p", (1,), "q", tests, {"func_name": "f"}))
+
+
+def test_limits_are_livecodebenchs_unless_they_are_said(monkeypatch):
+    """Six seconds a test. Half a GiB and a minute for all tests are ours."""
+    asked = []
+
+    def judge_code(source, tests, sandbox, limits, **options):
+        asked.append((limits, options))
+        return CodeVerdict(1, 3, "wrong")
+
+    monkeypatch.setattr(module, "judge_code", judge_code)
+    assert judged(ADD, SUMS) == (
+        0.0,
+        {"answered": 1.0, "tests_passed": 1 / 3, "time_limit": 0.0, "crashed": 0.0},
+    )
+    given = {"time_s": 2.0, "memory_mb": 64, "deadline_s": 9.0, "max_tests": 2}
+    assert judged(ADD, SUMS, partial=True, **given)[0] == 1 / 3
+    assert asked == [
+        (Limits(time_s=6.0, memory_mb=512), {"max_tests": None, "go_on": False, "deadline_s": 60.0}),
+        (Limits(time_s=2.0, memory_mb=64), {"max_tests": 2, "go_on": True, "deadline_s": 9.0}),
+    ]
 
 
 @strong

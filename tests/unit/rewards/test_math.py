@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.math import check_answer, math
+from gspo_dist.rewards.math import check_answer, check_options, math
 from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.rewards.symbolic import math_verify
 from gspo_dist.types import Completion, Prompt
@@ -115,3 +116,19 @@ def test_without_the_verifier_the_options_are_refused_with_its_name(monkeypatch)
         resolve_reward(RewardConfig(function="math"))
     monkeypatch.undo()
     assert judge("42", "42") == (1.0, {"answered": 1.0})
+
+
+@pytest.mark.parametrize("deadline_s", [0, -1.0, 1e9, float("nan"), "5", True, None])
+def test_a_deadline_is_a_number_of_seconds(deadline_s):
+    with pytest.raises(ValueError, match=r"reward\.options\.deadline_s must be seconds above 0: got"):
+        check_options(boxed_only=False, deadline_s=deadline_s)
+    for fine in (1e-3, 5, 1e8):
+        check_options(boxed_only=False, deadline_s=fine)
+
+
+def test_no_alarm_is_left_behind():
+    """One that went off later would end whatever else this process computes then."""
+    before = signal.getsignal(signal.SIGVTALRM)
+    assert judge(r"\boxed{1+x}", "x+1", deadline_s=30.0)[0] == 1.0
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGVTALRM) == before
