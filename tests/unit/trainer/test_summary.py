@@ -64,6 +64,19 @@ def test_the_summary_is_written_and_returned(tmp_path):
     assert pictures.names == ["curves", "flips_update"]
 
 
+def test_the_curves_are_of_all_rows_and_name_their_run(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw_curves(rows, path, title):
+        drawn.append(([row["step"] for row in rows], path, title))
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr("gspo_dist.trainer.summary.draw_curves", draw_curves)
+    _, run = run_of(tmp_path)
+    finish(run)
+    assert drawn == [([1, 2, 3], tmp_path / "curves.png", tmp_path.name)]
+
+
 def test_a_run_without_heldout_prompts_claims_no_accuracy(tmp_path):
     _, run = run_of(tmp_path, evaluations=False)
     run.last_checkpoint = None
