@@ -101,9 +101,9 @@ def judge_code(
     with sandbox.open(program, limits) as run:
         for at in range(total):
             if until is not None and time.monotonic() >= until:
-                return first._replace(
-                    passed=passed, why=first.why or "deadline", failed_at=first.failed_at or at
-                )
+                if not first.why:
+                    first = CodeVerdict(0, total, "deadline", at)
+                break
             outcome = run.run(tests.inputs[at])
             why = failure(outcome, tests, at)
             passed += not why

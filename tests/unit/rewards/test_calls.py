@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.calls import as_one
+from gspo_dist.rewards.calls import as_one, is_batched, verdicts
 from gspo_dist.rewards.pool import CHUNK, ERRORS_IN_A_ROW, LocalRewardPool
 from gspo_dist.rewards.reward import RewardError
 from gspo_dist.types import Completion, Prompt
@@ -143,3 +144,50 @@ def test_every_kind_is_called_for_one_completion_as_a_plain_function():
     assert found == [(2.0, {"seen": "p"}), (3.0, {"seen": ["p"]}), 4.0]
     with pytest.raises(KeyError, match="5"):
         as_one(later)(prompt, items("5")[0][2])
+
+
+def test_verdicts_come_in_order_with_exceptions_in_their_places():
+    prompts = [prompt for _, prompt, _ in items("1", "raise", "3")]
+    completions = [completion for _, _, completion in items("1", "raise", "3")]
+
+    def plain(prompt, completion):
+        return float(completion.text)
+
+    async def later(prompt, completion):
+        return float(completion.text)
+
+    for function in (plain, later):
+        one, error, three = verdicts(function, prompts, completions)
+        assert (one, type(error), three) == (1.0, ValueError, 3.0)
+    assert not is_batched(lambda prompt, completion, third: 0.0)
+    assert is_batched(lambda prompts, completions, third: [])
+
+
+@pytest.mark.parametrize(
+    ("found", "got"), [([1.0], "1"), ((1.0, 2.0, 3.0), "3"), ({1: 1.0, 2: 2.0}, "dict"), (2.0, "float")]
+)
+def test_a_batched_reward_returns_as_many_verdicts_as_it_was_asked_for(found, got):
+    def many(prompts, completions):
+        return found
+
+    with pytest.raises(ValueError, match=f"must return a list of 2 verdicts: got {got}$"):
+        list(verdicts(many, [None, None], [None, None]))
+    found = [1.0, 2.0]
+    assert list(verdicts(many, [None, None], [None, None])) == [1.0, 2.0]
+
+
+def test_verdicts_that_nobody_waits_for_are_cancelled():
+    ended = []
+
+    async def later(prompt, completion):
+        try:
+            await asyncio.sleep(60 if completion else 0)
+        except asyncio.CancelledError:
+            ended.append(completion)
+            raise
+        return 1.0
+
+    found = verdicts(later, [None] * 3, [0, 1, 2])
+    assert next(found) == 1.0
+    found.close()
+    assert sorted(ended) == [1, 2]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
 from gspo_dist.rewards import code as module
-from gspo_dist.rewards.code import CodeVerdict, check_answer, check_prompt, code, judge_code
+from gspo_dist.rewards.code import CodeVerdict, check_answer, check_prompt, code, function_name, judge_code
 from gspo_dist.rewards.code_tests import read_tests
 from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.sandbox.choose import STRONG, sandbox_named
@@ -160,27 +161,91 @@ def test_a_sandbox_that_fails_is_no_verdict():
         judge_code("print(1)", read_tests(SUMS), Broken(), Limits())
 
 
+class Stub:
+    """A sandbox whose runs end as told, one outcome after the other."""
+
+    name = "stub"
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.outcomes, self.given = list(outcomes), []
+
+    def open(self, program, limits):
+        self.program = program
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def run(self, text):
+        self.given.append(text)
+        return self.outcomes.pop(0)
+
+
+RIGHT = [Outcome("ok", test["output"]) for test in SUMS]
+
+
 def test_where_a_program_failed_is_told():
-    class Room:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-        def run(self, text):
-            return Outcome("ok", "2" if text == "1 1\n" else "42")
-
-    class Stub:
-        name = "stub"
-
-        def open(self, program, limits):
-            assert program.quiet_exit
-            return Room()
-
-    verdict = judge_code("print(1)", read_tests(SUMS), Stub(), Limits())
+    sandbox = Stub(*RIGHT[:2], Outcome("ok", "42"))
+    verdict = judge_code("print(1)", read_tests(SUMS), sandbox, Limits())
+    assert sandbox.program.quiet_exit
+    assert sandbox.given == [test["input"] for test in SUMS]
     assert (verdict.passed, verdict.total, verdict.failed_at) == (2, 3, 2)
     assert (verdict.why, verdict.solved, verdict.outcome) == ("wrong", False, Outcome("ok", "42"))
+
+
+def test_the_first_failure_ends_the_tests_unless_they_go_on_and_a_program_that_was_killed_always_does():
+    wrong, late, killed = Outcome("ok", "0"), Outcome("time"), Outcome("killed")
+    sandbox = Stub(wrong, *RIGHT[1:])
+    assert judge_code("x", read_tests(SUMS), sandbox, Limits()) == CodeVerdict(0, 3, "wrong", 0, wrong)
+    assert len(sandbox.given) == 1
+    sandbox = Stub(RIGHT[0], wrong, late)
+    found = judge_code("x", read_tests(SUMS), sandbox, Limits(), go_on=True)
+    assert found == CodeVerdict(1, 3, "wrong", 1, wrong)  # of the first
+    sandbox = Stub(killed, *RIGHT[1:])
+    found = judge_code("x", read_tests(SUMS), sandbox, Limits(), go_on=True)
+    assert (found, len(sandbox.given)) == (CodeVerdict(0, 3, "killed", 0, killed), 1)
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_deadline_keeps_what_was_found_before_it(monkeypatch, go_on):
+    """The clock moves 1 s a look: the deadline of 2 s is over when the second test would begin."""
+    looks = iter([10.0, 11.0, 12.0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    wrong = Outcome("ok", "0")
+    sandbox = Stub(wrong if go_on else RIGHT[0], *RIGHT[1:])
+    found = judge_code("x", read_tests(SUMS), sandbox, Limits(), go_on=go_on, deadline_s=2.0)
+    assert len(sandbox.given) == 1
+    expected = CodeVerdict(0, 3, "wrong", 0, wrong) if go_on else CodeVerdict(1, 3, "deadline", 1)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("outcome", "why"),
+    [
+        (Outcome("ok", "said nothing"), "wrong"),
+        (Outcome("error", stderr="AssertionError: f(2)"), "wrong"),
+        (Outcome("error", stderr="NameError: f"), "error"),
+        (Outcome("time"), "time"),
+    ],
+)
+def test_asserts_are_one_test_that_is_passed_by_reaching_its_end(outcome, why):
+    tests = read_tests({"functional": "assert f(2) == 4"})
+    sandbox = Stub(outcome)
+    assert judge_code("x", tests, sandbox, Limits()) == CodeVerdict(0, 1, why, 0, outcome)
+    assert "assert f(2) == 4" in sandbox.program.code
+
+
+def test_the_name_of_a_function_is_a_text():
+    def named(**metadata):
+        return function_name(Prompt("p", (1,), "q", SUMS, metadata))
+
+    assert named() is None
+    assert named(fn_name="", func_name=7) is None
+    assert named(fn_name=7, func_name="f") == "f"
+    assert named(fn_name="g", func_name="f") == "g"
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
+from gspo_dist.rewards import math as module
 from gspo_dist.rewards.math import check_answer, check_options, math
 from gspo_dist.rewards.reward import resolve_reward
 from gspo_dist.rewards.symbolic import math_verify
@@ -132,3 +135,25 @@ def test_no_alarm_is_left_behind():
     assert judge(r"\boxed{1+x}", "x+1", deadline_s=30.0)[0] == 1.0
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGVTALRM) == before
+
+
+@pytest.mark.parametrize("deadline_s", [0.02, None])
+def test_what_is_not_compared_in_time_is_undecided_and_scores_nothing(monkeypatch, deadline_s):
+    """Computing for ever; without a word the deadline is 5 s, which this test does not wait for."""
+    set_for = []
+    own = vars(signal) | {"setitimer": lambda clock, seconds: set_for.append(seconds)}
+    monkeypatch.setattr(module, "signal", SimpleNamespace(**own))
+    judge(r"\boxed{1+x}", "x+1", **({} if deadline_s is None else {"deadline_s": deadline_s}))
+    assert set_for == [deadline_s or 5.0, 0]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "equal", lambda gold, found: next(n for n in count() if n < 0))
+    if deadline_s is not None:
+        assert judge(r"\boxed{1+x}", "x+1", deadline_s=deadline_s) == (
+            0.0,
+            {"answered": 1.0, "undecided": 1.0},
+        )
+
+
+def test_the_right_answer_of_a_solution_is_what_follows_its_last_mark():
+    assert judge("18", "First #### 3\n#### 3\nThen\n#### 18") == (1.0, {"answered": 1.0})
+    assert judge("3", "First #### 3\n#### 3\nThen\n#### 18") == (0.0, {"answered": 1.0})
