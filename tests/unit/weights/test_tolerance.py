@@ -42,6 +42,17 @@ def judged(tolerance: ProbeTolerance, mean: float, caplog) -> str:
         ("fp32", [], 9e-4, "passes"),
         ("fp32", [1e-6], 1.1e-3, "warns"),
         ("fp32", [1e-6], 0.021, "stops"),
+        ("fp32", [], 0.019, "warns"),
+        ("fp32", [], 0.021, "stops"),
+        ("fp16", [], 0.009, "passes"),
+        ("fp16", [], 0.011, "warns"),
+        ("fp16", [], 0.199, "warns"),
+        ("fp16", [], 0.201, "stops"),
+        ("fp16", [1e-4], 0.049, "warns"),
+        ("fp16", [1e-4], 0.051, "stops"),
+        # A limit itself is within it. These numbers are exact in binary: 2 and 8 times 1/16.
+        ("bf16", [0.0625], 0.125, "passes"),
+        ("bf16", [0.0625], 0.5, "warns"),
         ("bf16", [0.02], float("nan"), "stops"),
     ],
 )
@@ -56,7 +67,10 @@ def test_the_users_number_is_the_only_limit(caplog):
     tolerance = ProbeTolerance("bf16", 0.01)
     tolerance.accept(0.16)
     assert judged(tolerance, 0.0099, caplog) == "passes"
+    assert judged(tolerance, 0.01, caplog) == "passes"
     assert judged(tolerance, 0.0101, caplog) == "stops"
+    with pytest.raises(WeightSyncError, match=r"at most 0\.01 is rollout\.weight_sync\.probe_tolerance; "):
+        tolerance.check(0.02, 0.03, engine="e", policy_version=1)
 
 
 def test_the_reason_of_a_limit_is_told():
@@ -93,6 +107,8 @@ def rows(shift: float = 0.0) -> dict[str, list[np.ndarray]]:
         ("bf16", 0.0, 2.1e-4, False),  # far below its mismatch with the learner, and still a wrong sync
         ("bf16", 1e-3, 3.1e-3, True),  # an engine that does not repeat itself
         ("bf16", 1e-3, 3.3e-3, False),
+        ("fp16", 0.0, 3.9e-5, True),
+        ("fp16", 0.0, 4.1e-5, False),
         ("fp32", 0.0, float("nan"), False),
     ],
 )
@@ -117,3 +133,11 @@ def test_an_engine_that_died_on_the_way_is_not_compared():
     one = {"engine-1": rows()["engine-1"]}
     tolerance.check_identity(rows(), rows(), one)
     tolerance.check_identity(rows(), one, rows(0.5))
+
+
+def test_what_an_engine_changed_by_exactly_its_limit_is_granted_and_told(caplog):
+    """Zeros, so that the mean is the number itself: half of 4e-6 is 2e-6, of which 1e-6 is fp32's own."""
+    zero = {"e": [np.zeros(2)]}
+    with caplog.at_level(logging.INFO):
+        ProbeTolerance("fp32", None).check_identity(zero, zero, {"e": [np.array([0.0, 2e-6])]})
+    assert caplog.messages == ["e repeats itself to 1e-06 nats, before and after a sync"]
