@@ -88,7 +88,7 @@ class Group(Protocol):
 
 def open_store(address: str, timeout_s: float) -> TCPStore:
     """Rank 0's store, on a port that the system chooses: nobody can take it between choosing and opening."""
-    return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    return TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=timeout_s))
 
 
 def join(meeting: Meeting, rank: int, store: Store | None = None) -> Group:
@@ -106,7 +106,7 @@ def join(meeting: Meeting, rank: int, store: Store | None = None) -> Group:
     here = socket.gethostname()
     with _as_transfer_failed(f"rank {rank} on {here} could not meet the learner's exporter", meeting):
         if store is None:
-            store = TCPStore(meeting.address, meeting.port, wait_for_workers=False, timeout=left())
+            store = TCPStore(meeting.address, meeting.port, timeout=left())
         store.set(f"rank/{rank}", here)
         if rank == 0:
             missing = [r for r in range(1, meeting.world_size) if not _comes(store, f"rank/{r}", left())]
@@ -186,12 +186,10 @@ class GlooGroup:
         return self.last
 
     def close(self) -> None:
-        kept, self.group = [self.group], None
+        kept, self.group = [self.group], None  # an idle group is destroyed when `kept` goes, on return
         # torch 2.13 waits for an unfinished broadcast when it destroys a group, up to its timeout. A thread
         # waits there, and the end of the process for the thread: overtaken by it, gloo aborts the process.
-        if self.last is None or self.last.done():
-            kept.clear()
-        else:
+        if self.last is not None and not self.last.done():
             _closing.append(threading.Thread(target=kept.clear, daemon=True, name="gloo-close"))
             _closing[-1].start()
 
