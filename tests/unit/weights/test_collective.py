@@ -180,6 +180,13 @@ def test_a_learner_that_leaves_is_noticed_and_its_engines_can_meet_a_new_one(pai
         end.close()
 
 
+def test_a_transport_checks_what_it_sends_and_waits_ten_minutes_unless_it_is_told_otherwise() -> None:
+    transport = CollectiveTransport("gloo", address=HERE, engines=["a"])
+    assert (transport.check, transport.meeting.timeout_s) == (True, 600.0)
+    assert transport.store.timeout.total_seconds() == 600.0
+    transport.close()
+
+
 def test_nothing_is_staged_before_the_engines_were_met() -> None:
     transport = gloo(["engine-0"])
     with pytest.raises(ValueError, match="gloo transport is not connected"):
