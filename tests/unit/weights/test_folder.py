@@ -81,6 +81,24 @@ def test_a_head_over_the_limit_is_no_head(two_files, monkeypatch):
         read_head(two_files / "2.safetensors")
 
 
+def test_a_head_of_100_mib_is_read_and_one_byte_more_is_none(tmp_path):
+    """The files are holes: they take no room on the disk, and zeros are no JSON."""
+    path = tmp_path / "a.safetensors"
+    for length, said in ((104_857_600, "no safetensors file"), (104_857_601, "is torn")):
+        path.write_bytes(length.to_bytes(8, "little"))
+        with path.open("ab") as file:
+            file.truncate(8 + length)
+        with pytest.raises(ValueError, match=said):
+            read_head(path)
+
+
+def test_head_and_embedding_are_found_at_any_depth(tmp_path):
+    """The language model of a larger one, and names that only look alike."""
+    names = ["x.y.lm_head.weight", "x.y.embed_tokens.weight", "lm_head.bias", "a_lm_head.weight"]
+    save_file({n: torch.zeros(1) for n in names}, tmp_path / "1.safetensors")
+    assert ModelFolder(tmp_path).head_and_embedding == ("x.y.lm_head.weight", "x.y.embed_tokens.weight")
+
+
 def test_files_and_tensors_that_the_index_only_names_are_named(two_files):
     index = two_files / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "d": "2.safetensors"}}))
@@ -120,7 +138,7 @@ def test_the_files_decide_whether_the_head_is_tied(tmp_path):
     folder = ModelFolder(tmp_path / "tied")
     assert (folder.tied, folder.has_untold_head) == (True, False)
     assert folder.twin == ("lm_head.weight", "model.embed_tokens.weight")
-    assert "lm_head.weight" not in folder.streamed
+    assert folder.streamed == frozenset(folder.tensors) - {"lm_head.weight"}
 
     make(tmp_path / "own", "qwen3")
     folder = ModelFolder(tmp_path / "own")

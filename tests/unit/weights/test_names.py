@@ -189,6 +189,32 @@ def test_no_slice_is_larger_than_its_limit_unless_one_expert_is(tmp_path, monkey
         assert sizes == wanted
 
 
+def test_a_slice_has_64_mib_where_nobody_says_otherwise(tmp_path):
+    """8 experts of 13 MiB on meta: four are 52 MiB, and five would be 65."""
+    make(tmp_path)
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 832, "num_experts": 8, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path, dtype="float32", **sizes))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensor = dict(stored_tensors(hf))[name]
+    assert tensor[0].nbytes == 13 << 20
+    assert [len(part) for _, part in FileNames(hf).split(name, tensor, stacked=True)] == [4, 4]
+
+
+def test_what_a_folder_holds_as_it_is_in_memory_is_known_as_unchanged():
+    assert FileNames(TwoProjections()).unchanged == {"norm"}
+    assert FileNames(Renamed()).unchanged == frozenset()
+
+
+def test_a_model_that_no_folder_was_loaded_into_gets_no_names_of_old_times(tmp_path):
+    """transformers also reads LayerNorm.gamma, of the first BERT, and would write it if asked to."""
+    make(tmp_path, "qwen3")
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+        hf.LayerNorm = torch.nn.LayerNorm(2)
+    assert {"LayerNorm.weight", "LayerNorm.bias"} < FileNames(hf).expected().keys()
+
+
 def test_a_partitioned_parameter_counts_with_the_shape_that_deepspeed_notes():
     hf = TwoProjections()
     hf.norm.ds_shape, hf.norm.data = torch.Size([2]), torch.empty(0)
