@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gspo_dist.weights import collective as collectives
 from gspo_dist.weights import group as groups
 from gspo_dist.weights.bucket import BucketLayout
 from gspo_dist.weights.checksum import device_checksum, host_checksum
 from gspo_dist.weights.collective import CHECKSUMS, CollectiveSource, CollectiveTransport
-from gspo_dist.weights.group import Meeting, TransferFailed
+from gspo_dist.weights.group import Meeting, MissingRanks, TransferFailed
 from gspo_dist.weights.send import make_transport, send_weights
 from gspo_dist.weights.source import make_source
 from gspo_dist.weights.stream import buckets
@@ -185,6 +186,42 @@ def test_a_transport_checks_what_it_sends_and_waits_ten_minutes_unless_it_is_tol
     assert (transport.check, transport.meeting.timeout_s) == (True, 600.0)
     assert transport.store.timeout.total_seconds() == 600.0
     transport.close()
+
+
+def test_every_engine_that_lacks_a_worker_is_named_once(monkeypatch) -> None:
+    """Ranks 1 to 3 are a's, 4 to 6 b's, 7 to 9 c's."""
+
+    def join(*told):
+        raise MissingRanks([3, 7, 9])
+
+    monkeypatch.setattr(collectives, "join", join)
+    transport = gloo(["a", "b", "c"], engine_workers=3)
+    with pytest.raises(TransferFailed, match=r"^a, c did not come"):
+        transport.connect()
+    transport.close()
+
+
+def test_a_worker_joins_at_its_own_rank_and_the_first_one_at_its_engines(monkeypatch) -> None:
+    ranks: list[int] = []
+    monkeypatch.setattr(collectives, "join", lambda told, rank: ranks.append(rank))
+    transport = gloo(["a", "b"], engine_workers=2)
+    for worker in ((), (1,)):
+        assert CollectiveSource(transport.init_info(1), *worker).arrives_later is True
+    assert ranks == [3, 4]
+    transport.close()
+
+
+def test_a_bucket_is_timed_while_it_is_summed_and_an_empty_one_is_a_byte(monkeypatch) -> None:
+    """The clock of the test goes on by 2 s a look."""
+    monkeypatch.setattr(collectives, "time", SimpleNamespace(perf_counter=iter((5.0, 7.0)).__next__))
+    left: list[str] = []
+    transport = gloo(["a"])
+    transport.group = SimpleNamespace(device=torch.device("cpu"), close=lambda: left.append("group"))
+    staged = transport.stage([("empty", torch.zeros(0, 4))])
+    assert (len(staged.handle.buffer), staged.nbytes, staged.seconds_checking) == (1, 0, 2.0)
+    transport.close()
+    transport.close()
+    assert left == ["group"]
 
 
 def test_nothing_is_staged_before_the_engines_were_met() -> None:

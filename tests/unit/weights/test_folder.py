@@ -182,3 +182,5 @@ def test_a_tensor_without_a_place_is_named_beside_what_the_folder_has(tmp_path):
         folder.check_shapes({"model.norm.weight": (31,)}, "engine-1")
     with pytest.raises(WeightSyncError, match=r"engine-1 got no model\.norm\.weight \(1 of \d+ tensors"):
         folder.check_whole(set(good) - {"model.norm.weight"}, "engine-1")
+    with pytest.raises(WeightSyncError, match=r"no tensor of that name \(but .*\w+\.weight\)"):
+        folder.check_shapes({"zzz": (1,)}, "engine-1")  # nothing looks like it, and the nearest is named

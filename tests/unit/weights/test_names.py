@@ -199,6 +199,17 @@ def test_a_slice_has_64_mib_where_nobody_says_otherwise(tmp_path):
     tensor = dict(stored_tensors(hf))[name]
     assert tensor[0].nbytes == 13 << 20
     assert [len(part) for _, part in FileNames(hf).split(name, tensor, stacked=True)] == [4, 4]
+    told = FileNames(hf).split(name, tensor, stacked=True, slice_bytes=39 << 20)
+    assert [len(part) for _, part in told] == [3, 3, 2]
+    assert [len(part) for _, part in FileNames(hf).split(name, tensor[:1], stacked=True)] == [1]
+
+
+def test_expected_shapes_need_no_memory():
+    """4 PiB, which no host has."""
+    hf = torch.nn.Module()
+    hf.w, hf.config = torch.nn.Parameter(torch.empty(1 << 50, device="meta")), SimpleNamespace()
+    hf._weight_conversions = [WeightRenaming(r"old\.w$", "w")]
+    assert FileNames(hf).expected() == {"old.w": (1 << 50,)}
 
 
 def test_what_a_folder_holds_as_it_is_in_memory_is_known_as_unchanged():
