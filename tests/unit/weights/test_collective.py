@@ -224,6 +224,18 @@ def test_a_bucket_is_timed_while_it_is_summed_and_an_empty_one_is_a_byte(monkeyp
     assert left == ["group"]
 
 
+def test_a_bucket_arrives_on_the_groups_device_and_an_empty_one_is_a_byte_there_too(monkeypatch) -> None:
+    taken: list[torch.Tensor] = []
+    group = SimpleNamespace(device=torch.device("meta"), broadcast=taken.append)
+    monkeypatch.setattr(collectives, "join", lambda told, rank: group)
+    transport = gloo(["a"])
+    source = CollectiveSource(transport.init_info(0))
+    for tensor in (torch.zeros(0, 4), torch.zeros(16)):
+        source.begin({"layout": BucketLayout.of([("t", tensor)]).to_dict()})
+    assert [(buffer.device.type, len(buffer)) for buffer in taken] == [("meta", 1), ("meta", 64)]
+    transport.close()
+
+
 def test_nothing_is_staged_before_the_engines_were_met() -> None:
     transport = gloo(["engine-0"])
     with pytest.raises(ValueError, match="gloo transport is not connected"):

@@ -204,6 +204,14 @@ def test_a_slice_has_64_mib_where_nobody_says_otherwise(tmp_path):
     assert [len(part) for _, part in FileNames(hf).split(name, tensor[:1], stacked=True)] == [1]
 
 
+def test_the_stream_of_a_model_takes_the_callers_slices(tmp_path):
+    """gate_up_proj has 4 experts of 4 KiB in each of 2 layers."""
+    hf = make(tmp_path)
+    for limit, wanted in ((4096, [1] * 8), (12288, [3, 1, 3, 1]), (None, [4, 4])):
+        stream = hf_named_weights(hf, stacked=True, slice_bytes=limit)
+        assert [len(part) for name, part in stream if "{gate_proj,up_proj}" in name] == wanted
+
+
 def test_expected_shapes_need_no_memory():
     """4 PiB, which no host has."""
     hf = torch.nn.Module()
