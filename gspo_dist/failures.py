@@ -30,4 +30,4 @@ class Event(NamedTuple):
 
 def first_line(error: BaseException) -> str:
     """An error in one line: the first of its message, or its type where it has none (a MemoryError)."""
-    return (str(error).splitlines() or [repr(error)])[0]
+    return (str(error).strip().splitlines() or [repr(error)])[0]

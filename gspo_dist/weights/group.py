@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import BroadcastOptions, PrefixStore, Store, TCPStore
 
+from gspo_dist.failures import first_line
 from gspo_dist.weights.verify import WeightSyncError
 
 POLL_S = 0.0005
@@ -137,13 +138,9 @@ def _as_transfer_failed(what: str, meeting: Meeting) -> Iterator[None]:
     except RuntimeError as error:
         raise TransferFailed(
             f"{what} by {meeting.backend} at {meeting.address}:{meeting.port} within "
-            f"{meeting.timeout_s:.0f} s ({_first_line(error)}); check that the hosts reach each other on any "
-            "port, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where a host has several networks"
+            f"{meeting.timeout_s:.0f} s ({first_line(error)[:300]}); check that the hosts reach each other "
+            "on any port, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME where a host has several networks"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300]
 
 
 def address_towards(host: str, port: int) -> str:
@@ -222,7 +219,9 @@ class GlooBroadcast:
         except RuntimeError as error:
             if "timed out" in str(error).lower():
                 raise TransferFailed(f"a bucket did not arrive by gloo within {seconds:.3g} s") from error
-            raise TransferFailed(f"a bucket was lost on its way by gloo: {_first_line(error)}") from error
+            raise TransferFailed(
+                f"a bucket was lost on its way by gloo: {first_line(error)[:300]}"
+            ) from error
 
     def done(self) -> bool:
         return bool(self.work.is_completed())

@@ -432,6 +432,9 @@ def test_a_wait_whose_time_is_over_still_looks_once(seconds, told):
             "Connection closed by peer\nframe",
             "a bucket was lost on its way by gloo: Connection closed by peer",
         ),
+        ("\nat a socket\n" + "x" * 400, "a bucket was lost on its way by gloo: at a socket"),
+        ("y" * 400, f"a bucket was lost on its way by gloo: {'y' * 300}"),
+        ("", "a bucket was lost on its way by gloo: RuntimeError('')"),
     ],
 )
 def test_a_broadcast_that_fails_says_whether_it_was_late_or_lost(said, message):
