@@ -122,9 +122,9 @@ def _value(expression: Any, names: list[str], shift: float) -> complex:
 
 
 def _near(left: complex, right: complex) -> bool:
-    return left == right or abs(left - right) < 1e-6 * max(
-        abs(left), abs(right)
-    )  # infinity is near itself only
+    if left == right:  # also infinity, which is near itself alone
+        return True
+    return abs(left - right) < 1e-6 * max(abs(left), abs(right))
 
 
 @_false_when_it_raises

