@@ -393,19 +393,26 @@ def run(
     module = mutants[0].module
     tests = tests_of(root, module)
     others = other_tests(root, module, tests)
-    again = []
-    for mutant, verdict in _judge(root, mutants, trees, tests, timeout):
-        if verdict == "survived" and others:
-            again.append(mutant)
-        else:
-            yield mutant, verdict
-    if not again:
-        return
+    again: list[Mutant] = []
     try:
-        yield from _judge(root, again, trees, ["-m", "not slow and not alone", *others], timeout)
-    except ValueError as error:
-        print(f"{module}: no second look at {len(again)} changes: {error}", file=sys.stderr, flush=True)
+        for mutant, verdict in _judge(root, mutants, trees, tests, timeout):
+            if verdict == "survived" and others:
+                again.append(mutant)
+            else:
+                yield mutant, verdict
+        if again:
+            quick = ["-m", "not slow and not alone", *others]
+            for mutant, verdict in _judge(root, list(again), trees, quick, timeout):
+                again.remove(mutant)
+                yield mutant, verdict
+    except (ValueError, KeyboardInterrupt) as error:
+        if again:
+            why = str(error) or "interrupted"
+            print(f"{module}: no second look at {len(again)} changes: {why}", file=sys.stderr, flush=True)
         yield from ((mutant, "survived") for mutant in again)
+        # Ctrl-C gets out, and so does a module whose own tests fail. Where others' fail, nobody looks twice.
+        if not again or isinstance(error, KeyboardInterrupt):
+            raise
 
 
 def _judge(

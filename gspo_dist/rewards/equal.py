@@ -91,7 +91,7 @@ def _expressions(gold: Clean, found: Clean) -> bool:
 def _equal_measured(gold: Clean, found: Clean, left: Numeral, right: Numeral) -> bool:
     """Numbers with their percent signs.
 
-    Where 50% is right, so are 50 and 0.5. Where 0.5 is right, so is 50%; where 50 is right, so is 50%.
+    Where 50% is right, so are 50 and 0.5. Where 0.5 or 50 is right, so is 50%.
     """
     if gold.percent == found.percent:
         return equal_numerals(left, right)
@@ -174,7 +174,7 @@ def _range_text(ends: tuple[str, str, str, str]) -> str:
 
 
 def _ranges(text: str) -> list[tuple[str, str, str, str]] | None:
-    r"""(bracket, low, high, bracket) of every part of a union; None for what is no range.
+    r"""(bracket, low, high, bracket) of every part of a union. None: it is no range.
 
     Example: r"x \ge 5" and r"[5,\infty)" are both [("[", "5", r"\infty", ")")].
     """
@@ -257,7 +257,7 @@ def _list(gold: str, found: str, depth: int) -> bool | None:
 
 
 def _elements(text: str) -> tuple[str, list[str]] | None:
-    r"""(opening bracket or "", elements) of a list, set or tuple; 1 \pm 2 is two elements."""
+    r"""(opening bracket or "", elements) of a list, set or tuple. 1 \pm 2 is two elements."""
     opening, inner = "", text
     for mark, length in ((r"\{", 2), (r"\langle", 7), ("(", 1), ("[", 1)):
         if mark == r"\langle" and text.startswith(mark) and text.endswith(r"\rangle"):

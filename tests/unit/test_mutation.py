@@ -155,7 +155,8 @@ def test_every_explanation_is_of_a_change_that_exists():
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_tests_that_run_and_reports_what_was_judged(project):
+@pytest.mark.parametrize("is_imported_elsewhere", [False, True])
+def test_an_interrupt_ends_the_tests_that_run_and_reports_what_was_judged(project, is_imported_elsewhere):
     """The test hangs once `half` is changed. Ctrl-C comes while it does."""
     page = project / "report.md"
     pid_file = project / "pid"
@@ -167,6 +168,8 @@ def test_an_interrupt_ends_the_tests_that_run_and_reports_what_was_judged(projec
         f"        pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
         "        time.sleep(100)\n"
     )
+    if is_imported_elsewhere:  # then survivors wait for a second look, which never comes
+        (project / "tests/unit/test_user.py").write_text("from gspo_dist import weak\ndef test_it(): pass\n")
     command = [sys.executable, str(TOOL), "--root", str(project), "--modules", "weak", "--report", str(page)]
 
     def hear_interrupts() -> None:

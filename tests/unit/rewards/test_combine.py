@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 
 from gspo_dist.config import RewardConfig
-from gspo_dist.rewards.reward import RewardError, check_answers, judge_rollout, resolve_reward
-from gspo_dist.types import Completion, Prompt
-
-
-def completion(text: str, tokens: int = 1) -> Completion:
-    ones = np.ones(tokens)
-    return Completion(ones, ones, ones, ones, "stop", text)
-
-
-def judged(function: str, text: str, tokens: int = 1, answer=None, metadata=None, **options):
-    reward = resolve_reward(RewardConfig(function=function, options=options))
-    prompt = Prompt("p", (1,), "q", answer, metadata or {})
-    return judge_rollout(reward, prompt, completion(text, tokens), 0)
-
+from gspo_dist.rewards.reward import RewardError, check_answers, resolve_reward
+from gspo_dist.types import Prompt
+from tests.unit.rewards.test_terms import completion, judged
 
 TERMS = {
     "right": {"function": "exact_match", "options": {"pattern": r"<answer>(.*)</answer>"}},
